@@ -1,0 +1,21 @@
+"""The errors that bad input raises: each names the file or argument, what was expected, what was found, what to do."""
+
+
+class GPT2Error(ValueError):
+    """Base of every error that this library raises on purpose."""
+
+
+class ConfigError(GPT2Error):
+    """A configuration value, or a config.json, that GPT-2 cannot have."""
+
+
+class CheckpointError(GPT2Error):
+    """A model folder or a file of weights that is missing, damaged, or does not fit its configuration."""
+
+
+class TokenizerError(GPT2Error):
+    """A vocabulary, a text or an id that the tokenizer cannot take."""
+
+
+class InputError(GPT2Error):
+    """An argument of a model call or of `generate` that cannot be computed with."""
