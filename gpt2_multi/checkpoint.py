@@ -1,0 +1,278 @@
+"""A model folder: config.json and model.safetensors, single or sharded, memory-mapped when read, replaced whole when written.
+
+Format: https://github.com/huggingface/safetensors, section "Format": 8 bytes of length, a JSON header, the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.errors import CheckpointError
+from gpt2_multi.weights import TRANSFORMERS, Format, Weight, match
+
+Array = np.ndarray[Any, Any]
+PathLike = str | os.PathLike[str]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+def read_safetensors(path: PathLike) -> dict[str, Array]:
+    """Every tensor of one file, as arrays mapped from it: nothing is read until it is used.
+
+    The pages are private: writing to an array changes neither the file nor what others see of it. Raises CheckpointError
+    for a file that is missing, truncated or not safetensors.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="numpy"):  # its parser checks every length and offset against the file
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        data = (
+            np.memmap(path, np.uint8, mode="c", offset=8 + size)
+            if path.stat().st_size > 8 + size
+            else np.empty(0, np.uint8)
+        )
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; check the path, or fetch the model again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from None
+    header.pop("__metadata__", None)
+    return {name: _view(path, name, entry, data) for name, entry in header.items()}
+
+
+def _view(path: Path, name: str, entry: Mapping[str, Any], data: Array) -> Array:
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)}")
+    start, end = entry["data_offsets"]
+    return np.asarray(data[start:end]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def read_tensors(folder: PathLike) -> dict[str, Array]:
+    """Every tensor of a model folder, mapped: from model.safetensors, or from the shards that its index names.
+
+    Raises CheckpointError where there is neither, and for an index that names files outside the folder, tensors that
+    are not where it says, or one tensor twice.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).exists():
+        return read_safetensors(folder / SINGLE)
+    if (folder / INDEX).exists():
+        return _read_shards(folder)
+    there = sorted(
+        path.name for path in folder.iterdir() if path.suffix in {".bin", ".h5", ".msgpack", ".pt", ".index"}
+    )
+    found = f"only {', '.join(there)}" if there else "no weights"
+    raise CheckpointError(
+        f"{folder}: expected {SINGLE} or {INDEX}, found {found}; save or convert the model to safetensors"
+    )
+
+
+def _read_shards(folder: Path) -> dict[str, Array]:
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise CheckpointError(f"{folder / INDEX}: expected a 'weight_map' from tensor to file; save the model again")
+    shards = {name: read_safetensors(_beside(folder, name)) for name in sorted(set(places.values()))}
+    tensors: dict[str, Array] = {}
+    for name, place in places.items():
+        if name not in shards[place]:
+            raise CheckpointError(f"{folder / place}: lacks {name}, which {INDEX} puts there; fetch the model again")
+        tensors[name] = shards[place][name]
+    return tensors
+
+
+def _beside(folder: Path, name: str) -> Path:
+    if Path(name).name != name:
+        raise CheckpointError(
+            f"{folder / INDEX}: names the file '{name}', which is not beside it; the index is not safe"
+        )
+    return folder / name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a model folder holds it beside the weights") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch or save it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; fetch or save it again")
+    return value
+
+
+def read_weights(folder: PathLike, config: GPT2Config, head: str, form: Format = TRANSFORMERS) -> dict[str, Array]:
+    """The tensors of a model folder under the table's names and layout; see `weights.match` for what is refused.
+
+    A task head that the folder lacks as a whole is missing from the answer too.
+    """
+    tensors = read_tensors(folder)
+    rows = match({name: array.shape for name, array in tensors.items()}, config, head, form, str(folder))
+    weights = {weight.name: form.layout(weight, tensors[name]) for name, weight in rows.items()}
+    tied = tensors.get("lm_head.weight")
+    if config.tie_word_embeddings and tied is not None and not np.array_equal(tied, weights["wte.weight"]):
+        raise CheckpointError(
+            f"{folder}: lm_head.weight differs from wte.weight, although tie_word_embeddings is true; "
+            "set tie_word_embeddings to false in config.json to keep both"
+        )
+    return weights
+
+
+def write_safetensors(
+    path: PathLike, tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], Callable[[], Array]]]
+) -> None:
+    """Write tensors given as name -> (dtype, shape, function that makes the array), one in memory at a time."""
+    spelled = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
+    offset = 0
+    for name, (dtype, shape, _) in tensors.items():
+        end = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": spelled[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for dtype, _, make in tensors.values():
+            _write(file, np.ascontiguousarray(make(), dtype))
+        _sync(file)
+
+
+def _write(file: BinaryIO, array: Array) -> None:
+    file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+Source = tuple[Weight, np.dtype[Any], Callable[[], Array]]
+
+
+def write_weights(
+    folder: Path, sources: Iterable[Source], head: str, form: Format = TRANSFORMERS, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write rows of the table, each with its dtype and a function that makes its array in the table's layout."""
+    rooted = head != "base"
+    tensors = {
+        form.spell(weight, rooted): (dtype, form.shape(weight), lambda w=weight, make=make: form.layout(w, make()))
+        for weight, dtype, make in sources
+    }
+    shards = _shards(
+        {name: dtype.itemsize * int(np.prod(shape)) for name, (dtype, shape, _) in tensors.items()},
+        parse_size(max_shard_size),
+    )
+    if len(shards) == 1:
+        return write_safetensors(folder / SINGLE, tensors)
+    places = {
+        name: f"model-{i:05}-of-{len(shards):05}.safetensors" for i, shard in enumerate(shards, 1) for name in shard
+    }
+    for shard in shards:
+        write_safetensors(folder / places[shard[0]], {name: tensors[name] for name in shard})
+    total = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape, _ in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes in a size such as 200_000_000, "200MB" or "5GB" (powers of ten); CheckpointError for anything else."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    parts = re.fullmatch(r"(\d+)\s*([KMG]?B)?", str(size).upper())
+    if not parts or not int(parts[1]):
+        raise CheckpointError(f'max_shard_size: expected bytes or a size such as "5GB", found {size!r}')
+    return int(parts[1]) * units[(parts[2] or "").removeprefix("B")]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON file, synced."""
+    with path.open("wb") as file:
+        file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+        _sync(file)
+
+
+@contextmanager
+def replaced(folder: PathLike) -> Iterator[Path]:
+    """A new folder to write a model into, which takes the place of `folder` when the block ends without an error.
+
+    What `folder` held besides a model's weights (a tokenizer, notes, older checkpoints) comes along. Until the last
+    moment the old model is whole; a crash leaves it, or the new one, never half of each.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: expected a folder to save the model in, found a file; choose another path")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    stage.chmod(target.stat().st_mode if target.exists() else 0o755)
+    try:
+        if target.exists():
+            shutil.copytree(target, stage, copy_function=_link, ignore=_weights, symlinks=True, dirs_exist_ok=True)
+        yield stage
+        _swap(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _weights(_: str, names: list[str]) -> set[str]:
+    return {
+        name
+        for name in names
+        if name in {SINGLE, INDEX, "config.json", "generation_config.json"} or SHARD.fullmatch(name)
+    }
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _swap(stage: Path, target: Path) -> None:
+    old = stage.with_name(stage.name + ".old")
+    if target.exists():
+        target.rename(old)
+    try:
+        stage.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

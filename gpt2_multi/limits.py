@@ -1,0 +1,95 @@
+"""What a model call may be given, in one sentence each: the same words whichever framework finds the fault."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpt2_multi.errors import InputError
+
+Shape = Sequence[int]
+
+
+def check_given(input_ids: object, inputs_embeds: object) -> None:
+    """Exactly one of the two inputs has to be there."""
+    if (input_ids is None) == (inputs_embeds is None):
+        found = "neither" if input_ids is None else "both"
+        raise InputError(f"expected one of input_ids and inputs_embeds, found {found}; give one of them")
+
+
+def check_shape(name: str, found: Shape, expected: Sequence[int | None]) -> None:
+    """`found` has to be `expected`, in which None stands for any length and 1 is broadcast."""
+    fits = len(found) == len(expected) and all(e in (None, f) for f, e in zip(found, expected, strict=True))
+    if not fits:
+        shape = ", ".join("any" if e is None else str(e) for e in expected)
+        raise InputError(f"{name}: expected shape ({shape}), found {tuple(found)}; batch and length must fit the input")
+
+
+def check_mask(found: Shape, batch: int, heads: int, length: int, keys: int) -> None:
+    """An attention mask is (batch, keys), or broadcasts to (batch, heads, length, keys)."""
+    if len(found) == 4:
+        sizes = zip(found, (batch, heads, length, keys), strict=True)
+        if all(f in (1, e) for f, e in sizes) and found[-1] == keys:
+            return
+    elif tuple(found) == (batch, keys):
+        return
+    past = f" ({keys - length} of them cached)" if keys > length else ""
+    raise InputError(
+        f"attention_mask: expected shape ({batch}, {keys}){past} or one that broadcasts to "
+        f"({batch}, {heads}, {length}, {keys}), found {tuple(found)}; it needs a column for every token"
+    )
+
+
+def check_ids(name: str, low: int, high: int, vocab_size: int) -> None:
+    """Every id has to lie in the vocabulary; `low` and `high` are the extremes."""
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise InputError(
+            f"{name}: the id {bad} is outside the vocabulary (0 to {vocab_size - 1}); use the tokenizer that belongs to "
+            "this model, or resize_token_embeddings"
+        )
+
+
+def check_positions(low: int, high: int, n_positions: int) -> None:
+    """Every position has to lie in the table of positions; `low` and `high` are the extremes."""
+    if low < 0:
+        raise InputError(f"position_ids: {low} is negative; positions count from 0")
+    if high >= n_positions:
+        raise InputError(
+            f"{high + 1} tokens are more than n_positions {n_positions}, the longest text that this model can read; "
+            "truncate the input"
+        )
+
+
+def check_room(new: int, past: int, capacity: int) -> None:
+    """A preallocated cache has to have room for the new tokens."""
+    if past + new > capacity:
+        raise InputError(
+            f"past_key_values: {past} cached and {new} new tokens are more than the cache's max_length {capacity}; "
+            "reset() it, or ask init_cache for a longer one"
+        )
+
+
+def check_pooling(batch: int, can_find_end: bool) -> None:
+    """Sequence classification has to know where each row of a batch ends."""
+    if batch > 1 and not can_find_end:
+        raise InputError(
+            f"cannot tell where each of {batch} rows ends: give attention_mask, or set model.config.pad_token_id "
+            "and give input_ids"
+        )
+
+
+def check_encoder(add_cross_attention: bool) -> None:
+    """Encoder states need blocks that look at them."""
+    if not add_cross_attention:
+        raise InputError(
+            "encoder_hidden_states: this model has no cross-attention; set add_cross_attention in its config"
+        )
+
+
+def check_choices(found: Shape, rank: int) -> None:
+    """Double heads take a dimension of choices."""
+    if len(found) != rank:
+        raise InputError(
+            f"expected {rank} dimensions (batch, choices, length{', n_embd' if rank == 4 else ''}), found shape "
+            f"{tuple(found)}; for one choice add a dimension of length 1"
+        )

@@ -1,0 +1,120 @@
+"""What the models return: dataclasses shared by the three frameworks, since they hold any kind of array.
+
+Shapes: B batch, C choices, T length, S keys seen by the attention, H heads, D head width, E `n_embd`, V vocabulary,
+L labels. Fields that were not asked for are None; as in transformers, indexing and unpacking pass over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+class Output:
+    """Access by attribute, by name (`out["logits"]`) and by position (`out[0]`, `loss, logits = out.to_tuple()`)."""
+
+    def keys(self) -> list[str]:
+        """The names of the fields that are there."""
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]  # type: ignore[arg-type]
+
+    def values(self) -> list[Any]:
+        """The fields that are there, in order."""
+        return [getattr(self, key) for key in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """(name, value) of the fields that are there."""
+        return [(key, getattr(self, key)) for key in self.keys()]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are there, as `return_dict=False` gives them."""
+        return tuple(self.values())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(f"{type(self).__name__} has no '{key}' here; it has {', '.join(self.keys())}")
+        return getattr(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+
+@dataclass
+class BaseModelOutputWithPastAndCrossAttentions(Output):
+    """The bare model's output.
+
+    last_hidden_state: (B, T, E), after ln_f. past_key_values: a (key, value) pair per layer, each (B, H, S, D).
+    hidden_states: n_layer + 1 of (B, T, E), the embeddings first, the last after ln_f. attentions, cross_attentions:
+    n_layer of (B, H, T, S), after the softmax.
+    """
+
+    last_hidden_state: Any = None
+    past_key_values: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+    cross_attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class CausalLMOutputWithCrossAttentions(Output):
+    """The language model's output. loss: (), with labels. logits: (B, T, V). The rest as in the bare model's."""
+
+    loss: Any = None
+    logits: Any = None
+    past_key_values: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+    cross_attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class GPT2DoubleHeadsModelOutput(Output):
+    """loss: (), of `labels`. mc_loss: (), of `mc_labels`. logits: (B, C, T, V). mc_logits: (B, C)."""
+
+    loss: Any = None
+    mc_loss: Any = None
+    logits: Any = None
+    mc_logits: Any = None
+    past_key_values: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class SequenceClassifierOutputWithPast(Output):
+    """loss: (), with labels. logits: (B, L), at the last token of each row."""
+
+    loss: Any = None
+    logits: Any = None
+    past_key_values: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class TokenClassifierOutput(Output):
+    """loss: (), with labels. logits: (B, T, L)."""
+
+    loss: Any = None
+    logits: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class QuestionAnsweringModelOutput(Output):
+    """loss: (), with positions. start_logits, end_logits: (B, T)."""
+
+    loss: Any = None
+    start_logits: Any = None
+    end_logits: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None

@@ -1,0 +1,329 @@
+"""The heads of GPT-2 in PyTorch: language model, double heads, sequence and token classification, question answering.
+
+Every `forward` takes what `GPT2Model.forward` takes, under the names and in the order of transformers 4.57, and labels;
+see there for shapes and errors. `return_dict=False` gives a tuple of the fields that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2_multi import limits
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.outputs import (
+    CausalLMOutputWithCrossAttentions,
+    GPT2DoubleHeadsModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from gpt2_multi.pt import generation
+from gpt2_multi.pt.loading import GPT2PreTrainedModel
+from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, KVCache, Pair, call, give
+from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
+from gpt2_multi.sampling import GenerationConfig
+
+Dtype = torch.dtype | str | None
+
+
+class GPT2LMHeadModel(GPT2PreTrainedModel):
+    """GPT-2 with the language-model head, tied to the token embedding unless the configuration says otherwise."""
+
+    head = "lm"
+
+    def __init__(
+        self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
+    ) -> None:
+        super().__init__(config)
+        with self.building(param_dtype):
+            self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.generation_config = GenerationConfig.of(config)
+
+    generate = generation.generate
+    stream_tokens = generation.stream_tokens
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the vocabulary: (..., E) -> (..., V)"""
+        return call(self.lm_head, self.transformer.compute_dtype, hidden)  # type: ignore[no-any-return]
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
+        return self.transformer.init_cache(batch_size, max_length)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
+        """Logits (B, T, V) of the next token; with labels (B, T), shifted here, their loss.
+
+        `logits_to_keep` n computes those of the last n positions only (0: of all).
+        """
+        outputs = self.transformer(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            encoder_hidden_states, encoder_attention_mask, use_cache, output_attentions, output_hidden_states, True,
+        )  # fmt: skip
+        logits = self.logits(outputs.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            limits.check_shape("labels", labels.shape, logits.shape[:2])
+            loss = lm_loss(logits, labels, present(attention_mask, labels))
+        output = CausalLMOutputWithCrossAttentions(
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
+        )
+        return give(self.config, output, return_dict)
+
+
+class SequenceSummary(nn.Module):
+    """One vector per choice, at the token that `summary_type` names, projected to its score."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        if config.summary_use_proj:
+            self.summary = nn.Linear(config.n_embd, 1 if config.summary_proj_to_labels else config.n_embd)
+        self.dropout = nn.Dropout(config.summary_first_dropout)
+
+    def forward(self, hidden: Tensor, mask: Tensor, mc_token_ids: Tensor | None) -> Tensor:
+        """(B, C, T, E) hidden states and (B, C, T) mask -> (B, C, 1), or (B, C, E) without `summary_proj_to_labels`."""
+        x = self.dropout(self._pool(hidden, mask, mc_token_ids))
+        x = self.summary(x) if self.config.summary_use_proj else x
+        return ACTIVATIONS[self.config.summary_activation](x) if self.config.summary_activation else x
+
+    def _pool(self, hidden: Tensor, mask: Tensor, mc_token_ids: Tensor | None) -> Tensor:
+        kind = self.config.summary_type
+        if kind == "mean":
+            weights = (mask != 0).to(hidden.dtype)[..., None]
+            return (hidden * weights).sum(-2) / weights.sum(-2).clamp(min=1)
+        index = mc_token_ids if kind == "cls_index" and mc_token_ids is not None else last_tokens(mask)
+        if kind == "first":
+            index = (mask != 0).int().argmax(-1)
+        return hidden.take_along_dim(index.long().view(*hidden.shape[:2], 1, 1), -2).squeeze(-2)
+
+
+class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
+    """GPT-2 with the language-model head and a multiple-choice head."""
+
+    head = "double_heads"
+
+    def __init__(
+        self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
+    ) -> None:
+        super().__init__(config)
+        with self.building(param_dtype):
+            self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.multiple_choice_head = SequenceSummary(config)
+        self.tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mc_token_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        mc_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> GPT2DoubleHeadsModelOutput | tuple[Any, ...]:
+        """Logits (B, C, T, V) and scores (B, C) of C choices, given as (B, C, T) ids, mask, types and positions.
+
+        mc_token_ids: (B, C), the token that is scored, by default the last one that the mask keeps. labels: (B, C, T),
+        shifted here. mc_labels: (B,), the right choice.
+        """
+        source = input_ids if input_ids is not None else inputs_embeds
+        limits.check_given(input_ids, inputs_embeds)
+        limits.check_choices(source.shape, 4 if input_ids is None else 3)  # type: ignore[union-attr]
+        choices = source.shape[:3]  # type: ignore[union-attr]
+        outputs = self.transformer(
+            rows(input_ids), past_key_values, rows(attention_mask), rows(token_type_ids), rows(position_ids), head_mask,
+            rows(inputs_embeds), None, None, use_cache, output_attentions, output_hidden_states, True,
+        )  # fmt: skip
+        hidden = outputs.last_hidden_state.view(*choices, -1)  # (B, C, T, E)
+        mask = hidden.new_ones(choices) if attention_mask is None else attention_mask[..., -choices[-1] :]
+        if mc_token_ids is not None:
+            limits.check_shape("mc_token_ids", mc_token_ids.shape, choices[:2])
+        logits = call(self.lm_head, self.transformer.compute_dtype, hidden)
+        scores = call(self.multiple_choice_head, self.transformer.compute_dtype, hidden, mask, mc_token_ids).squeeze(-1)
+        output = GPT2DoubleHeadsModelOutput(
+            None if labels is None else lm_loss(logits, labels, mask),
+            None if mc_labels is None else cross_entropy(scores, mc_labels),
+            logits, scores, outputs.past_key_values, outputs.hidden_states, outputs.attentions,
+        )  # fmt: skip
+        return give(self.config, output, return_dict)
+
+
+class GPT2ForSequenceClassification(GPT2PreTrainedModel):
+    """GPT-2 with a classifier of the whole text, at its last token."""
+
+    head = "sequence_classification"
+
+    def __init__(
+        self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
+    ) -> None:
+        super().__init__(config)
+        with self.building(param_dtype):
+            self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
+            self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Logits (B, L) at the last token that the mask keeps; without a mask, the last one that is not `pad_token_id`.
+
+        labels: (B,) classes, or (B, L) floats for several labels, or (B,) floats for regression (L = 1).
+        """
+        outputs = self.transformer(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            None, None, use_cache, output_attentions, output_hidden_states, True,
+        )  # fmt: skip
+        hidden = outputs.last_hidden_state  # (B, T, E)
+        end = last_tokens(self._kept(hidden, input_ids, attention_mask))  # (B,)
+        pooled = hidden.take_along_dim(end[:, None, None], 1).squeeze(1)  # (B, E)
+        logits = call(self.score, self.transformer.compute_dtype, pooled)
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
+        output = SequenceClassifierOutputWithPast(
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        )
+        return give(self.config, output, return_dict)
+
+    def _kept(self, hidden: Tensor, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        if mask is not None and mask.dim() == 2:
+            return mask[:, -hidden.shape[1] :]
+        can_find_end = input_ids is not None and self.config.pad_token_id is not None
+        limits.check_pooling(len(hidden), can_find_end)
+        return input_ids != self.config.pad_token_id if can_find_end else hidden.new_ones(hidden.shape[:2])  # type: ignore[return-value]
+
+
+class GPT2ForTokenClassification(GPT2PreTrainedModel):
+    """GPT-2 with a classifier of each token."""
+
+    head = "token_classification"
+
+    def __init__(
+        self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
+    ) -> None:
+        super().__init__(config)
+        with self.building(param_dtype):
+            self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
+            self.dropout = nn.Dropout(0.1)
+            self.classifier = nn.Linear(config.n_embd, config.num_labels)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        """Logits (B, T, L); labels: (B, T), of which -100 and masked ones do not count."""
+        outputs = self.transformer(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            None, None, use_cache, output_attentions, output_hidden_states, True,
+        )  # fmt: skip
+        logits = call(self.classifier, self.transformer.compute_dtype, self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else cross_entropy(logits, labels, present(attention_mask, labels))
+        output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return give(self.config, output, return_dict)
+
+
+class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
+    """GPT-2 with a head that marks where an answer starts and ends."""
+
+    head = "question_answering"
+
+    def __init__(
+        self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
+    ) -> None:
+        super().__init__(config)
+        with self.building(param_dtype):
+            self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
+            self.qa_outputs = nn.Linear(config.n_embd, 2)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
+        """Logits (B, T) of the answer's first and last token; positions: (B,), of which those beyond T do not count."""
+        outputs = self.transformer(
+            input_ids, None, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            None, None, False, output_attentions, output_hidden_states, True,
+        )  # fmt: skip
+        logits = call(self.qa_outputs, self.transformer.compute_dtype, outputs.last_hidden_state)
+        start, end = logits.unbind(-1)  # (B, T) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(start, end, start_positions, end_positions)
+        output = QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states, outputs.attentions)
+        return give(self.config, output, return_dict)
+
+
+def present(mask: Tensor | None, labels: Tensor) -> Tensor | None:
+    """The part of a (B, past + T) mask that labels (B, T) stand under; a mask of rank 4 says nothing about labels."""
+    return mask[:, -labels.shape[1] :] if mask is not None and mask.dim() == 2 else None
+
+
+def last_tokens(mask: Tensor) -> Tensor:
+    """The index of the last unmasked token of each row: (..., T) -> (...)"""
+    return mask.shape[-1] - 1 - (mask.flip(-1) != 0).int().argmax(-1)
+
+
+def rows(x: Tensor | None) -> Tensor | None:
+    """Choices as rows of a batch: (B, C, ...) -> (B * C, ...)"""
+    return None if x is None else x.flatten(0, 1)

@@ -1,0 +1,516 @@
+"""GPT-2's body in PyTorch: attention, MLP, block, the bare model, and the cache of keys and values.
+
+Shapes: B batch, T length of this call, S keys (past included), H heads, D head width, E `n_embd`, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpt2_multi import limits
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.errors import InputError
+from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions
+from gpt2_multi.pt.loading import GPT2PreTrainedModel, as_dtype
+
+_tanh_gelu = partial(F.gelu, approximate="tanh")
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+Pair = tuple[Tensor, Tensor]
+
+
+class KVCache(Sequence[Pair]):
+    """Keys and values of the tokens so far: `cache[layer]` is a (key, value) pair, each (B, H, S, D).
+
+    A cache that a model returns never changes: passed back, it gives a new, longer one. A cache from `init_cache` has
+    room for `max_length` tokens, is written in place, and is used again after `reset()`.
+    """
+
+    def __init__(self, layers: Sequence[Pair] = (), length: int = 0, preallocated: bool = False) -> None:
+        self.layers = list(layers)
+        self.cross: list[Pair] = []  # the encoder's keys and values, computed once
+        self.length = length
+        self.preallocated = preallocated
+
+    def fork(self) -> KVCache:
+        """The cache that the next call may extend: this one, or a shallow copy where this one must not change."""
+        if self.preallocated:
+            return self
+        copy = KVCache(self.layers, self.length)
+        copy.cross = list(self.cross)
+        return copy
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> Pair:
+        """Append (B, H, T, D) keys and values to a layer and return all of its (B, H, S, D)."""
+        if not self.preallocated:
+            pair = (key, value) if layer == len(self.layers) else self._joined(layer, key, value)
+            self.layers[layer : layer + 1] = [pair]
+            return pair
+        start, end = self.length, self.length + key.shape[2]
+        for buffer, new in zip(self.layers[layer], (key, value), strict=True):
+            buffer[:, :, start:end] = new
+        return self.layers[layer][0][:, :, :end], self.layers[layer][1][:, :, :end]
+
+    def _joined(self, layer: int, key: Tensor, value: Tensor) -> Pair:
+        old_key, old_value = self.layers[layer]
+        return torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
+
+    @property
+    def capacity(self) -> int | None:
+        """How many tokens fit, or None for a cache that grows."""
+        return self.layers[0][0].shape[2] if self.preallocated else None
+
+    def get_seq_length(self) -> int:
+        """The number of tokens in the cache."""
+        return self.length
+
+    def reset(self) -> None:
+        """Forget the tokens and keep the room."""
+        self.length = 0
+        self.cross.clear()
+        if not self.preallocated:
+            self.layers.clear()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer: Any) -> Any:
+        key, value = self.layers[layer]
+        return key[:, :, : self.length], value[:, :, : self.length]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (self[layer] for layer in range(len(self)))
+
+
+@dataclass
+class Context:
+    """What every block of one call shares. A bias is added to the scores; None means plainly causal."""
+
+    bias: Tensor | None = None  # (B or 1, H or 1, T, S)
+    cache: KVCache | None = None
+    eager: bool = False
+    states: Tensor | None = None  # (B, encoder length, E)
+    states_bias: Tensor | None = None  # (B, 1, 1, encoder length)
+    hidden: list[Tensor] | None = None  # lists to fill with what the caller wants to see
+    probs: list[Tensor] | None = None
+    cross_probs: list[Tensor] | None = None
+
+
+class Attended(NamedTuple):
+    """What attention gives: its output (B, T, E), and its probabilities (B, H, T, S) where they were computed."""
+
+    output: Tensor
+    probs: Tensor | None
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, H * D) -> (B, H, T, D)"""
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+
+
+class _Attention(nn.Module):
+    """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) under every switch of the configuration."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.head_dim = config.n_embd // config.n_head
+        self.scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, eager: bool, head_mask: Tensor | None
+    ) -> Attended:
+        dropout = self.config.attn_pdrop if self.training else 0.0
+        if eager or head_mask is not None or self.config.reorder_and_upcast_attn:
+            return self._attend_eagerly(q, k, v, bias, causal, dropout, head_mask)
+        causal = causal and bias is None and q.shape[2] > 1
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=self.scale
+        )
+        return Attended(x.transpose(1, 2).flatten(2), None)
+
+    def _attend_eagerly(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        causal: bool,
+        dropout: float,
+        head_mask: Tensor | None,
+    ) -> Attended:
+        if self.config.reorder_and_upcast_attn:
+            q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+        scores = (q * self.scale) @ k.mT  # (B, H, T, S)
+        if bias is None and causal:
+            bias = causal_bias(q.shape[2], k.shape[2], None, scores.dtype, scores.device)
+        probs = F.softmax(scores if bias is None else scores + bias, dim=-1).to(v.dtype)
+        probs = F.dropout(probs, dropout)
+        probs = probs if head_mask is None else probs * head_mask
+        return Attended((probs @ v).transpose(1, 2).flatten(2), probs)
+
+
+class Attention(_Attention):
+    """Causal self-attention."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        inner = self.head_dim * len(self.present_heads())
+        self.c_attn = nn.Linear(config.n_embd, 3 * inner)
+        self.c_proj = nn.Linear(inner, config.n_embd)
+
+    def forward(self, x: Tensor, context: Context, head_mask: Tensor | None) -> Attended:
+        q, k, v = (split_heads(t, self.head_dim) for t in self.c_attn(x).chunk(3, dim=-1))
+        if context.cache is not None:
+            k, v = context.cache.extend(self.layer, k, v)
+        x, probs = self.attend(q, k, v, context.bias, True, context.eager, head_mask)
+        return Attended(self.resid_dropout(self.c_proj(x)), probs)
+
+    def present_heads(self) -> list[int]:
+        """The heads that were not pruned."""
+        pruned = self.config.pruned_heads.get(self.layer, ())
+        return [head for head in range(self.config.n_head) if head not in pruned]
+
+    @torch.no_grad()
+    def keep(self, heads: list[int]) -> None:
+        """Cut away all heads but these of the present ones."""
+        kept = torch.tensor(
+            [head * self.head_dim + d for head in heads for d in range(self.head_dim)], device=self.c_proj.weight.device
+        )
+        columns = torch.cat([kept + part * self.c_proj.in_features for part in range(3)])  # of queries, keys and values
+        self.c_attn.weight = nn.Parameter(self.c_attn.weight[columns])
+        self.c_attn.bias = nn.Parameter(self.c_attn.bias[columns])
+        self.c_proj.weight = nn.Parameter(self.c_proj.weight[:, kept])
+        self.c_attn.out_features, self.c_proj.in_features = len(columns), len(kept)
+
+
+class CrossAttention(_Attention):
+    """Attention of the decoder to an encoder's states."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.q_attn = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, context: Context) -> Attended:
+        q = split_heads(self.q_attn(x), self.head_dim)
+        k, v = self._encoded(context)
+        x, probs = self.attend(q, k, v, context.states_bias, False, context.eager, None)
+        return Attended(self.resid_dropout(self.c_proj(x)), probs)
+
+    def _encoded(self, context: Context) -> Pair:
+        cached = context.cache.cross if context.cache is not None else []
+        if self.layer < len(cached):
+            return cached[self.layer]
+        k, v = (split_heads(t, self.head_dim) for t in self.c_attn(context.states).chunk(2, dim=-1))
+        cached.append((k, v))
+        return k, v
+
+
+class MLP(nn.Module):
+    """Two projections with the activation between them, `n_inner` (4 E by default) wide."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, inner)
+        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.act = ACTIVATIONS[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (Radford et al. 2019, section 2.3)."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        norm = partial(nn.LayerNorm, config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = norm()
+        self.attn = Attention(config, layer)
+        if config.add_cross_attention:
+            self.ln_cross_attn = norm()
+            self.crossattention = CrossAttention(config, layer)
+        self.ln_2 = norm()
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, context: Context, head_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        a, probs = self.attn(self.ln_1(x), context, head_mask)
+        x, cross_probs = x + a, None
+        if context.states is not None:
+            a, cross_probs = self.crossattention(self.ln_cross_attn(x), context)
+            x = x + a
+        return x + self.mlp(self.ln_2(x)), probs, cross_probs
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """What hides a key: half the lowest finite value, so that adding a score to it stays finite in every dtype."""
+    return torch.finfo(dtype).min / 2
+
+
+def key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is 1 where a key counts, as a bias of the scores: (B, S) -> (B, 1, 1, S)"""
+    hidden = mask[:, None, None, :] == 0
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, lowest(dtype))
+
+
+def causal_bias(length: int, keys: int, mask: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The bias under which each query sees the keys up to its own that `mask` keeps: (B or 1, H or 1, T, S).
+
+    mask: (B, S), or (B or 1, H or 1, T or 1, S) of booleans, integers (1 keeps) or floats (added to the scores).
+    """
+    keep = torch.ones(length, keys, dtype=torch.bool, device=device).tril(keys - length)[None, None]  # (1, 1, T, S)
+    bias = torch.zeros((), dtype=dtype, device=device)
+    if mask is not None and mask.dim() == 4 and mask.is_floating_point():
+        bias = mask.to(dtype).clamp(min=lowest(dtype))
+    elif mask is not None:
+        keep = keep & (mask if mask.dim() == 4 else mask[:, None, None, :]).bool()
+    return torch.where(keep, bias, lowest(dtype))
+
+
+def call(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
+    """Call a module, with its parameters cast to `dtype` where one is given."""
+    if dtype is None:
+        return module(*inputs)
+    cast = {name: parameter.to(dtype) for name, parameter in module.named_parameters()}
+    return torch.func.functional_call(module, cast, inputs)
+
+
+class GPT2Model(GPT2PreTrainedModel):
+    """The bare GPT-2, without a head.
+
+    `dtype` is what it computes in, `param_dtype` what it stores; both may be names. Without `dtype` it computes in
+    whatever the parameters are stored in. `attn_implementation` is "sdpa" or "eager"; their results are equal.
+    """
+
+    head = "base"
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        *,
+        dtype: torch.dtype | str | None = None,
+        param_dtype: torch.dtype | str | None = None,
+        attn_implementation: str = "sdpa",
+    ) -> None:
+        super().__init__(config)
+        self.compute_dtype = as_dtype("dtype", dtype)
+        self.gradient_checkpointing = False
+        self.set_attn_implementation(attn_implementation)
+        with self.building(param_dtype):
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+            self.drop = nn.Dropout(config.embd_pdrop)
+            self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.compute_dtype or self.ln_f.weight.dtype
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
+        if max_length > self.config.n_positions:
+            raise InputError(
+                f"max_length: {max_length} tokens are beyond n_positions {self.config.n_positions}; use fewer"
+            )
+        buffers = [
+            self.wte.weight.new_zeros(
+                batch_size, block.attn.c_proj.in_features // head_dim, max_length, head_dim, dtype=self.dtype
+            )
+            for block in self.h
+            for head_dim in (block.attn.head_dim,) * 2
+        ]
+        return KVCache(list(zip(buffers[::2], buffers[1::2], strict=True)), preallocated=True)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
+        """The hidden states of (B, T) ids, or of (B, T, E) `inputs_embeds`.
+
+        attention_mask: (B, past + T), 1 where a token counts; or of rank 4, (B or 1, H or 1, T or 1, past + T),
+        booleans or integers (1 keeps) or floats (added to the scores). position_ids: (B, T); without them a token's
+        position is the count of unmasked tokens before it. head_mask: (H,), (n_layer, H) or (n_layer, B, H, T, S).
+        encoder_hidden_states: (B, encoder length, E), encoder_attention_mask: (B, encoder length).
+
+        Raises InputError for an id outside the vocabulary, a position beyond `n_positions` and shapes that do not fit.
+        """
+        limits.check_given(input_ids, inputs_embeds)
+        source: Tensor = inputs_embeds if input_ids is None else input_ids  # type: ignore[assignment]
+        cache = self._cache(past_key_values, use_cache)
+        past = cache.length if cache is not None else 0
+        if not torch.compiler.is_compiling():
+            self._check_shapes(source, attention_mask, cache, encoder_hidden_states, encoder_attention_mask)
+        position_ids = positions(source, attention_mask, past) if position_ids is None else position_ids
+        if not torch.compiler.is_compiling():
+            self._check_values(input_ids, token_type_ids, position_ids)
+        x = self.embed(source, position_ids, token_type_ids)
+        bias = None
+        if attention_mask is not None or (past and x.shape[1] > 1):
+            bias = causal_bias(x.shape[1], past + x.shape[1], attention_mask, x.dtype, x.device)
+        context = Context(bias, cache, states=encoder_hidden_states)
+        if encoder_hidden_states is not None and encoder_attention_mask is not None:
+            context.states_bias = key_bias(encoder_attention_mask, x.dtype)
+        self._want(context, output_attentions, output_hidden_states)
+        return give(self.config, self.run(x, context, head_mask), return_dict)
+
+    def embed(self, source: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """The input of the first block, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""
+        x = (source if source.is_floating_point() else self.wte(source)).to(self.dtype)
+        x = x + self.wpe(position_ids).to(self.dtype)
+        return self.drop(x if token_type_ids is None else x + self.wte(token_type_ids).to(self.dtype))  # type: ignore[no-any-return]
+
+    def run(
+        self, x: Tensor, context: Context, head_mask: Tensor | None = None
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """The blocks and the last norm on embedded input (B, T, E), unchecked: what each step of generation calls."""
+        length = x.shape[1]
+        for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
+            note(context.hidden, x)
+            x, probs, cross_probs = self._apply(block, x, context, heads)
+            note(context.probs, probs)
+            note(context.cross_probs, cross_probs)
+        x = call(self.ln_f, self.compute_dtype, x)
+        note(context.hidden, x)
+        if context.cache is not None:
+            context.cache.length += length
+        seen = (tuple(kept) if kept else None for kept in (context.hidden, context.probs, context.cross_probs))
+        return BaseModelOutputWithPastAndCrossAttentions(x, context.cache, *seen)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether this call's activations are recomputed in the backward pass instead of kept."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def _apply(self, block: nn.Module, *inputs: Any) -> Any:
+        if self.checkpointing:
+            return checkpoint(call, block, self.compute_dtype, *inputs, use_reentrant=False)
+        return call(block, self.compute_dtype, *inputs)
+
+    def _cache(self, past: KVCache | Sequence[Pair] | None, use_cache: bool | None) -> KVCache | None:
+        if self.checkpointing:
+            if use_cache:
+                warnings.warn(
+                    "use_cache is off: blocks recomputed by gradient checkpointing cannot cache", stacklevel=4
+                )
+            return None
+        if isinstance(past, KVCache):
+            return past.fork()
+        if past is not None:
+            return KVCache([(layer[0], layer[1]) for layer in past], past[0][0].shape[2])
+        return KVCache() if (self.config.use_cache if use_cache is None else use_cache) else None
+
+    def _want(self, context: Context, attentions: bool | None, hidden_states: bool | None) -> None:
+        attentions = self.config.output_attentions if attentions is None else attentions
+        hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
+        context.eager = self.attn_implementation == "eager" or attentions  # fused kernels keep no probabilities
+        context.hidden = [] if hidden_states else None
+        context.probs = [] if attentions else None
+        context.cross_probs = [] if attentions and context.states is not None else None
+
+    def _head_masks(self, head_mask: Tensor | None) -> Sequence[Tensor | None]:
+        if head_mask is None:
+            return [None] * len(self.h)
+        if head_mask.dim() not in (1, 2, 5):
+            limits.check_shape("head_mask", head_mask.shape, (len(self.h), self.config.n_head))
+        if head_mask.dim() == 5:
+            return list(head_mask)  # n_layer of (B, H, T, S)
+        rows = head_mask.to(self.dtype).expand(len(self.h), -1)  # (n_layer, H)
+        return [row[block.attn.present_heads()][None, :, None, None] for row, block in zip(rows, self.h, strict=True)]
+
+    def _check_shapes(
+        self,
+        source: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        states: Tensor | None,
+        states_mask: Tensor | None,
+    ) -> None:
+        embeds = source.is_floating_point()
+        shape = (None, None, self.config.n_embd) if embeds else (None, None)
+        limits.check_shape("inputs_embeds" if embeds else "input_ids", source.shape, shape)
+        batch, length = source.shape[:2]
+        past = cache.length if cache is not None else 0
+        if cache is not None and cache.capacity is not None:
+            limits.check_room(length, past, cache.capacity)
+        if mask is not None:
+            limits.check_mask(mask.shape, batch, self.config.n_head, length, past + length)
+        if states is not None:
+            limits.check_encoder(self.config.add_cross_attention)
+            limits.check_shape("encoder_hidden_states", states.shape, (batch, None, self.config.n_embd))
+        if states is not None and states_mask is not None:
+            limits.check_shape("encoder_attention_mask", states_mask.shape, (batch, states.shape[1]))
+
+    def _check_values(self, input_ids: Tensor | None, types: Tensor | None, position_ids: Tensor) -> None:
+        for name, ids in (("input_ids", input_ids), ("token_type_ids", types)):
+            if ids is not None and ids.numel():
+                limits.check_ids(name, *extremes(ids), self.config.vocab_size)
+        if position_ids.numel():
+            limits.check_positions(*extremes(position_ids), self.config.n_positions)
+
+
+def extremes(ids: Tensor) -> tuple[int, int]:
+    """The least and the greatest of some ids."""
+    low, high = ids.aminmax()
+    return int(low), int(high)
+
+
+def note(kept: list[Tensor] | None, value: Tensor) -> None:
+    """Keep a value where the caller wants to see it."""
+    if kept is not None:
+        kept.append(value)
+
+
+def positions(source: Tensor, mask: Tensor | None, past: int) -> Tensor:
+    """Each token's position: the count of unmasked tokens before it, (B, T); without a mask of rank 2 its index, (1, T)."""
+    length = source.shape[1]
+    if mask is None or mask.dim() != 2:
+        return torch.arange(past, past + length, device=source.device)[None]
+    return ((mask != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
+
+
+def give(config: GPT2Config, output: Any, return_dict: bool | None) -> Any:
+    """The output as it was asked for: a dataclass, or a tuple of the fields that are there."""
+    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
