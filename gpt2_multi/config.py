@@ -1,4 +1,4 @@
-"""`GPT2Config`: every setting of a GPT-2, checked when it is made and when it is changed; its fields are config.json's keys.
+"""`GPT2Config`: every setting of a GPT-2, checked when made and when changed; its fields are config.json's keys.
 
 What a file holds beyond the fields is kept in `extra` and written back: reading and writing a config.json loses no key.
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from .config_checks import CHECKS, check_together, count
-from .errors import CheckpointError, ConfigError
+from gpt2_multi.config_checks import CHECKS, check_together, count
+from gpt2_multi.errors import CheckpointError, ConfigError
 
 ALIASES = {
     "hidden_size": "n_embd",
@@ -73,6 +73,16 @@ def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         if len(labels) != number:
             raise ConfigError(f"num_labels is {number} but id2label has {len(labels)} labels: give one of the two")
     return values
+
+
+def _settled(known: dict[str, Any]) -> dict[str, Any]:
+    """A file's keys, its contradictions decided as transformers does: files of 2019 and 2020 are full of them.
+
+    Changing `n_positions` left `n_ctx` behind, and the double-heads model set `num_labels` to 1 beside two labels.
+    """
+    known = {key: value for key, value in known.items() if value is not None or key not in ("id2label", "label2id")}
+    outdated = {"n_ctx": "n_positions", "num_labels": "id2label"}
+    return {key: value for key, value in known.items() if outdated.get(key) not in known}
 
 
 _Class = TypeVar("_Class", bound=type)
@@ -190,7 +200,7 @@ class GPT2Config:
         """The configuration of a published GPT-2 (`gpt2`, `gpt2-medium`, `gpt2-xl`, ...), without a network."""
         for short, known in ARCHIVE.items():
             if name in (short, known.hub_id):
-                size = {"n_layer": known.n_layer, "n_head": known.n_head, "n_embd": known.n_embd}
+                size: dict[str, Any] = {"n_layer": known.n_layer, "n_head": known.n_head, "n_embd": known.n_embd}
                 return cls(**size, architectures=["GPT2LMHeadModel"])
         raise ConfigError(f"{name!r} is not a published GPT-2 that is known here; those are {', '.join(ARCHIVE)}")
 
@@ -205,7 +215,7 @@ class GPT2Config:
         if keys and not known and "model_type" not in keys:
             raise ConfigError(f"none of these keys is one of a GPT-2 configuration: {', '.join(sorted(keys)[:5])}")
         extra = {key: value for key, value in keys.items() if key not in known and key != "model_type"}
-        config = cls(**known, extra=extra, from_file=frozenset(keys))
+        config = cls(**_settled(known), extra=extra, from_file=frozenset(keys))
         return config.replace(**overrides) if overrides else config
 
     @classmethod
@@ -239,7 +249,7 @@ class GPT2Config:
         **overrides: Any,
     ) -> GPT2Config:
         """Read the config.json of a model folder, or of a model on the hub; then change the settings in `overrides`."""
-        from .hub import resolve  # which takes the archive's names from here
+        from gpt2_multi.hub import resolve  # which takes the archive's names from here
 
         folder = resolve(
             name_or_path,

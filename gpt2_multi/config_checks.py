@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .errors import ConfigError
+from gpt2_multi.errors import ConfigError
 
 Check = Callable[[str, Any], Any]
 

@@ -45,20 +45,27 @@ def resolve(
     A folder that exists comes first, whatever its name. `allow_patterns` are the files to fetch, by default those of a
     model and its tokenizer. Raises CheckpointError for whatever cannot be found or fetched.
     """
-    path, name = Path(name_or_path), os.fspath(name_or_path)
-    if name and path.is_dir():
-        return path
-    if path.exists() and name:
+    name = os.fspath(name_or_path)
+    if (kind := _kind(name)) == "folder":
+        return Path(name)
+    if kind == "file":
         raise CheckpointError(f"{name}: expected a model folder, found a file; give the folder that it lies in")
-    if name == "demo" and DEMO.is_dir():
+    if name == "demo":
         return DEMO
     if not isinstance(name_or_path, str) or _looks_like_path(name):
         raise CheckpointError(
-            f"{name!r}: there is no such folder; check the path, or give a name on the hub such as openai-community/gpt2"
+            f"{name!r}: there is no such folder; check the path, or give a name on the hub such as gpt2"
         )
     repo = ARCHIVE[name].hub_id if name in ARCHIVE else name
     options = {"revision": revision, "token": token, "cache_dir": cache_dir}
     return _fetch(repo, options, local_files_only, list(allow_patterns or FILES))
+
+
+def _kind(name: str) -> str:
+    try:
+        return "folder" if name and Path(name).is_dir() else "file" if name and Path(name).exists() else "nothing"
+    except (OSError, ValueError):  # longer than a path may be, or with a zero byte in it
+        return "nothing"
 
 
 def _looks_like_path(name: str) -> bool:
@@ -70,10 +77,9 @@ def _fetch(repo: str, options: dict[str, Any], local: bool, patterns: list[str])
     from huggingface_hub import snapshot_download
 
     refusal = None if local else _ask(repo, options["revision"], options["token"])
+    options |= {"allow_patterns": patterns, "local_files_only": local or refusal is not None}
     try:
-        found = snapshot_download(
-            repo, **options, allow_patterns=patterns, local_files_only=local or refusal is not None
-        )
+        found = snapshot_download(repo, **options)
     except Exception as error:  # whatever lies between here and the hub has its own kinds
         raise CheckpointError(_sentence(repo, options["revision"], refusal or error, local)) from error
     if not Path(found).is_dir():
