@@ -43,8 +43,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 def read_safetensors(path: PathLike) -> dict[str, Array]:
     """Every tensor of one file, as arrays mapped from it: nothing is read until it is used.
 
-    The pages are private: writing to an array does not change the file. Raises CheckpointError for a file that is missing, truncated or not
-    safetensors.
+    The pages are private: writing to an array does not change the file. Raises CheckpointError for a file that is
+    missing, truncated or not safetensors.
     """
     path = Path(path)
     try:

@@ -210,7 +210,7 @@ def keep_top_k(logits: Array, k: int) -> Array:
 
 
 def keep_top_p(logits: Array, p: float) -> Array:
-    """Keep the fewest most likely tokens that reach probability p (Holtzman et al. 2020), one at least; ties: low ids."""
+    """Keep the fewest most likely tokens that reach probability p (Holtzman et al. 2020), at least one; low ids."""
     order = np.argsort(-logits, axis=-1, kind="stable")
     probs = np.exp(np.take_along_axis(logits, order, -1) - logits.max(-1, keepdims=True))
     probs = probs / probs.sum(-1, keepdims=True)
