@@ -1,4 +1,4 @@
-"""A model folder: config.json and model.safetensors, single or sharded, memory-mapped when read, replaced whole when written.
+"""A model folder: config.json and model.safetensors (or shards), mapped when read, replaced whole when written.
 
 Format: https://github.com/huggingface/safetensors, section "Format": 8 bytes of length, a JSON header, the tensors.
 """
@@ -43,8 +43,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 def read_safetensors(path: PathLike) -> dict[str, Array]:
     """Every tensor of one file, as arrays mapped from it: nothing is read until it is used.
 
-    The pages are private: writing to an array changes neither the file nor what others see of it. Raises CheckpointError
-    for a file that is missing, truncated or not safetensors.
+    The pages are private: writing to an array does not change the file. Raises CheckpointError for a file that is
+    missing, truncated or not safetensors.
     """
     path = Path(path)
     try:

@@ -44,8 +44,8 @@ def check_ids(name: str, low: int, high: int, vocab_size: int) -> None:
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise InputError(
-            f"{name}: the id {bad} is outside the vocabulary (0 to {vocab_size - 1}); use the tokenizer that belongs to "
-            "this model, or resize_token_embeddings"
+            f"{name}: the id {bad} is outside the vocabulary (0 to {vocab_size - 1}); use this model's "
+            "tokenizer, or resize_token_embeddings"
         )
 
 
@@ -93,3 +93,9 @@ def check_choices(found: Shape, rank: int) -> None:
             f"expected {rank} dimensions (batch, choices, length{', n_embd' if rank == 4 else ''}), found shape "
             f"{tuple(found)}; for one choice add a dimension of length 1"
         )
+
+
+def check_prompts(least: int) -> None:
+    """Generation continues a text, so every prompt needs a token; `least` is the shortest row's count."""
+    if least < 1:
+        raise InputError("input_ids: a prompt has no token; give at least one, such as the bos_token_id")

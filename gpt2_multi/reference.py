@@ -21,11 +21,11 @@ Weights = Mapping[str, Array]
 
 
 def _erf(x: Array) -> Array:
-    return np.vectorize(math.erf, otypes=[x.dtype])(x)
+    return np.asarray(np.vectorize(math.erf, otypes=[x.dtype])(x))
 
 
 def _tanh_gelu(x: Array) -> Array:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
 def _sigmoid(x: Array) -> Array:
@@ -64,7 +64,7 @@ def softmax(x: Array) -> Array:
 
 def positions(mask: Array) -> Array:
     """The position of each token: the count of unmasked tokens before it. mask: (B, T) -> (B, T)."""
-    return np.maximum(np.cumsum(mask != 0, axis=-1) - 1, 0)
+    return np.asarray(np.maximum(np.cumsum(mask != 0, axis=-1) - 1, 0))
 
 
 def _layer_norm(config: GPT2Config, w: Weights, name: str, x: Array) -> Array:
@@ -78,8 +78,8 @@ def _dense(w: Weights, name: str, x: Array) -> Array:
 
 
 def _split(config: GPT2Config, x: Array) -> Array:
-    batch, length, width = x.shape
-    return x.reshape(batch, length, -1, config.n_embd // config.n_head).swapaxes(1, 2)  # (B, H, T, D)
+    batch, length, _ = x.shape
+    return np.asarray(x.reshape(batch, length, -1, config.n_embd // config.n_head).swapaxes(1, 2))  # (B, H, T, D)
 
 
 def _attend(config: GPT2Config, layer: int, q: Array, k: Array, v: Array, keep: Array, head_mask: Any) -> Any:
@@ -145,7 +145,7 @@ def _cross(config: GPT2Config, w: Weights, i: int, x: Array, states: Array, mask
 
 
 def lm_logits(config: GPT2Config, w: Weights, hidden: Array) -> Array:
-    """Logits over the vocabulary, tied to the embedding unless the configuration says otherwise: (..., E) -> (..., V)."""
+    """Logits over the vocabulary, by the embedding unless the head is untied: (..., E) -> (..., V)."""
     return np.asarray(hidden @ w["wte.weight" if config.tie_word_embeddings else "lm_head.weight"].T)
 
 

@@ -1,9 +1,9 @@
 """The specification of generation: its options, its noise, and its rules on logits, in NumPy.
 
 Each backend carries these rules out on its own tensors and is held to the functions here. A sample is the argmax of
-logits + Gumbel noise (Maddison et al. 2014), and the noise comes from a counter: threefry2x32 with 20 rounds (Salmon et al.
-2011) under the key `seed + row` at (step, token). It needs no state, is the same in every framework, and a row's text
-depends neither on the other rows nor on how they are batched.
+logits + Gumbel noise (Maddison et al. 2014), and the noise comes from a counter: threefry2x32 with 20 rounds (Salmon
+et al. 2011) under the key `seed + row` at (step, token). It needs no state, is the same in every framework, and a row's
+text depends neither on the other rows nor on how they are batched.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class GenerationConfig:
         """The end tokens: none, one or several."""
         if self.eos_token_id is None:
             return ()
-        return tuple(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else (self.eos_token_id,)  # type: ignore[arg-type,return-value]
+        return tuple(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else (self.eos_token_id,)  # type: ignore[return-value]
 
     @property
     def fill_token_id(self) -> int:
@@ -106,7 +106,7 @@ class GenerationConfig:
 
     def with_options(self, options: dict[str, Any]) -> Self:
         """A copy with these options changed; TypeError, with the nearest name, for one that does not exist."""
-        known = [f.name for f in fields(self)]
+        known = [f.name for f in fields(self) if f.name != "extra"]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
@@ -117,9 +117,7 @@ class GenerationConfig:
         """How long the longest row may become from a prompt of this length, in tokens."""
         if self.max_new_tokens is None and self.max_length is not None:
             if self.max_length <= prompt:
-                raise InputError(
-                    f"max_length: {self.max_length} leaves no room after a prompt of {prompt} tokens; raise it"
-                )
+                raise InputError(f"max_length: {self.max_length} leaves no room after {prompt} prompt tokens; raise it")
             return self.max_length
         return prompt + (20 if self.max_new_tokens is None else self.max_new_tokens)
 
@@ -128,14 +126,19 @@ class GenerationConfig:
         return max(self.min_length, prompt + (self.min_new_tokens or 0))
 
     @classmethod
+    def of(cls, config: GPT2Config) -> Self:
+        """The defaults, with the special tokens of a model."""
+        return cls(**{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+
+    @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], config: GPT2Config) -> Self:
-        """Read generation_config.json; what it leaves open, and a folder without one, take the model's special tokens."""
+        """Read generation_config.json; what it leaves open is taken from the model's configuration."""
         path = Path(folder) / "generation_config.json"
         keys = read_json(path) if path.exists() else {}
         known = {f.name for f in fields(cls)} - {"extra"}
-        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         given = {name: value for name, value in keys.items() if name in known and value is not None}
-        return cls(**{**tokens, **given}, extra={name: value for name, value in keys.items() if name not in known})
+        extra = {name: value for name, value in keys.items() if name not in known}
+        return replace(cls.of(config), **given, extra=extra)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write generation_config.json: what differs from the defaults, and the keys that a file brought."""
@@ -207,7 +210,7 @@ def keep_top_k(logits: Array, k: int) -> Array:
 
 
 def keep_top_p(logits: Array, p: float) -> Array:
-    """Keep the fewest most likely tokens whose probability reaches p (Holtzman et al. 2020), at least one; lower ids first."""
+    """Keep the fewest most likely tokens that reach probability p (Holtzman et al. 2020), at least one; low ids."""
     order = np.argsort(-logits, axis=-1, kind="stable")
     probs = np.exp(np.take_along_axis(logits, order, -1) - logits.max(-1, keepdims=True))
     probs = probs / probs.sum(-1, keepdims=True)

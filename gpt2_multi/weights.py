@@ -154,7 +154,7 @@ def sharding(weight: Weight, rules: Mapping[str, str]) -> tuple[str | None, ...]
         for axis in dim[1:]:
             if axis in rules:
                 raise InputError(
-                    f"{weight.name}: the axis '{axis}' lies inside ({' '.join(dim)}), which is stored as one dimension, so "
+                    f"{weight.name}: the axis '{axis}' lies inside ({' '.join(dim)}), stored as one dimension, so "
                     f"it cannot be sharded over '{rules[axis]}'; shard '{dim[0]}' or unflatten the tensor first"
                 )
     return tuple(rules.get(dim[0]) for dim in weight.axes)
@@ -195,7 +195,7 @@ MASK_BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias
 def match(found: Mapping[str, Shape], config: GPT2Config, head: str, form: Format, source: str) -> dict[str, Weight]:
     """Which row of the table each tensor of a checkpoint is: name in `form` -> Weight.
 
-    Strict: raises CheckpointError for a missing, an unexpected or a wrongly shaped tensor, naming `source`. Mask buffers
+    Strict: raises CheckpointError for a missing, an unexpected or a wrongly shaped tensor, naming `source`. Old masks
     and a head that this model does not have are dropped; so is a tied `lm_head.weight`, which the caller has to compare
     with `wte`. The root prefix may be missing from all names, or be there although the model is the bare one. A task
     head that is missing as a whole is left out of the answer: fine-tuning starts so, and the caller initialises it.
@@ -211,8 +211,8 @@ def match(found: Mapping[str, Shape], config: GPT2Config, head: str, form: Forma
     for name, weight in wanted.items():
         if tuple(found[name]) != form.shape(weight):
             raise CheckpointError(
-                f"{source}: {_both(name, weight)} has shape {tuple(found[name])}, expected {form.shape(weight)} from the "
-                "configuration; the weights and config.json belong to different models"
+                f"{source}: {_both(name, weight)} has shape {tuple(found[name])}, expected {form.shape(weight)} by "
+                "config.json; the weights and config.json belong to different models"
             )
     return wanted
 

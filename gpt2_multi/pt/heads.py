@@ -34,6 +34,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
     """GPT-2 with the language-model head, tied to the token embedding unless the configuration says otherwise."""
 
     head = "lm"
+    generation_config: GenerationConfig
 
     def __init__(
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
@@ -50,7 +51,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary: (..., E) -> (..., V)"""
-        return call(self.lm_head, self.transformer.compute_dtype, hidden)  # type: ignore[no-any-return]
+        return call(self.lm_head, self.transformer.compute_dtype, hidden)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""

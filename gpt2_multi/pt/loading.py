@@ -1,4 +1,4 @@
-"""Between PyTorch's parameters and the table's names: initialisation, from_pretrained, save_pretrained, resizing, pruning."""
+"""Between PyTorch's parameters and the table: initialisation, from_pretrained, save_pretrained, resizing, pruning."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ class GPT2PreTrainedModel(nn.Module):
     """What every GPT-2 class shares: a configuration, and the way to and from files."""
 
     head: ClassVar[str]
+    generation_config: GenerationConfig | None = None  # of the classes that generate
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class GPT2PreTrainedModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
-        return self.body.dtype  # type: ignore[no-any-return]
+        return self.body.dtype
 
     @property
     def device(self) -> torch.device:
@@ -128,10 +129,11 @@ class GPT2PreTrainedModel(nn.Module):
         config = GPT2Config.from_json_file(folder / "config.json", **overrides)
         stored = torch_dtype if param_dtype is None else param_dtype
         stored = as_dtype("param_dtype", config.dtype if stored == "auto" else stored) or torch.get_default_dtype()
+        options: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation)
         with torch.device("meta"):
-            model = cls(config, dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation)
+            model = cls(config, **options)
         model._assign(read_weights(folder, config, cls.head), stored, str(folder))
-        if hasattr(model, "generation_config"):
+        if model.generation_config is not None:
             model.generation_config = GenerationConfig.from_pretrained(folder, config)
         return model.eval()
 
@@ -160,7 +162,7 @@ class GPT2PreTrainedModel(nn.Module):
         )
         with replaced(folder) as stage:
             config.save_pretrained(stage)
-            if hasattr(self, "generation_config"):
+            if self.generation_config is not None:
                 self.generation_config.save_pretrained(stage)
             write_weights(stage, map(self._source, table(config, self.head)), self.head, max_shard_size=max_shard_size)
 
@@ -175,7 +177,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""
-        return self.body.wte  # type: ignore[no-any-return]
+        return self.body.wte
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         """Use another token embedding; a tied head follows, and so does `vocab_size`."""
@@ -220,7 +222,7 @@ class GPT2PreTrainedModel(nn.Module):
         self.body.attn_implementation = attn_implementation
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
-        """Cut attention heads away: {layer: heads}, counted as in the whole model; `config.pruned_heads` remembers them."""
+        """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
         pruned = {layer: set(heads) for layer, heads in self.config.pruned_heads.items()}
         for layer, heads in heads_to_prune.items():
             pruned[layer] = pruned.get(layer, set()) | set(heads)

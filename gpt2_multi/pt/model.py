@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_multi import limits
 from gpt2_multi.config import GPT2Config
-from gpt2_multi.errors import InputError
 from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions
 from gpt2_multi.pt.loading import GPT2PreTrainedModel, as_dtype
 
@@ -50,6 +49,13 @@ class KVCache(Sequence[Pair]):
         self.cross: list[Pair] = []  # the encoder's keys and values, computed once
         self.length = length
         self.preallocated = preallocated
+
+    @classmethod
+    def empty(cls, model: GPT2Model, batch_size: int, capacity: int) -> KVCache:
+        """A preallocated cache for this model, on its device and in the dtype that it computes in."""
+        new = partial(model.ln_f.weight.new_zeros, dtype=model.dtype)
+        shapes = [(batch_size, attn.heads, capacity, attn.head_dim) for attn in model.attentions()]
+        return cls([(new(shape), new(shape)) for shape in shapes], preallocated=True)
 
     def fork(self) -> KVCache:
         """The cache that the next call may extend: this one, or a shallow copy where this one must not change."""
@@ -189,6 +195,11 @@ class Attention(_Attention):
         x, probs = self.attend(q, k, v, context.bias, True, context.eager, head_mask)
         return Attended(self.resid_dropout(self.c_proj(x)), probs)
 
+    @property
+    def heads(self) -> int:
+        """How many heads there are."""
+        return int(self.c_proj.in_features) // self.head_dim
+
     def present_heads(self) -> list[int]:
         """The heads that were not pruned."""
         pruned = self.config.pruned_heads.get(self.layer, ())
@@ -243,7 +254,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))  # type: ignore[no-any-return]
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
 class Block(nn.Module):
@@ -337,20 +348,14 @@ class GPT2Model(GPT2PreTrainedModel):
         """What the model computes in."""
         return self.compute_dtype or self.ln_f.weight.dtype
 
+    def attentions(self) -> list[Attention]:
+        """The self-attention of every block."""
+        return [cast(Block, block).attn for block in self.h]
+
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
-        if max_length > self.config.n_positions:
-            raise InputError(
-                f"max_length: {max_length} tokens are beyond n_positions {self.config.n_positions}; use fewer"
-            )
-        buffers = [
-            self.wte.weight.new_zeros(
-                batch_size, block.attn.c_proj.in_features // head_dim, max_length, head_dim, dtype=self.dtype
-            )
-            for block in self.h
-            for head_dim in (block.attn.head_dim,) * 2
-        ]
-        return KVCache(list(zip(buffers[::2], buffers[1::2], strict=True)), preallocated=True)
+        limits.check_positions(0, max_length - 1, self.config.n_positions)
+        return KVCache.empty(self, batch_size, max_length)
 
     def forward(
         self,
@@ -397,10 +402,10 @@ class GPT2Model(GPT2PreTrainedModel):
         return give(self.config, self.run(x, context, head_mask), return_dict)
 
     def embed(self, source: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """The input of the first block, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""
+        """The first block's input, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""
         x = (source if source.is_floating_point() else self.wte(source)).to(self.dtype)
         x = x + self.wpe(position_ids).to(self.dtype)
-        return self.drop(x if token_type_ids is None else x + self.wte(token_type_ids).to(self.dtype))  # type: ignore[no-any-return]
+        return self.drop(x if token_type_ids is None else x + self.wte(token_type_ids).to(self.dtype))
 
     def run(
         self, x: Tensor, context: Context, head_mask: Tensor | None = None
@@ -409,7 +414,7 @@ class GPT2Model(GPT2PreTrainedModel):
         length = x.shape[1]
         for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
             note(context.hidden, x)
-            x, probs, cross_probs = self._apply(block, x, context, heads)
+            x, probs, cross_probs = self._block(block, x, context, heads)
             note(context.probs, probs)
             note(context.cross_probs, cross_probs)
         x = call(self.ln_f, self.compute_dtype, x)
@@ -424,7 +429,7 @@ class GPT2Model(GPT2PreTrainedModel):
         """Whether this call's activations are recomputed in the backward pass instead of kept."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
-    def _apply(self, block: nn.Module, *inputs: Any) -> Any:
+    def _block(self, block: nn.Module, *inputs: Any) -> Any:
         if self.checkpointing:
             return checkpoint(call, block, self.compute_dtype, *inputs, use_reentrant=False)
         return call(block, self.compute_dtype, *inputs)
@@ -458,7 +463,10 @@ class GPT2Model(GPT2PreTrainedModel):
         if head_mask.dim() == 5:
             return list(head_mask)  # n_layer of (B, H, T, S)
         rows = head_mask.to(self.dtype).expand(len(self.h), -1)  # (n_layer, H)
-        return [row[block.attn.present_heads()][None, :, None, None] for row, block in zip(rows, self.h, strict=True)]
+        present = (attn.present_heads() for attn in self.attentions())
+        return [
+            row[heads][None, :, None, None] for row, heads in zip(rows, present, strict=True)
+        ]  # n_layer of (1, H, 1, 1)
 
     def _check_shapes(
         self,
@@ -504,7 +512,7 @@ def note(kept: list[Tensor] | None, value: Tensor) -> None:
 
 
 def positions(source: Tensor, mask: Tensor | None, past: int) -> Tensor:
-    """Each token's position: the count of unmasked tokens before it, (B, T); without a mask of rank 2 its index, (1, T)."""
+    """Each token's position: the count of unmasked tokens before it, (B, T); its index where no mask counts, (1, T)."""
     length = source.shape[1]
     if mask is None or mask.dim() != 2:
         return torch.arange(past, past + length, device=source.device)[None]
