@@ -129,11 +129,17 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StubHub]:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    at(monkeypatch, url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "TIMEOUT", 0.5)
     monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def refusal(name: str | os.PathLike[str], **options: Any) -> str:
@@ -215,7 +221,7 @@ def test_the_cache_answers_where_the_hub_is_down(stub: StubHub, monkeypatch: pyt
     first = hub.resolve("stub/model")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")  # nobody listens there
+    at(monkeypatch, f"http://127.0.0.1:{port}")  # nobody listens there
     asked = len(stub.seen)
     assert hub.resolve("stub/model") == first
     assert len(stub.seen) == asked
@@ -223,7 +229,7 @@ def test_the_cache_answers_where_the_hub_is_down(stub: StubHub, monkeypatch: pyt
 
 def test_a_hub_that_never_answers_is_given_up(stub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and says nothing
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert "could not be fetched (timed out); check the network" in refusal("stub/model")
 
 
