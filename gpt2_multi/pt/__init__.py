@@ -5,6 +5,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('gpt2_multi.pt needs PyTorch: pip install "gpt2-multi[pt]"') from error
 
+from gpt2_multi.pt.attention import KVCache
 from gpt2_multi.pt.heads import (
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
@@ -12,7 +13,7 @@ from gpt2_multi.pt.heads import (
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
 )
-from gpt2_multi.pt.model import GPT2Model, KVCache
+from gpt2_multi.pt.model import GPT2Model
 
 __all__ = [
     "GPT2DoubleHeadsModel",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gpt2_multi import limits
-from gpt2_multi.pt.model import Context, KVCache, causal_bias, extremes, key_bias
+from gpt2_multi.pt.attention import Context, KVCache, causal_bias, key_bias
+from gpt2_multi.pt.model import extremes
 from gpt2_multi.sampling import PARITY, ROTATIONS, GenerationConfig
 
 if TYPE_CHECKING:

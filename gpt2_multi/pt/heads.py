@@ -22,8 +22,9 @@ from gpt2_multi.outputs import (
     TokenClassifierOutput,
 )
 from gpt2_multi.pt import generation
+from gpt2_multi.pt.attention import KVCache, Pair
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
-from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, KVCache, Pair, call, give
+from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, call, give
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
 from gpt2_multi.sampling import GenerationConfig
 

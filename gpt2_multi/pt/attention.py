@@ -1,0 +1,260 @@
+"""Attention in PyTorch: the cache of keys and values, the biases that hide keys, self- and cross-attention.
+
+Shapes: B batch, T length of this call, S keys (past included), H heads, D head width, E `n_embd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2_multi.config import GPT2Config
+
+if TYPE_CHECKING:
+    from gpt2_multi.pt.model import GPT2Model
+
+Pair = tuple[Tensor, Tensor]
+
+
+class KVCache(Sequence[Pair]):
+    """Keys and values of the tokens so far: `cache[layer]` is a (key, value) pair, each (B, H, S, D).
+
+    A cache that a model returns never changes: passed back, it gives a new, longer one. A cache from `init_cache` has
+    room for `max_length` tokens, is written in place, and is used again after `reset()`.
+    """
+
+    def __init__(self, layers: Sequence[Pair] = (), length: int = 0, preallocated: bool = False) -> None:
+        self.layers = list(layers)
+        self.cross: list[Pair] = []  # the encoder's keys and values, computed once
+        self.length = length
+        self.preallocated = preallocated
+
+    @classmethod
+    def empty(cls, model: GPT2Model, batch_size: int, capacity: int) -> KVCache:
+        """A preallocated cache for this model, on its device and in the dtype that it computes in."""
+        new = partial(model.ln_f.weight.new_zeros, dtype=model.dtype)
+        shapes = [(batch_size, attn.heads, capacity, attn.head_dim) for attn in model.attentions()]
+        return cls([(new(shape), new(shape)) for shape in shapes], preallocated=True)
+
+    def fork(self) -> KVCache:
+        """The cache that the next call may extend: this one, or a shallow copy where this one must not change."""
+        if self.preallocated:
+            return self
+        copy = KVCache(self.layers, self.length)
+        copy.cross = list(self.cross)
+        return copy
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> Pair:
+        """Append (B, H, T, D) keys and values to a layer and return all of its (B, H, S, D)."""
+        if not self.preallocated:
+            pair = (key, value) if layer == len(self.layers) else self._joined(layer, key, value)
+            self.layers[layer : layer + 1] = [pair]
+            return pair
+        start, end = self.length, self.length + key.shape[2]
+        for buffer, new in zip(self.layers[layer], (key, value), strict=True):
+            buffer[:, :, start:end] = new
+        return self.layers[layer][0][:, :, :end], self.layers[layer][1][:, :, :end]
+
+    def _joined(self, layer: int, key: Tensor, value: Tensor) -> Pair:
+        old_key, old_value = self.layers[layer]
+        return torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
+
+    @property
+    def capacity(self) -> int | None:
+        """How many tokens fit, or None for a cache that grows."""
+        return self.layers[0][0].shape[2] if self.preallocated else None
+
+    def get_seq_length(self) -> int:
+        """The number of tokens in the cache."""
+        return self.length
+
+    def reset(self) -> None:
+        """Forget the tokens and keep the room."""
+        self.length = 0
+        self.cross.clear()
+        if not self.preallocated:
+            self.layers.clear()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer: Any) -> Any:
+        key, value = self.layers[layer]
+        return key[:, :, : self.length], value[:, :, : self.length]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (self[layer] for layer in range(len(self)))
+
+
+@dataclass
+class Context:
+    """What every block of one call shares. A bias is added to the scores; None means plainly causal."""
+
+    bias: Tensor | None = None  # (B or 1, H or 1, T, S)
+    cache: KVCache | None = None
+    eager: bool = False
+    states: Tensor | None = None  # (B, encoder length, E)
+    states_bias: Tensor | None = None  # (B, 1, 1, encoder length)
+    hidden: list[Tensor] | None = None  # lists to fill with what the caller wants to see
+    probs: list[Tensor] | None = None
+    cross_probs: list[Tensor] | None = None
+
+
+class Attended(NamedTuple):
+    """What attention gives: its output (B, T, E), and its probabilities (B, H, T, S) where they were computed."""
+
+    output: Tensor
+    probs: Tensor | None
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """What hides a key: half the lowest finite value, so that adding a score to it stays finite in every dtype."""
+    return torch.finfo(dtype).min / 2
+
+
+def key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is 1 where a key counts, as a bias of the scores: (B, S) -> (B, 1, 1, S)"""
+    hidden = mask[:, None, None, :] == 0
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, lowest(dtype))
+
+
+def causal_bias(length: int, keys: int, mask: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The bias under which each query sees the keys up to its own that `mask` keeps: (B or 1, H or 1, T, S).
+
+    mask: (B, S), or (B or 1, H or 1, T or 1, S) of booleans, integers (1 keeps) or floats (added to the scores).
+    """
+    keep = torch.ones(length, keys, dtype=torch.bool, device=device).tril(keys - length)[None, None]  # (1, 1, T, S)
+    bias = torch.zeros((), dtype=dtype, device=device)
+    if mask is not None and mask.dim() == 4 and mask.is_floating_point():
+        bias = mask.to(dtype).clamp(min=lowest(dtype))
+    elif mask is not None:
+        keep = keep & (mask if mask.dim() == 4 else mask[:, None, None, :]).bool()
+    return torch.where(keep, bias, lowest(dtype))
+
+
+def positions(source: Tensor, mask: Tensor | None, past: int) -> Tensor:
+    """Each token's position: the count of unmasked tokens before it, (B, T); its index where no mask counts, (1, T)."""
+    length = source.shape[1]
+    if mask is None or mask.dim() != 2:
+        return torch.arange(past, past + length, device=source.device)[None]
+    return ((mask != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, H * D) -> (B, H, T, D)"""
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+
+
+class _Attention(nn.Module):
+    """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) under every switch of the configuration."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.head_dim = config.n_embd // config.n_head
+        self.scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, eager: bool, head_mask: Tensor | None
+    ) -> Attended:
+        dropout = self.config.attn_pdrop if self.training else 0.0
+        if eager or head_mask is not None or self.config.reorder_and_upcast_attn:
+            return self._attend_eagerly(q, k, v, bias, causal, dropout, head_mask)
+        causal = causal and bias is None and q.shape[2] > 1
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=self.scale
+        )
+        return Attended(x.transpose(1, 2).flatten(2), None)
+
+    def _attend_eagerly(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        causal: bool,
+        dropout: float,
+        head_mask: Tensor | None,
+    ) -> Attended:
+        if self.config.reorder_and_upcast_attn:
+            q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+        scores = (q * self.scale) @ k.mT  # (B, H, T, S)
+        if bias is None and causal:
+            bias = causal_bias(q.shape[2], k.shape[2], None, scores.dtype, scores.device)
+        probs = F.softmax(scores if bias is None else scores + bias, dim=-1).to(v.dtype)
+        probs = F.dropout(probs, dropout)
+        probs = probs if head_mask is None else probs * head_mask
+        return Attended((probs @ v).transpose(1, 2).flatten(2), probs)
+
+
+class Attention(_Attention):
+    """Causal self-attention."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        inner = self.head_dim * len(self.present_heads())
+        self.c_attn = nn.Linear(config.n_embd, 3 * inner)
+        self.c_proj = nn.Linear(inner, config.n_embd)
+
+    def forward(self, x: Tensor, context: Context, head_mask: Tensor | None) -> Attended:
+        q, k, v = (split_heads(t, self.head_dim) for t in self.c_attn(x).chunk(3, dim=-1))
+        if context.cache is not None:
+            k, v = context.cache.extend(self.layer, k, v)
+        x, probs = self.attend(q, k, v, context.bias, True, context.eager, head_mask)
+        return Attended(self.resid_dropout(self.c_proj(x)), probs)
+
+    @property
+    def heads(self) -> int:
+        """How many heads there are."""
+        return int(self.c_proj.in_features) // self.head_dim
+
+    def present_heads(self) -> list[int]:
+        """The heads that were not pruned."""
+        pruned = self.config.pruned_heads.get(self.layer, ())
+        return [head for head in range(self.config.n_head) if head not in pruned]
+
+    @torch.no_grad()
+    def keep(self, heads: list[int]) -> None:
+        """Cut away all heads but these of the present ones."""
+        kept = torch.tensor(
+            [head * self.head_dim + d for head in heads for d in range(self.head_dim)], device=self.c_proj.weight.device
+        )
+        columns = torch.cat([kept + part * self.c_proj.in_features for part in range(3)])  # of queries, keys and values
+        self.c_attn.weight = nn.Parameter(self.c_attn.weight[columns])
+        self.c_attn.bias = nn.Parameter(self.c_attn.bias[columns])
+        self.c_proj.weight = nn.Parameter(self.c_proj.weight[:, kept])
+        self.c_attn.out_features, self.c_proj.in_features = len(columns), len(kept)
+
+
+class CrossAttention(_Attention):
+    """Attention of the decoder to an encoder's states."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.q_attn = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, context: Context) -> Attended:
+        q = split_heads(self.q_attn(x), self.head_dim)
+        k, v = self._encoded(context)
+        x, probs = self.attend(q, k, v, context.states_bias, False, context.eager, None)
+        return Attended(self.resid_dropout(self.c_proj(x)), probs)
+
+    def _encoded(self, context: Context) -> Pair:
+        cached = context.cache.cross if context.cache is not None else []
+        if self.layer < len(cached):
+            return cached[self.layer]
+        k, v = (split_heads(t, self.head_dim) for t in self.c_attn(context.states).chunk(2, dim=-1))
+        cached.append((k, v))
+        return k, v
