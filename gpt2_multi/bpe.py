@@ -31,7 +31,8 @@ def byte_characters() -> str:
 
 @lru_cache(maxsize=1)
 def _to_bytes() -> dict[int, int]:
-    return {ord(char): byte for byte, char in enumerate(byte_characters())}
+    """Character -> byte; other characters of Latin-1 become one that it cannot encode."""
+    return dict.fromkeys(range(256), 0xFFFF) | {ord(char): byte for byte, char in enumerate(byte_characters())}
 
 
 def spell(raw: bytes) -> str:
@@ -41,10 +42,10 @@ def spell(raw: bytes) -> str:
 
 def unspell(token: str) -> bytes:
     """The bytes that a token stands for; a token that the byte alphabet cannot spell stands for its own text."""
-    table = _to_bytes()
-    if all(ord(char) in table for char in token):
-        return token.translate(table).encode("latin-1")
-    return token.encode("utf-8", "surrogatepass")
+    try:
+        return token.translate(_to_bytes()).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode("utf-8", "surrogatepass")
 
 
 class WordCache(dict[str, tuple[int, ...]]):

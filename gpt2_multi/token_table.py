@@ -142,9 +142,9 @@ class TokenTable:
         if at is None:
             at = known if known is not None else max(self._spelled, default=-1) + 1
         if at != known and (known is not None or at in self._spelled):
+            wanted = "an id of its own" if known is None else f"the id {known}"
             raise TokenizerError(
-                f"added token {token.content!r}: expected {'an id of its own' if known is None else f'the id {known}'}, "
-                f"found {at}; take the files from one tokenizer"
+                f"added token {token.content!r}: expected {wanted}, found {at}; take the files from one tokenizer"
             )
         if known is None:
             self._spelled[at], self._bytes[at] = token.content, token.content.encode("utf-8", "replace")

@@ -119,8 +119,8 @@ class GPT2Tokenizer(TokenTable):
         """Load a tokenizer from a folder, or from the Hugging Face hub by name.
 
         Of the files in the folder the first of these is taken: tokenizer.json; vocab.json with merges.txt; encoder.json
-        with vocab.bpe. Settings in tokenizer_config.json win over those in special_tokens_map.json, and these over those
-        in tokenizer.json. `overrides` are arguments of the constructor and win over all.
+        with vocab.bpe. Settings in tokenizer_config.json win over those in special_tokens_map.json, and these over
+        those in tokenizer.json. `overrides` are arguments of the constructor and win over all.
 
         Raises:
             TokenizerError: no tokenizer is there, or it is damaged, or it is not of GPT-2's kind.
@@ -200,7 +200,8 @@ class GPT2Tokenizer(TokenTable):
             disallowed_special=disallowed_special,
             truncation=False,
         )
-        return self.convert_ids_to_tokens(ids)
+        tokens: list[str] = self.convert_ids_to_tokens(ids)
+        return tokens
 
     def _encode_ordinary(self, text: str) -> list[int]:
         """The ids of a text that holds no added token and no lone surrogate."""

@@ -1,7 +1,7 @@
 """GPT2TokenizerFast: the answers of GPT2Tokenizer from gigatoken, a compiled engine that needs no download.
 
 The engine keeps its own tables of Unicode, of another version than the ids are pinned to. It is asked once which code
-points it classes differently, and a text with one of them is left to the Python engine; ASCII never raises the question.
+points it classes differently, and a text with one of them goes to the Python engine; ASCII never raises the question.
 """
 
 import re
@@ -14,7 +14,9 @@ from gpt2_multi.tokenizer import GPT2Tokenizer
 from gpt2_multi.tokenizer_saving import to_tokenizer_json
 
 PLAIN = {"add_prefix_space": False, "add_bos_token": False}
-ENCODED_SIZES = ((0x0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000))  # in UTF-8
+# Ranges of one size in UTF-8, up to the last plane of letters. What lies above is left to Python without asking.
+PROBED = ((0x0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x40000))
+UNPROBED = "\U00040000-\U0010ffff"
 # A character of each class; what follows it belongs to the same word only if it is of that class too.
 PROBES = {"letter": "a", "number": "1", "other": "!"}
 
@@ -56,15 +58,14 @@ class GPT2TokenizerFast(GPT2Tokenizer):
 
 def knows(text: str) -> bool:
     """Whether the engine classes every code point of `text` as Unicode 16 does."""
-    differing = differing_code_points()
-    return differing is None or not differing.search(text)
+    return not differing_code_points().search(text)
 
 
 @lru_cache(maxsize=1)
-def differing_code_points() -> re.Pattern[str] | None:
-    """What finds a code point that the engine classes differently, or None if there is none; found out in 0.3 s."""
-    points = [point for start, stop in ENCODED_SIZES for point in _differing(start, stop)]
-    return re.compile(f"[{''.join(map(re.escape, map(chr, points)))}]") if points else None
+def differing_code_points() -> re.Pattern[str]:
+    """What finds a code point that the engine may class differently; it takes a moment to find out."""
+    points = [chr(point) for start, stop in PROBED for point in _differing(start, stop)]
+    return re.compile(f"[{UNPROBED}{re.escape(''.join(points))}]")
 
 
 def _differing(start: int, stop: int) -> list[int]:
@@ -92,7 +93,7 @@ def _differing(start: int, stop: int) -> list[int]:
 
 @lru_cache(maxsize=1)
 def _probe() -> Any:
-    """A tokenizer that shows where the engine splits: it joins each probe with any byte that follows in the same word."""
+    """A tokenizer that shows where the engine splits: it joins a probe with any byte that follows in its word."""
     merges = [(probe, char) for probe in PROBES.values() for char in byte_characters()]
     tokens = [*byte_characters(), *(left + right for left, right in merges)]
     vocab = {token: at for at, token in enumerate(tokens)}

@@ -107,26 +107,27 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     Raises:
         TokenizerError: the file is missing, or a line is not two tokens.
     """
-    lines = _read_text(path).split("\n")
+    lines = _read_text(path).replace("\r\n", "\n").split("\n")
     first = 1 if lines[0].startswith("#version") else 0
-    numbered = ((number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if number > first)
-    return [_parse_merge(line.split(" "), f"{path}, line {number}") for number, line in numbered if line]
+    return check_merges([line for line in lines[first:] if line], path)
 
 
 def check_merges(merges: Any, path: Path | str) -> list[tuple[str, str]]:
-    """`merges` itself, if it is a list of pairs of tokens; each may be a text with a space between, too."""
+    """`merges` as pairs of tokens; each may be a pair, or a text with a space between."""
     if not isinstance(merges, list):
         raise TokenizerError(f"{path}: expected a list of merges, found {_describe(merges)}")
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    return [_parse_merge(pair, f"{path}, merge {number}") for number, pair in enumerate(pairs)]
+    pairs = [tuple(merge if isinstance(merge, list | tuple) else str(merge).split(" ")) for merge in merges]
+    if not (set(map(len, pairs)) <= {2} and all(map(_are_tokens, pairs))):
+        at = next(at for at, pair in enumerate(pairs) if len(pair) != 2 or not _are_tokens(pair))
+        raise TokenizerError(
+            f"{path}, merge {at}: expected two tokens with a space between, found {str(merges[at])[:60]!r}; "
+            "fetch the file again"
+        )
+    return pairs
 
 
-def _parse_merge(parts: Any, where: str) -> tuple[str, str]:
-    if not (
-        isinstance(parts, list | tuple) and len(parts) == 2 and all(isinstance(part, str) and part for part in parts)
-    ):
-        raise TokenizerError(f"{where}: expected two tokens with a space between, found {str(parts)[:60]}")
-    return parts[0], parts[1]
+def _are_tokens(pair: tuple[Any, ...]) -> bool:
+    return type(pair[0]) is type(pair[1]) is str and "" not in pair
 
 
 def read_folder(folder: Path) -> Vocabulary:
