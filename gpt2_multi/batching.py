@@ -46,6 +46,10 @@ def cut(sizes: Sequence[int], limit: int, strategy: str, stride: int | None, sid
     """
     if not strategy or sum(sizes) <= limit:
         return [[range(size) for size in sizes]]
+    if strategy == "only_second" and len(sizes) == 1:
+        raise TokenizerError('truncation: "only_second" needs a text_pair, found none')
+    if limit == 0 and stride is None:
+        return [[range(0) for _ in sizes]]
     limits = _longest_first(sizes, limit) if strategy == "longest_first" else _only(sizes, limit, strategy)
     if stride is None:
         return [[_kept(size, most, side) for size, most in zip(sizes, limits, strict=True)]]
@@ -60,8 +64,7 @@ def cut(sizes: Sequence[int], limit: int, strategy: str, stride: int | None, sid
 
 def _longest_first(sizes: Sequence[int], limit: int) -> list[int]:
     if len(sizes) == 1:
-        return [max(limit, 0)]
-    limit = max(limit, 0)
+        return [limit]
     short = min(sizes)
     if short + max(short, limit - short) > limit:  # both must give way; the longer one keeps the odd token
         low, high = limit // 2, limit - limit // 2
@@ -72,8 +75,6 @@ def _longest_first(sizes: Sequence[int], limit: int) -> list[int]:
 
 def _only(sizes: Sequence[int], limit: int, strategy: str) -> list[int]:
     at = 1 if strategy == "only_second" else 0
-    if at >= len(sizes):
-        raise TokenizerError('truncation: "only_second" needs a text_pair, found none')
     keep = limit - (sum(sizes) - sizes[at])
     if keep < 0 or (keep == 0 and len(sizes) == 2):
         raise TokenizerError(
@@ -155,7 +156,7 @@ def merge_encodings(encoded: Any) -> tuple[dict[str, list[Any]], bool]:
 def _rows(value: Any) -> Any:
     if hasattr(value, "tolist") or hasattr(value, "numpy"):
         return value.tolist() if hasattr(value, "tolist") else value.numpy().tolist()
-    return list(value) if isinstance(value, list | tuple) else value
+    return [_rows(item) for item in value] if isinstance(value, list) else value
 
 
 def pad_rows(

@@ -327,6 +327,8 @@ class GPT2Tokenizer(TokenTable):
         rows, owners = [], []
         for owner, sequences in enumerate(zip(*columns, strict=True)):
             room = limit - len(prefix) * len(sequences)
+            if strategy and room < 0:
+                raise TokenizerError(f"max_length: expected room for {limit - room} added tokens, found {limit}")
             overlap = stride if return_overflowing_tokens else None
             for parts in cut([len(tokens.ids) for tokens in sequences], room, strategy, overlap, self.truncation_side):
                 rows.append(Row(list(sequences), parts, prefix))

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def _write(path: Path, text: str) -> str:
         temporary.write_text(text, "utf-8", newline="\n")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise TokenizerError(f"{path}: cannot be written ({error.strerror}); name a folder that can be") from error
     return str(path)

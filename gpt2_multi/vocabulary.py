@@ -134,18 +134,17 @@ def read_folder(folder: Path) -> Vocabulary:
     """Read the tokenizer in a folder.
 
     The order: tokenizer.json; vocab.json with merges.txt; encoder.json with vocab.bpe. The first that is there is
-    taken. Settings come from tokenizer_config.json, then special_tokens_map.json, then tokenizer.json; added tokens
-    from tokenizer.json, added_tokens.json and tokenizer_config.json, the last one winning.
+    taken. Settings in tokenizer_config.json win over those in special_tokens_map.json, and these over those in
+    tokenizer.json. Added tokens come from tokenizer_config.json, tokenizer.json and added_tokens.json, in this order.
 
     Raises:
         TokenizerError: there is none of these, or one is damaged, or asks for something that GPT-2 does not do.
     """
     found = _read_core(folder)
     if (path := folder / "added_tokens.json").exists():
-        _merge_added(
-            found,
-            {AddedToken(token): at for token, at in check_vocab(read_json(path) or {"": 0}, path).items() if token},
-        )
+        known = {token.content for token in found.added}  # of these more is known than this file says
+        added = check_vocab(read_json(path), path).items()
+        found.added |= {AddedToken(token): at for token, at in added if token not in known}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path := folder / name).exists():
             settings = read_json(path)

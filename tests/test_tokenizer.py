@@ -17,7 +17,7 @@ from gpt2_multi.vocabulary import AddedToken
 from tests.shared_data import shared
 
 END = "<|endoftext|>"
-WORDS = ["hello", " hello", " world", " the", "é", "中", "😀", "12", "''"]
+WORDS = [" hello", " world", " the", "hello", "é", "中", "😀", "12", "''"]
 TEXTS = ["hello world, the world", "", "12 中中 é😀\n\nhello  the", "a", "the <|endoftext|> hello é"]
 
 
