@@ -38,18 +38,19 @@ def _complement(ranges: Ranges) -> Ranges:
     return [(low, high) for low, high in zip(starts, stops, strict=True) if low <= high]
 
 
-def _spell(ranges: Ranges) -> str:
+def spell_ranges(ranges: Ranges) -> str:
+    """Ranges as they stand between the brackets of a regular expression; `re` tries those above U+FFFF in order."""
     return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in ranges)
 
 
 def _low(name: str) -> str:
-    return _spell([(low, min(high, 0xFFFF)) for low, high in code_point_classes()[name] if low <= 0xFFFF])
+    return spell_ranges([(low, min(high, 0xFFFF)) for low, high in code_point_classes()[name] if low <= 0xFFFF])
 
 
 def _high(name: str) -> str:
     """The part above U+FFFF, the largest ranges first, because `re` tries them in order."""
     ranges = [(max(low, 0x10000), high) for low, high in code_point_classes()[name] if high > 0xFFFF]
-    return _spell(sorted(ranges, key=lambda ends: ends[0] - ends[1]))
+    return spell_ranges(sorted(ranges, key=lambda ends: ends[0] - ends[1]))
 
 
 def _compile(letters: str, numbers: str, others: str) -> re.Pattern[str]:
@@ -81,13 +82,13 @@ def split_words(text: str) -> list[str]:
     return full_pattern().findall(text)
 
 
-def windows(text: str) -> Iterator[str]:
-    """`text` in parts of about WINDOW characters, cut only where a word begins in any case.
+def windows(text: str, size: int = WINDOW) -> Iterator[str]:
+    """`text` in parts of about `size` characters, cut only where a word begins in any case.
 
     It bounds the memory for the list of words, and confines the slower pattern to the parts that need it.
     """
     start = 0
-    while len(text) - start > WINDOW and (cut := _CUT.search(text, start + WINDOW)):
+    while len(text) - start > size and (cut := _CUT.search(text, start + size)):
         yield text[start : cut.start() + 1]
         start = cut.start() + 1
     yield text[start:] if start else text

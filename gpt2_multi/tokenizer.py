@@ -130,9 +130,13 @@ class GPT2Tokenizer(TokenTable):
         if not folder.is_dir():
             from gpt2_multi.hub import resolve
 
-            options = {"revision": revision, "token": token, "cache_dir": cache_dir}
             folder = resolve(
-                str(name_or_path), **options, local_files_only=local_files_only, allow_patterns=FILE_PATTERNS
+                str(name_or_path),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=FILE_PATTERNS,
             )
         tokenizer = cls._from_vocabulary(read_folder(folder), overrides)
         tokenizer.name_or_path = str(name_or_path)
@@ -322,17 +326,9 @@ class GPT2Tokenizer(TokenTable):
             for column in (texts, pairs)
             if column is not None
         ]
-        limit, strategy = self._limit(truncation, max_length, padding)
         prefix = self._prefix() if add_special_tokens else []
-        rows, owners = [], []
-        for owner, sequences in enumerate(zip(*columns, strict=True)):
-            room = limit - len(prefix) * len(sequences)
-            if strategy and room < 0:
-                raise TokenizerError(f"max_length: expected room for {limit - room} added tokens, found {limit}")
-            overlap = stride if return_overflowing_tokens else None
-            for parts in cut([len(tokens.ids) for tokens in sequences], room, strategy, overlap, self.truncation_side):
-                rows.append(Row(list(sequences), parts, prefix))
-                owners.append(owner)
+        overlap = stride if return_overflowing_tokens else None
+        rows, owners = self._cut_rows(columns, prefix, overlap, *self._limit(truncation, max_length, padding))
         wanted = {
             "input_ids": True,
             "token_type_ids": return_token_type_ids,
@@ -363,6 +359,21 @@ class GPT2Tokenizer(TokenTable):
         if split:
             return self._split_words(text, allowed)
         return self._detailed(text, allowed, self.add_prefix_space) if detailed else self._plain(text, allowed)
+
+    def _cut_rows(
+        self, columns: list[list[Tokens]], prefix: list[int], stride: int | None, limit: int, strategy: str
+    ) -> tuple[list[Row], list[int]]:
+        """The rows of a batch, and for each row the number of the text that it comes from."""
+        rows: list[Row] = []
+        owners: list[int] = []
+        for owner, sequences in enumerate(zip(*columns, strict=True)):
+            room = limit - len(prefix) * len(sequences)
+            if strategy and room < 0:
+                raise TokenizerError(f"max_length: expected room for {limit - room} added tokens, found {limit}")
+            for parts in cut([len(tokens.ids) for tokens in sequences], room, strategy, stride, self.truncation_side):
+                rows.append(Row(list(sequences), parts, prefix))
+                owners.append(owner)
+        return rows, owners
 
     def _choose_control(self, allowed: Choice, disallowed: Choice) -> tuple[frozenset[str], frozenset[str]]:
         chosen = self._control.select("allowed_special", allowed)

@@ -9,14 +9,15 @@ from functools import lru_cache
 from typing import Any
 
 from gpt2_multi.bpe import byte_characters
-from gpt2_multi.splitting import code_point_classes
+from gpt2_multi.splitting import ABOVE_BMP, Ranges, code_point_classes, spell_ranges, windows
 from gpt2_multi.tokenizer import GPT2Tokenizer
 from gpt2_multi.tokenizer_saving import to_tokenizer_json
 
 PLAIN = {"add_prefix_space": False, "add_bos_token": False}
-# Ranges of one size in UTF-8, up to the last plane of letters. What lies above is left to Python without asking.
-PROBED = ((0x0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x40000))
-UNPROBED = "\U00040000-\U0010ffff"
+# Ranges of one size in UTF-8 that hold all assigned characters; the last has the tags that emoji flags are made of.
+PROBED = ((0x0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x40000), (0xE0000, 0xE1000))
+UNPROBED = [(0x40000, 0xDFFFF), (0xE1000, 0x10FFFF)]  # left to Python without asking
+WITHIN = 1 << 12  # characters about a differing code point that are left to Python with it
 # A character of each class; what follows it belongs to the same word only if it is of that class too.
 PROBES = {"letter": "a", "number": "1", "other": "!"}
 
@@ -50,22 +51,45 @@ class GPT2TokenizerFast(GPT2Tokenizer):
         return tokenizer.from_json(to_tokenizer_json(self._vocab, self._bpe.merges, {}, PLAIN))
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        if self._engine is None or not (text.isascii() or knows(text)):
+        if self._engine is None:
             return self._bpe.encode(text)
-        ids: list[int] = self._engine.encode(text).tolist()
+        ids: list[int] = []
+        if knows(text):
+            ids = self._engine.encode(text).tolist()
+        else:
+            for part in windows(text, WITHIN):
+                ids += self._engine.encode(part).tolist() if knows(part) else self._bpe.encode(part)
         return ids
 
 
 def knows(text: str) -> bool:
     """Whether the engine classes every code point of `text` as Unicode 16 does."""
-    return not differing_code_points().search(text)
+    if text.isascii():
+        return True
+    low, high = differing_code_points()
+    return not (low.search(text) or high.search("".join(ABOVE_BMP.findall(text))))
 
 
 @lru_cache(maxsize=1)
-def differing_code_points() -> re.Pattern[str]:
-    """What finds a code point that the engine may class differently; it takes a moment to find out."""
-    points = [chr(point) for start, stop in PROBED for point in _differing(start, stop)]
-    return re.compile(f"[{UNPROBED}{re.escape(''.join(points))}]")
+def differing_code_points() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What finds a code point that the engine may class differently, below and above U+10000.
+
+    They are two because `re` finds the first in a bitmap and tries the ranges of the second one by one.
+    """
+    points = [point for start, stop in PROBED for point in _differing(start, stop)]
+    low = [(point, point) for point in points if point < 0x10000]
+    high = [(point, point) for point in points if point >= 0x10000] + UNPROBED
+    return _finder(low), _finder(high)
+
+
+def _finder(ranges: Ranges) -> re.Pattern[str]:
+    joined: Ranges = []
+    for low, high in ranges:
+        if joined and joined[-1][1] == low - 1:
+            joined[-1] = (joined[-1][0], high)
+        else:
+            joined.append((low, high))
+    return re.compile(f"[{spell_ranges(joined)}]" if joined else "(?!)")
 
 
 def _differing(start: int, stop: int) -> list[int]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gpt2_multi.bpe import BPE, SHORT, byte_characters, spell, unspell
 from gpt2_multi.errors import TokenizerError
-from gpt2_multi.splitting import WINDOW, code_point_classes, split_words, windows
+from gpt2_multi.splitting import code_point_classes, split_words, windows
 
 Merges = list[tuple[str, str]]
 
@@ -197,20 +197,11 @@ def test_words_follow_the_rule(text):
 
 
 @given(st.lists(st.sampled_from(["a", " ", "\n", "\t", "word", "'s", "\u3000", "😀"]), max_size=30), st.integers(1, 9))
-def test_windows_never_cut_a_word(monkeypatch_window, parts, size):
-    monkeypatch_window(size)
+def test_windows_never_cut_a_word(parts, size):
     text = "".join(parts)
-    cut = list(windows(text))
+    cut = list(windows(text, size))
     assert "".join(cut) == text
     assert [word for part in cut for word in split_words(part)] == split_words(text)
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_window():
-    import gpt2_multi.splitting as module
-
-    yield lambda size: setattr(module, "WINDOW", size)
-    module.WINDOW = WINDOW
 
 
 def test_ascii_text_never_compiles_the_slow_pattern():
