@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gpt2_multi.config import ALIASES, ARCHIVE, GPT2Config
 from gpt2_multi.config_checks import CHECKS
 from gpt2_multi.errors import CheckpointError, ConfigError
 from gpt2_multi.weights import parameter_count, table
+from tests.fixtures import MODELS, folder
 
 # What GPT2Config and PretrainedConfig of transformers 4.57 document.
 DEFAULTS: dict[str, Any] = {
@@ -63,7 +65,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-FOREIGN = st.text().filter(lambda key: key not in CHECKS | ALIASES and key not in ("num_labels", "model_type"))
+FOREIGN = st.text().filter(lambda key: key not in DEFAULTS | ALIASES and key not in ("num_labels", "model_type"))
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -115,7 +117,10 @@ def test_assignment_is_checked() -> None:
         ("dtype", "int8"),
         ("label2id", {"a": "0"}), ("pruned_heads", {0: [12]}), ("pruned_heads", {12: [0]}), ("pruned_heads", {0: 1}),
         ("pruned_heads", {0: list(range(12))}), ("architectures", "GPT2Model"), ("extra", {"n_layer": 3}),
-        ("extra", {1: 2}), ("num_labels", 0),
+        ("extra", {1: 2}), ("extra", {"n_ctx": 3}), ("num_labels", 0), ("num_labels", None), ("n_embd", 50),
+        ("n_positions", 0), ("n_head", -1), ("embd_pdrop", True), ("summary_first_dropout", "0.1"),
+        ("summary_activation", "tanhh"), ("pad_token_id", [1]),
+        *((name, 1) for name in DEFAULTS if isinstance(DEFAULTS[name], bool)),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused_when_made_and_when_assigned(name: str, value: object) -> None:
@@ -125,6 +130,19 @@ def test_wrong_values_are_refused_when_made_and_when_assigned(name: str, value: 
     with pytest.raises(ConfigError, match=name):
         setattr(config, name, value)
     assert config == GPT2Config()
+
+
+def test_every_field_is_tried_with_a_wrong_value() -> None:
+    (marks,) = test_wrong_values_are_refused_when_made_and_when_assigned.pytestmark  # type: ignore[attr-defined]
+    assert CHECKS.keys() - {"from_file"} <= {name for name, _ in marks.args[1]}
+
+
+def test_what_is_given_is_not_shared() -> None:
+    heads, extra = {0: [1]}, {"a": {"b": 1}}
+    config = GPT2Config(pruned_heads=heads, extra=extra)
+    heads[0].append(2)
+    extra["a"]["b"] = 2
+    assert (config.pruned_heads, config.extra) == ({0: [1]}, {"a": {"b": 1}})
 
 
 def test_an_unknown_argument_is_a_type_error_with_the_nearest_name() -> None:
@@ -200,6 +218,30 @@ def test_keys_that_are_not_gpt2_s_survive(foreign: dict[str, Any], known: dict[s
     }
     assert GPT2Config.from_dict(written) == config
     assert config.to_dict()["model_type"] == "gpt2"
+
+
+def test_keys_named_like_this_library_s_own_bookkeeping_survive() -> None:
+    keys = {"n_layer": 2, "extra": 1, "from_file": [2], "use_return_dict": True}
+    written = json.loads(GPT2Config.from_dict(keys).to_json_string())
+    assert {key: written[key] for key in keys} == keys
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_of_transformers_is_written_back_byte_for_byte(name: str) -> None:
+    path = folder(name) / "config.json"
+    assert GPT2Config.from_json_file(path).to_json_string().encode() == path.read_bytes()
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"n_layer": 2}')
+    assert GPT2Config.from_pretrained(tmp_path).n_layer == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_a_written_file_has_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    GPT2Config().save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 def test_overrides_come_after_the_file(tmp_path: Path) -> None:
