@@ -1,0 +1,15 @@
+"""How Sphinx builds these pages: `python3 -m nox -s docs`."""
+
+from gpt2_multi import __version__ as release  # noqa: F401
+
+project = "gpt2_multi"
+copyright = "the authors of gpt2_multi"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+default_role = "code"  # docstrings put code between single backticks
+myst_heading_anchors = 3
+autodoc_class_signature = "separated"
+autodoc_default_options = {"members": True, "inherited-members": "Module", "member-order": "bysource"}
+autodoc_inherit_docstrings = False
+autodoc_typehints = "none"
