@@ -8,7 +8,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 default_role = "code"  # docstrings put code between single backticks
-autodoc_class_signature = "separated"
 autodoc_default_options = {"members": True, "inherited-members": "Module", "member-order": "bysource"}
 autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
