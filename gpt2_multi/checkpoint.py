@@ -107,7 +107,7 @@ def _read_shards(folder: Path) -> dict[str, Array]:
 
 
 def _beside(folder: Path, name: str) -> Path:
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".."):
         raise CheckpointError(
             f"{folder / INDEX}: names the file '{name}', which is not beside it; the index is not safe"
         )

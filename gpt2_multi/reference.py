@@ -18,6 +18,7 @@ from gpt2_multi.config import GPT2Config
 
 Array = np.ndarray[Any, Any]
 Weights = Mapping[str, Array]
+IGNORED = -100  # a label that does not count
 
 
 def _erf(x: Array) -> Array:
@@ -169,12 +170,102 @@ def summary(config: GPT2Config, w: Weights, hidden: Array, mask: Array, mc_token
 
 def cross_entropy(logits: Array, labels: Array) -> float:
     """The mean negative log-likelihood of the labels that are not -100: (..., K) logits, (...) labels."""
-    logits, labels = logits.reshape(-1, logits.shape[-1])[labels.ravel() != -100], labels[labels != -100]
+    logits, labels = logits.reshape(-1, logits.shape[-1])[labels.ravel() != IGNORED], labels[labels != IGNORED]
     top = logits.max(-1)
     log_z = top + np.log(np.exp(logits - top[:, None]).sum(-1))
     return float(np.mean(log_z - logits[np.arange(len(labels)), labels])) if len(labels) else 0.0
 
 
-def lm_loss(logits: Array, labels: Array) -> float:
-    """Next-token cross-entropy; the labels are shifted here: (..., T, V) logits, (..., T) labels."""
-    return cross_entropy(logits[..., :-1, :], labels[..., 1:])
+def outputs(config: GPT2Config, w: Weights, head: str, inputs: Mapping[str, Array]) -> dict[str, Any]:
+    """What the model of this head (a key of `weights.HEADS`) gives for `inputs`, named as its `forward` names them.
+
+    The answer is flat: `logits`, `loss`, `hidden_states.{i}`, `attentions.{i}`, `past.{i}.key` and so on.
+    """
+    given = dict(inputs)
+    body = {key: value for key, value in given.items() if key in BODY_INPUTS}
+    ids = given.get("input_ids")
+    choices = ids.shape if ids is not None and ids.ndim == 3 else None
+    if choices:  # as rows of a batch
+        body = {key: value.reshape(-1, *value.shape[2:]) for key, value in body.items()}
+    trace = forward(config, w, **body)
+    hidden = trace.last_hidden_state if choices is None else trace.last_hidden_state.reshape(*choices, -1)
+    mask = inputs.get("attention_mask", np.ones(hidden.shape[:-1]))
+    if head == "sequence_classification" and "attention_mask" not in inputs and ids is not None:
+        mask = ids != config.pad_token_id
+    return _lists(trace) | HEADS[head](config, w, hidden, mask, given)
+
+
+BODY_INPUTS = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "head_mask", "inputs_embeds", "encoder_hidden_states",
+    "encoder_attention_mask",
+)  # fmt: skip
+
+
+def _lists(trace: Trace) -> dict[str, Any]:
+    out: dict[str, Any] = {f"past.{i}.key": key for i, (key, _) in enumerate(trace.past)}
+    out |= {f"past.{i}.value": value for i, (_, value) in enumerate(trace.past)}
+    for name in ("hidden_states", "attentions", "cross_attentions"):
+        out |= {f"{name}.{i}": value for i, value in enumerate(getattr(trace, name))}
+    return out
+
+
+def _base(config: GPT2Config, w: Weights, hidden: Array, mask: Array, given: Mapping[str, Array]) -> dict[str, Any]:
+    return {"last_hidden_state": hidden}
+
+
+def _lm(config: GPT2Config, w: Weights, hidden: Array, mask: Array, given: Mapping[str, Array]) -> dict[str, Any]:
+    logits = lm_logits(config, w, hidden)
+    if "labels" not in given:
+        return {"logits": logits}
+    labels = given["labels"][..., 1:]
+    counted = (mask[..., 1:] != 0) & (mask[..., :-1] != 0)  # a hidden token neither is predicted nor predicts
+    return {"logits": logits, "loss": cross_entropy(logits[..., :-1, :], np.where(counted, labels, IGNORED))}
+
+
+def _double(config: GPT2Config, w: Weights, hidden: Array, mask: Array, given: Mapping[str, Array]) -> dict[str, Any]:
+    scores = summary(config, w, hidden, mask, given.get("mc_token_ids"))[..., 0]
+    out = _lm(config, w, hidden, mask, given) | {"mc_logits": scores}
+    return out if "mc_labels" not in given else out | {"mc_loss": cross_entropy(scores, given["mc_labels"])}
+
+
+def _sequence(config: GPT2Config, w: Weights, hidden: Array, mask: Array, given: Mapping[str, Array]) -> dict[str, Any]:
+    logits = hidden[np.arange(len(hidden)), last_tokens(mask)] @ w["score.weight"].T
+    labels = given.get("labels")
+    if labels is None:
+        return {"logits": logits}
+    if config.num_labels == 1:
+        return {"logits": logits, "loss": float(np.mean((logits.reshape(labels.shape) - labels) ** 2))}
+    if labels.dtype.kind == "f":
+        return {"logits": logits, "loss": float(np.mean(np.logaddexp(0, logits) - labels * logits))}
+    return {"logits": logits, "loss": cross_entropy(logits, labels)}
+
+
+def _token(config: GPT2Config, w: Weights, hidden: Array, mask: Array, given: Mapping[str, Array]) -> dict[str, Any]:
+    logits = hidden @ w["classifier.weight"].T + w["classifier.bias"]
+    if "labels" not in given:
+        return {"logits": logits}
+    return {"logits": logits, "loss": cross_entropy(logits, np.where(mask != 0, given["labels"], IGNORED))}
+
+
+def _span(config: GPT2Config, w: Weights, hidden: Array, mask: Array, given: Mapping[str, Array]) -> dict[str, Any]:
+    start, end = np.moveaxis(hidden @ w["qa_outputs.weight"].T + w["qa_outputs.bias"], -1, 0)
+    out = {"start_logits": start, "end_logits": end}
+    if "start_positions" not in given or "end_positions" not in given:
+        return out
+    losses = (_position_loss(start, given["start_positions"]), _position_loss(end, given["end_positions"]))
+    return out | {"loss": sum(losses) / 2}
+
+
+def _position_loss(logits: Array, position: Array) -> float:
+    inside = (position >= 0) & (position < logits.shape[1])
+    return cross_entropy(logits, np.where(inside, position, IGNORED))
+
+
+HEADS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "base": _base,
+    "lm": _lm,
+    "double_heads": _double,
+    "sequence_classification": _sequence,
+    "token_classification": _token,
+    "question_answering": _span,
+}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -55,38 +55,9 @@ class GenerationConfig:
     extra: dict[str, Any] = field(default_factory=dict, repr=False)  # keys of a file that are not options here
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_new_tokens", 0),
-            ("max_length", 1),
-            ("min_new_tokens", 0),
-            ("min_length", 0),
-            ("top_k", 0),
-        ):
-            _check(
-                name,
-                getattr(self, name),
-                lambda v, least=least: _whole(v) and v >= least,
-                f"a whole number from {least}",
-                True,
-            )
-        for name, least in (("no_repeat_ngram_size", 0), ("num_return_sequences", 1)):
-            _check(
-                name,
-                getattr(self, name),
-                lambda v, least=least: _whole(v) and v >= least,
-                f"a whole number from {least}",
-            )
-        _check("seed", self.seed, lambda v: _whole(v) and 0 <= v < 2**64, "a whole number from 0 to 2**64 - 1")
-        _check(
-            "temperature",
-            self.temperature,
-            lambda v: _real(v) and v > 0,
-            "a number above 0 (for greedy choice: do_sample=False)",
-        )
-        _check("repetition_penalty", self.repetition_penalty, lambda v: _real(v) and v > 0, "a number above 0")
-        _check("top_p", self.top_p, lambda v: _real(v) and 0 < v <= 1, "a number above 0, up to 1")
-        for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
-            _check("a special token id", token, lambda v: _whole(v) and v >= 0, "a whole number from 0", True)
+        for name, (fits, expected) in OPTIONS.items():
+            if not fits(getattr(self, name)):
+                raise InputError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
         if self.num_return_sequences > 1 and not self.do_sample:
             raise InputError("num_return_sequences: greedy choice gives one text only; set do_sample=True, or 1")
 
@@ -156,9 +127,33 @@ def _real(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check(name: str, value: Any, fits: Any, expected: str, optional: bool = False) -> None:
-    if not (optional and value is None) and not fits(value):
-        raise InputError(f"{name}: expected {expected}, found {value!r}")
+def _from(least: int, optional: bool = False) -> tuple[Callable[[Any], bool], str]:
+    expected = f"a whole number from {least}" + (", or None" if optional else "")
+    return lambda v: (optional and v is None) or (_whole(v) and v >= least), expected
+
+
+def _ids(value: Any) -> bool:
+    return all(_whole(v) and v >= 0 for v in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+# What each option may be: a test, and the words for it.
+OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": _from(0, optional=True),
+    "max_length": _from(1, optional=True),
+    "min_new_tokens": _from(0, optional=True),
+    "min_length": _from(0),
+    "do_sample": (lambda v: isinstance(v, bool), "True or False"),
+    "temperature": (lambda v: _real(v) and v > 0, "a number above 0 (for greedy choice: do_sample=False)"),
+    "top_k": _from(0, optional=True),
+    "top_p": (lambda v: _real(v) and 0 < v <= 1, "a number above 0, up to 1"),
+    "repetition_penalty": (lambda v: _real(v) and v > 0, "a number above 0"),
+    "no_repeat_ngram_size": _from(0),
+    "num_return_sequences": _from(1),
+    "seed": (lambda v: _whole(v) and 0 <= v < 2**64, "a whole number from 0 to 2**64 - 1"),
+    "bos_token_id": _from(0, optional=True),
+    "eos_token_id": (lambda v: v is None or _ids(v), "an id, a list of ids, or None"),
+    "pad_token_id": _from(0, optional=True),
+}
 
 
 def threefry2x32(key: tuple[int, int], counter: tuple[Any, Any]) -> tuple[Array, Array]:

@@ -1,0 +1,52 @@
+"""One call for every backend: run a head of a model folder on NumPy inputs and get NumPy outputs, flat.
+
+The keys are those of the fixtures: `logits`, `hidden_states.{i}`, `attentions.{i}`, `past.{i}.key` and so on.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Outputs = dict[str, Any]
+LISTS = ("hidden_states", "attentions", "cross_attentions")
+
+
+def flatten(output: Any, to_numpy: Callable[[Any], Any]) -> Outputs:
+    """An output dataclass as a flat mapping of arrays."""
+    flat = {}
+    for key, value in output.items():
+        if key == "past_key_values":
+            for i, (k, v) in enumerate(value):
+                flat |= {f"past.{i}.key": to_numpy(k), f"past.{i}.value": to_numpy(v)}
+        elif key in LISTS:
+            flat |= {f"{key}.{i}": to_numpy(each) for i, each in enumerate(value)}
+        else:
+            flat[key] = to_numpy(value)
+    return flat
+
+
+def pt_model(head: str, folder: Path, dtype: str, **options: Any) -> Any:
+    """A PyTorch model of this head, stored and computing in `dtype`."""
+    from gpt2_multi import pt
+
+    classes = {cls.head: cls for cls in vars(pt).values() if hasattr(cls, "head")}
+    return classes[head].from_pretrained(folder, param_dtype=dtype, **options)
+
+
+def pt(head: str, folder: Path, dtype: str, inputs: dict[str, Any], call: Any = (), **options: Any) -> Outputs:
+    """Run PyTorch."""
+    import torch
+
+    def tensor(value: Any) -> Any:
+        value = torch.from_numpy(np.asarray(value))
+        return value.to(getattr(torch, dtype)) if value.is_floating_point() else value
+
+    with torch.no_grad():
+        model = pt_model(head, folder, dtype, **options)
+        output = model(**{key: tensor(value) for key, value in inputs.items()}, **dict(call))
+    return flatten(output, lambda value: value.numpy())
+
+
+BACKENDS: dict[str, tuple[str, Callable[..., Outputs]]] = {"pt": ("torch", pt)}

@@ -1,0 +1,127 @@
+"""The specification of generation: options, noise, rules on logits."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gpt2_multi import sampling
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.errors import InputError
+from gpt2_multi.sampling import GenerationConfig
+from tests import fixtures
+
+NOISE = json.loads((fixtures.HERE / "lm" / "noise.json").read_text())
+
+
+def words(texts):
+    return tuple(int(text, 16) for text in texts)
+
+
+@pytest.mark.parametrize("answer", NOISE["known_answers"])
+def test_threefry_gives_the_known_answers(answer):
+    found = sampling.threefry2x32(words(answer["key"]), words(answer["counter"]))
+    assert tuple(int(word) for word in found) == words(answer["out"])
+
+
+@pytest.mark.parametrize("value", NOISE["values"])
+def test_noise_equals_the_recorded(value):
+    where = (value["seed"], value["row"], value["step"], np.arange(8))
+    assert sampling.uniform(*where).tolist() == value["u_of_tokens_0_to_7"]
+    np.testing.assert_allclose(sampling.gumbel(*where), value["gumbel"], rtol=1e-12)
+
+
+def test_noise_is_exact_in_float32_and_never_0_or_1():
+    u = sampling.uniform(7, 0, 3, np.arange(50257))
+    assert np.array_equal(u.astype(np.float32), u) and 0 < u.min() and u.max() < 1
+
+
+def test_samples_follow_the_distribution():
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    drawn = [np.argmax(logits + sampling.gumbel(0, row, 0, np.arange(4))) for row in range(20000)]
+    np.testing.assert_allclose(np.bincount(drawn) / 20000, [0.5, 0.3, 0.15, 0.05], atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("top_k_7", lambda logits, ids: sampling.keep_top_k(logits, 7)),
+        ("top_p_0.8", lambda logits, ids: sampling.keep_top_p(logits, 0.8)),
+        ("temperature_0.7", lambda logits, ids: logits / 0.7),
+        (
+            "repetition_1.5",
+            lambda logits, ids: np.stack([sampling.penalise(a, b, 1.5) for a, b in zip(logits, ids, strict=True)]),
+        ),
+    ],
+)
+def test_rules_equal_transformers(name, rule):
+    recorded = fixtures.reference("lm")
+    expected = recorded[f"warp.{name}"]
+    found = rule(recorded["warp.logits"].astype(np.float64), recorded["warp.input_ids"])
+    hidden = expected < -1e30
+    assert np.array_equal(np.isinf(found), hidden)
+    np.testing.assert_allclose(found[~hidden], expected[~hidden], rtol=1e-6)
+
+
+def test_top_k_keeps_ties_and_top_p_takes_the_lowest_ids():
+    logits = np.array([1.0, 2.0, 2.0, 2.0, 0.0])
+    assert np.isfinite(sampling.keep_top_k(logits, 2)).tolist() == [False, True, True, True, False]
+    assert np.isfinite(sampling.keep_top_p(logits, 0.5)).tolist() == [False, True, True, False, False]
+    assert np.isfinite(sampling.keep_top_p(logits, 1e-9)).tolist() == [False, True, False, False, False]
+
+
+def test_ban_repeats():
+    ids = np.array([1, 2, 3, 1, 2])
+    assert np.isinf(sampling.ban_repeats(np.zeros(5), ids, 3)).tolist() == [False, False, False, True, False]
+    assert np.isinf(sampling.ban_repeats(np.zeros(5), ids, 1)).tolist() == [False, True, True, True, False]
+    assert np.isfinite(sampling.ban_repeats(np.zeros(5), ids[:1], 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"top_p": 2}, "top_p: expected a number above 0, up to 1, found 2"),
+        ({"top_p": 0}, "top_p: expected"),
+        ({"temperature": 0}, r"temperature: expected a number above 0 \(for greedy choice: do_sample=False\), found 0"),
+        ({"temperature": float("nan")}, "temperature: expected"),
+        ({"top_k": -1}, "top_k: expected a whole number from 0, or None, found -1"),
+        ({"top_k": 1.5}, "top_k: expected"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected"),
+        ({"seed": -1}, "seed: expected a whole number from 0 to"),
+        ({"seed": 2**64}, "seed: expected"),
+        ({"repetition_penalty": 0}, "repetition_penalty: expected"),
+        ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size: expected"),
+        ({"num_return_sequences": 0}, "num_return_sequences: expected"),
+        ({"num_return_sequences": 2}, "greedy choice gives one text only"),
+        ({"do_sample": 1}, "do_sample: expected True or False, found 1"),
+        ({"eos_token_id": "x"}, "eos_token_id: expected"),
+        ({"eos_token_id": [3, -1]}, "eos_token_id: expected"),
+        ({"pad_token_id": -1}, "pad_token_id: expected"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        GenerationConfig(**options)
+
+
+def test_an_unknown_option_suggests_the_nearest():
+    with pytest.raises(TypeError, match=r"no option 'temprature'; did you mean 'temperature'\?"):
+        GenerationConfig().with_options({"temprature": 1})
+
+
+def test_lengths():
+    assert GenerationConfig().total_length(5) == 25
+    assert GenerationConfig(max_new_tokens=0).total_length(5) == 5
+    assert GenerationConfig(max_length=9).total_length(5) == 9
+    assert GenerationConfig(max_length=9, max_new_tokens=3).total_length(5) == 8
+    with pytest.raises(InputError, match="max_length: 5 leaves no room after 5 prompt tokens"):
+        GenerationConfig(max_length=5).total_length(5)
+
+
+def test_a_file_comes_back_with_every_key(tmp_path):
+    keys = {"_from_model_config": True, "eos_token_id": [0, 3], "top_k": 20, "transformers_version": "4.57.6"}
+    (tmp_path / "generation_config.json").write_text(json.dumps(keys))
+    config = GenerationConfig.from_pretrained(tmp_path, GPT2Config(pad_token_id=7, bos_token_id=None))
+    assert config.top_k == 20 and config.eos_token_ids == (0, 3) and config.fill_token_id == 7
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == keys | {"pad_token_id": 7}
