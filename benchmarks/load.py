@@ -52,7 +52,8 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
 
 def first_logits(load: Callable[[Path], Any], folder: Path) -> torch.Tensor:
     with torch.no_grad():
-        return load(folder)(IDS).logits
+        logits: torch.Tensor = load(folder)(IDS).logits
+    return logits
 
 
 def run(config: GPT2Config | None = None, count: int = 7) -> list[Row]:

@@ -19,8 +19,8 @@ def run(config: GPT2Config | None = None, batch: int = 2, length: int = 256, cou
         trainers = {who: Trainer(model, ids) for who, model in zip((OURS, "transformers"), pair, strict=True)}
         what = f"training step, {batch} x {length}"
         seconds = rounds(what, {who: trainer.step for who, trainer in trainers.items()}, count)
-    losses = [torch.tensor(trainer.losses) for trainer in trainers.values()]
-    if not torch.allclose(*losses, rtol=1e-3):
+    ours, theirs = (torch.tensor(trainer.losses) for trainer in trainers.values())
+    if not torch.allclose(ours, theirs, rtol=1e-3):
         what += " (DIFFERENT LOSSES)"
     return compare(what, seconds, "tokens/s", batch * length)
 

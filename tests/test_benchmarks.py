@@ -15,7 +15,7 @@ TINY = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2,
 
 @pytest.fixture
 def dummy(monkeypatch):
-    rows = [Row("work", OURS, 2.0, "s", 1.0), {"what": "work", "who": "peer", "value": 5.0, "unit": "s", "ratio": 2.5}]
+    rows = [Row("work", OURS, 2.0, "s", 1.0), Row("work", "peer", 5.0, "s", 2.5)]
     monkeypatch.setitem(sys.modules, "benchmarks.dummy", SimpleNamespace(run=lambda: rows))
     monkeypatch.setattr(command, "NAMES", ["dummy"])
 
