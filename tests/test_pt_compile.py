@@ -38,6 +38,18 @@ def test_generation_compiles_a_prefill_and_a_decode_step(model, batch, padding):
     assert len(set(graphs[2:])) == 1, f"compiled again after the second new token: {graphs}"
 
 
+def test_prompts_of_every_size_share_six_graphs(model):
+    """A prefill and a decode step of the first size, of any length, and of any batch."""
+    prompts = [torch.randint(64, (batch, length)) for batch in (1, 4, 6) for length in (8, 9, 13, 20)]
+    expected = [model.generate(ids, max_new_tokens=12) for ids in prompts]
+    counter = CompileCounter()
+    model.transformer.run = torch.compile(model.transformer.run, backend=counter, fullgraph=True)
+    assert all(
+        torch.equal(model.generate(ids, max_new_tokens=12), same) for ids, same in zip(prompts, expected, strict=True)
+    )
+    assert counter.frame_count <= 6
+
+
 def test_a_training_step_is_one_graph(model):
     counter = CompileCounter()
     compiled = torch.compile(model.train(), backend=counter, fullgraph=True)
