@@ -22,7 +22,7 @@ from gpt2_multi.tokenizer import GPT2Tokenizer
 Array = np.ndarray[Any, Any]
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 1,234 voices in the café said: it isn't so.\n"
-PACKAGES = ("numpy", "safetensors", "huggingface-hub", "regex", "click", "rich")
+PACKAGES = ("numpy", "safetensors", "huggingface-hub", "click", "rich")
 # How far logits may be from the oracle's, relative to the greatest of them. A wrong kernel is off by far more.
 BOUNDS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1, "float16": 1e-2}
 

@@ -256,6 +256,7 @@ def test_wrong_usage(args: tuple[str, ...], message: str) -> None:
     assert refusal("generate", "Hello", *args, code=2).startswith(message)
 
 
+@needs_pt
 def test_a_missing_model(tmp_path: Path) -> None:
     missing = tmp_path / "nope"
     for command in ("generate", "tokenize"):
@@ -270,6 +271,7 @@ def test_a_damaged_model(tiny: Path, tmp_path: Path) -> None:
     assert refusal("generate", "Hello", "--model", folder).startswith(f"{weights}: not a whole safetensors file")
 
 
+@needs_pt
 @pytest.mark.parametrize("command", ["generate", "tokenize"])
 def test_an_unknown_name_offline(command: str, tmp_path: Path) -> None:
     done = process(command, "Hello", "--model", "no/such", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
