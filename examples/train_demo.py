@@ -1,0 +1,290 @@
+"""Train the demo model of gpt2_multi from one text file: tokenizer, weights, loss curve and model card, in one run.
+
+    python examples/train_demo.py --text tinyshakespeare.txt --output runs/demo
+
+The result is a folder that every backend loads. Everything the model card says is measured in the run that writes it.
+Needs PyTorch, and the `tokenizers` package to learn the merges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from model_card import Curve, Point, known_words, longest_copy, write_card  # beside this script
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.errors import ConfigError
+from gpt2_multi.pt import GPT2LMHeadModel
+from gpt2_multi.pt.training import cosine_schedule, parameter_groups, train_step
+from gpt2_multi.tokenizer import GPT2Tokenizer
+from gpt2_multi.weights import parameter_count
+
+END = "<|endoftext|>"
+HELD_OUT = 0.1  # of the text, its end
+DOCUMENT = 8_000  # characters between two end tokens: enough of them to learn the token, few enough to keep context
+PROMPTS = ("ROMEO:", "KING")
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 40, "seed": 0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup: int
+    eval_every: int
+    seed: int
+
+
+def default_text() -> Path:
+    """Tiny Shakespeare in the shared folder, which lies beside the repository unless the environment says where."""
+    root = Path(__file__).resolve().parents[1]
+    return Path(os.environ.get("GPT2_MULTI_SHARED") or root.parent / "shared") / "text" / "tinyshakespeare.txt"
+
+
+def read_text(path: Path) -> str:
+    """The text, or a sentence about why there is none."""
+    if not path.is_file():
+        raise click.ClickException(f"{path}: there is no such text; give one with --text, or set GPT2_MULTI_SHARED")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise click.ClickException(f"{path}: not UTF-8 ({error}); convert it first") from None
+
+
+def split(text: str) -> tuple[str, str]:
+    """The text to train on and the text to hold out, cut between two paragraphs where there are any."""
+    cut = int(len(text) * (1 - HELD_OUT))
+    cut = text.find("\n\n", cut) + 2 if "\n\n" in text[cut:] else cut
+    return text[:cut], text[cut:]
+
+
+def documents(text: str) -> list[str]:
+    """The text in pieces of about `DOCUMENT` characters, each of whole paragraphs."""
+    pieces = [""]
+    for paragraph in text.split("\n\n"):
+        if len(pieces[-1]) > DOCUMENT:
+            pieces.append("")
+        pieces[-1] += paragraph.strip("\n") + "\n\n"
+    return [piece[:-1] for piece in pieces]
+
+
+def train_tokenizer(text: str, vocab_size: int, length: int) -> GPT2Tokenizer:
+    """Learn a byte-level BPE in GPT-2's order of ids: the 256 bytes, the merges, the end token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([text], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1])) | {END: len(model["vocab"])}
+    return GPT2Tokenizer(vocab, [tuple(pair) for pair in model["merges"]], model_max_length=length)
+
+
+def write_tokenizer(folder: Path, tokenizer: GPT2Tokenizer) -> None:
+    """Write GPT-2's own three files: vocab.json, merges.txt and tokenizer_config.json."""
+    tokenizer.save_vocabulary(folder)
+    tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
+    keys = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": tokenizer.model_max_length, **tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
+
+
+def encode(tokenizer: GPT2Tokenizer, texts: list[str]) -> Tensor:
+    """The ids of some texts, each after an end token, which ends the last text and begins the next."""
+    return torch.tensor([i for text in texts for i in (tokenizer.eos_token_id, *tokenizer(text).input_ids)])
+
+
+def configure(tokenizer: GPT2Tokenizer, dropout: float, options: Mapping[str, int]) -> GPT2Config:
+    """The model's configuration; dropout of attention stays off, because on a CPU it has no fused kernel."""
+    end, rates = tokenizer.eos_token_id, {"embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0}
+    try:
+        return GPT2Config(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **rates, **options)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def windows(ids: Tensor, length: int) -> list[Tensor]:
+    """The ids in windows that overlap by one, so that every id but the first is predicted exactly once."""
+    return [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
+
+
+@torch.no_grad()
+def mean_loss(model: GPT2LMHeadModel, ids: Tensor) -> float:
+    """The mean loss per predicted token over a whole text, without dropout."""
+    model.eval()
+    pieces = windows(ids, model.config.n_positions)
+    last = pieces.pop()  # the only one that may be shorter
+    batches = [*torch.stack(pieces).split(32), last[None]] if pieces else [last[None]]
+    total = sum(float(model(x, labels=x, use_cache=False).loss) * x[:, 1:].numel() for x in batches)
+    model.train()
+    return total / (len(ids) - 1)
+
+
+def batch(ids: Tensor, plan: Plan, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Windows from random places of the text."""
+    starts = torch.randint(len(ids) - length + 1, (plan.batch_size,), generator=generator)
+    x = torch.stack([ids[start : start + length] for start in starts.tolist()])
+    return {"input_ids": x, "labels": x}
+
+
+def progress_bar() -> Progress:
+    """Progress on stderr, so that stdout stays free."""
+    return Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
+
+
+def train(model: GPT2LMHeadModel, ids: Tensor, held_out: Tensor, plan: Plan, folder: Path) -> Curve:
+    """Train, measure every `eval_every` updates, and keep in `folder` the weights with the least held-out loss."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    groups = parameter_groups(model, plan.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.99), fused=True)
+    length, curve, losses, start = model.config.n_positions, Curve(), [], time.perf_counter()
+    with progress_bar() as progress:
+        task = progress.add_task("", total=plan.steps, note="")
+        for step in range(1, plan.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = plan.learning_rate * cosine_schedule(step - 1, plan.steps, plan.warmup)
+            losses.append(train_step(model, optimizer, [batch(ids, plan, length, generator)]))
+            curve.seconds = time.perf_counter() - start
+            speed = step * plan.batch_size * length / curve.seconds
+            progress.update(task, advance=1, note=f"loss {losses[-1]:.3f}  {speed:,.0f} tokens/s")
+            if step % plan.eval_every == 0 or step == plan.steps:
+                recent = losses[-plan.eval_every :]
+                if curve.add(Point(step, sum(recent) / len(recent), mean_loss(model, held_out))):
+                    model.save_pretrained(folder)
+                progress.console.print(f"update {step}: held-out loss {curve.points[-1].held_out:.4f}")
+    curve.seconds = time.perf_counter() - start
+    return curve
+
+
+def halve(folder: Path, held_out: Tensor, expected: float) -> GPT2LMHeadModel:
+    """Store the weights in float16, one rounding of each, once the held-out loss has shown that nothing is lost."""
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype="float32", param_dtype="float16")
+    loss = mean_loss(model, held_out)
+    if abs(loss - expected) >= 5e-4:
+        raise click.ClickException(f"float16 weights change the held-out loss from {expected:.4f} to {loss:.4f}")
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def sample(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, prompt: str) -> str:
+    """What the model makes of a prompt, the prompt included."""
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    new = min(200, model.config.n_positions - ids.shape[1])
+    return tokenizer.decode(model.generate(ids, max_new_tokens=new, **SAMPLING)[0], skip_special_tokens=True)
+
+
+def describe(path: Path, text: str, held: str, ids: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """What the card says about the text."""
+    content = text.encode()
+    return {
+        "name": path.name,
+        "bytes": len(content),
+        "lines": text.count("\n"),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "tokens": len(ids),
+        "held_out_bytes": len(held.encode()),
+        "bytes_per_token": len(held.encode()) / (len(held_out) - 1),
+    }
+
+
+def size(model: GPT2LMHeadModel, folder: Path) -> dict[str, int]:
+    """Parameters, and bytes on disk."""
+    file = folder / "model.safetensors"
+    return {"parameters": parameter_count(model.config), "file_bytes": file.stat().st_size}
+
+
+def measure(model: GPT2LMHeadModel, ids: Tensor, held_out: Tensor, held_bytes: int, curve: Curve) -> dict[str, float]:
+    """The losses of the weights as they are stored; the training text's on as many tokens as were held out."""
+    loss = mean_loss(model, held_out)
+    return {
+        "held_out": loss,
+        "bits_per_byte": loss * (len(held_out) - 1) / held_bytes / math.log(2),
+        "held_out_float32": curve.best.held_out,
+        "train": mean_loss(model, ids[: len(held_out)]),
+    }
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.option("--text", type=click.Path(path_type=Path), default=default_text, help="UTF-8 text to learn.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("runs/demo"), help="Folder for the model.")
+@click.option("--vocab-size", default=1024, type=click.IntRange(257), help="Tokens, with 256 bytes and the end token.")
+@click.option("--n-positions", default=256, type=click.IntRange(2), help="Length of a window, in tokens.")
+@click.option("--n-embd", default=192, help="Width.")
+@click.option("--n-layer", default=4, help="Blocks.")
+@click.option("--n-head", default=6, help="Attention heads per block.")
+@click.option("--n-inner", default=640, help="Width of the MLP.")
+@click.option("--dropout", default=0.15, help="Dropout of embeddings and residual branches.")
+@click.option("--steps", default=3400, type=click.IntRange(1), help="Updates.")
+@click.option("--batch-size", default=8, type=click.IntRange(1), help="Windows per update.")
+@click.option("--learning-rate", default=2e-3, help="At its highest, after the warm-up.")
+@click.option("--weight-decay", default=0.1, help="Of matrices and embeddings.")
+@click.option("--warmup", default=100, help="Updates until the learning rate is at its highest.")
+@click.option("--eval-every", default=200, type=click.IntRange(1), help="Updates between two held-out losses.")
+@click.option("--seed", default=0, help="Of initialisation, batches and dropout.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def main(text: Path, output: Path, vocab_size: int, dropout: float, threads: int, **options: Any) -> None:
+    """Train a small GPT-2 on one text file and write a model folder.
+
+    The folder gets config.json, generation_config.json, model.safetensors (float16), vocab.json, merges.txt,
+    tokenizer_config.json, training.json (what was measured), curve.svg and README.md (the model card).
+    """
+    whole = read_text(text)
+    plan = Plan(**{f.name: options.pop(f.name) for f in fields(Plan)})
+    torch.set_num_threads(threads)
+    torch.manual_seed(plan.seed)
+    learned, held = split(whole)
+    tokenizer = train_tokenizer(learned, vocab_size, options["n_positions"])
+    ids, held_out = encode(tokenizer, documents(learned)), encode(tokenizer, [held])
+    if len(ids) < options["n_positions"] or not held:
+        raise click.ClickException(f"{text}: too short for windows of {options['n_positions']} tokens")
+    model = GPT2LMHeadModel(configure(tokenizer, dropout, options))
+    output.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(output, tokenizer)
+    curve = train(model, ids, held_out, plan, output)
+    model = halve(output, held_out, curve.best.held_out)
+    samples = {prompt: sample(model, tokenizer, prompt) for prompt in PROMPTS}
+    facts = {
+        "text": describe(text, whole, held, ids, held_out),
+        "model": {**options, "vocab_size": len(tokenizer), "dropout": dropout, **size(model, output)},
+        "plan": asdict(plan),
+        "time": {"minutes": curve.seconds / 60, "threads": threads},
+        "best_step": curve.best.step,
+        "loss": measure(model, ids, held_out, len(held.encode()), curve),
+        "sampling": SAMPLING,
+        "samples": samples,
+        "known_words": known_words(samples, learned),
+        "longest_copy": longest_copy(samples, learned),
+        "curve": [asdict(point) for point in curve.points],
+    }
+    (output / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_card(output, facts)
+    click.echo(f"{output}: held-out loss {facts['loss']['held_out']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
