@@ -21,7 +21,7 @@ KNOWN_TEXTS = {
 
 CARD = """# A small GPT-2
 
-{model[parameters]:,} parameters, trained from nothing on one text by `examples/train_demo.py`, which wrote this card
+{parameters:,} parameters, trained from nothing on one text by `examples/train_demo.py`, which wrote this card
 from what it measured. The model shows the library at work without a network, and is good for nothing else.
 
 ## Text
@@ -166,15 +166,15 @@ def model_rows(facts: Mapping[str, Any]) -> dict[str, Any]:
         "positions": size["n_positions"],
         "vocabulary": f"{size['vocab_size']:,} tokens of byte-level BPE",
         "bytes per token": f"{facts['text']['bytes_per_token']:.2f} on the held-out text",
-        "weights": f"{size['file_bytes']:,} bytes, stored in float16",
+        "weights": f"{facts['file_bytes']:,} bytes, stored in float16",
     }
 
 
 def training_rows(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the card says about the training."""
-    text, size, plan, time = (facts[name] for name in ("text", "model", "plan", "time"))
+    text, size, plan = (facts[name] for name in ("text", "model", "plan"))
     seen = plan["steps"] * plan["batch_size"] * size["n_positions"]
-    cores = "one CPU core" if time["threads"] == 1 else f"{time['threads']} CPU cores"
+    cores = "one CPU core" if plan["threads"] == 1 else f"{plan['threads']} CPU cores"
     return {
         "updates": f"{plan['steps']:,}, each on {plan['batch_size']} windows of {size['n_positions']} tokens",
         "tokens": f"{seen:,}, {seen / text['tokens']:.1f} times the text's {text['tokens']:,}",
@@ -182,7 +182,7 @@ def training_rows(facts: Mapping[str, Any]) -> dict[str, Any]:
         "learning rate": f"{plan['learning_rate']} after {plan['warmup']} updates of warm-up, then a cosine to a tenth",
         "dropout": size["dropout"],
         "seed": plan["seed"],
-        "time": f"{time['minutes']:.1f} minutes on {cores}, evaluations included",
+        "time": f"{facts['minutes']:.1f} minutes on {cores}, evaluations included",
     }
 
 

@@ -53,6 +53,18 @@ class Plan:
     seed: int
 
 
+@dataclass(frozen=True)
+class Data:
+    """A text in two parts, and their ids."""
+
+    path: Path
+    learned: str
+    held: str
+    tokenizer: GPT2Tokenizer
+    ids: Tensor
+    held_ids: Tensor
+
+
 def default_text() -> Path:
     """Tiny Shakespeare in the shared folder, which lies beside the repository unless the environment says where."""
     root = Path(__file__).resolve().parents[1]
@@ -84,6 +96,16 @@ def documents(text: str) -> list[str]:
             pieces.append("")
         pieces[-1] += paragraph.strip("\n") + "\n\n"
     return [piece[:-1] for piece in pieces]
+
+
+def prepare(path: Path, vocab_size: int, length: int) -> Data:
+    """Split the text, and encode it with a tokenizer that has learned from the first part only."""
+    learned, held = split(read_text(path))
+    tokenizer = train_tokenizer(learned, vocab_size, length)
+    ids, held_ids = encode(tokenizer, documents(learned)), encode(tokenizer, [held])
+    if len(ids) < length or not held:
+        raise click.ClickException(f"{path}: too short for windows of {length} tokens; give a longer text")
+    return Data(path, learned, held, tokenizer, ids, held_ids)
 
 
 def train_tokenizer(text: str, vocab_size: int, length: int) -> GPT2Tokenizer:
@@ -128,12 +150,13 @@ def windows(ids: Tensor, length: int) -> list[Tensor]:
 @torch.no_grad()
 def mean_loss(model: GPT2LMHeadModel, ids: Tensor) -> float:
     """The mean loss per predicted token over a whole text, without dropout."""
+    training = model.training
     model.eval()
     pieces = windows(ids, model.config.n_positions)
     last = pieces.pop()  # the only one that may be shorter
     batches = [*torch.stack(pieces).split(32), last[None]] if pieces else [last[None]]
     total = sum(float(model(x, labels=x, use_cache=False).loss) * x[:, 1:].numel() for x in batches)
-    model.train()
+    model.train(training)
     return total / (len(ids) - 1)
 
 
@@ -157,7 +180,7 @@ def progress_bar() -> Progress:
     )
 
 
-def train(model: GPT2LMHeadModel, ids: Tensor, held_out: Tensor, plan: Plan, folder: Path) -> Curve:
+def train(model: GPT2LMHeadModel, data: Data, plan: Plan, folder: Path) -> Curve:
     """Train, measure every `eval_every` updates, and keep in `folder` the weights with the least held-out loss."""
     generator = torch.Generator().manual_seed(plan.seed)
     groups = parameter_groups(model, plan.weight_decay)
@@ -168,13 +191,13 @@ def train(model: GPT2LMHeadModel, ids: Tensor, held_out: Tensor, plan: Plan, fol
         for step in range(1, plan.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate * cosine_schedule(step - 1, plan.steps, plan.warmup)
-            losses.append(train_step(model, optimizer, [batch(ids, plan, length, generator)]))
+            losses.append(train_step(model, optimizer, [batch(data.ids, plan, length, generator)]))
             curve.seconds = time.perf_counter() - start
             speed = step * plan.batch_size * length / curve.seconds
             progress.update(task, advance=1, note=f"loss {losses[-1]:.3f}  {speed:,.0f} tokens/s")
             if step % plan.eval_every == 0 or step == plan.steps:
                 recent = losses[-plan.eval_every :]
-                if curve.add(Point(step, sum(recent) / len(recent), mean_loss(model, held_out))):
+                if curve.add(Point(step, sum(recent) / len(recent), mean_loss(model, data.held_ids))):
                     model.save_pretrained(folder)
                 progress.console.print(f"update {step}: held-out loss {curve.points[-1].held_out:.4f}")
     curve.seconds = time.perf_counter() - start
@@ -188,7 +211,7 @@ def halve(folder: Path, held_out: Tensor, expected: float) -> GPT2LMHeadModel:
     if abs(loss - expected) >= 5e-4:
         raise click.ClickException(f"float16 weights change the held-out loss from {expected:.4f} to {loss:.4f}")
     model.save_pretrained(folder)
-    return model.eval()
+    return model
 
 
 def sample(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, prompt: str) -> str:
@@ -198,34 +221,47 @@ def sample(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, prompt: str) -> str
     return tokenizer.decode(model.generate(ids, max_new_tokens=new, **SAMPLING)[0], skip_special_tokens=True)
 
 
-def describe(path: Path, text: str, held: str, ids: Tensor, held_out: Tensor) -> dict[str, Any]:
+def describe(data: Data) -> dict[str, Any]:
     """What the card says about the text."""
-    content = text.encode()
+    content = (data.learned + data.held).encode()
+    held_bytes = len(data.held.encode())
     return {
-        "name": path.name,
+        "name": data.path.name,
         "bytes": len(content),
-        "lines": text.count("\n"),
+        "lines": content.count(b"\n"),
         "sha256": hashlib.sha256(content).hexdigest(),
-        "tokens": len(ids),
-        "held_out_bytes": len(held.encode()),
-        "bytes_per_token": len(held.encode()) / (len(held_out) - 1),
+        "tokens": len(data.ids),
+        "held_out_bytes": held_bytes,
+        "bytes_per_token": held_bytes / (len(data.held_ids) - 1),
     }
 
 
-def size(model: GPT2LMHeadModel, folder: Path) -> dict[str, int]:
-    """Parameters, and bytes on disk."""
-    file = folder / "model.safetensors"
-    return {"parameters": parameter_count(model.config), "file_bytes": file.stat().st_size}
-
-
-def measure(model: GPT2LMHeadModel, ids: Tensor, held_out: Tensor, held_bytes: int, curve: Curve) -> dict[str, float]:
-    """The losses of the weights as they are stored; the training text's on as many tokens as were held out."""
-    loss = mean_loss(model, held_out)
+def losses_of(model: GPT2LMHeadModel, data: Data, before: float) -> dict[str, float]:
+    """The losses of the weights as they are stored; on the text that was learned, over as many tokens as held out."""
+    loss = mean_loss(model, data.held_ids)
     return {
         "held_out": loss,
-        "bits_per_byte": loss * (len(held_out) - 1) / held_bytes / math.log(2),
-        "held_out_float32": curve.best.held_out,
-        "train": mean_loss(model, ids[: len(held_out)]),
+        "bits_per_byte": loss * (len(data.held_ids) - 1) / len(data.held.encode()) / math.log(2),
+        "held_out_float32": before,
+        "train": mean_loss(model, data.ids[: len(data.held_ids)]),
+    }
+
+
+def measure(model: GPT2LMHeadModel, data: Data, curve: Curve, folder: Path) -> dict[str, Any]:
+    """What the run found out."""
+    samples = {prompt: sample(model, data.tokenizer, prompt) for prompt in PROMPTS}
+    return {
+        "text": describe(data),
+        "parameters": parameter_count(model.config),
+        "file_bytes": (folder / "model.safetensors").stat().st_size,
+        "minutes": curve.seconds / 60,
+        "best_step": curve.best.step,
+        "loss": losses_of(model, data, curve.best.held_out),
+        "sampling": SAMPLING,
+        "samples": samples,
+        "known_words": known_words(samples, data.learned),
+        "longest_copy": longest_copy(samples, data.learned),
+        "curve": [asdict(point) for point in curve.points],
     }
 
 
@@ -239,7 +275,7 @@ def measure(model: GPT2LMHeadModel, ids: Tensor, held_out: Tensor, held_bytes: i
 @click.option("--n-head", default=6, help="Attention heads per block.")
 @click.option("--n-inner", default=640, help="Width of the MLP.")
 @click.option("--dropout", default=0.15, help="Dropout of embeddings and residual branches.")
-@click.option("--steps", default=3400, type=click.IntRange(1), help="Updates.")
+@click.option("--steps", default=3000, type=click.IntRange(1), help="Updates.")
 @click.option("--batch-size", default=8, type=click.IntRange(1), help="Windows per update.")
 @click.option("--learning-rate", default=2e-3, help="At its highest, after the warm-up.")
 @click.option("--weight-decay", default=0.1, help="Of matrices and embeddings.")
@@ -253,34 +289,17 @@ def main(text: Path, output: Path, vocab_size: int, dropout: float, threads: int
     The folder gets config.json, generation_config.json, model.safetensors (float16), vocab.json, merges.txt,
     tokenizer_config.json, training.json (what was measured), curve.svg and README.md (the model card).
     """
-    whole = read_text(text)
     plan = Plan(**{f.name: options.pop(f.name) for f in fields(Plan)})
     torch.set_num_threads(threads)
     torch.manual_seed(plan.seed)
-    learned, held = split(whole)
-    tokenizer = train_tokenizer(learned, vocab_size, options["n_positions"])
-    ids, held_out = encode(tokenizer, documents(learned)), encode(tokenizer, [held])
-    if len(ids) < options["n_positions"] or not held:
-        raise click.ClickException(f"{text}: too short for windows of {options['n_positions']} tokens")
-    model = GPT2LMHeadModel(configure(tokenizer, dropout, options))
+    data = prepare(text, vocab_size, options["n_positions"])
+    model = GPT2LMHeadModel(configure(data.tokenizer, dropout, options))
     output.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(output, tokenizer)
-    curve = train(model, ids, held_out, plan, output)
-    model = halve(output, held_out, curve.best.held_out)
-    samples = {prompt: sample(model, tokenizer, prompt) for prompt in PROMPTS}
-    facts = {
-        "text": describe(text, whole, held, ids, held_out),
-        "model": {**options, "vocab_size": len(tokenizer), "dropout": dropout, **size(model, output)},
-        "plan": asdict(plan),
-        "time": {"minutes": curve.seconds / 60, "threads": threads},
-        "best_step": curve.best.step,
-        "loss": measure(model, ids, held_out, len(held.encode()), curve),
-        "sampling": SAMPLING,
-        "samples": samples,
-        "known_words": known_words(samples, learned),
-        "longest_copy": longest_copy(samples, learned),
-        "curve": [asdict(point) for point in curve.points],
-    }
+    write_tokenizer(output, data.tokenizer)
+    curve = train(model, data, plan, output)
+    model = halve(output, data.held_ids, curve.best.held_out)
+    size = {**options, "vocab_size": len(data.tokenizer), "dropout": dropout}
+    facts = {"model": size, "plan": {**asdict(plan), "threads": threads}, **measure(model, data, curve, output)}
     (output / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     write_card(output, facts)
     click.echo(f"{output}: held-out loss {facts['loss']['held_out']:.3f}")
