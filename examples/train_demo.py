@@ -22,7 +22,7 @@ import click
 import torch
 from model_card import Curve, Point, known_words, longest_copy, write_card  # beside this script
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -169,15 +169,8 @@ def batch(ids: Tensor, plan: Plan, length: int, generator: torch.Generator) -> d
 
 def progress_bar() -> Progress:
     """Progress on stderr, so that stdout stays free."""
-    return Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-    )
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress("training", *columns, "{task.fields[note]}", console=Console(stderr=True))
 
 
 def train(model: GPT2LMHeadModel, data: Data, plan: Plan, folder: Path) -> Curve:
