@@ -1,3 +1,29 @@
-"""GPT-2 for PyTorch, TensorFlow and JAX, from one configuration, one tokenizer and one table of weights."""
+"""GPT-2 for PyTorch, TensorFlow and JAX, from one configuration, one tokenizer and one table of weights.
+
+The names here are imported when they are first used: `import gpt2_multi` alone loads no framework, and not even NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt2_multi.config import GPT2Config
+    from gpt2_multi.tokenizer import GPT2Tokenizer
 
 __version__ = "0.1.0"
+__all__ = ["GPT2Config", "GPT2Tokenizer", "__version__"]
+
+_PLACES = {"GPT2Config": "gpt2_multi.config", "GPT2Tokenizer": "gpt2_multi.tokenizer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'gpt2_multi' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_PLACES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -27,7 +27,7 @@ ALIASES = {
     "torch_dtype": "dtype",
 }
 _NAMES = CHECKS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor takes
-_NOT_IN_FILES = {"extra", "from_file"}
+_KEYS = _NAMES - {"extra", "from_file"}  # what a file may set
 
 
 class Archived(NamedTuple):
@@ -68,11 +68,18 @@ def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"{alias} is {given[alias]!r} but {name} is {values[name]!r}: one setting, give one value"
             )
-    if (number := given.get("num_labels")) is not None:
-        labels = values.setdefault("id2label", _numbered_labels(count("num_labels", number)))
+    if "num_labels" in given:
+        number = count("num_labels", given["num_labels"])
+        labels = CHECKS["id2label"]("id2label", values.setdefault("id2label", _numbered_labels(number)))
         if len(labels) != number:
             raise ConfigError(f"num_labels is {number} but id2label has {len(labels)} labels: give one of the two")
     return values
+
+
+def _check_all(values: Mapping[str, Any]) -> None:
+    check_together(values)
+    if taken := values["extra"].keys() & (_KEYS | {"model_type"}):
+        raise ConfigError(f"extra is for keys that are not GPT-2's; {min(taken)!r} is a setting of its own")
 
 
 def _settled(known: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +87,8 @@ def _settled(known: dict[str, Any]) -> dict[str, Any]:
 
     Changing `n_positions` left `n_ctx` behind, and the double-heads model set `num_labels` to 1 beside two labels.
     """
-    known = {key: value for key, value in known.items() if value is not None or key not in ("id2label", "label2id")}
+    labels = ("id2label", "label2id", "num_labels")
+    known = {key: value for key, value in known.items() if value is not None or key not in labels}
     outdated = {"n_ctx": "n_positions", "num_labels": "id2label"}
     return {key: value for key, value in known.items() if outdated.get(key) not in known}
 
@@ -161,19 +169,6 @@ class GPT2Config:
     n_ctx = _alias("n_positions")
     torch_dtype = _alias("dtype")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _NAMES:
-            raise AttributeError(_unknown(name))
-        ((name, value),) = _as_fields({name: value}).items()
-        values = {**vars(self), name: CHECKS[name](name, value)}
-        if name == "id2label" or not values.get("label2id", True):
-            values["label2id"] = {label: i for i, label in values["id2label"].items()}
-        if len(values) == len(CHECKS):  # the constructor comes here once per field
-            check_together(values)
-            if taken := values["extra"].keys() & (_NAMES | {"model_type"}):
-                raise ConfigError(f"extra is for keys that are not GPT-2's; {min(taken)!r} is a setting of its own")
-        vars(self).update(values)
-
     @property
     def num_labels(self) -> int:
         """The number of classes; setting it numbers the labels anew."""
@@ -181,7 +176,19 @@ class GPT2Config:
 
     @num_labels.setter
     def num_labels(self, number: int) -> None:
-        raise NotImplementedError  # __setattr__ sets id2label instead
+        self.id2label = _numbered_labels(count("num_labels", number))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _NAMES:
+            raise AttributeError(_unknown(name))
+        if name not in CHECKS:
+            return super().__setattr__(name, value)  # a property, which sets its field
+        values = {**vars(self), name: CHECKS[name](name, value)}
+        if name == "id2label" or not values.get("label2id", True):
+            values["label2id"] = {label: i for i, label in values["id2label"].items()}
+        if len(values) == len(CHECKS):  # the constructor comes here once per field
+            _check_all(values)
+        vars(self).update(values)
 
     @property
     def use_return_dict(self) -> bool:
@@ -200,8 +207,8 @@ class GPT2Config:
         """The configuration of a published GPT-2 (`gpt2`, `gpt2-medium`, `gpt2-xl`, ...), without a network."""
         for short, known in ARCHIVE.items():
             if name in (short, known.hub_id):
-                size: dict[str, Any] = {"n_layer": known.n_layer, "n_head": known.n_head, "n_embd": known.n_embd}
-                return cls(**size, architectures=["GPT2LMHeadModel"])
+                _, n_layer, n_head, n_embd = known
+                return cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd, architectures=["GPT2LMHeadModel"])
         raise ConfigError(f"{name!r} is not a published GPT-2 that is known here; those are {', '.join(ARCHIVE)}")
 
     @classmethod
@@ -211,7 +218,7 @@ class GPT2Config:
             raise ConfigError(
                 f"model_type must be 'gpt2'; found {model_type!r}: this is the configuration of another model"
             )
-        known = {key: value for key, value in keys.items() if key in _NAMES - _NOT_IN_FILES}
+        known = {key: value for key, value in keys.items() if key in _KEYS}
         if keys and not known and "model_type" not in keys:
             raise ConfigError(f"none of these keys is one of a GPT-2 configuration: {', '.join(sorted(keys)[:5])}")
         extra = {key: value for key, value in keys.items() if key not in known and key != "model_type"}
@@ -263,8 +270,8 @@ class GPT2Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, under config.json's keys, with the keys and the spellings that a file brought."""
-        values = {name: value for name, value in vars(self).items() if name not in _NOT_IN_FILES}
-        values |= {name: getattr(self, name) for name in self.from_file & _NAMES}
+        values = {name: value for name, value in vars(self).items() if name in _KEYS}
+        values |= {name: getattr(self, name) for name in self.from_file & _KEYS}
         return copy.deepcopy({**self.extra, **values, "model_type": "gpt2"})
 
     def to_json_string(self) -> str:

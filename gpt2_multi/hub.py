@@ -118,5 +118,7 @@ def _sentence(repo: str, revision: str | None, error: Exception, local: bool) ->
         )
     if status:
         return f"{repo}: the hub answered with an error ({status}) and the cache lacks the model; try again later"
+    while error.__cause__ or error.__context__:  # the first of a chain of errors is what happened
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"{repo}: could not be fetched ({reason}); check the network, or give a folder that holds the model"

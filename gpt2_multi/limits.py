@@ -20,8 +20,8 @@ def check_shape(name: str, found: Shape, expected: Sequence[int | None]) -> None
     """`found` has to be `expected`, in which None stands for any length and 1 is broadcast."""
     fits = len(found) == len(expected) and all(e in (None, f) for f, e in zip(found, expected, strict=True))
     if not fits:
-        shape = ", ".join("any" if e is None else str(e) for e in expected)
-        raise InputError(f"{name}: expected shape ({shape}), found {tuple(found)}; batch and length must fit the input")
+        shape = str(tuple("any" if e is None else e for e in expected)).replace("'", "")
+        raise InputError(f"{name}: expected shape {shape}, found {tuple(found)}; batch and length must fit the input")
 
 
 def check_mask(found: Shape, batch: int, heads: int, length: int, keys: int) -> None:
@@ -37,6 +37,18 @@ def check_mask(found: Shape, batch: int, heads: int, length: int, keys: int) -> 
         f"attention_mask: expected shape ({batch}, {keys}){past} or one that broadcasts to "
         f"({batch}, {heads}, {length}, {keys}), found {tuple(found)}; it needs a column for every token"
     )
+
+
+def check_integers(name: str, found: object, fits: bool) -> None:
+    """Ids are integers."""
+    if not fits:
+        raise InputError(f"{name}: expected integers, found {found}; ids come from the tokenizer")
+
+
+def check_head_mask(found: Shape, layers: int, heads: int) -> None:
+    """A head mask is (heads,), (layers, heads), or (layers, batch, heads, length, keys)."""
+    if tuple(found) not in ((heads,), (layers, heads)) and not (len(found) == 5 and found[0] == layers):
+        raise InputError(f"head_mask: expected shape ({layers}, {heads}) or ({heads},), found {tuple(found)}")
 
 
 def check_ids(name: str, low: int, high: int, vocab_size: int) -> None:
@@ -99,3 +111,16 @@ def check_prompts(least: int) -> None:
     """Generation continues a text, so every prompt needs a token; `least` is the shortest row's count."""
     if least < 1:
         raise InputError("input_ids: a prompt has no token; give at least one, such as the bos_token_id")
+
+
+def check_labels(low: int, high: int, classes: int) -> None:
+    """A label is a class, or -100; `low` and `high` are the extremes."""
+    if high >= classes or (low < 0 and low != -100):
+        raise InputError(f"labels: {high if high >= classes else low} is not a class (0 to {classes - 1}, or -100)")
+
+
+def check_choice_tokens(low: int, high: int, length: int) -> None:
+    """A choice is scored at one of its tokens; `low` and `high` are the extremes."""
+    if low < 0 or high >= length:
+        bad = low if low < 0 else high
+        raise InputError(f"mc_token_ids: the index {bad} is outside the text (0 to {length - 1})")

@@ -182,10 +182,12 @@ def outputs(config: GPT2Config, w: Weights, head: str, inputs: Mapping[str, Arra
     The answer is flat: `logits`, `loss`, `hidden_states.{i}`, `attentions.{i}`, `past.{i}.key` and so on.
     """
     given = dict(inputs)
-    ids = given.pop("input_ids", None)
+    body = {key: value for key, value in given.items() if key in BODY_INPUTS}
+    ids = given.get("input_ids")
     choices = ids.shape if ids is not None and ids.ndim == 3 else None
-    rows = ids.reshape(-1, ids.shape[-1]) if choices and ids is not None else ids
-    trace = forward(config, w, rows, **{key: value for key, value in given.items() if key in BODY_INPUTS})
+    if choices:  # as rows of a batch
+        body = {key: value.reshape(-1, *value.shape[2:]) for key, value in body.items()}
+    trace = forward(config, w, **body)
     hidden = trace.last_hidden_state if choices is None else trace.last_hidden_state.reshape(*choices, -1)
     mask = inputs.get("attention_mask", np.ones(hidden.shape[:-1]))
     if head == "sequence_classification" and "attention_mask" not in inputs and ids is not None:
@@ -194,7 +196,7 @@ def outputs(config: GPT2Config, w: Weights, head: str, inputs: Mapping[str, Arra
 
 
 BODY_INPUTS = (
-    "attention_mask", "token_type_ids", "position_ids", "head_mask", "inputs_embeds", "encoder_hidden_states",
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "head_mask", "inputs_embeds", "encoder_hidden_states",
     "encoder_attention_mask",
 )  # fmt: skip
 

@@ -1,8 +1,11 @@
 """Which backends the tests run on: all that are installed, or exactly those that `--backends` names."""
 
 import importlib.util
+import os
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for a second thread
 
 from tests.adapters import BACKENDS
 

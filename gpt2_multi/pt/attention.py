@@ -5,7 +5,7 @@ Shapes: B batch, T length of this call, S keys (past included), H heads, D head 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from gpt2_multi.config import GPT2Config
 
@@ -92,6 +93,20 @@ class KVCache(Sequence[Pair]):
         return (self[layer] for layer in range(len(self)))
 
 
+def _flatten(cache: KVCache) -> tuple[list[Any], tuple[int, bool]]:
+    return [cache.layers, cache.cross], (cache.length, cache.preallocated)
+
+
+def _unflatten(parts: Iterable[Any], context: tuple[int, bool]) -> KVCache:
+    layers, cross = parts
+    cache = KVCache(layers, *context)
+    cache.cross = list(cross)
+    return cache
+
+
+register_pytree_node(KVCache, _flatten, _unflatten, serialized_type_name="gpt2_multi.pt.KVCache")  # for torch.export
+
+
 @dataclass
 class Context:
     """What every block of one call shares. A bias is added to the scores; None means plainly causal."""
@@ -148,7 +163,7 @@ def positions(source: Tensor, mask: Tensor | None, past: int) -> Tensor:
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(B, T, H * D) -> (B, H, T, D)"""
-    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+    return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim).transpose(1, 2)
 
 
 class _Attention(nn.Module):

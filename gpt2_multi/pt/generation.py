@@ -90,6 +90,7 @@ def prepare(
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     limits.check_shape("attention_mask", mask.shape, ids.shape)
     counts = mask.sum(-1)
+    limits.check_integers("input_ids", ids.dtype, not ids.is_floating_point())
     if len(ids):
         limits.check_prompts(int(counts.min()))
         limits.check_ids("input_ids", *extremes(ids), model.config.vocab_size)

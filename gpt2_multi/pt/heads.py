@@ -24,7 +24,7 @@ from gpt2_multi.outputs import (
 from gpt2_multi.pt import generation
 from gpt2_multi.pt.attention import KVCache, Pair
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
-from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, call, give
+from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, call, extremes, give
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
 from gpt2_multi.sampling import GenerationConfig
 
@@ -87,7 +87,6 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         logits = self.logits(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            limits.check_shape("labels", labels.shape, logits.shape[:2])
             loss = lm_loss(logits, labels, present(attention_mask, labels))
         output = CausalLMOutputWithCrossAttentions(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
@@ -171,6 +170,7 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         mask = hidden.new_ones(choices) if attention_mask is None else attention_mask[..., -choices[-1] :]
         if mc_token_ids is not None:
             limits.check_shape("mc_token_ids", mc_token_ids.shape, choices[:2])
+            limits.check_choice_tokens(*extremes(mc_token_ids), choices[2])
         logits = call(self.lm_head, self.transformer.compute_dtype, hidden)
         scores = call(self.multiple_choice_head, self.transformer.compute_dtype, hidden, mask, mc_token_ids).squeeze(-1)
         output = GPT2DoubleHeadsModelOutput(

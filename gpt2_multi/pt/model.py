@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_multi import limits
 from gpt2_multi.config import GPT2Config
-from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions
+from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
 from gpt2_multi.pt.attention import (
     Attention,
     Context,
@@ -82,6 +82,10 @@ class Block(nn.Module):
             a, cross_probs = self.crossattention(self.ln_cross_attn(x), context)
             x = x + a
         return x + self.mlp(self.ln_2(x)), probs, cross_probs
+
+
+for output_class in Output.__subclasses__():
+    torch.export.register_dataclass(output_class, serialized_type_name=f"gpt2_multi.{output_class.__name__}")
 
 
 def call(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
@@ -164,7 +168,8 @@ class GPT2Model(GPT2PreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         past = cache.length if cache is not None else 0
         if not torch.compiler.is_compiling():
-            self._check_shapes(source, attention_mask, cache, encoder_hidden_states, encoder_attention_mask)
+            self._check_shapes(source, attention_mask, token_type_ids, position_ids, head_mask, cache)
+            self._check_encoder(source, encoder_hidden_states, encoder_attention_mask)
         position_ids = positions(source, attention_mask, past) if position_ids is None else position_ids
         if not torch.compiler.is_compiling():
             self._check_values(input_ids, token_type_ids, position_ids)
@@ -235,8 +240,6 @@ class GPT2Model(GPT2PreTrainedModel):
     def _head_masks(self, head_mask: Tensor | None) -> Sequence[Tensor | None]:
         if head_mask is None:
             return [None] * len(self.h)
-        if head_mask.dim() not in (1, 2, 5):
-            limits.check_shape("head_mask", head_mask.shape, (len(self.h), self.config.n_head))
         if head_mask.dim() == 5:
             return list(head_mask)  # n_layer of (B, H, T, S)
         rows = head_mask.to(self.dtype).expand(len(self.h), -1)  # (n_layer, H)
@@ -249,11 +252,12 @@ class GPT2Model(GPT2PreTrainedModel):
         self,
         source: Tensor,
         mask: Tensor | None,
+        types: Tensor | None,
+        position_ids: Tensor | None,
+        head_mask: Tensor | None,
         cache: KVCache | None,
-        states: Tensor | None,
-        states_mask: Tensor | None,
     ) -> None:
-        embeds = source.is_floating_point()
+        embeds = source.is_floating_point() and source.dim() == 3
         shape = (None, None, self.config.n_embd) if embeds else (None, None)
         limits.check_shape("inputs_embeds" if embeds else "input_ids", source.shape, shape)
         batch, length = source.shape[:2]
@@ -262,22 +266,34 @@ class GPT2Model(GPT2PreTrainedModel):
             limits.check_room(length, past, cache.capacity)
         if mask is not None:
             limits.check_mask(mask.shape, batch, self.config.n_head, length, past + length)
+        if types is not None:
+            limits.check_shape("token_type_ids", types.shape, (batch, length))
+        if position_ids is not None:
+            limits.check_shape(
+                "position_ids", position_ids.shape, (len(position_ids) if len(position_ids) == 1 else batch, length)
+            )
+        if head_mask is not None:
+            limits.check_head_mask(head_mask.shape, self.config.n_layer, self.config.n_head)
+
+    def _check_encoder(self, source: Tensor, states: Tensor | None, mask: Tensor | None) -> None:
         if states is not None:
             limits.check_encoder(self.config.add_cross_attention)
-            limits.check_shape("encoder_hidden_states", states.shape, (batch, None, self.config.n_embd))
-        if states is not None and states_mask is not None:
-            limits.check_shape("encoder_attention_mask", states_mask.shape, (batch, states.shape[1]))
+            limits.check_shape("encoder_hidden_states", states.shape, (len(source), None, self.config.n_embd))
+            if mask is not None:
+                limits.check_shape("encoder_attention_mask", mask.shape, states.shape[:2])
 
     def _check_values(self, input_ids: Tensor | None, types: Tensor | None, position_ids: Tensor) -> None:
         for name, ids in (("input_ids", input_ids), ("token_type_ids", types)):
-            if ids is not None and ids.numel():
+            if ids is not None:
+                limits.check_integers(name, ids.dtype, not ids.is_floating_point())
                 limits.check_ids(name, *extremes(ids), self.config.vocab_size)
-        if position_ids.numel():
-            limits.check_positions(*extremes(position_ids), self.config.n_positions)
+        limits.check_positions(*extremes(position_ids), self.config.n_positions)
 
 
 def extremes(ids: Tensor) -> tuple[int, int]:
-    """The least and the greatest of some ids."""
+    """The least and the greatest of some ids; (0, 0) of none."""
+    if not ids.numel():
+        return 0, 0
     low, high = ids.aminmax()
     return int(low), int(high)
 

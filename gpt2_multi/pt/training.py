@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2_multi import limits
+
 IGNORED = -100
 
 
@@ -19,10 +21,19 @@ def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None) ->
     A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0.
     """
     labels = labels.to(logits.device).long()
+    check_labels(labels, logits)
     if mask is not None:
         labels = labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
     total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Labels (...) have to fit logits (..., K) in shape, and be classes or -100."""
+    limits.check_shape("labels", labels.shape, logits.shape[:-1])
+    if labels.numel() and not torch.compiler.is_compiling():
+        low, high = labels.aminmax()
+        limits.check_labels(int(low), int(high), logits.shape[-1])
 
 
 def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,6 +41,7 @@ def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tenso
 
     A token that the mask hides neither is predicted nor predicts.
     """
+    check_labels(labels, logits)
     kept = None if mask is None else (mask[..., :-1] != 0) & (mask[..., 1:] != 0)
     return cross_entropy(logits[..., :-1, :], labels[..., 1:], kept)
 
@@ -46,7 +58,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     if problem_type == "regression":
         return F.mse_loss(logits.view(labels.shape), labels.to(logits.dtype))
     if problem_type == "single_label_classification":
-        return cross_entropy(logits, labels.view(-1))
+        return cross_entropy(logits, labels)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
@@ -54,7 +66,7 @@ def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tens
     """The loss of extractive question answering: (B, T) logits, (B,) positions; those beyond the text do not count."""
 
     def one(logits: Tensor, position: Tensor) -> Tensor:
-        position = position.to(logits.device).view(-1)
+        position = position.to(logits.device)
         outside = (position < 0) | (position >= logits.shape[1])
         return cross_entropy(logits, position.masked_fill(outside, IGNORED))
 

@@ -1,0 +1,63 @@
+"""What importing costs: the core loads no framework, and each framework's package none of the others."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import gpt2_multi
+
+FRAMEWORKS = frozenset({"torch", "tensorflow", "keras", "jax", "flax", "transformers"})
+MAY_LOAD = {"gpt2_multi.pt": {"torch"}}
+
+
+def modules() -> list[str]:
+    """Every module of the installed package, found by walking it; running `__main__` is not importing it."""
+    found = pkgutil.walk_packages(gpt2_multi.__path__, "gpt2_multi.", onerror=lambda name: None)
+    return ["gpt2_multi", *(module.name for module in found if not module.name.endswith("__main__"))]
+
+
+def own_frameworks(module: str) -> set[str]:
+    package = ".".join(module.split(".")[:2])
+    return MAY_LOAD.get(package, set())
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules that a fresh process has after some code."""
+    code += "; import json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return set(json.loads(run.stdout))
+
+
+def test_the_walk_finds_the_package() -> None:
+    assert {"gpt2_multi.config", "gpt2_multi.hub", "gpt2_multi.pt.model"} <= set(modules())
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_loads_its_own_framework_only(module: str) -> None:
+    for framework in own_frameworks(module):
+        pytest.importorskip(framework)
+    assert loaded_by(f"import {module}") & FRAMEWORKS <= own_frameworks(module)
+
+
+def test_importing_the_package_loads_next_to_nothing() -> None:
+    heavy = {"numpy", "safetensors", "huggingface_hub", "click", "rich", "regex"}
+    assert not loaded_by("import gpt2_multi") & heavy
+
+
+def test_a_name_loads_its_own_module_only() -> None:
+    loaded = loaded_by("from gpt2_multi import GPT2Config; GPT2Config()")
+    assert not loaded & (FRAMEWORKS | {"numpy", "huggingface_hub"})
+
+
+def test_every_exported_name_is_there() -> None:
+    assert set(gpt2_multi.__all__) <= set(dir(gpt2_multi))
+    for name in gpt2_multi.__all__:
+        assert getattr(gpt2_multi, name) is not None
+    with pytest.raises(AttributeError, match="module 'gpt2_multi' has no attribute 'GPT3'"):
+        _ = gpt2_multi.GPT3  # type: ignore[attr-defined]
