@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import os
 import re
 import subprocess
 import sys
@@ -160,7 +161,8 @@ def play(tmp_path: Path) -> Path:
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The script in a process of its own, any warning an error."""
     command = [sys.executable, "-W", "error", SCRIPT, *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run([str(part) for part in command], **options)
 
 
 def test_the_script_writes_a_folder_that_loads(play, tmp_path):
