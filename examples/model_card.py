@@ -181,6 +181,7 @@ def training_rows(facts: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": f"AdamW, betas 0.9 and 0.99, weight decay {plan['weight_decay']}, gradients clipped to norm 1",
         "learning rate": f"{plan['learning_rate']} after {plan['warmup']} updates of warm-up, then a cosine to a tenth",
         "dropout": size["dropout"],
+        "first weights": f"standard deviation {size['initializer_range']}",
         "seed": plan["seed"],
         "time": f"{facts['minutes']:.1f} minutes on {cores}, evaluations included",
     }

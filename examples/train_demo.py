@@ -34,6 +34,7 @@ from gpt2_multi.tokenizer import GPT2Tokenizer
 from gpt2_multi.weights import parameter_count
 
 END = "<|endoftext|>"
+TEXT = "text/tinyshakespeare.txt"  # of the shared data
 HELD_OUT = 0.1  # of the text, its end
 DOCUMENT = 8_000  # characters between two end tokens: enough of them to learn the token, few enough to keep context
 PROMPTS = ("ROMEO:", "KING")
@@ -67,8 +68,7 @@ class Data:
 
 def default_text() -> Path:
     """Tiny Shakespeare in the shared folder, which lies beside the repository unless the environment says where."""
-    root = Path(__file__).resolve().parents[1]
-    return Path(os.environ.get("GPT2_MULTI_SHARED") or root.parent / "shared") / "text" / "tinyshakespeare.txt"
+    return Path(os.environ.get("GPT2_MULTI_SHARED") or Path(__file__).resolve().parents[2] / "shared") / TEXT
 
 
 def read_text(path: Path) -> str:
@@ -133,7 +133,7 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[str]) -> Tensor:
     return torch.tensor([i for text in texts for i in (tokenizer.eos_token_id, *tokenizer(text).input_ids)])
 
 
-def configure(tokenizer: GPT2Tokenizer, dropout: float, options: Mapping[str, int]) -> GPT2Config:
+def configure(tokenizer: GPT2Tokenizer, dropout: float, options: Mapping[str, Any]) -> GPT2Config:
     """The model's configuration; dropout of attention stays off, because on a CPU it has no fused kernel."""
     end, rates = tokenizer.eos_token_id, {"embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0}
     try:
@@ -259,7 +259,13 @@ def measure(model: GPT2LMHeadModel, data: Data, curve: Curve, folder: Path) -> d
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.option("--text", type=click.Path(path_type=Path), default=default_text, help="UTF-8 text to learn.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    default=default_text,
+    show_default=f"../shared/{TEXT}",
+    help="UTF-8 text to learn.",
+)
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/demo"), help="Folder for the model.")
 @click.option("--vocab-size", default=1024, type=click.IntRange(257), help="Tokens, with 256 bytes and the end token.")
 @click.option("--n-positions", default=256, type=click.IntRange(2), help="Length of a window, in tokens.")
@@ -267,6 +273,7 @@ def measure(model: GPT2LMHeadModel, data: Data, curve: Curve, folder: Path) -> d
 @click.option("--n-layer", default=4, help="Blocks.")
 @click.option("--n-head", default=6, help="Attention heads per block.")
 @click.option("--n-inner", default=640, help="Width of the MLP.")
+@click.option("--initializer-range", default=0.02, help="Standard deviation of the first weights.")
 @click.option("--dropout", default=0.15, help="Dropout of embeddings and residual branches.")
 @click.option("--steps", default=3000, type=click.IntRange(1), help="Updates.")
 @click.option("--batch-size", default=8, type=click.IntRange(1), help="Windows per update.")
