@@ -35,7 +35,7 @@ def resolve(
     name_or_path: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     allow_patterns: Sequence[str] | None = None,
@@ -87,7 +87,7 @@ def _fetch(repo: str, options: dict[str, Any], local: bool, patterns: list[str])
     return Path(found)
 
 
-def _ask(repo: str, revision: str | None, token: str | None) -> Exception | None:
+def _ask(repo: str, revision: str | None, token: str | bool | None) -> Exception | None:
     """Why the hub will not give a model, or None; the reason, where the cache lacks it too, is the user's to read."""
     from huggingface_hub import HfApi
 

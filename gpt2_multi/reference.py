@@ -196,8 +196,8 @@ def outputs(config: GPT2Config, w: Weights, head: str, inputs: Mapping[str, Arra
 
 
 BODY_INPUTS = (
-    "input_ids", "attention_mask", "token_type_ids", "position_ids", "head_mask", "inputs_embeds", "encoder_hidden_states",
-    "encoder_attention_mask",
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "head_mask", "inputs_embeds",
+    "encoder_hidden_states", "encoder_attention_mask",
 )  # fmt: skip
 
 

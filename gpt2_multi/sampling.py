@@ -109,7 +109,10 @@ class GenerationConfig:
         known = {f.name for f in fields(cls)} - {"extra"}
         given = {name: value for name, value in keys.items() if name in known and value is not None}
         extra = {name: value for name, value in keys.items() if name not in known}
-        return replace(cls.of(config), **given, extra=extra)
+        try:
+            return replace(cls.of(config), **given, extra=extra)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write generation_config.json: what differs from the defaults, and the keys that a file brought."""

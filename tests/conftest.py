@@ -11,6 +11,7 @@ from tests.adapters import BACKENDS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="fail if a test is skipped")
     parser.addoption("--backends", help=f"comma-separated, of {', '.join(BACKENDS)}; one that is missing fails")
 
 
@@ -21,6 +22,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             requested.split(",") if requested else [n for n, (m, _) in BACKENDS.items() if importlib.util.find_spec(m)]
         )
         metafunc.parametrize("backend", names, indirect=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--no-skips") and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_walk_finds_the_package() -> None:
-    assert {"gpt2_multi.config", "gpt2_multi.hub", "gpt2_multi.pt.model"} <= set(modules())
+    assert {"gpt2_multi.config", "gpt2_multi.hub", "gpt2_multi.pt"} <= set(modules())
 
 
 @pytest.mark.parametrize("module", modules())

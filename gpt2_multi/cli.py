@@ -1,0 +1,252 @@
+"""The command `gpt2-multi`: generate, tokenize, doctor. Text goes to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from gpt2_multi import __version__, backends
+from gpt2_multi.errors import GPT2Error, InputError
+from gpt2_multi.hub import DEMO, resolve
+from gpt2_multi.sampling import GenerationConfig
+
+if TYPE_CHECKING:
+    from gpt2_multi.tokenizer import GPT2Tokenizer
+
+NEW_TOKENS = 100
+SAMPLING = ("temperature", "top_k", "top_p", "seed", "num_return_sequences")
+
+
+class Commands(click.Group):
+    """A group of commands whose every failure is one sentence on standard error and an exit code."""
+
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        """Run a command line, by default the process's own, and exit."""
+        _prepare_process()
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except click.Abort:
+            _fail("interrupted", 130)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except (GPT2Error, ModuleNotFoundError) as error:
+            _fail(str(error), 1)
+        except OSError as error:
+            _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
+        except Exception as error:
+            _fail(f"a bug, {type(error).__name__}: {error}; please report it, with GPT2_MULTI_DEBUG=1 set", 1)
+        sys.exit(code or 0)
+
+
+def _prepare_process() -> None:
+    """Keep the hub's client quiet where nobody watches, and let no character that the output lacks end a text."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    if os.environ.get("GPT2_MULTI_DEBUG") == "1":
+        traceback.print_exc()
+    click.echo(f"gpt2-multi: {' '.join(sentence.split())}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gpt2-multi")
+def main() -> None:
+    """GPT-2 for PyTorch, TensorFlow and JAX."""
+
+
+MODEL = click.option(
+    "--model",
+    default=str(DEMO),
+    show_default="demo",
+    help="The built-in demo model, a folder, or a name on the Hugging Face hub such as gpt2.",
+)
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@MODEL
+@click.option("--backend", type=click.Choice(list(backends.BACKENDS)), help="Default: the first that is installed.")
+@click.option("--max-new-tokens", type=int, help=f"Default: {NEW_TOKENS}, or as many as the model has room for.")
+@click.option("--temperature", type=float, help="Above 1 bolder, below 1 safer.")
+@click.option("--top-k", type=int, help="Choose among the k likeliest tokens; 0 for all. Default: the model's, or 50.")
+@click.option("--top-p", type=float, help="Choose among the likeliest tokens that together have this probability.")
+@click.option("--repetition-penalty", type=float, help="Above 1, tokens that were there become less likely.")
+@click.option("--seed", type=int, help="Default: 0. The same seed gives the same text, whichever the backend.")
+@click.option("--num-return-sequences", type=int, help="How many texts to make. Default: 1.")
+@click.option("--stream", is_flag=True, help="Print the text while it is made.")
+@click.option("--greedy", is_flag=True, help="Always take the likeliest token instead of sampling.")
+def generate(prompt: str | None, model: str, backend: str | None, stream: bool, greedy: bool, **options: Any) -> None:
+    """Continue PROMPT, which is read from standard input where it is left out or "-".
+
+    The text is a sample, with seed 0 unless --seed says otherwise, so that one command line gives one text; --greedy
+    turns sampling off, and the sampling options with it. The last line end of standard input is not part of the prompt.
+    An empty prompt starts a new text.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    _check_options(given, stream, greedy)
+    text = _text(prompt, "PROMPT")
+    text = text if prompt not in (None, "-") else text.removesuffix("\n").removesuffix("\r")
+    adapter = backends.load(backend)
+    folder = resolve(model)
+    tokenizer = _tokenizer(str(folder))
+    language_model = adapter.load(folder, adapter.devices()[0])
+    ids = tokenizer(text).input_ids or _start(language_model)
+    given.setdefault("max_new_tokens", min(NEW_TOKENS, _room(language_model, ids)))
+    config = language_model.generation_config.with_options({"do_sample": not greedy, **given})
+    columns = adapter.stream(language_model, _row(ids), config)
+    if stream:
+        _print_pieces([text], _pieces(tokenizer, _until_end((int(column[0]) for column in columns), config)))
+    else:
+        _print_texts(text, tokenizer, config, _watched(columns, config.max_new_tokens))
+
+
+def _check_options(given: dict[str, Any], stream: bool, greedy: bool) -> None:
+    """Refuse what cannot be used before anything is loaded."""
+    useless = [f"--{name.replace('_', '-')}" for name in SAMPLING if name in given]
+    if greedy and useless:
+        raise click.UsageError(f"--greedy does not sample, so that {', '.join(useless)} would change nothing; drop one")
+    if stream and given.get("num_return_sequences", 1) > 1:
+        raise click.UsageError("--stream prints one text; leave out --num-return-sequences")
+    GenerationConfig(do_sample=not greedy, **given)
+
+
+def _text(given: str | None, name: str) -> str:
+    """An argument, or else what standard input holds; it has to be UTF-8."""
+    if given is not None and given != "-":
+        data, source = given.encode(errors="surrogateescape"), name
+    elif given is None and sys.stdin.isatty():
+        raise click.UsageError(f"expected {name}, found none; give it, or pipe it in")
+    else:
+        data, source = sys.stdin.buffer.read(), "standard input"
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source}: expected UTF-8, found the byte 0x{data[error.start]:02x} at {error.start}; convert it first"
+        ) from None
+
+
+def _tokenizer(model: str) -> GPT2Tokenizer:
+    from gpt2_multi.tokenizer import GPT2Tokenizer  # after the options are known to be right
+
+    return GPT2Tokenizer.from_pretrained(model)
+
+
+def _row(ids: Sequence[int]) -> backends.Array:
+    import numpy as np
+
+    return np.array([ids], dtype=np.int64)
+
+
+def _start(model: Any) -> list[int]:
+    """The id that a new text starts from."""
+    start = model.config.bos_token_id
+    if start is None or not 0 <= start < model.config.vocab_size:
+        raise InputError(f"PROMPT: empty, and bos_token_id {start} of the model starts no text; give a prompt")
+    return [start]
+
+
+def _room(model: Any, ids: Sequence[int]) -> int:
+    room = int(model.config.n_positions) - len(ids)
+    if room < 1:
+        raise InputError(
+            f"PROMPT: {len(ids)} tokens leave no room, for the model can read {model.config.n_positions}; shorten it"
+        )
+    return room
+
+
+def _until_end(ids: Iterable[int], config: GenerationConfig) -> Iterator[int]:
+    for token in ids:
+        if token in config.eos_token_ids:
+            return
+        yield token
+
+
+def _pieces(tokenizer: GPT2Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of each id, where a character that several ids share waits for its last byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        yield decoder.decode(tokenizer.decode_bytes([token]))
+    yield decoder.decode(b"", final=True)
+
+
+def _print_texts(prompt: str, tokenizer: GPT2Tokenizer, config: GenerationConfig, columns: Iterable[Any]) -> None:
+    rows = list(zip(*([int(token) for token in column] for column in columns), strict=True))
+    for i, row in enumerate(rows or [()] * config.num_return_sequences, 1):
+        rule = [f"======== {i} of {config.num_return_sequences} ========\n"] if config.num_return_sequences > 1 else []
+        _print_pieces([*rule, prompt], _pieces(tokenizer, _until_end(row, config)))
+
+
+def _print_pieces(*parts: Iterable[str]) -> None:
+    for part in (*parts, ["\n"]):
+        for piece in part:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+
+def _watched(columns: Iterator[Any], total: int | None) -> Iterator[Any]:
+    """The same, with a progress bar where somebody watches."""
+    if not sys.stderr.isatty():
+        yield from columns
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(columns, "Generating", total, console=Console(stderr=True), transient=True)
+
+
+@main.command()
+@click.argument("text", required=False)
+@MODEL
+@click.option("--json", "as_json", is_flag=True, help="Print one object with the lists `ids` and `tokens`.")
+def tokenize(text: str | None, model: str, as_json: bool) -> None:
+    """Print the id and the token, as vocab.json spells it, of each token of TEXT, one per line.
+
+    TEXT is read from standard input where it is left out or "-", to the last byte.
+    """
+    given = _text(text, "TEXT")
+    tokenizer = _tokenizer(model)
+    ids = tokenizer(given).input_ids
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    if as_json:
+        _print_pieces([json.dumps({"ids": ids, "tokens": tokens}, ensure_ascii=False)])
+    else:
+        sys.stdout.write("".join(f"{token_id}\t{token}\n" for token_id, token in zip(ids, tokens, strict=True)))
+        sys.stdout.flush()
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+def doctor(as_json: bool) -> int:
+    """Check this machine: versions, devices, and whether each computes known logits rightly.
+
+    Every installed backend computes the demo model on each of its devices, in each dtype, and is compared with NumPy in
+    float64. The exit code is 0 only if something was checked and all of it was right.
+    """
+    from gpt2_multi.doctor import examine, show
+
+    report = examine()
+    if as_json:
+        _print_pieces([json.dumps(report.to_dict(), indent=2)])
+    else:
+        show(report)
+    if not report.findings:
+        backends.load()  # which says what to install
+    bad = ", ".join(f"{f.backend} on {f.device} in {f.dtype}" for f in report.findings if not f.ok)
+    if bad:
+        raise click.ClickException(f"wrong results: {bad}; update the framework or its driver, or use another device")
+    return 0

@@ -1,0 +1,47 @@
+"""PyTorch behind the calls that every backend has: see `gpt2_multi.backends.Adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt2_multi.pt.heads import GPT2LMHeadModel
+from gpt2_multi.pt.loading import to_numpy
+from gpt2_multi.sampling import GenerationConfig
+
+Array = np.ndarray[Any, Any]
+
+
+def devices() -> list[str]:
+    """Where PyTorch can compute, the fastest kind first."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return ["cpu"]
+    return [*(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())), "cpu"]
+
+
+def dtypes(device: str) -> list[str]:
+    """The floating-point dtypes that a device computes in."""
+    wide = [] if device.startswith("mps") else ["float64"]  # Apple's GPUs have none
+    return [*wide, "float32", "bfloat16", "float16"]
+
+
+def load(folder: Path, device: str, dtype: str = "float32") -> GPT2LMHeadModel:
+    """The language model in a folder, on a device."""
+    return GPT2LMHeadModel.from_pretrained(folder, param_dtype=dtype).to(device)
+
+
+@torch.no_grad()
+def logits(model: GPT2LMHeadModel, ids: Array) -> Array:
+    """The logits (B, T, V), in float64, of ids (B, T)."""
+    return to_numpy(model(torch.tensor(ids, device=model.device), use_cache=False).logits).astype(np.float64)
+
+
+def stream(model: GPT2LMHeadModel, ids: Array, config: GenerationConfig) -> Iterator[Array]:
+    """New ids, one column (B * num_return_sequences,) at a time, that continue ids (B, T)."""
+    for column in model.stream_tokens(torch.tensor(ids, device=model.device), generation_config=config):
+        yield to_numpy(column)

@@ -1,0 +1,99 @@
+"""Every check of this project, each in an environment of its own: `python3 -m nox -l` lists them."""
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "types", "tests"]
+
+TOOLS = ["hypothesis", "pytest", "pytest-xdist"]
+PEERS = ["accelerate", "gigatoken", "tiktoken", "tokenizers", "transformers"]  # what results are held against
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    """Install with pip, at the versions of constraints.txt."""
+    session.install("--quiet", "--constraint", "constraints.txt", *packages)
+
+
+def pytest(session: nox.Session, *options: str) -> None:
+    """Run the tests on all cores; none may be skipped where the shared data is there."""
+    shared = os.environ.get("GPT2_MULTI_SHARED") or Path("..", "shared")
+    strict = ["--no-skips"] if Path(shared).is_dir() and "tests" in session.name else []
+    session.run("python", "-m", "pytest", "-n", "auto", *strict, *options, *session.posargs, env=QUIET)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Generate text offline with the built-in model, and show that the backends agree with NumPy."""
+    install(session, ".[pt]")
+    session.chdir(session.create_tmp())  # the installed package is what runs, not the source beside it
+    session.run("gpt2-multi", "generate", "ROMEO:", "--seed", "1", *session.posargs, env=QUIET)
+    session.run("gpt2-multi", "doctor", env=QUIET)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run every test, with every framework installed in one environment."""
+    install(session, ".[all,docs,examples]", *TOOLS, *PEERS)
+    pytest(session, "--backends=pt")
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """Run the tests of the core, without any framework."""
+    install(session, ".", *TOOLS)
+    pytest(session, "--backends=", "--ignore-glob=*test_pt_*")
+
+
+@nox.session
+def pt(session: nox.Session) -> None:
+    """Run the tests of the core and of PyTorch."""
+    install(session, ".[pt]", *TOOLS, "transformers")
+    pytest(session, "--backends=pt")
+
+
+@nox.session
+def tf(session: nox.Session) -> None:
+    """Run the tests that need TensorFlow and no other framework."""
+    install(session, ".[tf]", *TOOLS)
+    pytest(session, "tests/test_tokenizer.py")
+
+
+@nox.session
+def flax(session: nox.Session) -> None:
+    """Run the tests that need JAX and no other framework."""
+    install(session, ".[flax]", *TOOLS)
+    pytest(session, "tests/test_tokenizer.py")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, formatting, and who imports whom."""
+    install(session, ".", "ruff", "import-linter")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, strictly."""
+    install(session, ".[pt]", "mypy")
+    session.run("mypy")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure this library beside its peers: `nox -s bench -- NAME`."""
+    install(session, ".[pt,fast]", *PEERS)
+    session.run("python", "-m", "benchmarks", *session.posargs, env=QUIET)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into docs/_build."""
+    install(session, ".[pt,docs]")
+    session.run("sphinx-build", "-W", "--keep-going", "docs", "docs/_build", *session.posargs)
