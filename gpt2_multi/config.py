@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from gpt2_multi.config_checks import CHECKS, check_together, count
 from gpt2_multi.errors import CheckpointError, ConfigError
@@ -64,7 +64,7 @@ def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(_unknown(name))
     values = {name: value for name, value in given.items() if name in CHECKS}
     for alias, name in ALIASES.items():
-        if alias in given and values.setdefault(name, given[alias]) != given[alias]:
+        if given.get(alias) is not None and values.setdefault(name, given[alias]) != given[alias]:
             raise ConfigError(
                 f"{alias} is {given[alias]!r} but {name} is {values[name]!r}: one setting, give one value"
             )
@@ -121,6 +121,8 @@ class GPT2Config:
     other change together through `replace`. `hidden_size`, `num_attention_heads`, `num_hidden_layers`,
     `max_position_embeddings`, `n_ctx`, `torch_dtype` and `num_labels` are other spellings, read and written alike.
     """
+
+    model_type: ClassVar[str] = "gpt2"  # other libraries ask for it
 
     vocab_size: int = 50257
     n_positions: int = 1024

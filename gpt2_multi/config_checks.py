@@ -69,7 +69,7 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _end_tokens(name: str, value: Any) -> int | list[int]:
-    if isinstance(value, (list, tuple)) and value:
+    if isinstance(value, (list, tuple)):
         return [integer(f"{name}[{i}]", token) for i, token in enumerate(value)]
     return integer(name, value)
 

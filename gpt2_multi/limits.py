@@ -45,10 +45,37 @@ def check_integers(name: str, found: object, fits: bool) -> None:
         raise InputError(f"{name}: expected integers, found {found}; ids come from the tokenizer")
 
 
-def check_head_mask(found: Shape, layers: int, heads: int) -> None:
-    """A head mask is (heads,), (layers, heads), or (layers, batch, heads, length, keys)."""
-    if tuple(found) not in ((heads,), (layers, heads)) and not (len(found) == 5 and found[0] == layers):
+def check_head_mask(found: Shape, sizes: Shape) -> None:
+    """A head mask is (heads,), (layers, heads), or broadcasts to `sizes`: (layers, batch, heads, length, keys)."""
+    layers, heads = sizes[0], sizes[2]
+    if len(found) == 5 and found[0] == layers and all(f in (1, s) for f, s in zip(found, sizes, strict=True)):
+        return
+    if tuple(found) not in ((heads,), (layers, heads)):
         raise InputError(f"head_mask: expected shape ({layers}, {heads}) or ({heads},), found {tuple(found)}")
+
+
+def check_cache(found_batch: int, found_dtype: str, batch: int, dtype: str) -> None:
+    """A cache belongs to one batch, and to one dtype."""
+    if (found_batch, found_dtype) != (batch, dtype):
+        raise InputError(
+            f"past_key_values: made for {found_batch} rows in {found_dtype}, but the input has {batch} rows and the "
+            f"model computes in {dtype}; make a new cache"
+        )
+
+
+def check_context(prompt: int, new: int, n_positions: int) -> None:
+    """A prompt and what is to follow have to fit the table of positions."""
+    if prompt + new > n_positions:
+        raise InputError(
+            f"{prompt} prompt tokens and {new} new ones are more than n_positions {n_positions}, the longest text that "
+            "this model can read; lower max_new_tokens or truncate the prompt"
+        )
+
+
+def check_kept(logits_to_keep: int) -> None:
+    """How many positions get logits: 0 means all."""
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+        raise InputError(f"logits_to_keep: expected a whole number from 0, found {logits_to_keep!r}")
 
 
 def check_ids(name: str, low: int, high: int, vocab_size: int) -> None:
@@ -70,6 +97,12 @@ def check_positions(low: int, high: int, n_positions: int) -> None:
             f"{high + 1} tokens are more than n_positions {n_positions}, the longest text that this model can read; "
             "truncate the input"
         )
+
+
+def check_recomputed(past: object) -> None:
+    """Gradient checkpointing runs a block twice, and a cache would be extended twice."""
+    if past is not None:
+        raise InputError("past_key_values: cannot be used while gradient checkpointing trains; disable one of the two")
 
 
 def check_room(new: int, past: int, capacity: int) -> None:

@@ -184,9 +184,10 @@ def outputs(config: GPT2Config, w: Weights, head: str, inputs: Mapping[str, Arra
     given = dict(inputs)
     body = {key: value for key, value in given.items() if key in BODY_INPUTS}
     ids = given.get("input_ids")
-    choices = ids.shape if ids is not None and ids.ndim == 3 else None
+    source = given["inputs_embeds"][..., 0] if ids is None else ids
+    choices = source.shape if source.ndim == 3 else None
     if choices:  # as rows of a batch
-        body = {key: value.reshape(-1, *value.shape[2:]) for key, value in body.items()}
+        body = {key: x if key == "head_mask" else x.reshape(-1, *x.shape[2:]) for key, x in body.items()}
     trace = forward(config, w, **body)
     hidden = trace.last_hidden_state if choices is None else trace.last_hidden_state.reshape(*choices, -1)
     mask = inputs.get("attention_mask", np.ones(hidden.shape[:-1]))

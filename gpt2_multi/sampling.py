@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -92,14 +93,15 @@ class GenerationConfig:
             return self.max_length
         return prompt + (20 if self.max_new_tokens is None else self.max_new_tokens)
 
-    def least_length(self, prompt: int) -> int:
-        """Before this length no row may end."""
-        return max(self.min_length, prompt + (self.min_new_tokens or 0))
+    def longest_minimum(self) -> int:
+        """From this step on no row is too short to end, however much of the prompt is padding."""
+        return max(self.min_length, self.min_new_tokens or 0)
 
     @classmethod
     def of(cls, config: GPT2Config) -> Self:
         """The defaults, with the special tokens of a model."""
-        return cls(**{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return cls(**{name: token for name, token in tokens.items() if token != -1})  # as old files say "none"
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], config: GPT2Config) -> Self:
@@ -109,6 +111,9 @@ class GenerationConfig:
         known = {f.name for f in fields(cls)} - {"extra"}
         given = {name: value for name, value in keys.items() if name in known and value is not None}
         extra = {name: value for name, value in keys.items() if name not in known}
+        ignored = [name for name, value in extra.items() if name in NOT_YET and value not in (None, False, 1, 1.0, [])]
+        if ignored:
+            warnings.warn(f"{path}: {', '.join(ignored)} is not an option here, and is ignored", stacklevel=3)
         try:
             return replace(cls.of(config), **given, extra=extra)
         except InputError as error:
@@ -139,6 +144,15 @@ def _ids(value: Any) -> bool:
     return all(_whole(v) and v >= 0 for v in (value if isinstance(value, (list, tuple)) else [value]))
 
 
+# Options of transformers that change the text, and that would be missed where a file has them.
+NOT_YET = (
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size",
+    "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id",
+    "forced_eos_token_id", "length_penalty", "min_p", "num_beam_groups", "num_beams", "penalty_alpha", "sequence_bias",
+    "stop_strings", "suppress_tokens", "typical_p",
+)  # fmt: skip
+
+
 # What each option may be: a test, and the words for it.
 OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": _from(0, optional=True),
@@ -146,7 +160,7 @@ OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "min_new_tokens": _from(0, optional=True),
     "min_length": _from(0),
     "do_sample": (lambda v: isinstance(v, bool), "True or False"),
-    "temperature": (lambda v: _real(v) and v > 0, "a number above 0 (for greedy choice: do_sample=False)"),
+    "temperature": (lambda v: _real(v) and v >= 1e-9, "a number from 1e-9 (for greedy choice: do_sample=False)"),
     "top_k": _from(0, optional=True),
     "top_p": (lambda v: _real(v) and 0 < v <= 1, "a number above 0, up to 1"),
     "repetition_penalty": (lambda v: _real(v) and v > 0, "a number above 0"),

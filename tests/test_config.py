@@ -112,7 +112,7 @@ def test_assignment_is_checked() -> None:
         ("n_layer", 0), ("n_layer", True), ("n_layer", "12"), ("n_layer", 1.0), ("n_inner", 0), ("vocab_size", None),
         ("attn_pdrop", 1.0), ("attn_pdrop", -0.1), ("resid_pdrop", float("nan")), ("layer_norm_epsilon", 0),
         ("initializer_range", -1), ("initializer_range", float("inf")), ("activation_function", "mish"),
-        ("summary_type", "attn"), ("use_cache", 1), ("bos_token_id", "a"), ("eos_token_id", []), ("problem_type", "x"),
+        ("summary_type", "attn"), ("use_cache", 1), ("bos_token_id", "a"), ("problem_type", "x"),
         ("eos_token_id", [1, None]), ("id2label", {}), ("id2label", {"a": "b"}), ("id2label", {0: 1}),
         ("dtype", "int8"),
         ("label2id", {"a": "0"}), ("pruned_heads", {0: [12]}), ("pruned_heads", {12: [0]}), ("pruned_heads", {0: 1}),

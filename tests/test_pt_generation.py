@@ -194,7 +194,11 @@ def test_decode_steps_compile_once(model):
 BAD = {
     "an unknown option": ({"temprature": 1}, TypeError, "no option 'temprature'; did you mean 'temperature'"),
     "a bad value": ({"top_p": 2}, InputError, "top_p: expected a number above 0, up to 1, found 2"),
-    "beyond the context": ({"max_new_tokens": 48}, InputError, "65 tokens are more than n_positions 64"),
+    "beyond the context": (
+        {"max_new_tokens": 48},
+        InputError,
+        "17 prompt tokens and 48 new ones are more than n_p",
+    ),
     "no room": ({"max_length": 17}, InputError, "max_length: 17 leaves no room after 17 prompt tokens"),
     "no cross-attention": ({"encoder_hidden_states": torch.zeros(3, 2, 48)}, InputError, "no cross-attention"),
     "a short mask": ({"attention_mask": torch.ones(3, 16)}, InputError, r"attention_mask: expected shape \(3, 17\)"),

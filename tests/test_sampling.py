@@ -82,7 +82,10 @@ def test_ban_repeats():
     [
         ({"top_p": 2}, "top_p: expected a number above 0, up to 1, found 2"),
         ({"top_p": 0}, "top_p: expected"),
-        ({"temperature": 0}, r"temperature: expected a number above 0 \(for greedy choice: do_sample=False\), found 0"),
+        (
+            {"temperature": 0},
+            r"temperature: expected a number from 1e-9 \(for greedy choice: do_sample=F",
+        ),
         ({"temperature": float("nan")}, "temperature: expected"),
         ({"top_k": -1}, "top_k: expected a whole number from 0, or None, found -1"),
         ({"top_k": 1.5}, "top_k: expected"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from gpt2_multi.config import GPT2Config
+from gpt2_multi.pt.loading import replace_parameter
 
 if TYPE_CHECKING:
     from gpt2_multi.pt.model import GPT2Model
@@ -40,7 +41,7 @@ class KVCache(Sequence[Pair]):
     def empty(cls, model: GPT2Model, batch_size: int, capacity: int) -> KVCache:
         """A preallocated cache for this model, on its device and in the dtype that it computes in."""
         new = partial(model.ln_f.weight.new_zeros, dtype=model.dtype)
-        shapes = [(batch_size, attn.heads, capacity, attn.head_dim) for attn in model.attentions()]
+        shapes = [(batch_size, len(attn.present), capacity, attn.head_dim) for attn in model.attentions()]
         return cls([(new(shape), new(shape)) for shape in shapes], preallocated=True)
 
     def fork(self) -> KVCache:
@@ -86,6 +87,8 @@ class KVCache(Sequence[Pair]):
         return len(self.layers)
 
     def __getitem__(self, layer: Any) -> Any:
+        if isinstance(layer, slice):
+            return [self[i] for i in range(len(self))[layer]]
         key, value = self.layers[layer]
         return key[:, :, : self.length], value[:, :, : self.length]
 
@@ -131,6 +134,12 @@ class Attended(NamedTuple):
 def lowest(dtype: torch.dtype) -> float:
     """What hides a key: half the lowest finite value, so that adding a score to it stays finite in every dtype."""
     return torch.finfo(dtype).min / 2
+
+
+def score_dtype(x: Tensor) -> torch.dtype:
+    """What scores of `x` are computed in: its dtype, or autocast's, in which another dtype's bias would be infinite."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -185,7 +194,7 @@ class _Attention(nn.Module):
         dropout = self.config.attn_pdrop if self.training else 0.0
         if eager or head_mask is not None or self.config.reorder_and_upcast_attn:
             return self._attend_eagerly(q, k, v, bias, causal, dropout, head_mask)
-        if bias is not None or q.shape[2] == 1:  # an `if`, because torch.compile has no bool for a comparison of sizes
+        if bias is not None or q.shape[2] == 1:  # an `if`: compiled or traced, a comparison of sizes is no bool
             causal = False
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=self.scale
@@ -218,7 +227,9 @@ class Attention(_Attention):
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__(config, layer)
-        inner = self.head_dim * len(self.present_heads())
+        pruned = config.pruned_heads.get(layer, ())
+        self.present = [head for head in range(config.n_head) if head not in pruned]
+        inner = self.head_dim * len(self.present)
         self.c_attn = nn.Linear(config.n_embd, 3 * inner)
         self.c_proj = nn.Linear(inner, config.n_embd)
 
@@ -229,27 +240,17 @@ class Attention(_Attention):
         x, probs = self.attend(q, k, v, context.bias, True, context.eager, head_mask)
         return Attended(self.resid_dropout(self.c_proj(x)), probs)
 
-    @property
-    def heads(self) -> int:
-        """How many heads there are."""
-        return int(self.c_proj.in_features) // self.head_dim
-
-    def present_heads(self) -> list[int]:
-        """The heads that were not pruned."""
-        pruned = self.config.pruned_heads.get(self.layer, ())
-        return [head for head in range(self.config.n_head) if head not in pruned]
-
     @torch.no_grad()
-    def keep(self, heads: list[int]) -> None:
-        """Cut away all heads but these of the present ones."""
-        kept = torch.tensor(
-            [head * self.head_dim + d for head in heads for d in range(self.head_dim)], device=self.c_proj.weight.device
-        )
-        columns = torch.cat([kept + part * self.c_proj.in_features for part in range(3)])  # of queries, keys and values
-        self.c_attn.weight = nn.Parameter(self.c_attn.weight[columns])
-        self.c_attn.bias = nn.Parameter(self.c_attn.bias[columns])
-        self.c_proj.weight = nn.Parameter(self.c_proj.weight[:, kept])
-        self.c_attn.out_features, self.c_proj.in_features = len(columns), len(kept)
+    def prune(self, heads: Iterable[int]) -> None:
+        """Cut these heads away, numbered as in the whole model; those that are gone already do not count."""
+        left = [head for head in self.present if head not in set(heads)]
+        columns = [self.present.index(head) * self.head_dim + d for head in left for d in range(self.head_dim)]
+        kept = torch.tensor(columns, device=self.c_proj.weight.device)
+        every = torch.cat([kept + part * self.c_proj.in_features for part in range(3)])  # of queries, keys and values
+        replace_parameter(self.c_attn, "weight", self.c_attn.weight[every])
+        replace_parameter(self.c_attn, "bias", self.c_attn.bias[every])
+        replace_parameter(self.c_proj, "weight", self.c_proj.weight[:, kept])
+        self.c_attn.out_features, self.c_proj.in_features, self.present = len(every), len(kept), left
 
 
 class CrossAttention(_Attention):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gpt2_multi import limits
-from gpt2_multi.pt.attention import Context, KVCache, causal_bias, key_bias
-from gpt2_multi.pt.model import extremes
+from gpt2_multi.pt.attention import Context, KVCache, causal_bias, key_bias, score_dtype
+from gpt2_multi.pt.checks import check_states, check_tensors, extremes
 from gpt2_multi.sampling import PARITY, ROTATIONS, GenerationConfig
 
 if TYPE_CHECKING:
@@ -86,18 +86,18 @@ def prepare(
     states_mask: Tensor | None,
 ) -> Prompt:
     """Check the input, move padding to the left, and repeat each row `num_return_sequences` times."""
+    check_tensors(input_ids=ids, attention_mask=mask, encoder_hidden_states=states, encoder_attention_mask=states_mask)
     limits.check_shape("input_ids", ids.shape, (None, None))
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     limits.check_shape("attention_mask", mask.shape, ids.shape)
     counts = mask.sum(-1)
-    limits.check_integers("input_ids", ids.dtype, not ids.is_floating_point())
+    limits.check_integers("input_ids", ids.dtype, ids.dtype in (torch.int64, torch.int32))
+    check_states(model.transformer, len(ids), states, states_mask)
     if len(ids):
         limits.check_prompts(int(counts.min()))
-        limits.check_ids("input_ids", *extremes(ids), model.config.vocab_size)
+        limits.check_ids("input_ids", *extremes(ids), model.transformer.wte.num_embeddings)
         new = config.total_length(ids.shape[1]) - ids.shape[1]
-        limits.check_positions(0, int(counts.max()) + new - 1, model.config.n_positions)
-    if states is not None:
-        limits.check_encoder(model.config.add_cross_attention)
+        limits.check_context(int(counts.max()), new, model.transformer.wpe.num_embeddings)
     order = mask.int().argsort(dim=-1, stable=True)  # hidden tokens first
     aligned = (ids.long().gather(1, order), mask.gather(1, order), states, states_mask)
     return Prompt(*(None if x is None else x.repeat_interleave(config.num_return_sequences, 0) for x in aligned))  # type: ignore[arg-type]
@@ -126,14 +126,14 @@ def begin(model: GPT2LMHeadModel, prompt: Prompt, total: int) -> tuple[Context, 
     """The context of the prefill, and the bias of each later step's keys (B, 1, 1, total) where there is padding."""
     body, (batch, length) = model.transformer, prompt.ids.shape
     context = Context(cache=KVCache.empty(body, batch, total), eager=body.attn_implementation == "eager")
-    context.states = prompt.states
+    context.states, dtype = prompt.states, score_dtype(body.ln_f.weight.new_zeros(0, dtype=model.dtype))
     if prompt.states is not None and prompt.states_mask is not None:
-        context.states_bias = key_bias(prompt.states_mask, model.dtype)
+        context.states_bias = key_bias(prompt.states_mask, dtype)
     if prompt.mask.all():
         return context, None
-    context.bias = causal_bias(length, length, prompt.mask, model.dtype, prompt.ids.device)
+    context.bias = causal_bias(length, length, prompt.mask, dtype, prompt.ids.device)
     later = torch.ones(batch, total - length, dtype=torch.bool, device=prompt.ids.device)
-    return context, key_bias(torch.cat([prompt.mask, later], 1), model.dtype)
+    return context, key_bias(torch.cat([prompt.mask, later], 1), dtype)
 
 
 class Rules:
@@ -160,14 +160,20 @@ class Rules:
             logits = penalise(logits, self.seen, config.repetition_penalty)
         if config.no_repeat_ngram_size:
             logits = ban_repeats(logits, self.ids[:, :length], self.mask, config.no_repeat_ngram_size)
-        if length < config.least_length(self.prompt_length):
-            logits = logits.index_fill(1, self.ends, -torch.inf)
+        if step < config.longest_minimum():
+            logits = self._without_ends(logits, step)
         if not config.do_sample:
             return logits.argmax(-1)
         logits = logits / config.temperature
         logits = keep_top_k(logits, config.top_k) if config.top_k else logits
         logits = keep_top_p(logits, config.top_p) if config.top_p < 1 else logits
         return sample(logits, self.keys, step)
+
+    def _without_ends(self, logits: Tensor, step: int) -> Tensor:
+        """No end token where a row is too short; its own tokens count, not its padding."""
+        config, lengths = self.config, self.mask.sum(-1, keepdim=True) + step  # (B, 1)
+        short = (lengths < config.min_length) | (step < (config.min_new_tokens or 0))
+        return torch.where(short, logits.index_fill(1, self.ends, -torch.inf), logits)
 
     def accept(self, chosen: Tensor, length: int) -> Tensor:
         """Note the tokens at index `length`; what the caller sees of a finished row is filling: (B,) -> (B,)"""
@@ -219,7 +225,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def sample(logits: Tensor, keys: tuple[Tensor, Tensor], step: int) -> Tensor:
     """Draw from softmax(logits) by Gumbel noise, which is computed for the kept tokens alone: (B, V) -> (B,)"""
-    kept = int((logits > -torch.inf).sum(-1).max()) if len(logits) else 0
+    kept = max(int((logits > -torch.inf).sum(-1).max()), 1) if len(logits) else 1  # 1: nothing left, and id 0 follows
     if kept == logits.shape[-1]:
         tokens = torch.arange(kept, device=logits.device).expand_as(logits)
     else:

@@ -23,8 +23,9 @@ from gpt2_multi.outputs import (
 )
 from gpt2_multi.pt import generation
 from gpt2_multi.pt.attention import KVCache, Pair
+from gpt2_multi.pt.checks import extremes
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
-from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, call, extremes, give
+from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, call, give
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
 from gpt2_multi.sampling import GenerationConfig
 
@@ -53,6 +54,13 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary: (..., E) -> (..., V)"""
         return call(self.lm_head, self.transformer.compute_dtype, hidden)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: KVCache | None = None, **inputs: Any
+    ) -> dict[str, Any]:
+        """The next call's arguments in a decode loop that is not ours: after a cache, the new tokens only."""
+        new = input_ids if past_key_values is None else input_ids[:, past_key_values.get_seq_length() :]
+        return {"input_ids": new, "past_key_values": past_key_values, **inputs}
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
@@ -84,6 +92,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
             encoder_hidden_states, encoder_attention_mask, use_cache, output_attentions, output_hidden_states, True,
         )  # fmt: skip
+        limits.check_kept(logits_to_keep)
         logits = self.logits(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
@@ -246,7 +255,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
         super().__init__(config)
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
-            self.dropout = nn.Dropout(0.1)
+            self.dropout = nn.Dropout(classifier_dropout(config))
             self.classifier = nn.Linear(config.n_embd, config.num_labels)
 
     def forward(
@@ -314,6 +323,12 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
             loss = span_loss(start, end, start_positions, end_positions)
         output = QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states, outputs.attentions)
         return give(self.config, output, return_dict)
+
+
+def classifier_dropout(config: GPT2Config) -> float:
+    """The dropout before the token classifier: a key that a file may have, 0.1 otherwise, as in transformers."""
+    given = config.extra.get("classifier_dropout", config.extra.get("hidden_dropout"))
+    return 0.1 if given is None else float(given)
 
 
 def present(mask: Tensor | None, labels: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gpt2_multi.checkpoint import read_weights, replaced, write_weights
 from gpt2_multi.config import GPT2Config
-from gpt2_multi.errors import InputError
+from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.hub import resolve
 from gpt2_multi.sampling import GenerationConfig
 from gpt2_multi.weights import TORCH, Weight, table
@@ -62,6 +62,12 @@ class GPT2PreTrainedModel(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
+        given: object = config  # transformers has a class of the same name
+        if not isinstance(given, GPT2Config):
+            raise InputError(
+                f"config: expected gpt2_multi.GPT2Config, found {type(given).__module__}.{type(given).__name__}; "
+                "GPT2Config.from_dict(config.to_dict()) makes one"
+            )
         self.config = config
 
     @property
@@ -157,6 +163,7 @@ class GPT2PreTrainedModel(nn.Module):
 
         The folder is replaced whole, its other files kept: whatever happens, the old model or the new one is there.
         """
+        self._check_tie()
         config = self.config.replace(
             architectures=[type(self).__name__], dtype=str(self.parameter(table(self.config, self.head)[0]).dtype)
         )
@@ -165,6 +172,16 @@ class GPT2PreTrainedModel(nn.Module):
             if self.generation_config is not None:
                 self.generation_config.save_pretrained(stage)
             write_weights(stage, map(self._source, table(config, self.head)), self.head, max_shard_size=max_shard_size)
+
+    def _check_tie(self) -> None:
+        if not self.config.tie_word_embeddings or not hasattr(self, "lm_head"):
+            return
+        head, embedding = self.lm_head.weight, self.body.wte.weight
+        if head is not embedding and not torch.equal(head, embedding):
+            raise CheckpointError(
+                "lm_head.weight differs from wte.weight although config.tie_word_embeddings is true, and a file would "
+                "lose it; set tie_word_embeddings to False, or call tie_weights()"
+            )
 
     def _source(self, weight: Weight) -> Any:
         parameter = self.parameter(weight)
@@ -190,8 +207,9 @@ class GPT2PreTrainedModel(nn.Module):
         return getattr(self, "lm_head", None)
 
     def set_output_embeddings(self, head: nn.Linear) -> None:
-        """Use another language-model head."""
+        """Use another language-model head; unless its weight is the token embedding, the two are tied no more."""
         self.lm_head = head
+        self.config.tie_word_embeddings = head.weight is self.body.wte.weight
 
     @torch.no_grad()
     def resize_token_embeddings(self, new_num_tokens: int | None = None) -> nn.Embedding:
@@ -201,15 +219,21 @@ class GPT2PreTrainedModel(nn.Module):
         """
         if new_num_tokens is not None:
             self.config.vocab_size = new_num_tokens
-            for layer in {self.body.wte, getattr(self, "lm_head", self.body.wte)}:
-                layer.weight = nn.Parameter(_resized(layer.weight, new_num_tokens), layer.weight.requires_grad)
+            replace_parameter(self.body.wte, "weight", _resized(self.body.wte.weight, new_num_tokens))
             self.body.wte.num_embeddings = new_num_tokens
+            if hasattr(self, "lm_head"):
+                replace_parameter(self.lm_head, "weight", _resized(self.lm_head.weight, new_num_tokens))
+                self.lm_head.out_features = new_num_tokens
             self.tie_weights()
         return self.get_input_embeddings()
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them.
+
+        `gradient_checkpointing_kwargs` are options of torch.utils.checkpoint.checkpoint.
+        """
         self.body.gradient_checkpointing = True
+        self.body.checkpointing_options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
@@ -223,14 +247,12 @@ class GPT2PreTrainedModel(nn.Module):
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
-        pruned = {layer: set(heads) for layer, heads in self.config.pruned_heads.items()}
+        gone = {layer: set(heads) for layer, heads in self.config.pruned_heads.items()}
         for layer, heads in heads_to_prune.items():
-            pruned[layer] = pruned.get(layer, set()) | set(heads)
-        before = dict(self.config.pruned_heads)
-        self.config.pruned_heads = {layer: sorted(heads) for layer, heads in pruned.items() if heads}
-        for layer in heads_to_prune:
-            had = [head for head in range(self.config.n_head) if head not in before.get(layer, ())]
-            self.body.h[layer].attn.keep([i for i, head in enumerate(had) if head not in pruned[layer]])
+            gone[layer] = gone.get(layer, set()) | set(heads)
+        self.config.pruned_heads = {layer: sorted(heads) for layer, heads in gone.items() if heads}
+        for layer, heads in heads_to_prune.items():
+            self.body.h[layer].attn.prune(heads)
 
 
 def initialise(weight: Weight, tensor: Tensor) -> Tensor:
@@ -241,3 +263,8 @@ def initialise(weight: Weight, tensor: Tensor) -> Tensor:
 def _resized(rows: Tensor, number: int) -> Tensor:
     extra = max(number - len(rows), 0)
     return torch.cat([rows[:number], rows.mean(0, keepdim=True).expand(extra, -1)])
+
+
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter another value and shape; a frozen one stays frozen."""
+    setattr(module, name, nn.Parameter(value, getattr(module, name).requires_grad))

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gpt2_multi import limits
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
+from gpt2_multi.pt import checks
 from gpt2_multi.pt.attention import (
     Attention,
     Context,
@@ -27,8 +28,15 @@ from gpt2_multi.pt.attention import (
     causal_bias,
     key_bias,
     positions,
+    score_dtype,
 )
 from gpt2_multi.pt.loading import GPT2PreTrainedModel, as_dtype
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x) (Hendrycks and Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
+
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -36,7 +44,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": _tanh_gelu,
     "gelu_fast": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,
@@ -116,6 +124,7 @@ class GPT2Model(GPT2PreTrainedModel):
         super().__init__(config)
         self.compute_dtype = as_dtype("dtype", dtype)
         self.gradient_checkpointing = False
+        self.checkpointing_options: dict[str, Any] = {"use_reentrant": False}
         self.set_attn_implementation(attn_implementation)
         with self.building(param_dtype):
             self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -135,7 +144,7 @@ class GPT2Model(GPT2PreTrainedModel):
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
-        limits.check_positions(0, max_length - 1, self.config.n_positions)
+        limits.check_positions(0, max_length - 1, self.wpe.num_embeddings)
         return KVCache.empty(self, batch_size, max_length)
 
     def forward(
@@ -157,29 +166,36 @@ class GPT2Model(GPT2PreTrainedModel):
         """The hidden states of (B, T) ids, or of (B, T, E) `inputs_embeds`.
 
         attention_mask: (B, past + T), 1 where a token counts; or of rank 4, (B or 1, H or 1, T or 1, past + T),
-        booleans or integers (1 keeps) or floats (added to the scores). position_ids: (B, T); without them a token's
-        position is the count of unmasked tokens before it. head_mask: (H,), (n_layer, H) or (n_layer, B, H, T, S).
-        encoder_hidden_states: (B, encoder length, E), encoder_attention_mask: (B, encoder length).
+        booleans or integers (1 keeps) or floats (added to the scores); no mask shows a token what comes after it.
+        position_ids: (B, T) or (1, T); without them a token's position is the count of unmasked tokens before it.
+        head_mask: (H,), (n_layer, H) or (n_layer, B, H, T, S). encoder_hidden_states: (B, encoder length, E),
+        encoder_attention_mask: (B, encoder length).
 
         Raises InputError for an id outside the vocabulary, a position beyond `n_positions` and shapes that do not fit.
         """
-        limits.check_given(input_ids, inputs_embeds)
-        source: Tensor = inputs_embeds if input_ids is None else input_ids  # type: ignore[assignment]
+        checking = not torch.compiler.is_compiling()
+        if checking:
+            checks.check_tensors(
+                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, head_mask=head_mask,
+                position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
+            )  # fmt: skip
+            checks.check_past(self, past_key_values)
+        source = checks.check_source(self, input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
         past = cache.length if cache is not None else 0
-        if not torch.compiler.is_compiling():
-            self._check_shapes(source, attention_mask, token_type_ids, position_ids, head_mask, cache)
-            self._check_encoder(source, encoder_hidden_states, encoder_attention_mask)
+        if checking:
+            checks.check_shapes(self, source, attention_mask, token_type_ids, position_ids, head_mask, cache)
+            checks.check_states(self, len(source), encoder_hidden_states, encoder_attention_mask)
         position_ids = positions(source, attention_mask, past) if position_ids is None else position_ids
-        if not torch.compiler.is_compiling():
-            self._check_values(input_ids, token_type_ids, position_ids)
+        if checking:
+            checks.check_values(self, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
         x = self.embed(source, position_ids, token_type_ids)
         bias = None
         if attention_mask is not None or (past and x.shape[1] > 1):
-            bias = causal_bias(x.shape[1], past + x.shape[1], attention_mask, x.dtype, x.device)
+            bias = causal_bias(x.shape[1], past + x.shape[1], attention_mask, score_dtype(x), x.device)
         context = Context(bias, cache, states=encoder_hidden_states)
         if encoder_hidden_states is not None and encoder_attention_mask is not None:
-            context.states_bias = key_bias(encoder_attention_mask, x.dtype)
+            context.states_bias = key_bias(encoder_attention_mask, score_dtype(x))
         self._want(context, output_attentions, output_hidden_states)
         return give(self.config, self.run(x, context, head_mask), return_dict)
 
@@ -213,15 +229,14 @@ class GPT2Model(GPT2PreTrainedModel):
 
     def _block(self, block: nn.Module, *inputs: Any) -> Any:
         if self.checkpointing:
-            return checkpoint(call, block, self.compute_dtype, *inputs, use_reentrant=False)
+            return checkpoint(call, block, self.compute_dtype, *inputs, **self.checkpointing_options)
         return call(block, self.compute_dtype, *inputs)
 
     def _cache(self, past: KVCache | Sequence[Pair] | None, use_cache: bool | None) -> KVCache | None:
         if self.checkpointing:
+            limits.check_recomputed(past)
             if use_cache:
-                warnings.warn(
-                    "use_cache is off: blocks recomputed by gradient checkpointing cannot cache", stacklevel=4
-                )
+                warnings.warn("use_cache is off: blocks recomputed by checkpointing cannot cache", stacklevel=4)
             return None
         if isinstance(past, KVCache):
             return past.fork()
@@ -241,61 +256,11 @@ class GPT2Model(GPT2PreTrainedModel):
         if head_mask is None:
             return [None] * len(self.h)
         if head_mask.dim() == 5:
-            return list(head_mask)  # n_layer of (B, H, T, S)
-        rows = head_mask.to(self.dtype).expand(len(self.h), -1)  # (n_layer, H)
-        present = (attn.present_heads() for attn in self.attentions())
-        return [
-            row[heads][None, :, None, None] for row, heads in zip(rows, present, strict=True)
-        ]  # n_layer of (1, H, 1, 1)
-
-    def _check_shapes(
-        self,
-        source: Tensor,
-        mask: Tensor | None,
-        types: Tensor | None,
-        position_ids: Tensor | None,
-        head_mask: Tensor | None,
-        cache: KVCache | None,
-    ) -> None:
-        embeds = source.is_floating_point() and source.dim() == 3
-        shape = (None, None, self.config.n_embd) if embeds else (None, None)
-        limits.check_shape("inputs_embeds" if embeds else "input_ids", source.shape, shape)
-        batch, length = source.shape[:2]
-        past = cache.length if cache is not None else 0
-        if cache is not None and cache.capacity is not None:
-            limits.check_room(length, past, cache.capacity)
-        if mask is not None:
-            limits.check_mask(mask.shape, batch, self.config.n_head, length, past + length)
-        if types is not None:
-            limits.check_shape("token_type_ids", types.shape, (batch, length))
-        if position_ids is not None:
-            limits.check_shape(
-                "position_ids", position_ids.shape, (len(position_ids) if len(position_ids) == 1 else batch, length)
-            )
-        if head_mask is not None:
-            limits.check_head_mask(head_mask.shape, self.config.n_layer, self.config.n_head)
-
-    def _check_encoder(self, source: Tensor, states: Tensor | None, mask: Tensor | None) -> None:
-        if states is not None:
-            limits.check_encoder(self.config.add_cross_attention)
-            limits.check_shape("encoder_hidden_states", states.shape, (len(source), None, self.config.n_embd))
-            if mask is not None:
-                limits.check_shape("encoder_attention_mask", mask.shape, states.shape[:2])
-
-    def _check_values(self, input_ids: Tensor | None, types: Tensor | None, position_ids: Tensor) -> None:
-        for name, ids in (("input_ids", input_ids), ("token_type_ids", types)):
-            if ids is not None:
-                limits.check_integers(name, ids.dtype, not ids.is_floating_point())
-                limits.check_ids(name, *extremes(ids), self.config.vocab_size)
-        limits.check_positions(*extremes(position_ids), self.config.n_positions)
-
-
-def extremes(ids: Tensor) -> tuple[int, int]:
-    """The least and the greatest of some ids; (0, 0) of none."""
-    if not ids.numel():
-        return 0, 0
-    low, high = ids.aminmax()
-    return int(low), int(high)
+            rows = head_mask.to(self.dtype)  # (n_layer, B, H, T, S)
+        else:
+            rows = head_mask.to(self.dtype).expand(len(self.h), -1)[:, None, :, None, None]  # (n_layer, 1, H, 1, 1)
+        present = (attn.present for attn in self.attentions())
+        return [row if row.shape[1] == 1 else row[:, heads] for row, heads in zip(rows, present, strict=True)]
 
 
 def note(kept: list[Tensor] | None, value: Tensor) -> None:

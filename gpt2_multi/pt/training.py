@@ -24,8 +24,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None) ->
     check_labels(labels, logits)
     if mask is not None:
         labels = labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
+    logits = widened(logits)
     total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def widened(logits: Tensor) -> Tensor:
+    """At least float32: a sum over many tokens is beyond float16, and beyond bfloat16's precision."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
@@ -52,14 +58,17 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
 
     Without `problem_type`, one label means regression, integer labels one class each, float labels several.
     """
-    labels = labels.to(logits.device)
+    labels, logits = labels.to(logits.device), widened(logits)
     if problem_type is None:
         single = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         problem_type = "regression" if logits.shape[-1] == 1 else single
     if problem_type == "regression":
-        return F.mse_loss(logits.view(labels.shape), labels.to(logits.dtype))
+        flat = logits.squeeze(-1) if labels.dim() == 1 else logits
+        limits.check_shape("labels", labels.shape, flat.shape)
+        return F.mse_loss(flat, labels.to(logits.dtype))
     if problem_type == "single_label_classification":
         return cross_entropy(logits, labels)
+    limits.check_shape("labels", labels.shape, logits.shape)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
