@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import Row
 from gpt2_multi.tokenizer import GPT2Tokenizer
 from gpt2_multi.tokenizer_saving import to_tokenizer_json
 
@@ -19,11 +20,11 @@ OURS = "GPT2Tokenizer"
 WORDS = ("prose", "emoji", "comb", "cjk")  # kinds of texts in the fixtures
 
 
-def run() -> list[dict[str, Any]]:
+def run() -> list[Row]:
     """Measure every tokenizer that is installed; the peers take turns, and the best of the rounds counts."""
     data = Path(os.environ.get("GPT2_MULTI_SHARED") or Path(__file__).resolve().parents[2] / "shared")
     peers = _peers(GPT2Tokenizer.from_pretrained(data / "vocab" / "gpt2"), data / "vocab" / "gpt2")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for what, text in (("English", _english(data)), ("multilingual", _multilingual(data))):
         documents = [text[at : at + DOCUMENT] for at in range(0, len(text), DOCUMENT)]
         rows += _rows(f"tokenize, {what}", _measure(peers, documents), sum(len(part.encode()) for part in documents))
@@ -54,11 +55,8 @@ def _measure(peers: dict[str, Encode], documents: list[str]) -> dict[str, float]
     return best
 
 
-def _rows(what: str, seconds: dict[str, float], size: int) -> list[dict[str, Any]]:
-    return [
-        {"what": what, "who": who, "value": size / 1e6 / took, "unit": "MB/s", "ratio": took / seconds[OURS]}
-        for who, took in seconds.items()
-    ]
+def _rows(what: str, seconds: dict[str, float], size: int) -> list[Row]:
+    return [Row(what, who, size / 1e6 / took, "MB/s", took / seconds[OURS]) for who, took in seconds.items()]
 
 
 def _peers(ours: GPT2Tokenizer, folder: Path) -> dict[str, Encode]:
@@ -114,8 +112,3 @@ def _add_gigatoken(peers: dict[str, Encode], ours: GPT2Tokenizer, ranks: dict[by
 def _tokenizer_json(ours: GPT2Tokenizer) -> str:
     merges = ours._bpe.merges
     return to_tokenizer_json(ours.get_vocab(), merges, {}, {"add_prefix_space": False, "add_bos_token": False})
-
-
-if __name__ == "__main__":
-    for row in run():
-        print("{what:24} {who:50} {value:8.2f} {unit}  x{ratio:.2f}".format(**row))

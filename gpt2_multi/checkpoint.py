@@ -136,12 +136,16 @@ def read_weights(folder: PathLike, config: GPT2Config, head: str, form: Format =
     rows = match({name: array.shape for name, array in tensors.items()}, config, head, form, str(folder))
     weights = {weight.name: form.layout(weight, tensors[name]) for name, weight in rows.items()}
     tied = tensors.get("lm_head.weight")
-    if config.tie_word_embeddings and tied is not None and not np.array_equal(tied, weights["wte.weight"]):
+    if config.tie_word_embeddings and tied is not None and _bytes_differ(tied, weights["wte.weight"]):
         raise CheckpointError(
             f"{folder}: lm_head.weight differs from wte.weight, although tie_word_embeddings is true; "
             "set tie_word_embeddings to false in config.json to keep both"
         )
     return weights
+
+
+def _bytes_differ(a: Array, b: Array) -> bool:
+    return a.dtype != b.dtype or not np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
 
 
 def write_safetensors(
@@ -159,9 +163,18 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for dtype, _, make in tensors.values():
-            _write(file, np.ascontiguousarray(make(), dtype))
+        for name, (dtype, shape, make) in tensors.items():
+            _write(file, _fitting(name, make(), dtype, shape))
         _sync(file)
+
+
+def _fitting(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    if array.shape != tuple(shape):
+        raise CheckpointError(
+            f"{name} has shape {array.shape}, but the configuration makes it {tuple(shape)}; nothing was saved: change "
+            "configuration and the model together (resize_token_embeddings, prune_heads, or a new model)"
+        )
+    return np.ascontiguousarray(array, dtype)
 
 
 def _write(file: BinaryIO, array: Array) -> None:
@@ -230,49 +243,53 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @contextmanager
 def replaced(folder: PathLike) -> Iterator[Path]:
-    """A new folder to write a model into, which takes the place of `folder` when the block ends without an error.
+    """A folder to write a model into; when the block ends without an error its files take their place in `folder`.
 
-    What `folder` held besides a model's weights (a tokenizer, notes, older checkpoints) comes along. Until the last
-    moment the old model is whole; a crash leaves it, or the new one, never half of each.
+    Everything is written and synced before the first old file goes, and old weights that the new model lacks go last.
+    What `folder` holds besides a model's files is not touched. While files change places, the old ones are kept in a
+    hidden folder inside: an error puts them back, and after a crash they are there, whole. Raises CheckpointError where
+    nothing can be written.
     """
-    target = Path(folder).resolve()
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target}: expected a folder to save the model in, found a file; choose another path")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    stage.chmod(target.stat().st_mode if target.exists() else 0o755)
+    target = Path(folder)
     try:
-        if target.exists():
-            shutil.copytree(target, stage, copy_function=_link, ignore=_weights, symlinks=True, dirs_exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    except OSError as error:
+        raise CheckpointError(f"{target}: expected a folder to save the model in, found none ({error})") from None
+    try:
         yield stage
-        _swap(stage, target)
+        _take_places(stage, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: the model could not be saved ({error}); what was there is whole") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _weights(_: str, names: list[str]) -> set[str]:
-    return {
-        name
-        for name in names
-        if name in {SINGLE, INDEX, "config.json", "generation_config.json"} or SHARD.fullmatch(name)
-    }
-
-
-def _link(source: str, target: str) -> None:
+def _take_places(stage: Path, target: Path) -> None:
+    new = [path.name for path in stage.iterdir()]
+    old = [path.name for path in target.iterdir() if _is_model_file(path.name)]
+    backup = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target))
+    for name in old:
+        _link(target / name, backup / name)
     try:
-        os.link(source, target)
+        for name in new:
+            (stage / name).replace(target / name)
+        for name in set(old) - set(new):
+            (target / name).unlink(missing_ok=True)
+    except OSError:
+        for name in old:
+            (backup / name).replace(target / name)
+        raise
+    finally:
+        shutil.rmtree(backup, ignore_errors=True)
+
+
+def _is_model_file(name: str) -> bool:
+    return name in (SINGLE, INDEX, "config.json", "generation_config.json") or bool(SHARD.fullmatch(name))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
-
-
-def _swap(stage: Path, target: Path) -> None:
-    old = stage.with_name(stage.name + ".old")
-    if target.exists():
-        target.rename(old)
-    try:
-        stage.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,10 @@
 """Model folders: mapped reading, shards, whole replacement, and files that are not what they should be."""
 
 import json
-import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -154,58 +156,105 @@ def test_an_index_that_lies(tmp_path, index, sentence):
         read_tensors(tmp_path)
 
 
-def test_replacing_keeps_other_files_and_drops_old_weights(tmp_path):
-    target = tmp_path / "m"
+def old_model(target):
+    """A folder with a model and other things in it."""
     (target / "deep").mkdir(parents=True)
     (target / "deep" / "notes.txt").write_text("mine")
-    (target / "vocab.json").write_text("{}")
-    for old in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", checkpoint.INDEX):
+    for old in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", checkpoint.INDEX, "vocab.json"):
         (target / old).write_text("old")
+    return target
+
+
+def contents(target):
+    return {str(p.relative_to(target)): p.read_text() for p in target.rglob("*") if p.is_file()}
+
+
+def test_replacing_keeps_other_files_and_drops_old_weights(tmp_path):
+    target = old_model(tmp_path / "m")
+    inode = target.stat().st_ino
     with replaced(target) as stage:
         (stage / "config.json").write_text("new")
-    assert {p.name for p in target.iterdir()} == {"deep", "vocab.json", "config.json"}
-    assert (target / "config.json").read_text() == "new" and (target / "deep" / "notes.txt").read_text() == "mine"
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+        (target / "log.txt").write_text("meanwhile")
+    assert contents(target) == {
+        "config.json": "new",
+        "deep/notes.txt": "mine",
+        "vocab.json": "old",
+        "log.txt": "meanwhile",
+    }
+    assert target.stat().st_ino == inode and {p.name for p in tmp_path.iterdir()} == {"m"}
+    assert not [p for p in target.iterdir() if p.name.startswith(".")]
 
 
 def test_a_failed_write_leaves_the_old_model_whole(tmp_path):
-    target = tmp_path / "m"
-    target.mkdir()
-    (target / "config.json").write_text("old")
-    with pytest.raises(RuntimeError), replaced(target) as stage:
+    before = contents(old_model(tmp_path / "m"))
+    with pytest.raises(RuntimeError), replaced(tmp_path / "m") as stage:
         (stage / "config.json").write_text("new")
         raise RuntimeError("disk full")
-    assert (target / "config.json").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert contents(tmp_path / "m") == before
 
 
-def test_a_crash_at_the_swap_leaves_the_old_model_whole(tmp_path, monkeypatch):
-    target = tmp_path / "m"
-    target.mkdir()
-    (target / "config.json").write_text("old")
-    real = os.rename
-    monkeypatch.setattr(
-        checkpoint.Path,
-        "rename",
-        lambda self, to: (
-            (_ for _ in ()).throw(OSError("no")) if to == target and ".old" not in self.name else real(self, to)
-        ),
+@pytest.mark.parametrize("failing", range(3))
+def test_an_error_while_files_change_places_puts_the_old_ones_back(tmp_path, monkeypatch, failing):
+    before = contents(old_model(tmp_path / "m"))
+    real, calls = checkpoint.Path.replace, []
+
+    def replace(self, to):
+        calls.append(to)
+        if len(calls) == failing + 1:
+            raise OSError("no space")
+        return real(self, to)
+
+    monkeypatch.setattr(checkpoint.Path, "replace", replace)
+    with pytest.raises(CheckpointError, match=r"could not be saved \(no space\)"), replaced(tmp_path / "m") as stage:
+        for name in ("config.json", "generation_config.json", "model.safetensors"):
+            (stage / name).write_text("new")
+    assert {k: v for k, v in contents(tmp_path / "m").items() if k in before} == before
+
+
+def test_a_killed_process_leaves_a_whole_model(tmp_path):
+    """Killed at every call that changes a name: what is there, or in the hidden folder, is the old model or the new."""
+    script = (
+        "import os, sys; from pathlib import Path; from gpt2_multi import checkpoint; n = int(sys.argv[1])\n"
+        "real = Path.replace\n"
+        "def replace(self, to):\n"
+        "    global n\n"
+        "    n -= 1\n"
+        "    os._exit(9) if n < 0 else None\n"
+        "    return real(self, to)\n"
+        "Path.replace = replace\n"
+        "with checkpoint.replaced(sys.argv[2]) as stage:\n"
+        "    [(stage / name).write_text('new') for name in ('config.json', 'model.safetensors')]\n"
     )
-    with pytest.raises(OSError, match="no"), replaced(target) as stage:
+    for n in range(3):
+        target = old_model(tmp_path / str(n))
+        before = contents(target)
+        code = subprocess.run([sys.executable, "-c", script, str(n), str(target)], check=False).returncode
+        now = contents(target)
+        kept = {key.split("/", 1)[1]: value for key, value in now.items() if key.startswith(".replaced-")}
+        model = {key: value for key, value in before.items() if "/" not in key and key != "vocab.json"}
+        assert (code == 0 and now["config.json"] == now["model.safetensors"] == "new") or (code == 9 and kept == model)
+
+
+def test_the_current_folder_can_be_saved_into(tmp_path, monkeypatch):
+    monkeypatch.chdir(old_model(tmp_path / "m"))
+    with replaced(".") as stage:
         (stage / "config.json").write_text("new")
-    assert (target / "config.json").read_text() == "old"
+    assert Path("config.json").read_text() == "new" and Path.cwd() == tmp_path / "m"
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path):
     with replaced(tmp_path / "a" / "b") as stage:
         (stage / "x").write_text("1")
-    assert (tmp_path / "a" / "b" / "x").read_text() == "1"
+    assert contents(tmp_path / "a" / "b") == {"x": "1"}
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "m").write_text("")
-    with (
-        pytest.raises(CheckpointError, match="expected a folder to save the model in, found a file"),
-        replaced(tmp_path / "m"),
-    ):
+    with pytest.raises(CheckpointError, match="expected a folder to save the model in"), replaced(tmp_path / "m"):
         pass
+
+
+def test_a_tensor_that_does_not_fit_is_refused(tmp_path):
+    dtype = np.dtype(np.float32)
+    with pytest.raises(CheckpointError, match=r"a has shape \(2,\), but the configuration makes it \(3,\)"):
+        write_safetensors(tmp_path / "x", {"a": (dtype, (3,), lambda: np.zeros(2, np.float32))})

@@ -35,7 +35,7 @@ def same(left, right, bound=0.0):
 
 def random_model(cls, config=SMALL, **options):
     """A model of this class with every parameter randomised."""
-    model = cls(config, **options).eval()
+    model = cls(config.replace(), **options).eval()  # a copy: some tests change it
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -185,7 +185,8 @@ class _Attention(nn.Module):
         dropout = self.config.attn_pdrop if self.training else 0.0
         if eager or head_mask is not None or self.config.reorder_and_upcast_attn:
             return self._attend_eagerly(q, k, v, bias, causal, dropout, head_mask)
-        causal = causal and bias is None and q.shape[2] > 1
+        if bias is not None or q.shape[2] == 1:  # an `if`, because torch.compile has no bool for a comparison of sizes
+            causal = False
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=self.scale
         )

@@ -42,8 +42,9 @@ def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tenso
     A token that the mask hides neither is predicted nor predicts.
     """
     check_labels(labels, logits)
-    kept = None if mask is None else (mask[..., :-1] != 0) & (mask[..., 1:] != 0)
-    return cross_entropy(logits[..., :-1, :], labels[..., 1:], kept)
+    kept = None if mask is None else (mask != 0) & (mask.roll(-1, -1) != 0)
+    labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # the labels move: to cut the logits would copy them
+    return cross_entropy(logits, labels, kept)
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
