@@ -9,7 +9,15 @@ nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "types", "tests"]
 
 TOOLS = ["hypothesis", "pytest", "pytest-xdist"]
-PEERS = ["accelerate", "gigatoken", "tiktoken", "tokenizers", "transformers"]  # what results are held against
+PEERS = [
+    "accelerate",
+    "gigatoken",
+    "peft",
+    "regex",
+    "tiktoken",
+    "tokenizers",
+    "transformers",
+]  # what results are held against
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
 
 
@@ -37,7 +45,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test, with every framework installed in one environment."""
-    install(session, ".[all,docs,examples]", *TOOLS, *PEERS)
+    install(session, ".[all,docs]", *TOOLS, *PEERS)
     pytest(session, "--backends=pt")
 
 
@@ -51,7 +59,7 @@ def core(session: nox.Session) -> None:
 @nox.session
 def pt(session: nox.Session) -> None:
     """Run the tests of the core and of PyTorch."""
-    install(session, ".[pt]", *TOOLS, "transformers")
+    install(session, ".[pt]", *TOOLS, *PEERS)
     pytest(session, "--backends=pt")
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from gpt2_multi import cli, hub
-from tests.test_cli import tiny  # noqa: F401 - a fixture
+from gpt2_multi import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))}
@@ -33,18 +32,8 @@ def pages_with(language, text=""):
     return [page for page in PAGES if any(text in code for code in blocks(page, language))]
 
 
-@pytest.fixture
-def demo(tiny, monkeypatch):  # noqa: F811
-    """The model in the package, or in a checkout without it a small one in its place."""
-    if not hub.DEMO.is_dir():
-        monkeypatch.setattr(hub, "DEMO", tiny)
-        for command in (cli.generate, cli.tokenize):
-            model = next(parameter for parameter in command.params if parameter.name == "model")
-            monkeypatch.setattr(model, "default", str(tiny))
-
-
 @pytest.mark.parametrize("page", pages_with("python"))
-def test_the_python_of_a_page_runs_and_prints_what_it_says(page, demo, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -56,7 +45,7 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, demo, tmp_path,
 
 
 @pytest.mark.parametrize("page", pages_with("sh", "gpt2-multi "))
-def test_the_commands_of_a_page_work(page, demo):
+def test_the_commands_of_a_page_work(page):
     pytest.importorskip("torch")
     lines = [line for code in blocks(page, "sh") for line in code.splitlines() if line.startswith("gpt2-multi ")]
     assert lines
