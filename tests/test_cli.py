@@ -231,7 +231,7 @@ def test_no_piece_splits_a_character(tiny: Path) -> None:
         (("--top-p", "2"), "top_p: expected a number above 0, up to 1, found 2.0"),
         (
             ("--temperature", "0"),
-            "temperature: expected a number above 0 (for greedy choice: do_sample=False), found 0.0",
+            "temperature: expected a number from 1e-9 (for greedy choice: do_sample=False), found 0.0",
         ),
         (("--max-new-tokens", "-1"), "max_new_tokens: expected a whole number from 0"),
         (("--num-return-sequences", "0"), "num_return_sequences: expected a whole number from 1"),
