@@ -35,6 +35,9 @@ class Commands(click.Group):
             code = super().main(*args, **{**options, "standalone_mode": False})
         except click.Abort:
             _fail("interrupted", 130)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
         except (GPT2Error, ModuleNotFoundError) as error:
@@ -48,8 +51,10 @@ class Commands(click.Group):
 
 def _prepare_process() -> None:
     """Keep the hub's client quiet where nobody watches, and let no character that the output lacks end a text."""
+    if sys.stdout is None:
+        _fail("standard output is closed; open it, or send it to a file", 1)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -128,6 +133,8 @@ def _text(given: str | None, name: str) -> str:
     """An argument, or else what standard input holds; it has to be UTF-8."""
     if given is not None and given != "-":
         data, source = given.encode(errors="surrogateescape"), name
+    elif sys.stdin is None:
+        raise click.UsageError(f"expected {name}, found standard input closed; give {name} as an argument")
     elif given is None and sys.stdin.isatty():
         raise click.UsageError(f"expected {name}, found none; give it, or pipe it in")
     else:

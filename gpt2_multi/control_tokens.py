@@ -15,16 +15,22 @@ def as_token(token: Any, special: bool) -> AddedToken:
     """A str, or an AddedToken of any library, as ours.
 
     Raises:
-        TokenizerError: it is neither, it is empty, or it asks for single_word.
+        TokenizerError: it is neither, it is empty, it holds a lone surrogate, or it asks for single_word.
     """
-    if isinstance(token, str) and token:
-        return AddedToken(token, special)
-    content = getattr(token, "content", None)
-    if not isinstance(content, str) or not content:
-        raise TokenizerError(f"added token: expected a text of at least one character, found {token!r}")
+    content = _checked(token if isinstance(token, str) else getattr(token, "content", token))
+    if isinstance(token, str):
+        return AddedToken(content, special)
     if getattr(token, "single_word", False):
         raise TokenizerError(f"added token {content!r}: single_word=True is not supported; leave it out")
     return AddedToken(content, special, getattr(token, "lstrip", False), getattr(token, "rstrip", False))
+
+
+def _checked(content: Any) -> str:
+    if not isinstance(content, str) or not content:
+        raise TokenizerError(f"added token: expected a text of at least one character, found {content!r}")
+    if re.search("[\ud800-\udfff]", content):
+        raise TokenizerError(f"added token {content!r}: expected text that UTF-8 can hold, found a lone surrogate")
+    return content
 
 
 class ControlTokens:

@@ -127,7 +127,7 @@ class TokenTable:
         before = len(self)
         for role, value in special_tokens_dict.items():
             if role == "additional_special_tokens":
-                names = [self._register(as_token(token, True)) for token in value]
+                names = [self._register(as_token(token, True)) for token in _listed(value)]
                 self._control.additional = list(dict.fromkeys([*self._control.additional, *names]))
             elif role in ROLES:
                 self._control.roles[role] = self._register(as_token(value, True))
@@ -250,6 +250,14 @@ class TokenTable:
                 "use the tokenizer that belongs to the model"
             )
         return table[at]
+
+
+def _listed(tokens: Any) -> list[Any]:
+    if isinstance(tokens, str | Mapping) or not isinstance(tokens, Iterable):
+        raise TokenizerError(
+            f"additional_special_tokens: expected a list of tokens, found {tokens!r}; put it in a list"
+        )
+    return list(tokens)
 
 
 def to_list(ids: Any) -> Any:

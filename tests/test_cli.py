@@ -342,6 +342,21 @@ def test_version_and_help() -> None:
     assert "The text is a sample, with seed 0 unless --seed says otherwise" in " ".join(good("generate", "-h").split())
 
 
+def test_no_arguments_print_the_help() -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") > 5 and result.stderr.startswith("Usage:")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize(("args", "name"), [("<&-", "standard input"), ("hello >&-", "standard output")])
+def test_closed_streams(args: str, name: str) -> None:
+    command = f'"{sys.executable}" -m gpt2_multi tokenize {args}'
+    result = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode in (1, 2) and name in result.stderr
+    assert "a bug" not in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_help_loads_no_framework() -> None:
     code = "from gpt2_multi.cli import main\ntry: main(['generate', '-h'])\nexcept SystemExit: pass\n"
     code += "import sys; sys.exit(sorted({'torch', 'tensorflow', 'jax', 'huggingface_hub', 'rich'} & set(sys.modules)))"

@@ -153,6 +153,15 @@ def test_added_tokens_may_take_white_space():
     assert encoding.offset_mapping[1] == (1, 6)
 
 
+def test_added_tokens_come_in_a_list_and_hold_no_lone_surrogate():
+    tokenizer = small()
+    with pytest.raises(TokenizerError, match="expected a list of tokens"):
+        tokenizer.add_special_tokens({"additional_special_tokens": "<x>"})
+    for name in ("a\ud800", AddedToken("\udfff")):
+        with pytest.raises(TokenizerError, match="lone surrogate"):
+            tokenizer.add_tokens([name])
+
+
 def test_longer_added_words_come_first():
     tokenizer = small()
     tokenizer.add_tokens(["<a", "<a>"])
