@@ -172,7 +172,7 @@ def pad_rows(
 
 
 def width_of(rows: Sequence[Sequence[Any]], padding: str, max_length: int | None, multiple: int | None) -> int:
-    """The length to which rows are padded."""
+    """The length to which rows are padded; with "max_length" a longer row stays as it is."""
     longest = max(map(len, rows), default=0)
-    width = max(longest, max_length or 0) if padding == "max_length" else longest
+    width = (max_length or 0) if padding == "max_length" else longest
     return -(-width // multiple) * multiple if multiple else width

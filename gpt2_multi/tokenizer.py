@@ -39,6 +39,7 @@ from gpt2_multi.vocabulary import (
 END_OF_TEXT = "<|endoftext|>"
 SIDES = {"right": "right", "left": "left"}
 LARGEST_WIDTH = 10**9  # transformers writes 10**30 where a tokenizer has no limit
+LEFTOVERS = ("use_fast", "verbose")
 NOTHING: frozenset[str] = frozenset()
 File = str | PathLike[str]
 
@@ -464,8 +465,10 @@ def _read(source: Any, kind: type, copy: Any, check: Any, read: Any) -> Any:
 
 
 def _refuse_unknown(where: str, unknown: Mapping[str, Any], function: Any) -> None:
-    """Raise TypeError for the first argument that is not known, with the nearest name that is."""
+    """Raise TypeError for the first argument that is not known, with a name that is and resembles it."""
     for name in unknown:
+        if name in LEFTOVERS:
+            raise TypeError(f"{where} has no argument {name!r}, which only transformers' AutoTokenizer needs; drop it")
         known = [item for item in signature(function).parameters if item not in ("self", "unknown")]
-        near = get_close_matches(name, known, n=1, cutoff=0)
-        raise TypeError(f"{where} has no argument {name!r}; did you mean {near[0]!r}?")
+        near = get_close_matches(name, known, n=1)
+        raise TypeError(f"{where} has no argument {name!r}; {f'did you mean {near[0]!r}?' if near else 'leave it out'}")

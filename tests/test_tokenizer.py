@@ -104,7 +104,12 @@ def test_decode_takes_arrays_tuples_and_single_ids():
     assert tokenizer.decode(np.array(ids)) == tokenizer.decode(tuple(ids)) == "hello world"
     assert tokenizer.decode(ids[0]) == "hello"
     assert tokenizer.decode(np.int64(ids[0])) == "hello"
-    assert tokenizer.batch_decode([ids, ids[:1]]) == ["hello world", "hello"]
+    assert tokenizer.batch_decode([ids, ids[:1]], clean_up_tokenization_spaces=False) == ["hello world", "hello"]
+    assert tokenizer.batch_decode(np.array([ids, ids])) == ["hello world"] * 2
+    numbers = [ids[0], np.int32(ids[1]), np.array(ids[1])]
+    assert tokenizer.decode(numbers) == tokenizer.batch_decode([numbers])[0] == "hello world world"
+    assert tokenizer.convert_ids_to_tokens(numbers[:2]) == tokenizer.convert_ids_to_tokens(ids)
+    assert tokenizer.decode(numbers, skip_special_tokens=True) == "hello world world"
 
 
 # --- control tokens --------------------------------------------------------------------------------------------------
@@ -511,11 +516,26 @@ def test_words_that_are_not_split():
         small()("hello world", is_split_into_words=True)
 
 
-@pytest.mark.parametrize("ids", [[10**9], [-1], ["hello"], [1.5], [None], 10**9])
+@pytest.mark.parametrize(
+    "ids", [[10**9], [-1], ["hello"], [1.5], [1.0], [True], True, 1.0, [[1]], np.array([1.0]), [None], 10**9]
+)
 def test_ids_outside_the_vocabulary(ids):
     for method in (small().decode, small().decode_bytes, small().convert_ids_to_tokens):
         with pytest.raises(TokenizerError, match="ids: expected whole numbers"):
             method(ids)
+
+
+def test_unknown_arguments_that_resemble_none():
+    with pytest.raises(TypeError, match="'zzz'; leave it out"):
+        small(zzz=1)
+    for name in ("use_fast", "verbose"):
+        with pytest.raises(TypeError, match="AutoTokenizer needs; drop it"):
+            small(**{name: True})
+
+
+def test_a_row_longer_than_max_length_keeps_its_length():
+    encoding = small()(["aaaaaa", "a"], padding="max_length", max_length=3, truncation=False)
+    assert list(map(len, encoding.input_ids)) == [6, 3]
 
 
 def test_unknown_arguments_name_the_nearest():
