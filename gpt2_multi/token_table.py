@@ -71,6 +71,10 @@ class TokenTable:
         """Every token with its id, added ones too."""
         return self._vocab | self._control.ids
 
+    def get_added_vocab(self) -> dict[str, int]:
+        """The tokens outside the merges with their ids, control tokens too."""
+        return self.added_tokens_encoder
+
     @property
     def added_tokens_encoder(self) -> dict[str, int]:
         """The tokens outside the merges with their ids, control tokens too."""

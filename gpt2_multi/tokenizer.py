@@ -70,6 +70,9 @@ class GPT2Tokenizer(TokenTable):
         TypeError: an argument is not known.
     """
 
+    is_fast = True  # as transformers has it: offsets and word_ids are there
+    model_input_names = ("input_ids", "attention_mask")
+
     def __init__(
         self,
         vocab_file: File | Mapping[str, int],
@@ -290,7 +293,8 @@ class GPT2Tokenizer(TokenTable):
         """Encode a text or a list of texts, alone or in pairs.
 
         Args:
-            text: a str or a list of them; with `is_split_into_words` a list of words or a list of such lists.
+            text: a str, a list of them, or a list of pairs; with `is_split_into_words` a list of words or a list of
+                such lists.
             text_pair: as `text`, to be encoded after it.
             add_special_tokens: whether `add_bos_token` has an effect.
             padding: True or "longest" pads to the longest row, "max_length" to `max_length`.
@@ -350,6 +354,8 @@ class GPT2Tokenizer(TokenTable):
             encoding.update({name: value[0] for name, value in encoding.items() if name != "length"})
         to_arrays(encoding, return_tensors)
         return encoding
+
+    encode_plus = batch_encode_plus = __call__
 
     def _sequence(
         self, text: Any, allowed: frozenset[str], disallowed: frozenset[str], detailed: bool, split: bool

@@ -398,6 +398,22 @@ def test_encodings_move_to_a_device():
         encoding.token_type_ids  # noqa: B018
 
 
+def test_ids_stay_whole_numbers_where_a_dtype_is_given():
+    torch = pytest.importorskip("torch")
+    encoding = small()("hello", return_tensors="pt").to(torch.float16)
+    assert {value.dtype for value in encoding.values()} == {torch.int64}
+
+
+def test_what_transformers_users_call():
+    tokenizer = small()
+    expected = tokenizer(["hello", "a"], ["world", "b"])
+    assert tokenizer([("hello", "world"), ("a", "b")]) == tokenizer.batch_encode_plus([["hello", "world"], ["a", "b"]])
+    assert tokenizer([("hello", "world"), ("a", "b")]).data == expected
+    assert tokenizer.encode_plus("hello") == tokenizer("hello")
+    assert tokenizer.is_fast and list(tokenizer("hello")) == list(tokenizer.model_input_names)
+    assert tokenizer.get_added_vocab() == {END: tokenizer.eos_token_id}
+
+
 def test_jax_encodings_move_to_a_device():
     jax = pytest.importorskip("jax")
     device = jax.devices()[0]
