@@ -106,6 +106,8 @@ def as_batch(text: Any, text_pair: Any, split: bool) -> tuple[list[Any], list[An
     Raises:
         TokenizerError: something is not a text, or there are not as many pairs as texts.
     """
+    if text_pair is None and not split and _are_pairs(text):
+        text, text_pair = ([pair[at] for pair in text] for at in (0, 1))
     texts, batched = _as_texts("text", text, split)
     if text_pair is None:
         return texts, None, batched
@@ -127,6 +129,10 @@ def _as_texts(name: str, value: Any, split: bool) -> tuple[list[Any], bool]:
                 f"{name}: expected {wanted}, found {type(item).__name__}{where}; pairs go in text_pair"
             )
     return texts, not single
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_words(item) and len(item) == 2 for item in value)
 
 
 def _is_words(value: Any) -> bool:
@@ -172,7 +178,7 @@ def pad_rows(
 
 
 def width_of(rows: Sequence[Sequence[Any]], padding: str, max_length: int | None, multiple: int | None) -> int:
-    """The length to which rows are padded."""
+    """The length to which rows are padded; with "max_length" a longer row stays as it is."""
     longest = max(map(len, rows), default=0)
-    width = max(longest, max_length or 0) if padding == "max_length" else longest
+    width = (max_length or 0) if padding == "max_length" else longest
     return -(-width // multiple) * multiple if multiple else width

@@ -27,8 +27,13 @@ class BatchEncoding(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"{name!r} is not among the entries {list(self)}") from None
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """The entries as a plain dict."""
+        return dict(self)
+
     def to(self, device: Any) -> "BatchEncoding":
-        """Move PyTorch or JAX arrays to a device, in place.
+        """Move PyTorch or JAX arrays to a device, in place; whole numbers stay so where a dtype is given.
 
         Raises:
             TokenizerError: an entry is something else; ask for return_tensors="pt" or "jax".
@@ -39,7 +44,8 @@ class BatchEncoding(dict[str, Any]):
 
                 self[name] = jax.device_put(value, device)
             elif hasattr(value, "to"):
-                self[name] = value.to(device)
+                keep = type(device).__name__ == "dtype" and not value.is_floating_point()
+                self[name] = value if keep else value.to(device)
             else:
                 raise TokenizerError(f'{name!r} is a {type(value).__name__}; .to() needs return_tensors="pt" or "jax"')
         return self

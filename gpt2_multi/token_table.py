@@ -1,7 +1,7 @@
 """The tokens of a tokenizer: ids, texts and bytes, added tokens, and the roles that some of them play."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, NoReturn, TypeVar, overload
 
 from gpt2_multi.batching import choose
 from gpt2_multi.bpe import unspell
@@ -70,6 +70,10 @@ class TokenTable:
     def get_vocab(self) -> dict[str, int]:
         """Every token with its id, added ones too."""
         return self._vocab | self._control.ids
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """The tokens outside the merges with their ids, control tokens too."""
+        return self.added_tokens_encoder
 
     @property
     def added_tokens_encoder(self) -> dict[str, int]:
@@ -197,8 +201,8 @@ class TokenTable:
         wanted = self._wanted(ids, skip_special_tokens)
         try:
             return b"".join(map(self._bytes.__getitem__, wanted))
-        except (KeyError, TypeError):
-            return b"".join(self._lookup(self._bytes, at) for at in wanted)
+        except KeyError as error:
+            self._refuse(error.args[0])
 
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None
@@ -220,9 +224,12 @@ class TokenTable:
             )
         return self.decode_bytes(token_ids, skip_special_tokens).decode("utf-8", self.errors)
 
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(
+        self, sequences: Any, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None
+    ) -> list[str]:
         """The text of each row of ids; see `decode`."""
-        return [self.decode(row, skip_special_tokens) for row in sequences]
+        clean = clean_up_tokenization_spaces
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces=clean) for row in sequences]
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
         """The text of tokens that are spelled as in vocab.json.
@@ -240,16 +247,23 @@ class TokenTable:
     def _wanted(self, ids: Any, skip_special_tokens: bool) -> list[Any]:
         ids = to_list(ids)
         ids = ids if isinstance(ids, list) else [ids]
+        ids = ids if set(map(type, ids)) <= {int} else [self._number(at) for at in ids]
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
         return [at for at in ids if at not in skipped] if skipped else ids
 
-    def _lookup(self, table: Mapping[int, T], at: Any) -> T:
-        if not isinstance(at, int) or isinstance(at, bool) or at not in table:
-            raise TokenizerError(
-                f"ids: expected whole numbers from 0 to {max(self._spelled)} that the vocabulary holds, found {at!r}; "
-                "use the tokenizer that belongs to the model"
-            )
-        return table[at]
+    def _number(self, at: Any) -> int:
+        """An id as an int, which an array of any framework may hold."""
+        number = to_list(at)
+        return int(number) if isinstance(number, int) and not isinstance(number, bool) else self._refuse(at)
+
+    def _lookup(self, table: Mapping[int, T], at: int) -> T:
+        return table[at] if at in table else self._refuse(at)
+
+    def _refuse(self, at: Any) -> NoReturn:
+        raise TokenizerError(
+            f"ids: expected whole numbers from 0 to {max(self._spelled)} that the vocabulary holds, found {at!r}; "
+            "use the tokenizer that belongs to the model"
+        )
 
 
 def _listed(tokens: Any) -> list[Any]:

@@ -39,6 +39,7 @@ from gpt2_multi.vocabulary import (
 END_OF_TEXT = "<|endoftext|>"
 SIDES = {"right": "right", "left": "left"}
 LARGEST_WIDTH = 10**9  # transformers writes 10**30 where a tokenizer has no limit
+LEFTOVERS = ("use_fast", "verbose")
 NOTHING: frozenset[str] = frozenset()
 File = str | PathLike[str]
 
@@ -68,6 +69,9 @@ class GPT2Tokenizer(TokenTable):
         TokenizerError: a file is missing or damaged, or a value is not one of those above.
         TypeError: an argument is not known.
     """
+
+    is_fast = True  # as transformers has it: offsets and word_ids are there
+    model_input_names = ("input_ids", "attention_mask")
 
     def __init__(
         self,
@@ -289,7 +293,8 @@ class GPT2Tokenizer(TokenTable):
         """Encode a text or a list of texts, alone or in pairs.
 
         Args:
-            text: a str or a list of them; with `is_split_into_words` a list of words or a list of such lists.
+            text: a str, a list of them, or a list of pairs; with `is_split_into_words` a list of words or a list of
+                such lists.
             text_pair: as `text`, to be encoded after it.
             add_special_tokens: whether `add_bos_token` has an effect.
             padding: True or "longest" pads to the longest row, "max_length" to `max_length`.
@@ -349,6 +354,8 @@ class GPT2Tokenizer(TokenTable):
             encoding.update({name: value[0] for name, value in encoding.items() if name != "length"})
         to_arrays(encoding, return_tensors)
         return encoding
+
+    encode_plus = batch_encode_plus = __call__
 
     def _sequence(
         self, text: Any, allowed: frozenset[str], disallowed: frozenset[str], detailed: bool, split: bool
@@ -464,8 +471,10 @@ def _read(source: Any, kind: type, copy: Any, check: Any, read: Any) -> Any:
 
 
 def _refuse_unknown(where: str, unknown: Mapping[str, Any], function: Any) -> None:
-    """Raise TypeError for the first argument that is not known, with the nearest name that is."""
+    """Raise TypeError for the first argument that is not known, with a name that is and resembles it."""
     for name in unknown:
+        if name in LEFTOVERS:
+            raise TypeError(f"{where} has no argument {name!r}, which only transformers' AutoTokenizer needs; drop it")
         known = [item for item in signature(function).parameters if item not in ("self", "unknown")]
-        near = get_close_matches(name, known, n=1, cutoff=0)
-        raise TypeError(f"{where} has no argument {name!r}; did you mean {near[0]!r}?")
+        near = get_close_matches(name, known, n=1)
+        raise TypeError(f"{where} has no argument {name!r}; {f'did you mean {near[0]!r}?' if near else 'leave it out'}")

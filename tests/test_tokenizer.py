@@ -104,7 +104,12 @@ def test_decode_takes_arrays_tuples_and_single_ids():
     assert tokenizer.decode(np.array(ids)) == tokenizer.decode(tuple(ids)) == "hello world"
     assert tokenizer.decode(ids[0]) == "hello"
     assert tokenizer.decode(np.int64(ids[0])) == "hello"
-    assert tokenizer.batch_decode([ids, ids[:1]]) == ["hello world", "hello"]
+    assert tokenizer.batch_decode([ids, ids[:1]], clean_up_tokenization_spaces=False) == ["hello world", "hello"]
+    assert tokenizer.batch_decode(np.array([ids, ids])) == ["hello world"] * 2
+    numbers = [ids[0], np.int32(ids[1]), np.array(ids[1])]
+    assert tokenizer.decode(numbers) == tokenizer.batch_decode([numbers])[0] == "hello world world"
+    assert tokenizer.convert_ids_to_tokens(numbers[:2]) == tokenizer.convert_ids_to_tokens(ids)
+    assert tokenizer.decode(numbers, skip_special_tokens=True) == "hello world world"
 
 
 # --- control tokens --------------------------------------------------------------------------------------------------
@@ -393,6 +398,22 @@ def test_encodings_move_to_a_device():
         encoding.token_type_ids  # noqa: B018
 
 
+def test_ids_stay_whole_numbers_where_a_dtype_is_given():
+    torch = pytest.importorskip("torch")
+    encoding = small()("hello", return_tensors="pt").to(torch.float16)
+    assert {value.dtype for value in encoding.values()} == {torch.int64}
+
+
+def test_what_transformers_users_call():
+    tokenizer = small()
+    expected = tokenizer(["hello", "a"], ["world", "b"])
+    assert tokenizer([("hello", "world"), ("a", "b")]) == tokenizer.batch_encode_plus([["hello", "world"], ["a", "b"]])
+    assert tokenizer([("hello", "world"), ("a", "b")]).data == expected
+    assert tokenizer.encode_plus("hello") == tokenizer("hello")
+    assert tokenizer.is_fast and list(tokenizer("hello")) == list(tokenizer.model_input_names)
+    assert tokenizer.get_added_vocab() == {END: tokenizer.eos_token_id}
+
+
 def test_jax_encodings_move_to_a_device():
     jax = pytest.importorskip("jax")
     device = jax.devices()[0]
@@ -511,11 +532,26 @@ def test_words_that_are_not_split():
         small()("hello world", is_split_into_words=True)
 
 
-@pytest.mark.parametrize("ids", [[10**9], [-1], ["hello"], [1.5], [None], 10**9])
+@pytest.mark.parametrize(
+    "ids", [[10**9], [-1], ["hello"], [1.5], [1.0], [True], True, 1.0, [[1]], np.array([1.0]), [None], 10**9]
+)
 def test_ids_outside_the_vocabulary(ids):
     for method in (small().decode, small().decode_bytes, small().convert_ids_to_tokens):
         with pytest.raises(TokenizerError, match="ids: expected whole numbers"):
             method(ids)
+
+
+def test_unknown_arguments_that_resemble_none():
+    with pytest.raises(TypeError, match="'zzz'; leave it out"):
+        small(zzz=1)
+    for name in ("use_fast", "verbose"):
+        with pytest.raises(TypeError, match="AutoTokenizer needs; drop it"):
+            small(**{name: True})
+
+
+def test_a_row_longer_than_max_length_keeps_its_length():
+    encoding = small()(["aaaaaa", "a"], padding="max_length", max_length=3, truncation=False)
+    assert list(map(len, encoding.input_ids)) == [6, 3]
 
 
 def test_unknown_arguments_name_the_nearest():
