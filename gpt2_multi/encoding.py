@@ -66,15 +66,14 @@ class BatchEncoding(dict[str, Any]):
         """
         return self._recorded(self._sequences, batch_index)
 
-    def record(self, rows: "Sequence[Row]", width: int, side: str) -> None:
-        """Keep where the tokens of each row came from, padded to `width`."""
+    def record(self, rows: "Sequence[Row]", side: str) -> None:
+        """Keep where the tokens of each row came from, padded as its `input_ids` are."""
 
         def column(name: str) -> list[list[int | None]]:
             lists = [row.entry(name) for row in rows]
-            pad = [[None] * (width - len(row)) if padded else [] for row in lists]
+            pad = [[None] * (len(ids) - len(row)) for ids, row in zip(self["input_ids"], lists, strict=True)]
             return [row + fill if side == "right" else fill + row for row, fill in zip(lists, pad, strict=True)]
 
-        padded = all(len(ids) == width for ids in self["input_ids"])
         self._words, self._sequences = column("words"), column("sequences")
 
     def _recorded(self, rows: Sequence[Sequence[int | None]] | None, at: int) -> list[int | None]:

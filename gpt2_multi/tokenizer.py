@@ -345,7 +345,7 @@ class GPT2Tokenizer(TokenTable):
         self._pad_lists(lists, padding, max_length, pad_to_multiple_of, padding_side)
         encoding = BatchEncoding(lists)
         if detailed:
-            encoding.record(rows, max(map(len, lists["input_ids"]), default=0), self._side(padding_side))
+            encoding.record(rows, self._side(padding_side))
         if return_length:
             encoding["length"] = [len(ids) for ids in lists["input_ids"]]
         if return_overflowing_tokens:

@@ -610,3 +610,13 @@ def test_files_that_are_not_text(tmp_path):
         small().save_pretrained(tmp_path / "merges.txt" / "below")
     with pytest.raises(TokenizerError, match="expected a path or the content"):
         GPT2Tokenizer(3, 4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_record_of_words_is_as_long_as_its_row(side):
+    options = {"padding": "max_length", "max_length": 4, "truncation": False, "padding_side": side}
+    encoding = small()(["a", "a b c d e f"], return_offsets_mapping=True, **options)
+    assert len(encoding.input_ids[0]) == 4 < len(encoding.input_ids[1])
+    for row in (0, 1):
+        assert len(encoding.word_ids(row)) == len(encoding.sequence_ids(row)) == len(encoding.input_ids[row])
+    assert encoding.word_ids(0).count(None) == 3 and (encoding.word_ids(0)[0] is None) == (side == "left")
