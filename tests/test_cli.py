@@ -174,7 +174,7 @@ def test_the_context_bounds_the_text(tiny: Path) -> None:
     message = refusal("generate", "x" * 64, "--model", tiny)
     assert message == "PROMPT: 64 tokens leave no room, for the model can read 64; shorten it"
     message = refusal("generate", "x" * 60, "--model", tiny, "--max-new-tokens", "5")
-    assert "65 tokens are more than n_positions 64" in message
+    assert "60 prompt tokens and 5 new ones are more than n_positions 64" in message
 
 
 @needs_pt
