@@ -6,6 +6,7 @@ Format: https://github.com/huggingface/safetensors, section "Format": 8 bytes of
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -76,8 +77,8 @@ def _view(path: Path, name: str, entry: Mapping[str, Any], data: Array) -> Array
 def read_tensors(folder: PathLike) -> dict[str, Array]:
     """Every tensor of a model folder, mapped: from model.safetensors, or from the shards that its index names.
 
-    Raises CheckpointError where there is neither, and for an index that names files outside the folder, tensors that
-    are not where it says, or one tensor twice.
+    Raises CheckpointError where there is neither, and for an index that names files outside the folder, or tensors that
+    are not where it says.
     """
     folder = Path(folder)
     if (folder / SINGLE).exists():
@@ -156,7 +157,7 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
     offset = 0
     for name, (dtype, shape, _) in tensors.items():
-        end = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        end = offset + _size(dtype, shape)
         header[name] = {"dtype": spelled[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
@@ -166,6 +167,10 @@ def write_safetensors(
         for name, (dtype, shape, make) in tensors.items():
             _write(file, _fitting(name, make(), dtype, shape))
         _sync(file)
+
+
+def _size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
 
 
 def _fitting(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
@@ -198,10 +203,8 @@ def write_weights(
         form.spell(weight, rooted): (dtype, form.shape(weight), lambda w=weight, make=make: form.layout(w, make()))
         for weight, dtype, make in sources
     }
-    shards = _shards(
-        {name: dtype.itemsize * int(np.prod(shape)) for name, (dtype, shape, _) in tensors.items()},
-        parse_size(max_shard_size),
-    )
+    sizes = {name: _size(dtype, shape) for name, (dtype, shape, _) in tensors.items()}
+    shards = _shards(sizes, parse_size(max_shard_size))
     if len(shards) == 1:
         return write_safetensors(folder / SINGLE, tensors)
     places = {
@@ -209,8 +212,7 @@ def write_weights(
     }
     for shard in shards:
         write_safetensors(folder / places[shard[0]], {name: tensors[name] for name in shard})
-    total = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape, _ in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

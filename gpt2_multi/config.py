@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from gpt2_multi.config_checks import CHECKS, check_together, count
 from gpt2_multi.errors import CheckpointError, ConfigError
+from gpt2_multi.files import write_whole
 
 ALIASES = {
     "hidden_size": "n_embd",
@@ -287,16 +288,7 @@ class GPT2Config:
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write config.json: whole, or not at all."""
-        path, text = Path(path), self.to_json_string()
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(Path(path), self.to_json_string())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json into a folder, which is made where it is missing."""

@@ -1,13 +1,12 @@
 """Writing the files of a tokenizer, as transformers and tokenizers read them."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
+from gpt2_multi.files import write_whole
 from gpt2_multi.vocabulary import AddedToken, Vocabulary
 
 
@@ -99,14 +98,10 @@ def write_folder(folder: Path, tokenizer: Vocabulary) -> tuple[str, ...]:
 
 
 def _write(path: Path, text: str) -> str:
-    """Write a file beside the old one, then put it in its place: a crash leaves the old one whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write a file whole, in a folder that is made where it is missing."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, "utf-8", newline="\n")
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise TokenizerError(f"{path}: cannot be written ({error.strerror}); name a folder that can be") from error
     return str(path)

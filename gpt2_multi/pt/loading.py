@@ -161,7 +161,8 @@ class GPT2PreTrainedModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
 
-        The folder is replaced whole, its other files kept: whatever happens, the old model or the new one is there.
+        The model's files are replaced together, other files of the folder stay: see `checkpoint.replaced`.
+        Raises CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
         """
         self._check_tie()
         config = self.config.replace(
