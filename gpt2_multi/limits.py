@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 from gpt2_multi.errors import InputError
 
 Shape = Sequence[int]
+
+
+def check_names(call: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """An argument that a call does not have is a TypeError, with the nearest name."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise TypeError(f"{call} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def check_given(input_ids: object, inputs_embeds: object) -> None:

@@ -49,4 +49,18 @@ def pt(head: str, folder: Path, dtype: str, inputs: dict[str, Any], call: Any = 
     return flatten(output, lambda value: value.numpy())
 
 
-BACKENDS: dict[str, tuple[str, Callable[..., Outputs]]] = {"pt": ("torch", pt)}
+def tf_model(head: str, folder: Path, dtype: str, **options: Any) -> Any:
+    """A TensorFlow model of this head, stored and computing in `dtype`; it has one attention only."""
+    from gpt2_multi import tf
+
+    options.pop("attn_implementation", None)
+    classes = {cls.head: cls for cls in vars(tf).values() if hasattr(cls, "head")}
+    return classes[head].from_pretrained(folder, param_dtype=dtype, **options)
+
+
+def tf(head: str, folder: Path, dtype: str, inputs: dict[str, Any], call: Any = (), **options: Any) -> Outputs:
+    """Run TensorFlow."""
+    return flatten(tf_model(head, folder, dtype, **options)(inputs, **dict(call)), lambda value: value.numpy())
+
+
+BACKENDS: dict[str, tuple[str, Callable[..., Outputs]]] = {"pt": ("torch", pt), "tf": ("tensorflow", tf)}

@@ -1,0 +1,37 @@
+"""GPT-2 for TensorFlow on Keras 3: the bare model and its five heads, under the names of transformers."""
+
+try:
+    import tensorflow as _  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('gpt2_multi.tf needs TensorFlow: pip install "gpt2-multi[tf]"') from error
+
+import keras
+
+if keras.config.backend() != "tensorflow":
+    raise ImportError(
+        f"gpt2_multi.tf needs Keras on TensorFlow, but Keras runs on {keras.config.backend()}: set the environment "
+        'variable KERAS_BACKEND to "tensorflow" before Keras is imported, or unset it'
+    )
+
+from gpt2_multi.errors import GPT2Error
+from gpt2_multi.tf.attention import KVCache
+from gpt2_multi.tf.heads import (
+    TFGPT2DoubleHeadsModel,
+    TFGPT2ForQuestionAnswering,
+    TFGPT2ForSequenceClassification,
+    TFGPT2ForTokenClassification,
+    TFGPT2LMHeadModel,
+)
+from gpt2_multi.tf.model import TFGPT2Model
+
+GPT2Error._keras_call_info_injected = True  # type: ignore[attr-defined]  # or Keras buries the sentence in a page
+
+__all__ = [
+    "KVCache",
+    "TFGPT2DoubleHeadsModel",
+    "TFGPT2ForQuestionAnswering",
+    "TFGPT2ForSequenceClassification",
+    "TFGPT2ForTokenClassification",
+    "TFGPT2LMHeadModel",
+    "TFGPT2Model",
+]

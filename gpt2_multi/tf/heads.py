@@ -1,0 +1,351 @@
+"""The heads of GPT-2 in TensorFlow: language model, double heads, sequence and token classification, question answering.
+
+Every `call` takes what `TFGPT2Model.call` takes, under the names and in the order of transformers 4.57, and labels;
+see there for shapes and errors. `return_dict=False` gives a tuple of the fields that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from gpt2_multi import limits
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.outputs import (
+    CausalLMOutputWithCrossAttentions,
+    GPT2DoubleHeadsModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from gpt2_multi.tf.attention import KVCache, Pair, sizes
+from gpt2_multi.tf.checks import extremes, is_concrete, shape
+from gpt2_multi.tf.loading import Policy, TFGPT2PreTrainedModel, dense
+from gpt2_multi.tf.model import ACTIVATIONS, TFGPT2Model, give
+from gpt2_multi.tf.training import classification_loss, cross_entropy, lm_loss, span_loss
+from gpt2_multi.sampling import GenerationConfig
+
+
+@keras.saving.register_keras_serializable("gpt2_multi")
+class TFGPT2LMHeadModel(TFGPT2PreTrainedModel):
+    """GPT-2 with the language-model head, tied to the token embedding unless the configuration says otherwise."""
+
+    head = "lm"
+    generation_config: GenerationConfig
+
+    def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
+        if not config.tie_word_embeddings:
+            self.lm_head = dense(config.n_embd, config.vocab_size, "lm_head", self.dtype_policy, use_bias=False)
+        self.generation_config = GenerationConfig.of(config)
+        self.initialise()
+
+    def logits(self, hidden: tf.Tensor) -> tf.Tensor:
+        """Logits over the vocabulary: (..., E) -> (..., V)"""
+        return lm_logits(self, hidden)
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens of `batch_size` rows."""
+        return self.transformer.init_cache(batch_size, max_length)
+
+    def call(
+        self,
+        input_ids: tf.Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        attention_mask: tf.Tensor | None = None,
+        token_type_ids: tf.Tensor | None = None,
+        position_ids: tf.Tensor | None = None,
+        head_mask: tf.Tensor | None = None,
+        inputs_embeds: tf.Tensor | None = None,
+        encoder_hidden_states: tf.Tensor | None = None,
+        encoder_attention_mask: tf.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: tf.Tensor | None = None,
+        training: bool = False,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
+        """Logits (B, T, V) of the next token; with labels (B, T), shifted here, their loss.
+
+        `logits_to_keep` n computes those of the last n positions only (0: of all).
+        """
+        outputs = self.transformer(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            encoder_hidden_states, encoder_attention_mask, use_cache, output_attentions, output_hidden_states, True,
+            training,
+        )  # fmt: skip
+        limits.check_kept(logits_to_keep)
+        logits = self.logits(outputs.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = lm_loss(logits, labels, present(attention_mask, labels))
+        output = CausalLMOutputWithCrossAttentions(
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
+        )
+        return give(self.config, output, return_dict)
+
+
+class SequenceSummary(keras.layers.Layer):
+    """One vector per choice, at the token that `summary_type` names, projected to its score."""
+
+    def __init__(self, config: GPT2Config, **options: Any) -> None:
+        super().__init__(**options)
+        self.config = config
+        if config.summary_use_proj:
+            outputs = 1 if config.summary_proj_to_labels else config.n_embd
+            self.summary = dense(config.n_embd, outputs, "summary", self.dtype_policy)
+        self.dropout = keras.layers.Dropout(config.summary_first_dropout, dtype=self.dtype_policy)
+        self.built = True
+
+    def call(self, hidden: tf.Tensor, keep: tf.Tensor, mc_token_ids: tf.Tensor | None = None) -> tf.Tensor:
+        """(B, C, T, E) hidden states and (B, C, T) mask -> (B, C, 1), or (B, C, E) without `summary_proj_to_labels`."""
+        x = self.dropout(self._pool(hidden, keep, mc_token_ids))
+        x = self.summary(x) if self.config.summary_use_proj else x
+        return ACTIVATIONS[self.config.summary_activation](x) if self.config.summary_activation else x
+
+    def _pool(self, hidden: tf.Tensor, mask: tf.Tensor, mc_token_ids: tf.Tensor | None) -> tf.Tensor:
+        kind = self.config.summary_type
+        if kind == "mean":
+            weights = tf.cast(tf.cast(mask, tf.bool), hidden.dtype)[..., None]
+            return tf.reduce_sum(hidden * weights, -2) / tf.maximum(tf.reduce_sum(weights, -2), 1)
+        index = mc_token_ids if kind == "cls_index" and mc_token_ids is not None else last_tokens(mask)
+        if kind == "first":
+            index = tf.argmax(tf.cast(tf.cast(mask, tf.bool), tf.int32), -1)
+        return tf.gather(hidden, index, axis=2, batch_dims=2)
+
+
+@keras.saving.register_keras_serializable("gpt2_multi")
+class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
+    """GPT-2 with the language-model head and a multiple-choice head."""
+
+    head = "double_heads"
+    label_names = ("labels", "mc_labels")
+    logit_names = ("logits", "mc_logits")
+
+    def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
+        if not config.tie_word_embeddings:
+            self.lm_head = dense(config.n_embd, config.vocab_size, "lm_head", self.dtype_policy, use_bias=False)
+        self.multiple_choice_head = SequenceSummary(config, dtype=self.dtype_policy, name="multiple_choice_head")
+        self.initialise()
+
+    def call(
+        self,
+        input_ids: tf.Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        attention_mask: tf.Tensor | None = None,
+        token_type_ids: tf.Tensor | None = None,
+        position_ids: tf.Tensor | None = None,
+        head_mask: tf.Tensor | None = None,
+        inputs_embeds: tf.Tensor | None = None,
+        mc_token_ids: tf.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: tf.Tensor | None = None,
+        mc_labels: tf.Tensor | None = None,
+        training: bool = False,
+    ) -> GPT2DoubleHeadsModelOutput | tuple[Any, ...]:
+        """Logits (B, C, T, V) and scores (B, C) of C choices, given as (B, C, T) ids, mask, types and positions.
+
+        mc_token_ids: (B, C), the token that is scored, by default the last one that the mask keeps. labels: (B, C, T),
+        shifted here. mc_labels: (B,), the right choice.
+        """
+        source = input_ids if input_ids is not None else inputs_embeds
+        limits.check_given(input_ids, inputs_embeds)
+        limits.check_choices(shape(source), 4 if input_ids is None else 3)
+        choices = sizes(source)[:3]
+        outputs = self.transformer(
+            rows(input_ids), past_key_values, rows(attention_mask), rows(token_type_ids), rows(position_ids), head_mask,
+            rows(inputs_embeds), None, None, use_cache, output_attentions, output_hidden_states, True, training,
+        )  # fmt: skip
+        hidden = tf.reshape(outputs.last_hidden_state, (*choices, self.config.n_embd))  # (B, C, T, E)
+        mask = tf.ones(choices, tf.int32) if attention_mask is None else attention_mask[..., -choices[2] :]
+        if mc_token_ids is not None:
+            limits.check_shape("mc_token_ids", shape(mc_token_ids, *source.shape[:2]), source.shape[:2])
+            if is_concrete(mc_token_ids):
+                limits.check_choice_tokens(*extremes(mc_token_ids), choices[2])
+        logits = lm_logits(self, hidden)
+        scores = tf.squeeze(self.multiple_choice_head(hidden, keep=mask, mc_token_ids=mc_token_ids), -1)
+        output = GPT2DoubleHeadsModelOutput(
+            None if labels is None else lm_loss(logits, labels, mask),
+            None if mc_labels is None else cross_entropy(scores, mc_labels),
+            logits, scores, outputs.past_key_values, outputs.hidden_states, outputs.attentions,
+        )  # fmt: skip
+        return give(self.config, output, return_dict)
+
+
+@keras.saving.register_keras_serializable("gpt2_multi")
+class TFGPT2ForSequenceClassification(TFGPT2PreTrainedModel):
+    """GPT-2 with a classifier of the whole text, at its last token."""
+
+    head = "sequence_classification"
+
+    def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
+        self.score = dense(config.n_embd, config.num_labels, "score", self.dtype_policy, use_bias=False)
+        self.initialise()
+
+    def call(
+        self,
+        input_ids: tf.Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        attention_mask: tf.Tensor | None = None,
+        token_type_ids: tf.Tensor | None = None,
+        position_ids: tf.Tensor | None = None,
+        head_mask: tf.Tensor | None = None,
+        inputs_embeds: tf.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: tf.Tensor | None = None,
+        training: bool = False,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Logits (B, L) at the last token that the mask keeps; without a mask, the last one that is not `pad_token_id`.
+
+        labels: (B,) classes, or (B, L) floats for several labels, or (B,) floats for regression (L = 1).
+        """
+        outputs = self.transformer(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            None, None, use_cache, output_attentions, output_hidden_states, True, training,
+        )  # fmt: skip
+        hidden = outputs.last_hidden_state  # (B, T, E)
+        end = last_tokens(self._kept(hidden, input_ids, attention_mask))  # (B,)
+        logits = self.score(tf.gather(hidden, end, axis=1, batch_dims=1))
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
+        output = SequenceClassifierOutputWithPast(
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        )
+        return give(self.config, output, return_dict)
+
+    def _kept(self, hidden: tf.Tensor, input_ids: tf.Tensor | None, mask: tf.Tensor | None) -> tf.Tensor:
+        batch, length, _ = sizes(hidden)
+        if mask is not None and mask.shape.rank == 2:
+            return mask[:, -length:]
+        can_find_end = input_ids is not None and self.config.pad_token_id is not None
+        limits.check_pooling(2 if hidden.shape[0] is None else hidden.shape[0], can_find_end)
+        return input_ids != self.config.pad_token_id if can_find_end else tf.ones((batch, length), tf.int32)
+
+
+@keras.saving.register_keras_serializable("gpt2_multi")
+class TFGPT2ForTokenClassification(TFGPT2PreTrainedModel):
+    """GPT-2 with a classifier of each token."""
+
+    head = "token_classification"
+
+    def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
+        self.dropout = keras.layers.Dropout(classifier_dropout(config), dtype=self.dtype_policy)
+        self.classifier = dense(config.n_embd, config.num_labels, "classifier", self.dtype_policy)
+        self.initialise()
+
+    def call(
+        self,
+        input_ids: tf.Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        attention_mask: tf.Tensor | None = None,
+        token_type_ids: tf.Tensor | None = None,
+        position_ids: tf.Tensor | None = None,
+        head_mask: tf.Tensor | None = None,
+        inputs_embeds: tf.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        labels: tf.Tensor | None = None,
+        training: bool = False,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        """Logits (B, T, L); labels: (B, T), of which -100 and masked ones do not count."""
+        outputs = self.transformer(
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            None, None, use_cache, output_attentions, output_hidden_states, True, training,
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else cross_entropy(logits, labels, present(attention_mask, labels))
+        output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return give(self.config, output, return_dict)
+
+
+@keras.saving.register_keras_serializable("gpt2_multi")
+class TFGPT2ForQuestionAnswering(TFGPT2PreTrainedModel):
+    """GPT-2 with a head that marks where an answer starts and ends."""
+
+    head = "question_answering"
+    label_names = ("start_positions", "end_positions")
+    logit_names = ("start_logits", "end_logits")
+
+    def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
+        self.qa_outputs = dense(config.n_embd, 2, "qa_outputs", self.dtype_policy)
+        self.initialise()
+
+    def call(
+        self,
+        input_ids: tf.Tensor | None = None,
+        attention_mask: tf.Tensor | None = None,
+        token_type_ids: tf.Tensor | None = None,
+        position_ids: tf.Tensor | None = None,
+        head_mask: tf.Tensor | None = None,
+        inputs_embeds: tf.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        start_positions: tf.Tensor | None = None,
+        end_positions: tf.Tensor | None = None,
+        training: bool = False,
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
+        """Logits (B, T) of the answer's first and last token; positions: (B,), of which those beyond T do not count."""
+        outputs = self.transformer(
+            input_ids, None, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            None, None, False, output_attentions, output_hidden_states, True, training,
+        )  # fmt: skip
+        start, end = tf.unstack(self.qa_outputs(outputs.last_hidden_state), axis=-1)  # (B, T) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(start, end, start_positions, end_positions)
+        output = QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states, outputs.attentions)
+        return give(self.config, output, return_dict)
+
+
+def lm_logits(model: TFGPT2PreTrainedModel, hidden: tf.Tensor) -> tf.Tensor:
+    """Logits over the vocabulary, by the token embedding unless the head is untied: (..., E) -> (..., V)"""
+    if not model.config.tie_word_embeddings:
+        return model.lm_head(hidden)
+    wte = model.transformer.wte
+    if wte.quantization_mode is not None:
+        return wte(hidden, reverse=True)
+    return tf.matmul(hidden, tf.cast(wte.embeddings, hidden.dtype), transpose_b=True)  # Keras would transpose a copy
+
+
+def classifier_dropout(config: GPT2Config) -> float:
+    """The dropout before the token classifier: a key that a file may have, 0.1 otherwise, as in transformers."""
+    given = config.extra.get("classifier_dropout", config.extra.get("hidden_dropout"))
+    return 0.1 if given is None else float(given)
+
+
+def present(mask: tf.Tensor | None, labels: tf.Tensor) -> tf.Tensor | None:
+    """The part of a (B, past + T) mask that labels (B, T) stand under; a mask of rank 4 says nothing about labels."""
+    return mask[:, -sizes(labels)[1] :] if mask is not None and mask.shape.rank == 2 else None
+
+
+def last_tokens(mask: tf.Tensor) -> tf.Tensor:
+    """The index of the last unmasked token of each row: (..., T) -> (...)"""
+    kept = tf.cast(tf.cast(tf.reverse(mask, [-1]), tf.bool), tf.int32)
+    return sizes(mask)[-1] - 1 - tf.argmax(kept, -1, output_type=tf.int32)
+
+
+def rows(x: tf.Tensor | None) -> tf.Tensor | None:
+    """Choices as rows of a batch: (B, C, ...) -> (B * C, ...)"""
+    return None if x is None else tf.reshape(x, (-1, *sizes(x)[2:]))

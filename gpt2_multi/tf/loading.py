@@ -1,0 +1,314 @@
+"""Between Keras' variables and the table: initialisation, from_pretrained, save_pretrained, resizing, pruning."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from gpt2_multi import limits
+from gpt2_multi.checkpoint import read_weights, replaced, write_weights
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.hub import resolve
+from gpt2_multi.sampling import GenerationConfig
+from gpt2_multi.tf import training
+from gpt2_multi.weights import KERAS, Weight, table
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+Policy = keras.DTypePolicy | str | None
+
+
+@keras.saving.register_keras_serializable("gpt2_multi")
+class TwoDtypes(keras.DTypePolicy):
+    """A policy that computes in one dtype and stores in another, whichever they are; "float16_over_float64"."""
+
+    def _parse_name(self, name: str) -> tuple[str, str]:
+        compute, stored = name.split("_over_")
+        return compute, stored
+
+
+def as_dtype(name: str, dtype: Any) -> str | None:
+    """The name of a floating-point dtype, given by itself or by its name; None stays None."""
+    if dtype is None:
+        return None
+    try:
+        found = keras.backend.standardize_dtype(dtype)
+    except (TypeError, ValueError):
+        found = str(dtype)
+    if found not in FLOATS:
+        raise InputError(f"{name}: expected float64, float32, float16 or bfloat16, found {dtype!r}")
+    return found
+
+
+def policy_of(dtype: Any, param_dtype: Any) -> keras.DTypePolicy:
+    """What to compute and to store in. Stock policies where Keras has one, since `quantize` asks for them by name."""
+    if isinstance(dtype, Mapping):  # as get_config has it
+        dtype = keras.dtype_policies.deserialize(dtype)
+    if isinstance(dtype, str) and dtype.startswith("mixed_"):
+        dtype = keras.DTypePolicy(dtype)
+    if isinstance(dtype, keras.DTypePolicy) or (dtype is None and param_dtype is None):
+        policy = dtype or keras.config.dtype_policy()
+        dtype, param_dtype = policy.compute_dtype, param_dtype or policy.variable_dtype
+    stored = as_dtype("param_dtype", param_dtype) or keras.config.floatx()
+    compute = as_dtype("dtype", dtype) or stored
+    if compute == stored:
+        return keras.DTypePolicy(compute)
+    mixed = stored == "float32" and compute in ("float16", "bfloat16")
+    return keras.DTypePolicy(f"mixed_{compute}") if mixed else TwoDtypes(f"{compute}_over_{stored}")
+
+
+def dense(inputs: int, outputs: int, name: str, policy: keras.DTypePolicy, use_bias: bool = True) -> keras.layers.Dense:
+    """A Dense layer with its variables; the table gives them their values."""
+    layer = keras.layers.Dense(outputs, use_bias=use_bias, kernel_initializer="zeros", name=name, dtype=policy)
+    layer.build((None, inputs))
+    return layer
+
+
+class TFGPT2PreTrainedModel(keras.Model):
+    """What every GPT-2 class shares: a configuration, the call's conventions, and the way to and from files.
+
+    The first argument of a call may be the ids, a list of tensors in the order of the arguments, or a mapping.
+    """
+
+    head: ClassVar[str]
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)  # inputs of the loss
+    logit_names: ClassVar[tuple[str, ...]] = ("logits",)  # outputs that a loss or a metric of `compile` sees
+    generation_config: GenerationConfig | None = None  # of the classes that generate
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        *,
+        dtype: Policy = None,
+        param_dtype: Any = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dtype=policy_of(dtype, param_dtype), name=name, **options)
+        given: object = config  # transformers has a class of the same name
+        if not isinstance(given, GPT2Config):
+            raise InputError(
+                f"config: expected gpt2_multi.GPT2Config, found {type(given).__module__}.{type(given).__name__}; "
+                "GPT2Config.from_dict(config.to_dict()) makes one"
+            )
+        self.config = config
+
+    def initialise(self) -> None:
+        """Give every variable its first value, as the table says."""
+        for weight in table(self.config, self.head):
+            self.variable(weight).assign(initial(weight, self.variable_dtype))
+        self.built = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(**as_keywords(type(self), args, kwargs))
+
+    @property
+    def body(self) -> Any:
+        """The bare model inside."""
+        return getattr(self, "transformer", self)
+
+    def owner(self, weight: Weight) -> keras.layers.Layer:
+        """The layer that a row of the table belongs to."""
+        place: Any = self.body if weight.in_body else self
+        for part in weight.path.split("."):
+            place = place[int(part)] if part.isdigit() else getattr(place, part)
+        return place
+
+    def variable(self, weight: Weight) -> Any:
+        """The variable that a row of the table is; with LoRA, its value with the update merged in."""
+        return getattr(self.owner(weight), KERAS.leaves[weight.kind])
+
+    train_step = training.train_step
+    test_step = training.test_step
+    predict_step = training.predict_step
+    compute_loss = training.compute_loss
+    compute_metrics = training.compute_metrics
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` makes the same model from."""
+        policy = keras.dtype_policies.serialize(self.dtype_policy)
+        return {"config": self.config.to_dict(), "name": self.name, "trainable": self.trainable, "dtype": policy}
+
+    @classmethod
+    def from_config(cls, config: GPT2Config | Mapping[str, Any], **options: Any) -> Self:
+        """A new model of a configuration: a GPT2Config, the keys of one, or what `get_config` gave."""
+        if isinstance(config, GPT2Config):
+            return cls(config, **options)
+        keys = {**config, **options}
+        return (
+            cls(GPT2Config.from_dict(keys.pop("config")), **keys)
+            if "config" in config
+            else cls(GPT2Config.from_dict(config), **options)
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        dtype: Policy = None,
+        param_dtype: Any = None,
+        name: str | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """Load a model folder, the demo model ("demo"), or a model of the hub by its name.
+
+        `param_dtype` is what the variables are stored in: by default what Keras' global policy says (float32), "auto"
+        for what config.json names. `dtype` is what the model computes in, by default the same; it may be a Keras policy
+        such as "mixed_bfloat16". `overrides` change settings of the configuration. A task head that the files lack is
+        initialised anew, with a warning. Raises CheckpointError or ConfigError for anything that does not fit.
+        """
+        folder = resolve(
+            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        config = GPT2Config.from_json_file(folder / "config.json", **overrides)
+        stored = (config.dtype or keras.config.floatx()) if param_dtype == "auto" else param_dtype
+        arrays = read_weights(folder, config, cls.head)
+        model = cls(config, dtype=dtype, param_dtype=stored, name=name)
+        model._assign(arrays, str(folder))
+        if model.generation_config is not None:
+            model.generation_config = GenerationConfig.from_pretrained(folder, config)
+        return model
+
+    def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], source: str) -> None:
+        fresh = []
+        for weight in table(self.config, self.head):
+            if weight.name in arrays:
+                self.variable(weight).assign(KERAS.layout(weight, arrays[weight.name]))
+            else:
+                fresh.append(weight.name)
+        if fresh:
+            names = " and ".join(fresh)
+            warnings.warn(f"{source} has no {names}: initialised anew; train the model before you use it", stacklevel=3)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
+
+        The model's files are replaced together, other files of the folder stay: see `checkpoint.replaced`. LoRA's
+        updates are merged in. Raises CheckpointError, and leaves what was there, where a tensor is not what the
+        configuration says, or the model is quantized.
+        """
+        refuse_quantized(self, "saved as safetensors; save it as .keras, or save it before you quantize it")
+        config = self.config.replace(architectures=[type(self).__name__.removeprefix("TF")], dtype=self.variable_dtype)
+        with replaced(folder) as stage:
+            config.save_pretrained(stage)
+            if self.generation_config is not None:
+                self.generation_config.save_pretrained(stage)
+            write_weights(stage, map(self._source, table(config, self.head)), self.head, max_shard_size=max_shard_size)
+
+    def _source(self, weight: Weight) -> Any:
+        value = self.variable(weight)
+        dtype = tf.as_dtype(keras.backend.standardize_dtype(value.dtype)).as_numpy_dtype
+        return weight, np.dtype(dtype), lambda: KERAS.layout(weight, keras.ops.convert_to_numpy(value))
+
+    def get_input_embeddings(self) -> keras.layers.Embedding:
+        """The token embedding."""
+        return self.body.wte
+
+    def get_output_embeddings(self) -> keras.layers.Layer | None:
+        """The language-model head: a Dense layer, the token embedding where they are tied, or None."""
+        if self.head not in ("lm", "double_heads"):
+            return None
+        return self.body.wte if self.config.tie_word_embeddings else self.lm_head
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None) -> keras.layers.Embedding:
+        """Give the vocabulary `new_num_tokens` ids; each new row is the mean of the old ones (Hewitt 2021).
+
+        Returns the token embedding. A mean keeps the logits of a new token from drowning the others. Compile the model
+        again before you train it further: the optimizer has to forget the old variable.
+        """
+        if new_num_tokens is None:
+            return self.get_input_embeddings()
+        refuse_quantized(self, "resized; resize it before you quantize it")
+        self.config.vocab_size = new_num_tokens
+        wte = self.body.wte
+        replace_variable(wte, "embeddings", _resized(wte.embeddings, new_num_tokens))
+        wte.input_dim = new_num_tokens
+        head = self.get_output_embeddings()
+        if head not in (None, wte):
+            replace_variable(head, "kernel", tf.transpose(_resized(tf.transpose(head.kernel), new_num_tokens)))
+            head.units = new_num_tokens
+        self.forget_functions()
+        return wte
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
+        """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
+        refuse_quantized(self, "pruned; prune it before you quantize it")
+        gone = {layer: set(heads) for layer, heads in self.config.pruned_heads.items()}
+        for layer, heads in heads_to_prune.items():
+            gone[layer] = gone.get(layer, set()) | set(heads)
+        self.config.pruned_heads = {layer: sorted(heads) for layer, heads in gone.items() if heads}
+        for layer, heads in heads_to_prune.items():
+            self.body.h[layer].attn.prune(heads)
+        self.forget_functions()
+
+    def forget_functions(self) -> None:
+        """Forget what was traced with variables that are no more."""
+        self.train_function = self.test_function = self.predict_function = None
+
+
+def as_keywords(cls: type[TFGPT2PreTrainedModel], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, as tensors; the first may be a mapping, or a list of tensors in their order."""
+    names = [name for name in inspect.signature(cls.call).parameters if name != "self"]
+    first, *rest = args or (None,)
+    given: dict[str, Any] = {}
+    if isinstance(first, Mapping) or hasattr(first, "keys"):
+        given = dict(first)
+    elif isinstance(first, (list, tuple)) and any(hasattr(x, "shape") for x in first):
+        given = dict(zip(names, first, strict=False))
+    elif first is not None:
+        given = {names[0]: first}
+    given = {**given, **dict(zip(names[1:], rest, strict=False))}
+    limits.check_names(f"{cls.__name__}()", [*given, *kwargs], names)
+    if twice := given.keys() & kwargs.keys():
+        raise InputError(f"{cls.__name__}(): {min(twice)} is given twice; give it once")
+    return {name: as_tensor(value) for name, value in {**given, **kwargs}.items() if value is not None}
+
+
+def as_tensor(value: Any) -> Any:
+    """Lists of numbers as a tensor; anything else as it is."""
+    is_numbers = isinstance(value, (list, tuple)) and value and not hasattr(value[0], "shape")
+    while_nested = is_numbers and isinstance(np.asarray(value[0]).flat[0], np.number) if is_numbers else False
+    return tf.convert_to_tensor(value) if while_nested else value
+
+
+def initial(weight: Weight, dtype: str) -> tf.Tensor:
+    """A first value as the table says, in Keras' layout."""
+    shape = KERAS.shape(weight)
+    if weight.std:
+        return keras.random.normal(shape, stddev=weight.std, dtype=dtype)
+    return tf.fill(shape, tf.constant(weight.constant, dtype))
+
+
+def refuse_quantized(model: keras.Model, what: str) -> None:
+    """Quantized variables are not what the table says."""
+    if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
+        raise CheckpointError(f"{model.name}: a quantized model cannot be {what}")
+
+
+def _resized(rows: tf.Tensor, number: int) -> tf.Tensor:
+    mean = tf.reduce_mean(rows, 0, keepdims=True)
+    return tf.concat([rows[:number], tf.repeat(mean, max(number - rows.shape[0], 0), 0)], 0)
+
+
+def replace_variable(layer: keras.layers.Layer, leaf: str, value: tf.Tensor) -> None:
+    """Give a stock layer a variable of another shape; a frozen one stays frozen."""
+    name = leaf if leaf == "bias" else f"_{leaf}"  # where Keras keeps it
+    old = getattr(layer, name)
+    trainable, path = old.trainable, old.name
+    layer._tracker.unlock()
+    delattr(layer, name)
+    setattr(layer, name, layer.add_weight(name=path, shape=value.shape, initializer="zeros", trainable=trainable))
+    getattr(layer, name).assign(value)
+    layer._tracker.lock()

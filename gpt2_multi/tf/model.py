@@ -1,0 +1,248 @@
+"""GPT-2's body in TensorFlow: MLP, block, and the bare model.
+
+Shapes: B batch, T length of this call, S keys (past included), H heads, D head width, E `n_embd`, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from gpt2_multi import limits
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
+from gpt2_multi.tf import checks
+from gpt2_multi.tf.attention import (
+    Attention,
+    Context,
+    CrossAttention,
+    KVCache,
+    Pair,
+    causal_bias,
+    key_bias,
+    note,
+    positions,
+    sizes,
+)
+from gpt2_multi.tf.loading import Policy, TFGPT2PreTrainedModel, dense
+from gpt2_multi.tf.trees import register
+
+for output_class in Output.__subclasses__():
+    register(output_class)
+
+
+def gelu(x: tf.Tensor) -> tf.Tensor:
+    """x Phi(x) (Hendrycks and Gimpel 2016)."""
+    return 0.5 * x * (1 + tf.math.erf(x * 2**-0.5))
+
+
+def tanh_gelu(x: tf.Tensor) -> tf.Tensor:
+    """Its approximation by tanh, written out: TensorFlow's own kernel is good to 4e-9 only, in float64 too."""
+    return 0.5 * x * (1 + tf.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def quick_gelu(x: tf.Tensor) -> tf.Tensor:
+    """x sigmoid(1.702 x) (Hendrycks and Gimpel 2016)."""
+    return x * tf.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: Mapping[str, Callable[[tf.Tensor], tf.Tensor]] = {
+    "gelu": gelu,
+    "gelu_new": tanh_gelu,
+    "gelu_fast": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+    "quick_gelu": quick_gelu,
+    "relu": tf.nn.relu,
+    "silu": tf.nn.silu,
+    "swish": tf.nn.silu,
+    "tanh": tf.tanh,
+}
+
+
+class MLP(keras.layers.Layer):
+    """Two projections with the activation between them, `n_inner` (4 E by default) wide."""
+
+    def __init__(self, config: GPT2Config, **options: Any) -> None:
+        super().__init__(**options)
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = dense(config.n_embd, inner, "c_fc", self.dtype_policy)
+        self.c_proj = dense(inner, config.n_embd, "c_proj", self.dtype_policy)
+        self.act = ACTIVATIONS[config.activation_function]
+        self.dropout = keras.layers.Dropout(config.resid_pdrop, dtype=self.dtype_policy)
+        self.built = True
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+def norm(config: GPT2Config, name: str, policy: keras.DTypePolicy) -> keras.layers.LayerNormalization:
+    """A layer norm (Ba et al. 2016) with its variables."""
+    layer = keras.layers.LayerNormalization(epsilon=config.layer_norm_epsilon, name=name, dtype=policy)
+    layer.build((None, config.n_embd))
+    return layer
+
+
+class Block(keras.layers.Layer):
+    """Pre-norm transformer block (Radford et al. 2019, section 2.3)."""
+
+    def __init__(self, config: GPT2Config, layer: int, **options: Any) -> None:
+        super().__init__(**options)
+        policy = self.dtype_policy
+        self.ln_1 = norm(config, "ln_1", policy)
+        self.attn = Attention(config, layer, name="attn", dtype=policy)
+        if config.add_cross_attention:
+            self.ln_cross_attn = norm(config, "ln_cross_attn", policy)
+            self.crossattention = CrossAttention(config, layer, name="crossattention", dtype=policy)
+        self.ln_2 = norm(config, "ln_2", policy)
+        self.mlp = MLP(config, name="mlp", dtype=policy)
+        self.built = True
+
+    def call(self, x: tf.Tensor, context: Context, head_mask: tf.Tensor | None = None) -> tf.Tensor:
+        a, probs = self.attn(self.ln_1(x), context=context, head_mask=head_mask)
+        note(context.probs, probs)
+        x = x + a
+        if context.states is not None or context.past.cross:
+            a, probs = self.crossattention(self.ln_cross_attn(x), context=context)
+            note(context.cross_probs, probs)
+            x = x + a
+        return x + self.mlp(self.ln_2(x))
+
+
+@keras.saving.register_keras_serializable("gpt2_multi")
+class TFGPT2Model(TFGPT2PreTrainedModel):
+    """The bare GPT-2, without a head.
+
+    `dtype` is what it computes in, `param_dtype` what it stores; both may be names, and `dtype` a policy of Keras such
+    as "mixed_float16". Without either, Keras' global policy holds.
+    """
+
+    head = "base"
+
+    def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        policy = self.dtype_policy
+        self.wte = keras.layers.ReversibleEmbedding(
+            config.vocab_size, config.n_embd, embeddings_initializer="zeros", name="wte", dtype=policy
+        )
+        self.wpe = keras.layers.Embedding(
+            config.n_positions, config.n_embd, embeddings_initializer="zeros", name="wpe", dtype=policy
+        )
+        for embedding in (self.wte, self.wpe):
+            embedding.build((None, None))
+        self.drop = keras.layers.Dropout(config.embd_pdrop, dtype=policy)
+        self.h = [Block(config, layer, name=f"h_{layer}", dtype=policy) for layer in range(config.n_layer)]
+        self.ln_f = norm(config, "ln_f", policy)
+        self.initialise()
+
+    def attentions(self) -> list[Attention]:
+        """The self-attention of every block."""
+        return [block.attn for block in self.h]
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens of `batch_size` rows."""
+        limits.check_positions(0, max_length - 1, self.wpe.input_dim)
+        return KVCache.empty(self, batch_size, max_length)
+
+    def call(
+        self,
+        input_ids: tf.Tensor | None = None,
+        past_key_values: KVCache | Sequence[Pair] | None = None,
+        attention_mask: tf.Tensor | None = None,
+        token_type_ids: tf.Tensor | None = None,
+        position_ids: tf.Tensor | None = None,
+        head_mask: tf.Tensor | None = None,
+        inputs_embeds: tf.Tensor | None = None,
+        encoder_hidden_states: tf.Tensor | None = None,
+        encoder_attention_mask: tf.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
+        """The hidden states of (B, T) ids, or of (B, T, E) `inputs_embeds`.
+
+        attention_mask: (B, past + T), 1 where a token counts; or of rank 4, (B or 1, H or 1, T or 1, past + T),
+        booleans or integers (1 keeps) or floats (added to the scores); no mask shows a token what comes after it.
+        position_ids: (B, T) or (1, T); without them a token's position is the count of unmasked tokens before it.
+        head_mask: (H,), (n_layer, H) or (n_layer, B, H, T, S). encoder_hidden_states: (B, encoder length, E),
+        encoder_attention_mask: (B, encoder length).
+
+        Raises InputError for an id outside the vocabulary, a position beyond `n_positions` and shapes that do not fit;
+        while a function is traced, for the shapes that are known.
+        """
+        source = checks.check_source(self, input_ids, inputs_embeds)
+        past = checks.check_past(self, past_key_values)
+        checks.check_shapes(self, source, attention_mask, token_type_ids, position_ids, head_mask, past)
+        checks.check_states(self, source.shape[0], encoder_hidden_states, encoder_attention_mask)
+        if position_ids is None:
+            position_ids = positions(source, attention_mask, past.length)
+        checks.check_values(self, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
+        x = self.embed(source, position_ids, token_type_ids)
+        context = self._context(x, past, attention_mask, encoder_hidden_states, encoder_attention_mask)
+        self._want(context, output_attentions, output_hidden_states)
+        outputs = self.run(x, context, head_mask)
+        if not (self.config.use_cache and not training if use_cache is None else use_cache):
+            outputs.past_key_values = None
+        return give(self.config, outputs, return_dict)
+
+    def embed(self, source: tf.Tensor, position_ids: tf.Tensor, token_type_ids: tf.Tensor | None = None) -> tf.Tensor:
+        """The first block's input, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""
+        x = source if source.dtype.is_floating else self.wte(source)
+        x = x + self.wpe(position_ids)
+        return self.drop(x if token_type_ids is None else x + self.wte(token_type_ids))
+
+    def run(
+        self, x: tf.Tensor, context: Context, head_mask: tf.Tensor | None = None
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """The blocks and the last norm on embedded input (B, T, E), unchecked: what each step of generation calls."""
+        length = sizes(x)[1]
+        for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
+            note(context.hidden, x)
+            x = block(x, context=context, head_mask=heads)
+        x = self.ln_f(x)
+        note(context.hidden, x)
+        filled = None if context.past.filled is None else context.past.filled + length
+        cache = KVCache(tuple(context.presents), tuple(context.cross_presents or ()), filled)
+        seen = (tuple(kept) if kept else None for kept in (context.hidden, context.probs, context.cross_probs))
+        return BaseModelOutputWithPastAndCrossAttentions(x, cache, *seen)
+
+    def _context(
+        self, x: tf.Tensor, past: KVCache, mask: tf.Tensor | None, states: Any, states_mask: tf.Tensor | None
+    ) -> Context:
+        length = sizes(x)[1]
+        keys = past.length + length if past.capacity is None else past.capacity
+        if mask is not None and past.capacity is not None:
+            room = keys - sizes(mask)[-1]
+            mask = tf.pad(mask, [*[(0, 0)] * (mask.shape.rank - 1), (0, room)])
+        bias = causal_bias(length, keys, past.length, mask, x.dtype)
+        context = Context(bias, past, [], states=states, cross_presents=None if states is None else [])
+        if states is not None and states_mask is not None:
+            context.states_bias = key_bias(states_mask, x.dtype)
+        return context
+
+    def _want(self, context: Context, attentions: bool | None, hidden_states: bool | None) -> None:
+        attentions = self.config.output_attentions if attentions is None else attentions
+        hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
+        context.hidden = [] if hidden_states else None
+        context.probs = [] if attentions else None
+        context.cross_probs = [] if attentions and context.states is not None else None
+
+    def _head_masks(self, head_mask: tf.Tensor | None) -> Sequence[tf.Tensor | None]:
+        if head_mask is None:
+            return [None] * len(self.h)
+        rows = tf.cast(head_mask, self.compute_dtype)
+        if rows.shape.rank != 5:
+            rows = tf.broadcast_to(rows, (len(self.h), self.config.n_head))[:, None, :, None, None]
+        present = (attn.present for attn in self.attentions())
+        masks = zip(tf.unstack(rows, len(self.h)), present, strict=True)
+        return [row if row.shape[1] == 1 else tf.gather(row, heads, axis=1) for row, heads in masks]
+
+
+def give(config: GPT2Config, output: Any, return_dict: bool | None) -> Any:
+    """The output as it was asked for: a dataclass, or a tuple of the fields that are there."""
+    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
