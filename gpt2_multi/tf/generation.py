@@ -131,10 +131,9 @@ def _stream(model: TFGPT2LMHeadModel, config: GenerationConfig, prompt: Prompt, 
         return
     prompt, options = bucketed(prompt), Options.of(config)
     first, following = (model.decoders[f"{name} {'xla' if jit else 'graph'}"] for name in ("begin", "advance"))
-    state = first(prompt, bucket(new), options)
+    state = first(prompt, bucket(new))
     for step in range(new):
-        if step:
-            state = following(prompt.mask, state, tf.constant(step + 1), options)
+        state = following(prompt, state, tf.constant(step + 1), options)
         yield shown(prompt, state, options)[:, step]
         if tf.reduce_all(state.finished):
             return
@@ -194,60 +193,56 @@ def decode(
     model: TFGPT2LMHeadModel, prompt: Prompt, room: Any, new: tf.Tensor, options: Options
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Up to `new` tokens after a prompt, in a cache that has room for `room`: (B, room) ids and how many were made."""
-    state = begin(model, prompt, room, options)
-    state = advance(model, prompt.mask, state, new, options)
+    state = advance(model, prompt, begin(model, prompt, room), new, options)
     return shown(prompt, state, options), state.step
 
 
-def begin(model: TFGPT2LMHeadModel, prompt: Prompt, room: Any, options: Options) -> State:
-    """Fill the cache with the prompt, and choose the first token."""
-    body, (batch, length) = model.transformer, sizes(prompt.ids)
-    bias = causal_bias(length, length, 0, prompt.mask, tf.as_dtype(model.compute_dtype))
+def begin(model: TFGPT2LMHeadModel, prompt: Prompt, room: Any) -> State:
+    """Fill the cache with the prompt up to its last token, which is the first that the loop feeds."""
+    body, ids, mask = model.transformer, prompt.ids[:, :-1], prompt.mask[:, :-1]
+    batch, length = sizes(ids)
+    bias = causal_bias(length, length, 0, mask, tf.as_dtype(model.compute_dtype))
     context = Context(bias, KVCache(), [], states=prompt.states, cross_presents=[])
     if prompt.states is not None and prompt.states_mask is not None:
         context.states_bias = key_bias(prompt.states_mask, bias.dtype)
-    hidden, cache = body.run(body.embed(prompt.ids, positions(prompt.ids, prompt.mask, 0)), context).to_tuple()
-    longer = [(0, 0), (0, 0), (0, room), (0, 0)]
+    cache = body.run(body.embed(ids, positions(ids, mask, 0)), context).past_key_values
+    longer = [(0, 0), (0, 0), (0, room + 1), (0, 0)]
     layers = tuple((tf.pad(key, longer), tf.pad(value, longer)) for key, value in cache.layers)
-    ids, finished = tf.pad(prompt.ids, [(0, 0), (0, room)]), tf.zeros(batch, tf.bool)
-    state = State(tf.constant(0), ids, finished, KVCache(layers, cache.cross, tf.convert_to_tensor(length)))
-    return accept(state, choose(model.logits(hidden[:, -1]), prompt.mask, state, options), length, options)
+    cache = KVCache(layers, cache.cross, tf.convert_to_tensor(length))
+    return State(tf.constant(0), tf.pad(prompt.ids, [(0, 0), (0, room)]), tf.zeros(batch, tf.bool), cache)
 
 
-def advance(model: TFGPT2LMHeadModel, mask: tf.Tensor, state: State, until: tf.Tensor, options: Options) -> State:
-    """Choose and feed back one token per row and step, until `until` are made or no row goes on."""
-    (_, length), keys = sizes(mask), sizes(state.ids)[1]
-    counts = tf.reduce_sum(tf.cast(mask, tf.int32), -1)  # (B,), the position of the first new token
-    keep = tf.concat([mask, tf.ones((sizes(mask)[0], keys - length), tf.bool)], 1)  # (B, S)
+def advance(model: TFGPT2LMHeadModel, prompt: Prompt, state: State, until: tf.Tensor, options: Options) -> State:
+    """Feed the last token of each row and choose the next, until `until` are made or no row goes on."""
+    counts = tf.reduce_sum(tf.cast(prompt.mask, tf.int32), -1)  # (B,)
 
     def going(state: State) -> tf.Tensor:
         return (state.step < until) & ~tf.reduce_all(state.finished)
 
     def once(state: State) -> tuple[State]:
-        logits, cache = follow(model, keep, counts, state, length)
+        logits, cache = follow(model, prompt, counts + state.step - 1, state)
         state = state._replace(cache=cache)
-        return (accept(state, choose(logits, mask, state, options), length, options),)
+        return (accept(prompt, state, choose(logits, prompt.mask, state, options), options),)
 
     return tf.while_loop(going, once, (state,))[0]
 
 
-def follow(
-    model: TFGPT2LMHeadModel, keep: tf.Tensor, counts: tf.Tensor, state: State, length: Any
-) -> tuple[tf.Tensor, KVCache]:
-    """The logits (B, V) after the last token of each row, and the cache with it."""
-    body, place = model.transformer, length + state.step - 1  # where the last token stands
-    token = tf.gather(state.ids, place, axis=1)[:, None]  # (B, 1)
-    seen = keep & (tf.range(sizes(keep)[1]) <= place)
-    bias = hiding(seen[:, None, None, :], tf.as_dtype(model.compute_dtype))
-    cross = state.cache.cross
-    x = body.embed(token, (counts + state.step - 1)[:, None])
-    hidden, cache = body.run(x, Context(bias, state.cache, [])).to_tuple()
-    return model.logits(hidden[:, 0]), KVCache(cache.layers, cross, cache.filled)
+def follow(model: TFGPT2LMHeadModel, prompt: Prompt, position: tf.Tensor, state: State) -> tuple[tf.Tensor, KVCache]:
+    """The logits (B, V) after the last token of each row, which has this position (B,), and the cache with it."""
+    body, past = model.transformer, state.cache
+    token = tf.gather(state.ids, past.filled, axis=1)[:, None]  # (B, 1)
+    keep = written(prompt.mask, state)  # (B, S)
+    context = Context(hiding(keep[:, None, None, :], tf.as_dtype(model.compute_dtype)), past, [])
+    if past.cross and prompt.states_mask is not None:
+        context.states_bias = key_bias(prompt.states_mask, context.bias.dtype)
+    outputs = body.run(body.embed(token, position[:, None]), context)
+    cache = outputs.past_key_values
+    return model.logits(outputs.last_hidden_state[:, 0]), KVCache(cache.layers, past.cross, cache.filled)
 
 
-def accept(state: State, chosen: tf.Tensor, length: Any, options: Options) -> State:
+def accept(prompt: Prompt, state: State, chosen: tf.Tensor, options: Options) -> State:
     """The state with one more token in each row (B,)."""
-    here = tf.range(sizes(state.ids)[1]) == length + state.step
+    here = tf.range(sizes(state.ids)[1]) == sizes(prompt.ids)[1] + state.step
     ids = tf.where(here, chosen[:, None], state.ids)
     ended = tf.reduce_any(chosen[:, None] == options.ends, -1)
     return State(state.step + 1, ids, state.finished | ended, state.cache)
@@ -267,8 +262,8 @@ def choose(logits: tf.Tensor, mask: tf.Tensor, state: State, options: Options) -
     logits = widened(logits)
     lengths = tf.reduce_sum(tf.cast(mask, tf.int32), -1, keepdims=True) + state.step  # (B, 1); padding does not count
     keep = written(mask, state)
-    logits = when(options.repetition_penalty != 1, lambda x: penalise(x, state.ids, keep, options), logits)
-    size = options.no_repeat_ngram_size
+    penalty, size = options.repetition_penalty, options.no_repeat_ngram_size
+    logits = when(penalty != 1, lambda x: penalise(x, state.ids, keep, penalty), logits)
     logits = when(size > 0, lambda x: ban_repeats(x, state.ids, keep, sizes(mask)[1] + state.step, size), logits)
     short = (lengths < options.min_length) | (state.step < options.min_new_tokens)
     logits = without(logits, short & is_end(logits, options))
@@ -316,9 +311,9 @@ def mark(logits: tf.Tensor, ids: tf.Tensor, marked: tf.Tensor) -> tf.Tensor:
     return tf.scatter_nd(index, tf.cast(tf.reshape(marked, [-1]), tf.int32), tf.shape(logits)) > 0
 
 
-def penalise(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, options: Options) -> tf.Tensor:
+def penalise(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, penalty: tf.Tensor) -> tf.Tensor:
     """Make each token that a row has seen less likely (Keskar et al. 2019, section 4.1)."""
-    penalty = tf.cast(options.repetition_penalty, logits.dtype)
+    penalty = tf.cast(penalty, logits.dtype)
     return tf.where(mark(logits, ids, keep), tf.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -381,11 +376,17 @@ def greatest(keys: tf.Tensor, holds: Callable[[tf.Tensor], tf.Tensor]) -> tf.Ten
 def sample(logits: tf.Tensor, seed: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
     """Draw from softmax(logits) by Gumbel noise (Maddison et al. 2014): (B, V) -> (B,)"""
     batch, vocab = sizes(logits)
+    noise = gumbel(seed, batch, step, tf.range(vocab), logits.dtype)
+    return tf.argmax(logits + noise, -1, output_type=tf.int32)
+
+
+def gumbel(seed: tf.Tensor, batch: Any, step: tf.Tensor, tokens: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """The Gumbel noise of these tokens (K,) at a step, for rows from the seed on: (B, K)"""
     stream = seed + tf.cast(tf.range(batch), tf.uint64)[:, None]  # (B, 1), wraps around
     low, high = (tf.cast(tf.bitwise.right_shift(stream, tf.constant(s, tf.uint64)), tf.uint32) for s in (0, 32))
-    x0, _ = threefry2x32((low, high), (tf.cast(step, tf.uint32), tf.cast(tf.range(vocab), tf.uint32)))
-    uniform = (tf.cast(tf.bitwise.right_shift(x0, tf.constant(9, tf.uint32)), logits.dtype) + 0.5) * 2.0**-23
-    return tf.argmax(logits - tf.math.log(-tf.math.log(uniform)), -1, output_type=tf.int32)
+    x0, _ = threefry2x32((low, high), (tf.cast(step, tf.uint32), tf.cast(tokens, tf.uint32)))
+    uniform = (tf.cast(tf.bitwise.right_shift(x0, tf.constant(9, tf.uint32)), dtype) + 0.5) * 2.0**-23
+    return -tf.math.log(-tf.math.log(uniform))
 
 
 def threefry2x32(
