@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from gpt2_multi.errors import InputError
 
 Shape = Sequence[int]
 
 
-def check_names(call: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """An argument that a call does not have is a TypeError, with the nearest name."""
+def check_names(call: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """An argument that a call does not have is a TypeError, with the nearest name; so is one that is there twice."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
             raise TypeError(f"{call} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if given.count(name) > 1:
+            raise TypeError(f"{call}: {name} is given twice; give it once")
+
+
+def check_count(call: str, given: int, known: int) -> None:
+    """More arguments without names than a call has are a TypeError."""
+    if given > known:
+        raise TypeError(f"{call}: expected at most {known} arguments in order, found {given}; give them by name")
 
 
 def check_given(input_ids: object, inputs_embeds: object) -> None:

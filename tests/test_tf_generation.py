@@ -8,7 +8,7 @@ tf = pytest.importorskip("tensorflow")
 from gpt2_multi import sampling  # noqa: E402
 from gpt2_multi.config import GPT2Config  # noqa: E402
 from gpt2_multi.errors import InputError  # noqa: E402
-from gpt2_multi.tf import TFGPT2LMHeadModel, generation  # noqa: E402
+from gpt2_multi.tf import TFGPT2LMHeadModel, generation, rules  # noqa: E402
 from tests import fixtures  # noqa: E402
 
 RECORDED = {key: tf.constant(value) for key, value in fixtures.reference("lm").items()}
@@ -223,16 +223,16 @@ def test_rules_equal_the_specification(rule, dtype):
         rows = list(zip(logits, ids, mask, strict=True))
         if rule == "top_k":
             k = int(rng.integers(1, 60))
-            found, expected = generation.keep_top_k(logits, k), sampling.keep_top_k(logits, k)
+            found, expected = rules.keep_top_k(logits, k), sampling.keep_top_k(logits, k)
         elif rule == "top_p":
             p = float(rng.uniform(0.01, 0.99))
-            found, expected = generation.keep_top_p(logits, p), sampling.keep_top_p(logits, p)
+            found, expected = rules.keep_top_p(logits, p), sampling.keep_top_p(logits, p)
         elif rule == "penalty":
-            found = generation.penalise(logits, ids, mask, 1.7)
+            found = rules.penalise(logits, ids, mask, 1.7)
             expected = [sampling.penalise(a, b[m], 1.7) for a, b, m in rows]
         else:
             size = int(rng.integers(1, 4))
-            found = generation.ban_repeats(tf.constant(logits), ids, mask, 12, size)
+            found = rules.ban_repeats(tf.constant(logits), ids, mask, 12, size)
             expected = [sampling.ban_repeats(a, b[m], size) for a, b, m in rows]
         np.testing.assert_allclose(found.numpy(), np.stack(list(expected)), rtol=1e-6)
 
@@ -241,7 +241,7 @@ def test_rules_equal_the_specification(rule, dtype):
 def test_noise_equals_the_specification(seed):
     tokens = np.arange(5000)
     for step in (0, 1, 1000):
-        found = generation.gumbel(tf.constant(seed, tf.uint64), 3, step, tokens, tf.float64).numpy()
+        found = rules.gumbel(tf.constant(seed, tf.uint64), 3, step, tokens, tf.float64).numpy()
         for row in range(3):
             expected = sampling.gumbel(seed, row, step, tokens)
             np.testing.assert_allclose(found[row], expected, rtol=1e-12, atol=1e-15)
@@ -274,7 +274,7 @@ def test_bad_prompts_are_one_sentence(model):
         model.generate([1, 2])
     with pytest.raises(InputError, match="input_ids: expected integers"):
         model.generate([[1.0]])
-    with pytest.raises(InputError, match="input_ids: expected rows of one length"):
+    with pytest.raises(InputError, match="input_ids: expected rows of numbers, all of one length"):
         model.generate([[1, 2], [3]])
 
 

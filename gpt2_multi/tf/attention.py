@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from gpt2_multi.config import GPT2Config
-from gpt2_multi.tf.loading import dense, replace_variable
+from gpt2_multi.tf.layers import dense, replace_variable
 from gpt2_multi.tf.trees import register
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class KVCache(Sequence[Pair]):
 
 
 def write(buffer: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
-    """The buffer (B, H, S, D) with `new` (B, H, T, D) from `start` on; a select, which XLA fuses and never recompiles."""
+    """The buffer (B, H, S, D) with `new` (B, H, T, D) from `start` on; a select, which XLA fuses."""
     index = tf.range(tf.shape(buffer)[2]) - start  # (S,)
     inside = (index >= 0) & (index < tf.shape(new)[2])
     if new.shape[2] != 1:

@@ -1,4 +1,4 @@
-"""The heads of GPT-2 in TensorFlow: language model, double heads, sequence and token classification, question answering.
+"""The heads of GPT-2 in TensorFlow: language model, double heads, classification of texts and tokens, answers.
 
 Every `call` takes what `TFGPT2Model.call` takes, under the names and in the order of transformers 4.57, and labels;
 see there for shapes and errors. `return_dict=False` gives a tuple of the fields that are there.
@@ -22,13 +22,14 @@ from gpt2_multi.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from gpt2_multi.sampling import GenerationConfig
 from gpt2_multi.tf import export, generation
 from gpt2_multi.tf.attention import KVCache, Pair, sizes
 from gpt2_multi.tf.checks import extremes, is_concrete, shape
-from gpt2_multi.tf.loading import Policy, TFGPT2PreTrainedModel, dense
+from gpt2_multi.tf.layers import dense
+from gpt2_multi.tf.loading import Policy, TFGPT2PreTrainedModel
 from gpt2_multi.tf.model import ACTIVATIONS, TFGPT2Model, give
 from gpt2_multi.tf.training import classification_loss, cross_entropy, lm_loss, span_loss
-from gpt2_multi.sampling import GenerationConfig
 
 
 @keras.saving.register_keras_serializable("gpt2_multi")

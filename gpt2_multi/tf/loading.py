@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gpt2_multi import limits
 from gpt2_multi.checkpoint import read_weights, replaced, write_weights
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.hub import resolve
 from gpt2_multi.sampling import GenerationConfig
 from gpt2_multi.tf import training
+from gpt2_multi.tf.arguments import as_keywords
+from gpt2_multi.tf.layers import replace_variable
 from gpt2_multi.weights import KERAS, Weight, table
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -64,13 +64,6 @@ def policy_of(dtype: Any, param_dtype: Any) -> keras.DTypePolicy:
     return keras.DTypePolicy(f"mixed_{compute}") if mixed else TwoDtypes(f"{compute}_over_{stored}")
 
 
-def dense(inputs: int, outputs: int, name: str, policy: keras.DTypePolicy, use_bias: bool = True) -> keras.layers.Dense:
-    """A Dense layer with its variables; the table gives them their values."""
-    layer = keras.layers.Dense(outputs, use_bias=use_bias, kernel_initializer="zeros", name=name, dtype=policy)
-    layer.build((None, inputs))
-    return layer
-
-
 class TFGPT2PreTrainedModel(keras.Model):
     """What every GPT-2 class shares: a configuration, the call's conventions, and the way to and from files.
 
@@ -91,7 +84,8 @@ class TFGPT2PreTrainedModel(keras.Model):
         name: str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(dtype=policy_of(dtype, param_dtype), name=name, **options)
+        policy = policy_of(dtype, param_dtype)
+        super().__init__(dtype=policy, name=name, autocast=False, **options)  # or labels would lose digits
         given: object = config  # transformers has a class of the same name
         if not isinstance(given, GPT2Config):
             raise InputError(
@@ -109,14 +103,13 @@ class TFGPT2PreTrainedModel(keras.Model):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(**as_keywords(type(self), args, kwargs))
 
-    @property
-    def body(self) -> Any:
+    def body(self) -> Any:  # no property, or Keras would look into it for weights to save
         """The bare model inside."""
         return getattr(self, "transformer", self)
 
     def owner(self, weight: Weight) -> keras.layers.Layer:
         """The layer that a row of the table belongs to."""
-        place: Any = self.body if weight.in_body else self
+        place: Any = self.body() if weight.in_body else self
         for part in weight.path.split("."):
             place = place[int(part)] if part.isdigit() else getattr(place, part)
         return place
@@ -214,13 +207,13 @@ class TFGPT2PreTrainedModel(keras.Model):
 
     def get_input_embeddings(self) -> keras.layers.Embedding:
         """The token embedding."""
-        return self.body.wte
+        return self.body().wte
 
     def get_output_embeddings(self) -> keras.layers.Layer | None:
         """The language-model head: a Dense layer, the token embedding where they are tied, or None."""
         if self.head not in ("lm", "double_heads"):
             return None
-        return self.body.wte if self.config.tie_word_embeddings else self.lm_head
+        return self.body().wte if self.config.tie_word_embeddings else self.lm_head
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None) -> keras.layers.Embedding:
         """Give the vocabulary `new_num_tokens` ids; each new row is the mean of the old ones (Hewitt 2021).
@@ -232,7 +225,7 @@ class TFGPT2PreTrainedModel(keras.Model):
             return self.get_input_embeddings()
         refuse_quantized(self, "resized; resize it before you quantize it")
         self.config.vocab_size = new_num_tokens
-        wte = self.body.wte
+        wte = self.body().wte
         replace_variable(wte, "embeddings", _resized(wte.embeddings, new_num_tokens))
         wte.input_dim = new_num_tokens
         head = self.get_output_embeddings()
@@ -250,38 +243,13 @@ class TFGPT2PreTrainedModel(keras.Model):
             gone[layer] = gone.get(layer, set()) | set(heads)
         self.config.pruned_heads = {layer: sorted(heads) for layer, heads in gone.items() if heads}
         for layer, heads in heads_to_prune.items():
-            self.body.h[layer].attn.prune(heads)
+            self.body().h[layer].attn.prune(heads)
         self.forget_functions()
 
     def forget_functions(self) -> None:
         """Forget what was traced with variables that are no more."""
         self.train_function = self.test_function = self.predict_function = None
         vars(self).pop("decoders", None)
-
-
-def as_keywords(cls: type[TFGPT2PreTrainedModel], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, as tensors; the first may be a mapping, or a list of tensors in their order."""
-    names = [name for name in inspect.signature(cls.call).parameters if name != "self"]
-    first, *rest = args or (None,)
-    given: dict[str, Any] = {}
-    if isinstance(first, Mapping) or hasattr(first, "keys"):
-        given = dict(first)
-    elif isinstance(first, (list, tuple)) and any(hasattr(x, "shape") for x in first):
-        given = dict(zip(names, first, strict=False))
-    elif first is not None:
-        given = {names[0]: first}
-    given = {**given, **dict(zip(names[1:], rest, strict=False))}
-    limits.check_names(f"{cls.__name__}()", [*given, *kwargs], names)
-    if twice := given.keys() & kwargs.keys():
-        raise InputError(f"{cls.__name__}(): {min(twice)} is given twice; give it once")
-    return {name: as_tensor(value) for name, value in {**given, **kwargs}.items() if value is not None}
-
-
-def as_tensor(value: Any) -> Any:
-    """Lists of numbers as a tensor; anything else as it is."""
-    is_numbers = isinstance(value, (list, tuple)) and value and not hasattr(value[0], "shape")
-    while_nested = is_numbers and isinstance(np.asarray(value[0]).flat[0], np.number) if is_numbers else False
-    return tf.convert_to_tensor(value) if while_nested else value
 
 
 def initial(weight: Weight, dtype: str) -> tf.Tensor:
@@ -301,15 +269,3 @@ def refuse_quantized(model: keras.Model, what: str) -> None:
 def _resized(rows: tf.Tensor, number: int) -> tf.Tensor:
     mean = tf.reduce_mean(rows, 0, keepdims=True)
     return tf.concat([rows[:number], tf.repeat(mean, max(number - rows.shape[0], 0), 0)], 0)
-
-
-def replace_variable(layer: keras.layers.Layer, leaf: str, value: tf.Tensor) -> None:
-    """Give a stock layer a variable of another shape; a frozen one stays frozen."""
-    name = leaf if leaf == "bias" else f"_{leaf}"  # where Keras keeps it
-    old = getattr(layer, name)
-    trainable, path = old.trainable, old.name
-    layer._tracker.unlock()
-    delattr(layer, name)
-    setattr(layer, name, layer.add_weight(name=path, shape=value.shape, initializer="zeros", trainable=trainable))
-    getattr(layer, name).assign(value)
-    layer._tracker.lock()

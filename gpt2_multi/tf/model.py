@@ -28,7 +28,8 @@ from gpt2_multi.tf.attention import (
     positions,
     sizes,
 )
-from gpt2_multi.tf.loading import Policy, TFGPT2PreTrainedModel, dense
+from gpt2_multi.tf.layers import dense, norm
+from gpt2_multi.tf.loading import Policy, TFGPT2PreTrainedModel
 from gpt2_multi.tf.trees import register
 
 for output_class in Output.__subclasses__():
@@ -77,13 +78,6 @@ class MLP(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
-
-
-def norm(config: GPT2Config, name: str, policy: keras.DTypePolicy) -> keras.layers.LayerNormalization:
-    """A layer norm (Ba et al. 2016) with its variables."""
-    layer = keras.layers.LayerNormalization(epsilon=config.layer_norm_epsilon, name=name, dtype=policy)
-    layer.build((None, config.n_embd))
-    return layer
 
 
 class Block(keras.layers.Layer):
@@ -192,7 +186,7 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
 
     def embed(self, source: tf.Tensor, position_ids: tf.Tensor, token_type_ids: tf.Tensor | None = None) -> tf.Tensor:
         """The first block's input, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""
-        x = source if source.dtype.is_floating else self.wte(source)
+        x = tf.cast(source, self.compute_dtype) if source.dtype.is_floating else self.wte(source)
         x = x + self.wpe(position_ids)
         return self.drop(x if token_type_ids is None else x + self.wte(token_type_ids))
 

@@ -1,0 +1,34 @@
+"""Keras' stock layers as GPT-2 uses them, with their variables made at once."""
+
+from __future__ import annotations
+
+import keras
+import tensorflow as tf
+
+from gpt2_multi.config import GPT2Config
+
+
+def dense(inputs: int, outputs: int, name: str, policy: keras.DTypePolicy, use_bias: bool = True) -> keras.layers.Dense:
+    """A Dense layer with its variables; the table gives them their values."""
+    layer = keras.layers.Dense(outputs, use_bias=use_bias, kernel_initializer="zeros", name=name, dtype=policy)
+    layer.build((None, inputs))
+    return layer
+
+
+def norm(config: GPT2Config, name: str, policy: keras.DTypePolicy) -> keras.layers.LayerNormalization:
+    """A layer norm (Ba et al. 2016) with its variables."""
+    layer = keras.layers.LayerNormalization(epsilon=config.layer_norm_epsilon, name=name, dtype=policy)
+    layer.build((None, config.n_embd))
+    return layer
+
+
+def replace_variable(layer: keras.layers.Layer, leaf: str, value: tf.Tensor) -> None:
+    """Give a stock layer a variable of another shape; a frozen one stays frozen."""
+    name = leaf if leaf == "bias" else f"_{leaf}"  # where Keras keeps it
+    old = getattr(layer, name)
+    trainable, path = old.trainable, old.name
+    layer._tracker.unlock()
+    delattr(layer, name)
+    setattr(layer, name, layer.add_weight(name=path, shape=value.shape, initializer="zeros", trainable=trainable))
+    getattr(layer, name).assign(value)
+    layer._tracker.lock()
