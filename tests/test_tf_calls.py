@@ -127,6 +127,13 @@ def test_a_bad_call_is_one_sentence(name, model):
     assert "\n" not in str(error.value)
 
 
+def test_a_bad_call_under_a_function_is_the_same_sentence(model):
+    for jit in (None, True):
+        run = tf.function(lambda ids, mask: model(ids, attention_mask=mask).logits, jit_compile=jit)
+        with pytest.raises(InputError, match=r"^attention_mask: expected shape \(2, 7\).* a column for every token$"):
+            run(IDS, MASK[:, :3])
+
+
 def test_a_function_returns_the_output(model, expected):
     out = tf.function(model)(IDS, attention_mask=MASK, labels=IDS)
     eager = model(IDS, attention_mask=MASK, labels=IDS)

@@ -25,6 +25,7 @@ from gpt2_multi.tf.heads import (
 from gpt2_multi.tf.model import TFGPT2Model
 
 GPT2Error._keras_call_info_injected = True  # type: ignore[attr-defined]  # or Keras buries the sentence in a page
+GPT2Error.ag_pass_through = True  # type: ignore[attr-defined]  # or AutoGraph raises a page of its own in its place
 
 __all__ = [
     "KVCache",

@@ -235,6 +235,7 @@ class Attention(_Attention):
         replace_variable(self.c_attn, "kernel", tf.gather(self.c_attn.kernel, every, axis=1))
         replace_variable(self.c_attn, "bias", tf.gather(self.c_attn.bias, every))
         replace_variable(self.c_proj, "kernel", tf.gather(self.c_proj.kernel, kept))
+        self.c_proj.input_spec = keras.InputSpec(min_ndim=2, axes={-1: len(kept)})
         self.c_attn.units, self.present = len(every), left
 
 

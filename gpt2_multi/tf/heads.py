@@ -186,7 +186,8 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
             if is_concrete(mc_token_ids):
                 limits.check_choice_tokens(*extremes(mc_token_ids), choices[2])
         logits = lm_logits(self, hidden)
-        scores = tf.squeeze(self.multiple_choice_head(hidden, keep=mask, mc_token_ids=mc_token_ids), -1)
+        scores = self.multiple_choice_head(hidden, keep=mask, mc_token_ids=mc_token_ids)
+        scores = tf.squeeze(scores, -1) if scores.shape[-1] == 1 else scores
         output = GPT2DoubleHeadsModelOutput(
             None if labels is None else lm_loss(logits, labels, mask),
             None if mc_labels is None else cross_entropy(scores, mc_labels),

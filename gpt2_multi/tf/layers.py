@@ -23,12 +23,15 @@ def norm(config: GPT2Config, name: str, policy: keras.DTypePolicy) -> keras.laye
 
 
 def replace_variable(layer: keras.layers.Layer, leaf: str, value: tf.Tensor) -> None:
-    """Give a stock layer a variable of another shape; a frozen one stays frozen."""
+    """Give a stock layer a variable of another shape in the place of the old one; a frozen one stays frozen."""
     name = leaf if leaf == "bias" else f"_{leaf}"  # where Keras keeps it
-    old = getattr(layer, name)
-    trainable, path = old.trainable, old.name
+    old, variables = getattr(layer, name), layer._trainable_variables
+    place = [variable is old for variable in variables].index(True)
     layer._tracker.unlock()
     delattr(layer, name)
-    setattr(layer, name, layer.add_weight(name=path, shape=value.shape, initializer="zeros", trainable=trainable))
-    getattr(layer, name).assign(value)
+    new = layer.add_weight(name=old.name, shape=value.shape, initializer="zeros")
+    setattr(layer, name, new)
+    variables.insert(place, variables.pop())  # `set_weights` goes by the order
     layer._tracker.lock()
+    new.assign(value)
+    new.trainable, new._path = old.trainable, old.path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar, Self
 
 import keras
@@ -51,7 +52,7 @@ def policy_of(dtype: Any, param_dtype: Any) -> keras.DTypePolicy:
     """What to compute and to store in. Stock policies where Keras has one, since `quantize` asks for them by name."""
     if isinstance(dtype, Mapping):  # as get_config has it
         dtype = keras.dtype_policies.deserialize(dtype)
-    if isinstance(dtype, str) and dtype.startswith("mixed_"):
+    if dtype in ("mixed_float16", "mixed_bfloat16"):
         dtype = keras.DTypePolicy(dtype)
     if isinstance(dtype, keras.DTypePolicy) or (dtype is None and param_dtype is None):
         policy = dtype or keras.config.dtype_policy()
@@ -95,9 +96,12 @@ class TFGPT2PreTrainedModel(keras.Model):
         self.config = config
 
     def initialise(self) -> None:
-        """Give every variable its first value, as the table says."""
+        """Give every variable its path, and its first value as the table says, unless the body did that."""
         for weight in table(self.config, self.head):
-            self.variable(weight).assign(initial(weight, self.variable_dtype))
+            variable = self.variable(weight)
+            variable._path = f"{self.name}/{KERAS.spell(weight, self.head != 'base').replace('.', '/')}"
+            if self.head == "base" or not weight.in_body:
+                variable.assign(initial(weight, self.variable_dtype))
         self.built = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,19 +131,23 @@ class TFGPT2PreTrainedModel(keras.Model):
     def get_config(self) -> dict[str, Any]:
         """What `from_config` makes the same model from."""
         policy = keras.dtype_policies.serialize(self.dtype_policy)
-        return {"config": self.config.to_dict(), "name": self.name, "trainable": self.trainable, "dtype": policy}
+        generation = {} if self.generation_config is None else {"generation_config": asdict(self.generation_config)}
+        own = {"config": self.config.to_dict(), "name": self.name, "trainable": self.trainable, "dtype": policy}
+        return own | generation
 
     @classmethod
     def from_config(cls, config: GPT2Config | Mapping[str, Any], **options: Any) -> Self:
         """A new model of a configuration: a GPT2Config, the keys of one, or what `get_config` gave."""
         if isinstance(config, GPT2Config):
             return cls(config, **options)
+        if "config" not in config:
+            return cls(GPT2Config.from_dict(config), **options)
         keys = {**config, **options}
-        return (
-            cls(GPT2Config.from_dict(keys.pop("config")), **keys)
-            if "config" in config
-            else cls(GPT2Config.from_dict(config), **options)
-        )
+        generation = keys.pop("generation_config", None)
+        model = cls(GPT2Config.from_dict(keys.pop("config")), **keys)
+        if generation is not None:
+            model.generation_config = GenerationConfig(**generation)
+        return model
 
     @classmethod
     def from_pretrained(
