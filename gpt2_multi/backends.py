@@ -29,7 +29,10 @@ class Backend(NamedTuple):
     package: str
 
 
-BACKENDS = {"pt": Backend("PyTorch", "torch", "gpt2_multi.pt")}
+BACKENDS = {
+    "pt": Backend("PyTorch", "torch", "gpt2_multi.pt"),
+    "tf": Backend("TensorFlow", "tensorflow", "gpt2_multi.tf"),
+}
 
 
 class Adapter(Protocol):

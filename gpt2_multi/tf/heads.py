@@ -6,7 +6,8 @@ see there for shapes and errors. `return_dict=False` gives a tuple of the fields
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -22,6 +23,7 @@ from gpt2_multi.outputs import (
     TokenClassifierOutput,
 )
 from gpt2_multi.sampling import GenerationConfig
+from gpt2_multi.tf import export, generation
 from gpt2_multi.tf.attention import KVCache, Pair, sizes
 from gpt2_multi.tf.checks import extremes, is_concrete, shape
 from gpt2_multi.tf.layers import dense
@@ -44,6 +46,15 @@ class TFGPT2LMHeadModel(TFGPT2PreTrainedModel):
             self.lm_head = dense(config.n_embd, config.vocab_size, "lm_head", self.dtype_policy, use_bias=False)
         self.generation_config = GenerationConfig.of(config)
         self.initialise()
+
+    generate = generation.generate
+    stream_tokens = generation.stream_tokens
+    export_saved_model = export.export_saved_model
+
+    @cached_property
+    def decoders(self) -> dict[str, Callable[..., Any]]:
+        """The functions that `generate` and `stream_tokens` run, and how often each was traced."""
+        return generation.decoders(self)
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """Logits over the vocabulary: (..., E) -> (..., V)"""

@@ -249,6 +249,7 @@ class TFGPT2PreTrainedModel(keras.Model):
     def forget_functions(self) -> None:
         """Forget what was traced with variables that are no more."""
         self.train_function = self.test_function = self.predict_function = None
+        vars(self).pop("decoders", None)
 
 
 def initial(weight: Weight, dtype: str) -> tf.Tensor:

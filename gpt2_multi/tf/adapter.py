@@ -1,0 +1,45 @@
+"""TensorFlow behind the calls that every backend has: see `gpt2_multi.backends.Adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from gpt2_multi.sampling import GenerationConfig
+from gpt2_multi.tf.heads import TFGPT2LMHeadModel
+
+Array = np.ndarray[Any, Any]
+
+
+def devices() -> list[str]:
+    """Where TensorFlow can compute, the fastest kind first."""
+    return [*(f"gpu:{i}" for i in range(len(tf.config.list_physical_devices("GPU")))), "cpu"]
+
+
+def dtypes(device: str) -> list[str]:
+    """The floating-point dtypes that a device computes in."""
+    return ["float64", "float32", "bfloat16", "float16"]
+
+
+def load(folder: Path, device: str, dtype: str = "float32") -> TFGPT2LMHeadModel:
+    """The language model in a folder, on a device."""
+    with tf.device(device):
+        return TFGPT2LMHeadModel.from_pretrained(folder, param_dtype=dtype)
+
+
+def logits(model: TFGPT2LMHeadModel, ids: Array) -> Array:
+    """The logits (B, T, V), in float64, of ids (B, T)."""
+    return model(tf.convert_to_tensor(ids), use_cache=False).logits.numpy().astype(np.float64)
+
+
+def stream(model: TFGPT2LMHeadModel, ids: Array, config: GenerationConfig) -> Iterator[Array]:
+    """New ids, one column (B * num_return_sequences,) at a time, that continue ids (B, T).
+
+    Without XLA: a text is written before XLA has compiled what writes it.
+    """
+    for column in model.stream_tokens(tf.convert_to_tensor(ids), generation_config=config, jit_compile=False):
+        yield column.numpy()
