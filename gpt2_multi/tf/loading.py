@@ -16,7 +16,7 @@ from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.hub import resolve
 from gpt2_multi.sampling import GenerationConfig
-from gpt2_multi.tf import training
+from gpt2_multi.tf import fitting
 from gpt2_multi.tf.arguments import as_keywords
 from gpt2_multi.tf.layers import replace_variable
 from gpt2_multi.weights import KERAS, Weight, table
@@ -71,7 +71,7 @@ class TFGPT2PreTrainedModel(keras.Model):
     """
 
     head: ClassVar[str]
-    label_names: ClassVar[tuple[str, ...]] = ("labels",)  # inputs of the loss
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)  # inputs of the loss, in the order of their logits
     logit_names: ClassVar[tuple[str, ...]] = ("logits",)  # outputs that a loss or a metric of `compile` sees
     generation_config: GenerationConfig | None = None  # of the classes that generate
 
@@ -118,11 +118,13 @@ class TFGPT2PreTrainedModel(keras.Model):
         """The variable that a row of the table is; with LoRA, its value with the update merged in."""
         return getattr(self.owner(weight), KERAS.leaves[weight.kind])
 
-    train_step = training.train_step
-    test_step = training.test_step
-    predict_step = training.predict_step
-    compute_loss = training.compute_loss
-    compute_metrics = training.compute_metrics
+    compile = fitting.compile
+    compile_from_config = fitting.compile_from_config
+    train_step = fitting.train_step
+    test_step = fitting.test_step
+    predict_step = fitting.predict_step
+    compute_loss = fitting.compute_loss
+    compute_metrics = fitting.compute_metrics
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` makes the same model from."""
