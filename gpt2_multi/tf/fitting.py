@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -22,6 +21,7 @@ import tensorflow as tf
 
 from gpt2_multi import limits
 from gpt2_multi.errors import InputError
+from gpt2_multi.outputs import Output
 from gpt2_multi.tf.arguments import as_keywords
 from gpt2_multi.tf.sharding import LossOverReplicas, replicas
 
@@ -43,6 +43,21 @@ def compile_from_config(self: TFGPT2PreTrainedModel, config: dict[str, Any]) -> 
     self.compile(**keras.saving.deserialize_keras_object(config))
     if self.optimizer is not None:
         self.optimizer.build(self.trainable_variables)
+
+
+def build_compiled(self: TFGPT2PreTrainedModel, iterator: Any = None, data_batch: Any = None) -> None:
+    """Under a strategy, make what `compile` named before the replicas run, from a first batch, or one replica's part.
+
+    Keras' own averages the replicas' parts, which makes fractions of ids and fails where the parts differ in size.
+    """
+    strategy = self._distribute_strategy
+    if strategy is not None and iterator is not None:
+        _, _, batches = next(iter(iterator))
+        data_batch = keras.tree.map_structure(lambda x: strategy.experimental_local_results(x)[0], next(batches))
+    if strategy is not None and not all(part.built for part in (self._compile_loss, self._compile_metrics) if part):
+        with strategy.scope(), keras.StatelessScope():
+            self.test_step(data_batch)
+    keras.Model._maybe_symbolic_build(self, data_batch=data_batch)
 
 
 def labelled(model: TFGPT2PreTrainedModel, data: Any) -> tuple[dict[str, Any], Any, Any]:
@@ -81,12 +96,24 @@ def test_step(self: TFGPT2PreTrainedModel, data: Any) -> dict[str, Any]:
     return keras.Model.test_step(self, labelled(self, data))
 
 
-def predict_step(self: TFGPT2PreTrainedModel, data: Any) -> Any:
+def predict_step(self: TFGPT2PreTrainedModel, data: Any) -> dict[str, Any]:
     """One batch of `predict`: the outputs without labels, losses and caches, which do not add up over batches."""
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     inputs = as_keywords(type(self), (x,), {"return_dict": True})
     output = self({name: value for name, value in inputs.items() if name not in self.label_names}, training=False)
-    return replace(output, past_key_values=None) if "past_key_values" in output else output
+    return {name: value for name, value in output.items() if name != "past_key_values"}
+
+
+@functools.wraps(keras.Model.predict)
+def predict(self: TFGPT2PreTrainedModel, *args: Any, **options: Any) -> Output:
+    """Keras' own; the batches' outputs in one, as NumPy arrays."""
+    return self.output_class(**keras.Model.predict(self, *args, **options))
+
+
+@functools.wraps(keras.Model.predict_on_batch)
+def predict_on_batch(self: TFGPT2PreTrainedModel, x: Any) -> Output:
+    """Keras' own; the output holds NumPy arrays."""
+    return self.output_class(**keras.Model.predict_on_batch(self, x))
 
 
 def compute_loss(

@@ -115,6 +115,7 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
     """
 
     head = "base"
+    output_class = BaseModelOutputWithPastAndCrossAttentions
     label_names = ()
     logit_names = ("last_hidden_state",)
 
