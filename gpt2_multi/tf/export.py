@@ -1,4 +1,4 @@
-"""SavedModel: the model and its generation as functions of TensorFlow alone, which need neither Keras nor this library."""
+"""SavedModel: model and generation as functions of TensorFlow alone, which need neither Keras nor this library."""
 
 from __future__ import annotations
 

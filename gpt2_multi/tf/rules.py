@@ -1,0 +1,200 @@
+"""The rules that turn logits into the next token, in TensorFlow: those of `gpt2_multi.sampling`, on batches.
+
+Every option is a tensor, so that another value traces and compiles nothing. B rows, S keys (prompt and room), V
+vocabulary, K tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from gpt2_multi.sampling import PARITY, ROTATIONS, GenerationConfig
+from gpt2_multi.tf.attention import sizes, widened
+
+
+class Options(NamedTuple):
+    """The options of `GenerationConfig` as tensors."""
+
+    do_sample: tf.Tensor  # () bool
+    temperature: tf.Tensor  # () float64
+    top_k: tf.Tensor  # () int32; 0 is off
+    top_p: tf.Tensor  # () float64
+    repetition_penalty: tf.Tensor  # () float64
+    no_repeat_ngram_size: tf.Tensor  # () int32
+    min_length: tf.Tensor  # () int32
+    min_new_tokens: tf.Tensor  # () int32
+    seed: tf.Tensor  # () uint64
+    ends: tf.Tensor  # (number of end tokens, at least one,) int32; -1 is none
+    fill: tf.Tensor  # () int32
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> Options:
+        """The tensors of a configuration."""
+        real, whole = partial(tf.constant, dtype=tf.float64), partial(tf.constant, dtype=tf.int32)
+        return cls(
+            tf.constant(config.do_sample),
+            real(config.temperature),
+            whole(config.top_k or 0),
+            real(config.top_p),
+            real(config.repetition_penalty),
+            whole(config.no_repeat_ngram_size),
+            whole(config.min_length),
+            whole(config.min_new_tokens or 0),
+            tf.constant(config.seed, tf.uint64),
+            whole(list(config.eos_token_ids) or [-1]),
+            whole(config.fill_token_id),
+        )
+
+
+def choose(
+    logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, place: tf.Tensor, step: tf.Tensor, options: Options
+) -> tf.Tensor:
+    """The next token of each row, which will stand at `place`, from the model's logits (B, V): -> (B,)
+
+    ids: (B, S), of which those count that `keep` (B, S) marks. step: how many tokens were made.
+    """
+    logits = widened(logits)
+    lengths = tf.math.count_nonzero(keep, -1, keepdims=True, dtype=tf.int32)  # (B, 1); padding does not count
+    penalty, size = options.repetition_penalty, options.no_repeat_ngram_size
+    logits = when(penalty != 1, lambda x: penalise(x, ids, keep, penalty), logits)
+    logits = when(size > 0, lambda x: ban_repeats(x, ids, keep, place, size), logits)
+    short = (lengths < options.min_length) | (step < options.min_new_tokens)
+    logits = without(logits, short & is_end(logits, options))
+    return tf.cond(
+        options.do_sample,
+        lambda: sample(warp(logits, options), options.seed, step),
+        lambda: tf.argmax(logits, -1, output_type=tf.int32),
+    )
+
+
+def when(condition: tf.Tensor, change: Callable[[tf.Tensor], tf.Tensor], logits: tf.Tensor) -> tf.Tensor:
+    """The logits, changed if the condition holds; what is not needed is not computed."""
+    return tf.cond(condition, lambda: change(logits), lambda: logits)
+
+
+def without(logits: tf.Tensor, gone: tf.Tensor) -> tf.Tensor:
+    """The logits with some tokens ruled out."""
+    return tf.where(gone, tf.constant(-float("inf"), logits.dtype), logits)
+
+
+def is_end(logits: tf.Tensor, options: Options) -> tf.Tensor:
+    """Which ids of the vocabulary are end tokens, (V,)."""
+    return tf.reduce_any(tf.range(sizes(logits)[1])[:, None] == options.ends, -1)
+
+
+def warp(logits: tf.Tensor, options: Options) -> tf.Tensor:
+    """Temperature, top-k and top-p."""
+    logits = logits / tf.cast(options.temperature, logits.dtype)
+    logits = when(options.top_k > 0, lambda x: keep_top_k(x, options.top_k), logits)
+    return when(options.top_p < 1, lambda x: keep_top_p(x, options.top_p), logits)
+
+
+def mark(logits: tf.Tensor, ids: tf.Tensor, marked: tf.Tensor) -> tf.Tensor:
+    """Which tokens (B, V) are marked somewhere in a row: ids (B, S), marked (B, S) -> booleans."""
+    batch, length = sizes(ids)
+    row = tf.repeat(tf.range(batch), length)
+    index = tf.stack([row, tf.reshape(ids, [-1])], -1)
+    return tf.scatter_nd(index, tf.cast(tf.reshape(marked, [-1]), tf.int32), tf.shape(logits)) > 0
+
+
+def penalise(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, penalty: tf.Tensor) -> tf.Tensor:
+    """Make each token that a row has seen less likely (Keskar et al. 2019, section 4.1)."""
+    penalty = tf.cast(penalty, logits.dtype)
+    return tf.where(mark(logits, ids, keep), tf.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def ban_repeats(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, length: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """Rule out every token that would repeat an n-gram of its row's ids (B, S); windows over padding do not count."""
+    place = tf.range(sizes(ids)[1])
+
+    def narrowed(back: tf.Tensor, repeats: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        before = tf.maximum(place - back, 0)
+        equal = tf.gather(ids, before, axis=1) == tf.gather(ids, length - back, axis=1)[:, None]
+        return back + 1, repeats & equal & tf.gather(keep, before, axis=1) & (place >= back)
+
+    _, repeats = tf.while_loop(lambda back, _: back < size, narrowed, (tf.constant(1), keep))
+    return without(logits, mark(logits, ids, repeats))
+
+
+def keep_top_k(logits: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
+    """Keep the k greatest logits, and what ties with the k-th."""
+    keys = ordered(logits)
+    least = greatest(keys, lambda key: tf.math.count_nonzero(keys >= key, -1, keepdims=True, dtype=tf.int32) >= k)
+    return without(logits, keys < least)
+
+
+def keep_top_p(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
+    """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first."""
+    keys, probs, p = ordered(logits), tf.nn.softmax(logits), tf.cast(p, logits.dtype)
+
+    def mass(where: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(tf.where(where, probs, 0), -1, keepdims=True)
+
+    last = greatest(keys, lambda key: mass(keys >= key) >= p)  # what reaches p
+    tied = keys == last
+    before = mass(keys > last) + tf.cumsum(tf.where(tied, probs, 0), axis=-1, exclusive=True)
+    return without(logits, (keys < last) | (tied & (before >= p)))
+
+
+def ordered(logits: tf.Tensor) -> tf.Tensor:
+    """Unsigned integers in the order of these floats: the bits, all flipped where the sign is set, else the sign."""
+    kind = tf.uint64 if logits.dtype == tf.float64 else tf.uint32
+    bits = tf.bitcast(logits + 0, kind)  # + 0: the two zeros are one
+    sign = tf.constant(1 << kind.size * 8 - 1, kind)
+    return tf.where(bits >= sign, ~bits, bits | sign)
+
+
+def greatest(keys: tf.Tensor, holds: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """The greatest key of each row for which a condition holds that holds for all lower ones, bit by bit: (B, 1).
+
+    It needs no sort, which XLA does by one comparison after the other.
+    """
+    width, one = keys.dtype.size * 8, tf.constant(1, keys.dtype)
+
+    def lower(bit: tf.Tensor, found: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        tried = found | tf.bitwise.left_shift(one, tf.cast(bit, keys.dtype))
+        return bit - 1, tf.where(holds(tried), tried, found)
+
+    start = tf.zeros((sizes(keys)[0], 1), keys.dtype)
+    return tf.while_loop(lambda bit, _: bit >= 0, lower, (tf.constant(width - 1), start))[1]
+
+
+def sample(logits: tf.Tensor, seed: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+    """Draw from softmax(logits) by Gumbel noise (Maddison et al. 2014): (B, V) -> (B,)"""
+    batch, vocab = sizes(logits)
+    noise = gumbel(seed, batch, step, tf.range(vocab), logits.dtype)
+    return tf.argmax(logits + noise, -1, output_type=tf.int32)
+
+
+def gumbel(seed: tf.Tensor, batch: Any, step: tf.Tensor, tokens: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """The Gumbel noise of these tokens (K,) at a step, for rows from the seed on: (B, K)"""
+    stream = seed + tf.cast(tf.range(batch), tf.uint64)[:, None]  # (B, 1), wraps around
+    low, high = (tf.cast(tf.bitwise.right_shift(stream, tf.constant(s, tf.uint64)), tf.uint32) for s in (0, 32))
+    x0, _ = threefry2x32((low, high), (tf.cast(step, tf.uint32), tf.cast(tokens, tf.uint32)))
+    uniform = (tf.cast(tf.bitwise.right_shift(x0, tf.constant(9, tf.uint32)), dtype) + 0.5) * 2.0**-23
+    return -tf.math.log(-tf.math.log(uniform))
+
+
+def threefry2x32(
+    keys: tuple[tf.Tensor, tf.Tensor], counter: tuple[tf.Tensor, tf.Tensor]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`sampling.threefry2x32` on uint32 tensors, which wrap around."""
+    words = (keys[0], keys[1], keys[0] ^ keys[1] ^ tf.constant(PARITY, tf.uint32))
+    x0, x1 = counter[0] + words[0], counter[1] + words[1]
+    for group in range(5):
+        for rotation in ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ rotated(x1, rotation)
+        x0 = x0 + words[(group + 1) % 3]
+        x1 = x1 + words[(group + 2) % 3] + tf.constant(group + 1, tf.uint32)
+    return x0, x1
+
+
+def rotated(word: tf.Tensor, by: int) -> tf.Tensor:
+    """32-bit words rotated to the left."""
+    left, right = (tf.constant(bits, tf.uint32) for bits in (by, 32 - by))
+    return tf.bitwise.left_shift(word, left) | tf.bitwise.right_shift(word, right)
