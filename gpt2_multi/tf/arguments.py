@@ -22,8 +22,11 @@ NO_TENSORS = (
 
 @functools.cache
 def names_of(cls: type[keras.Model]) -> tuple[str, ...]:
-    """The arguments of a class's `call`, in their order."""
-    return tuple(inspect.signature(cls.call).parameters)[1:]
+    """The arguments of a class's `call`, in their order; a subclass may leave them to `**kwargs`."""
+    parameters = list(inspect.signature(cls.call).parameters.values())[1:]
+    own = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    inherited = names_of(cls.__base__) if len(own) < len(parameters) else ()
+    return (*own, *(name for name in inherited if name not in own))
 
 
 def as_keywords(cls: type[keras.Model], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -355,6 +355,7 @@ def present(mask: tf.Tensor | None, labels: tf.Tensor) -> tf.Tensor | None:
 
 def last_tokens(mask: tf.Tensor) -> tf.Tensor:
     """The index of the last unmasked token of each row: (..., T) -> (...)"""
+    limits.check_pooled(mask.shape[-1])
     kept = tf.cast(tf.cast(tf.reverse(mask, [-1]), tf.bool), tf.int32)
     return sizes(mask)[-1] - 1 - tf.argmax(kept, -1, output_type=tf.int32)
 

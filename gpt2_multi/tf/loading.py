@@ -231,7 +231,7 @@ class TFGPT2PreTrainedModel(keras.Model):
         """
         if new_num_tokens is None:
             return self.get_input_embeddings()
-        refuse_quantized(self, "resized; resize it before you quantize it")
+        refuse_adapted(self, "resized")
         self.config.vocab_size = new_num_tokens
         wte = self.body().wte
         replace_variable(wte, "embeddings", _resized(wte.embeddings, new_num_tokens))
@@ -245,7 +245,7 @@ class TFGPT2PreTrainedModel(keras.Model):
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
-        refuse_quantized(self, "pruned; prune it before you quantize it")
+        refuse_adapted(self, "pruned")
         gone = {layer: set(heads) for layer, heads in self.config.pruned_heads.items()}
         for layer, heads in heads_to_prune.items():
             gone[layer] = gone.get(layer, set()) | set(heads)
@@ -272,6 +272,13 @@ def refuse_quantized(model: keras.Model, what: str) -> None:
     """Quantized variables are not what the table says."""
     if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
         raise CheckpointError(f"{model.name}: a quantized model cannot be {what}")
+
+
+def refuse_adapted(model: keras.Model, what: str) -> None:
+    """LoRA's updates have the shapes that the variables had."""
+    refuse_quantized(model, f"{what}; do it before you quantize the model")
+    if any(getattr(layer, "lora_enabled", False) for layer in model._flatten_layers()):
+        raise CheckpointError(f"{model.name}: a model with LoRA cannot be {what}; save_pretrained merges its updates")
 
 
 def _resized(rows: tf.Tensor, number: int) -> tf.Tensor:
