@@ -46,28 +46,28 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run every test, with every framework installed in one environment."""
     install(session, ".[all,docs]", *TOOLS, *PEERS)
-    pytest(session, "--backends=pt")
+    pytest(session, "--backends=pt,tf")
 
 
 @nox.session
 def core(session: nox.Session) -> None:
     """Run the tests of the core, without any framework."""
     install(session, ".", *TOOLS)
-    pytest(session, "--backends=", "--ignore-glob=*test_pt_*")
+    pytest(session, "--backends=", "--ignore-glob=*test_pt_*", "--ignore-glob=*test_tf_*")
 
 
 @nox.session
 def pt(session: nox.Session) -> None:
     """Run the tests of the core and of PyTorch."""
     install(session, ".[pt]", *TOOLS, *PEERS)
-    pytest(session, "--backends=pt")
+    pytest(session, "--backends=pt", "--ignore-glob=*test_tf_*")
 
 
 @nox.session
 def tf(session: nox.Session) -> None:
-    """Run the tests that need TensorFlow and no other framework."""
-    install(session, ".[tf]", *TOOLS)
-    pytest(session, "tests/test_tokenizer.py")
+    """Run the tests of the core and of TensorFlow, without any other framework."""
+    install(session, ".[tf,examples]", *TOOLS)
+    pytest(session, "--backends=tf", "--ignore-glob=*test_pt_*")
 
 
 @nox.session

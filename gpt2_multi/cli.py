@@ -54,6 +54,7 @@ def _prepare_process() -> None:
     if sys.stdout is None:
         _fail("standard output is closed; open it, or send it to a file", 1)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):

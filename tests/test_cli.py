@@ -126,6 +126,14 @@ def test_the_seed_decides_the_text(tiny: Path) -> None:
 
 
 @needs_pt
+@pytest.mark.parametrize("how", [("--greedy",), ("--seed", "3"), ("--seed", "3", "--stream", "--top-p", "0.8")])
+def test_every_backend_writes_the_same_text(tiny: Path, how: tuple[str, ...]) -> None:
+    pytest.importorskip("tensorflow")
+    args = ("generate", "Hello", "--model", tiny, "--max-new-tokens", "12", *how)
+    assert good(*args, "--backend", "tf") == good(*args, "--backend", "pt")
+
+
+@needs_pt
 def test_several_texts_are_told_apart(tiny: Path) -> None:
     args = ("generate", "Hi", "--model", tiny, "--max-new-tokens", "4", "--top-k", "3")
     text = good(*args, "--num-return-sequences", "2", "--seed", "5")
@@ -404,7 +412,8 @@ def test_doctor_fails_where_one_weight_is_wrong(demo: None, monkeypatch: pytest.
     assert result.stderr.startswith("gpt2-multi: wrong results: pt on cpu in float64, pt on cpu in float32")
     report = json.loads(result.stdout)
     assert not report["ok"]
-    assert {f["problem"] for f in report["findings"] if f["dtype"] == "float32"} == {"the logits are wrong"}
+    found = {f["backend"]: f["problem"] for f in report["findings"] if f["dtype"] == "float32"}
+    assert found.pop("pt") == "the logits are wrong" and set(found.values()) <= {None}
     assert "the logits are wrong" in run("doctor").stdout
 
 
@@ -423,11 +432,12 @@ def test_doctor_survives_a_broken_device(
     result = run("doctor", "--json")
     assert result.exit_code == 1
     findings = json.loads(result.stdout)["findings"]
-    assert {(f["error"], f["problem"]) for f in findings} == {(None, problem)}
+    assert {(f["error"], f["problem"]) for f in findings if f["backend"] == "pt"} == {(None, problem)}
+    assert all(f["problem"] is None for f in findings if f["backend"] != "pt")
 
 
 def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match="backend: expected one of pt, found 'mx'"):
+    with pytest.raises(ValueError, match="backend: expected one of pt, tf, found 'mx'"):
         backends.load("mx")
 
 

@@ -37,6 +37,7 @@ class TFGPT2LMHeadModel(TFGPT2PreTrainedModel):
     """GPT-2 with the language-model head, tied to the token embedding unless the configuration says otherwise."""
 
     head = "lm"
+    output_class = CausalLMOutputWithCrossAttentions
     generation_config: GenerationConfig
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
@@ -137,6 +138,7 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
     """GPT-2 with the language-model head and a multiple-choice head."""
 
     head = "double_heads"
+    output_class = GPT2DoubleHeadsModelOutput
     label_names = ("labels", "mc_labels")
     logit_names = ("logits", "mc_logits")
 
@@ -201,6 +203,7 @@ class TFGPT2ForSequenceClassification(TFGPT2PreTrainedModel):
     """GPT-2 with a classifier of the whole text, at its last token."""
 
     head = "sequence_classification"
+    output_class = SequenceClassifierOutputWithPast
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
@@ -255,6 +258,7 @@ class TFGPT2ForTokenClassification(TFGPT2PreTrainedModel):
     """GPT-2 with a classifier of each token."""
 
     head = "token_classification"
+    output_class = TokenClassifierOutput
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
@@ -295,6 +299,7 @@ class TFGPT2ForQuestionAnswering(TFGPT2PreTrainedModel):
     """GPT-2 with a head that marks where an answer starts and ends."""
 
     head = "question_answering"
+    output_class = QuestionAnsweringModelOutput
     label_names = ("start_positions", "end_positions")
     logit_names = ("start_logits", "end_logits")
 

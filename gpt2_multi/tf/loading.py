@@ -16,8 +16,9 @@ from gpt2_multi.checkpoint import read_weights, replaced, write_weights
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.hub import resolve
+from gpt2_multi.outputs import Output
 from gpt2_multi.sampling import GenerationConfig
-from gpt2_multi.tf import training
+from gpt2_multi.tf import fitting, quantization
 from gpt2_multi.tf.arguments import as_keywords
 from gpt2_multi.tf.layers import replace_variable
 from gpt2_multi.weights import KERAS, Weight, table
@@ -72,7 +73,8 @@ class TFGPT2PreTrainedModel(keras.Model):
     """
 
     head: ClassVar[str]
-    label_names: ClassVar[tuple[str, ...]] = ("labels",)  # inputs of the loss
+    output_class: ClassVar[type[Output]]
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)  # inputs of the loss, in the order of their logits
     logit_names: ClassVar[tuple[str, ...]] = ("logits",)  # outputs that a loss or a metric of `compile` sees
     generation_config: GenerationConfig | None = None  # of the classes that generate
 
@@ -118,22 +120,35 @@ class TFGPT2PreTrainedModel(keras.Model):
             place = place[int(part)] if part.isdigit() else getattr(place, part)
         return place
 
+    def owners(self) -> dict[str, keras.layers.Layer]:
+        """Every layer that has weights, by its name in the table."""
+        return {weight.path: self.owner(weight) for weight in table(self.config, self.head)}
+
     def variable(self, weight: Weight) -> Any:
         """The variable that a row of the table is; with LoRA, its value with the update merged in."""
         return getattr(self.owner(weight), KERAS.leaves[weight.kind])
 
-    train_step = training.train_step
-    test_step = training.test_step
-    predict_step = training.predict_step
-    compute_loss = training.compute_loss
-    compute_metrics = training.compute_metrics
+    compile = fitting.compile
+    compile_from_config = fitting.compile_from_config
+    _maybe_symbolic_build = fitting.build_compiled
+    train_step = fitting.train_step
+    test_step = fitting.test_step
+    predict_step = fitting.predict_step
+    predict = fitting.predict
+    predict_on_batch = fitting.predict_on_batch
+    compute_loss = fitting.compute_loss
+    compute_metrics = fitting.compute_metrics
+    quantize = quantization.quantize
+    load_weights = quantization.load_weights
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` makes the same model from."""
         policy = keras.dtype_policies.serialize(self.dtype_policy)
-        generation = {} if self.generation_config is None else {"generation_config": asdict(self.generation_config)}
-        own = {"config": self.config.to_dict(), "name": self.name, "trainable": self.trainable, "dtype": policy}
-        return own | generation
+        keys = {"config": self.config.to_dict(), "name": self.name, "trainable": self.trainable, "dtype": policy}
+        if self.generation_config is not None:
+            keys["generation_config"] = asdict(self.generation_config)
+        modes = quantization.modes(self)
+        return {**keys, "quantized": modes} if modes else keys
 
     @classmethod
     def from_config(cls, config: GPT2Config | Mapping[str, Any], **options: Any) -> Self:
@@ -143,10 +158,11 @@ class TFGPT2PreTrainedModel(keras.Model):
         if "config" not in config:
             return cls(GPT2Config.from_dict(config), **options)
         keys = {**config, **options}
-        generation = keys.pop("generation_config", None)
+        generation, modes = keys.pop("generation_config", None), keys.pop("quantized", {})
         model = cls(GPT2Config.from_dict(keys.pop("config")), **keys)
         if generation is not None:
             model.generation_config = GenerationConfig(**generation)
+        quantization.restore(model, modes)
         return model
 
     @classmethod

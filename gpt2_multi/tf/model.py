@@ -115,6 +115,9 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
     """
 
     head = "base"
+    output_class = BaseModelOutputWithPastAndCrossAttentions
+    label_names = ()
+    logit_names = ("last_hidden_state",)
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)

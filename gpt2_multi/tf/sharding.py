@@ -1,20 +1,55 @@
 """Training on several devices with `tf.distribute`: every replica holds every variable and takes a part of the batch.
 
-strategy = tf.distribute.MirroredStrategy()
-with strategy.scope():
-    model = TFGPT2LMHeadModel.from_pretrained("gpt2")
-    model.compile("adamw")
-model.fit(dataset)
+    strategy = tf.distribute.MirroredStrategy()  # all GPUs of this host
+    with strategy.scope():  # variables, the optimizer's too, are made on every device
+        model = TFGPT2LMHeadModel.from_pretrained("gpt2")
+        model.compile(AdamW(5e-5))
+    model.fit(dataset)  # `dataset` has batches for all replicas together
+
+Replicated are the weights, the optimizer's state and the metrics; split by rows are the batch and its activations; each
+update sums the gradients of all replicas, so that the weights stay equal. One model has to fit into one device.
+
+On several hosts each runs the same program, with TF_CONFIG in its environment, before anything else of TensorFlow:
+
+    # TF_CONFIG='{"cluster": {"worker": ["host0:1234", "host1:1234"]}, "task": {"type": "worker", "index": 0}}'
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+
+with a batch for all workers together; only the worker of index 0 should write the model folder.
+
+The model's own loss is the mean over the counted labels of all replicas, whatever part of them each one has, so `fit`
+gives what one device gives. A compiled loss is Keras': the mean of the replicas' means. A loop of your own that calls
+`strategy.run` gets each replica's part of the mean as `.loss`: take its gradient as it is, and sum it to report it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import keras
 import tensorflow as tf
 
 
-def over_replicas(count: tf.Tensor) -> tf.Tensor:
-    """A count summed over all replicas: divided by it, a replica's sum of losses is its part of the mean over all."""
+def replicas() -> int:
+    """How many replicas run this code: 1 without a strategy."""
     context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return count
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, count)
+    return 1 if context is None else int(context.num_replicas_in_sync)
+
+
+def over_replicas(part: tf.Tensor) -> tf.Tensor:
+    """A number summed over all replicas, () -> ()."""
+    if replicas() == 1:
+        return part
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, part)
+
+
+class LossOverReplicas(keras.metrics.Mean):
+    """The loss that `fit` reports: of all replicas, weighted by all their rows.
+
+    Keras hands it a replica's part times the number of replicas, weighted by that replica's rows: no mean where one has
+    fewer rows, as in the last batch.
+    """
+
+    def update_state(self, values: tf.Tensor, sample_weight: Any = None) -> None:
+        """values: (), sample_weight: (), both of this replica."""
+        rows = tf.cast(1 if sample_weight is None else sample_weight, tf.float32)
+        super().update_state(over_replicas(values) / replicas(), over_replicas(rows) / replicas())

@@ -1,23 +1,16 @@
-"""Losses, what `fit` does with labels, optimizer settings and the learning-rate schedule.
-
-The steps and `compute_loss` are methods of every model: Keras calls them from `fit`, `evaluate` and `predict`.
-"""
+"""Losses, the optimizer and the learning-rate schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import math
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from gpt2_multi import limits
-from gpt2_multi.errors import InputError
+from gpt2_multi.tf.checks import check_integers, extremes, is_concrete, shape
 from gpt2_multi.tf.sharding import over_replicas
-
-if TYPE_CHECKING:
-    from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 
 IGNORED = -100
 
@@ -50,8 +43,6 @@ def widened(logits: tf.Tensor) -> tf.Tensor:
 
 def check_labels(labels: tf.Tensor, logits: tf.Tensor) -> None:
     """Labels (...) have to fit logits (..., K) in shape, and be classes or -100."""
-    from gpt2_multi.tf.checks import check_integers, extremes, is_concrete, shape
-
     expected = logits.shape[:-1]
     limits.check_shape("labels", shape(labels, *expected), expected)
     check_integers("labels", labels)
@@ -97,8 +88,6 @@ def classification_loss(logits: tf.Tensor, labels: tf.Tensor, problem_type: str 
 
 def check_fit(labels: tf.Tensor, logits: tf.Tensor) -> None:
     """Labels that are numbers have to have the logits' shape."""
-    from gpt2_multi.tf.checks import shape
-
     limits.check_shape("labels", shape(labels, *logits.shape), logits.shape)
 
 
@@ -113,95 +102,38 @@ def span_loss(start_logits: tf.Tensor, end_logits: tf.Tensor, start: tf.Tensor, 
     return (one(start_logits, start) + one(end_logits, end)) / 2
 
 
-def adamw(learning_rate: Any = 5e-5, weight_decay: float = 0.1, **options: Any) -> keras.optimizers.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) that decays matrices and embeddings, not biases and layer norms."""
-    optimizer = keras.optimizers.AdamW(learning_rate, weight_decay=weight_decay, **options)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    return optimizer
+@keras.saving.register_keras_serializable("gpt2_multi")
+class AdamW(keras.optimizers.AdamW):
+    """AdamW (Loshchilov and Hutter 2019) that decays matrices and embeddings, not biases and layer norms.
+
+    A class, since Keras' own forgets what it does not decay when it is saved. `options` are Keras', such as
+    `global_clipnorm=1.0`.
+    """
+
+    def __init__(self, learning_rate: Any = 5e-5, weight_decay: float = 0.1, **options: Any) -> None:
+        super().__init__(learning_rate, weight_decay=weight_decay, **options)
+        self.exclude_from_weight_decay(var_names=["^bias$", "^gamma$", "^beta$"])
 
 
-def cosine_schedule(
-    learning_rate: float, steps: int, warmup: int = 0, least: float = 0.1
-) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Linear warm-up, then a cosine down to the fraction `least` (Loshchilov and Hutter 2017)."""
-    return keras.optimizers.schedules.CosineDecay(
-        learning_rate / max(warmup, 1) if warmup else learning_rate,
-        max(steps - warmup, 1),
-        alpha=least,
-        warmup_target=learning_rate if warmup else None,
-        warmup_steps=warmup,
-    )
+def cosine_schedule(step: tf.Tensor, steps: int, warmup: int = 0, least: float = 0.1) -> tf.Tensor:
+    """The factor of the learning rate: linear warm-up, then a cosine down to `least` (Loshchilov and Hutter 2017)."""
+    step = tf.cast(step, tf.float32)
+    done = tf.clip_by_value((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+    cosine = least + (1 - least) * 0.5 * (1 + tf.cos(math.pi * done))
+    return tf.where(step < warmup, (step + 1) / max(warmup, 1), cosine)
 
 
-def labelled(model: TFGPT2PreTrainedModel, data: Any) -> tuple[dict[str, Any], Any, Any]:
-    """A batch of `fit` as (inputs, labels, sample weights); with no loss compiled, the labels are inputs too."""
-    from gpt2_multi.tf.loading import as_keywords
+@keras.saving.register_keras_serializable("gpt2_multi")
+class CosineSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """`cosine_schedule` of a learning rate, for an optimizer; Keras' CosineDecay warms up otherwise, from step 0."""
 
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    inputs = as_keywords(type(model), (x,), {})
-    given = {name: inputs.pop(name) for name in model.label_names if name in inputs}
-    if y is not None:
-        given |= dict(y) if isinstance(y, Mapping) else {model.label_names[0]: y}
-    if model._compile_loss is None:
-        check_trainable(given, weight)
-        inputs |= given
-    return inputs, given[model.label_names[0]] if len(given) == 1 else given, weight
+    def __init__(self, learning_rate: float, steps: int, warmup: int = 0, least: float = 0.1) -> None:
+        self.settings = {"learning_rate": learning_rate, "steps": steps, "warmup": warmup, "least": least}
 
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        learning_rate, *shape = self.settings.values()
+        return learning_rate * cosine_schedule(step, *shape)
 
-def check_trainable(given: Mapping[str, Any], weight: Any) -> None:
-    """The model's own loss needs labels, and has no use for weights."""
-    if not given:
-        raise InputError(
-            "fit and evaluate need labels: in the inputs (x={'input_ids': ids, 'labels': ids}) or as y; "
-            "the language model shifts them itself"
-        )
-    if weight is not None:
-        raise InputError("sample_weight: the model's own loss is a mean over labels; compile a loss to weight samples")
-
-
-def train_step(self: TFGPT2PreTrainedModel, data: Any) -> dict[str, Any]:
-    """One update: Keras' own, on what `labelled` made of the batch."""
-    return keras.Model.train_step(self, labelled(self, data))
-
-
-def test_step(self: TFGPT2PreTrainedModel, data: Any) -> dict[str, Any]:
-    """One batch of `evaluate`."""
-    return keras.Model.test_step(self, labelled(self, data))
-
-
-def predict_step(self: TFGPT2PreTrainedModel, data: Any) -> Any:
-    """One batch of `predict`: the outputs without labels, losses and caches, which do not add up over batches."""
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    from gpt2_multi.tf.loading import as_keywords
-
-    inputs = as_keywords(type(self), (x,), {})
-    inputs = {name: value for name, value in inputs.items() if name not in self.label_names}
-    output = self(**inputs, training=False, return_dict=True)
-    return replace(output, past_key_values=None) if hasattr(output, "past_key_values") else output
-
-
-def compute_loss(
-    self: TFGPT2PreTrainedModel,
-    x: Any = None,
-    y: Any = None,
-    y_pred: Any = None,
-    sample_weight: Any = None,
-    training: bool = True,
-) -> tf.Tensor:
-    """The compiled loss of labels and logits, or the model's own, and what layers added."""
-    if self._compile_loss is not None:
-        return keras.Model.compute_loss(self, x, y, logits_of(self, y_pred), sample_weight, training)
-    return tf.add_n([y_pred.loss, *(tf.cast(loss, y_pred.loss.dtype) for loss in self.losses)])
-
-
-def compute_metrics(
-    self: TFGPT2PreTrainedModel, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
-) -> dict[str, Any]:
-    """Keras' metrics, which see labels and logits."""
-    return keras.Model.compute_metrics(self, x, y, logits_of(self, y_pred), sample_weight)
-
-
-def logits_of(model: TFGPT2PreTrainedModel, output: Any) -> Any:
-    """What a loss or a metric sees of an output: the logits, or all of them by name where there are several."""
-    logits = {name: output[name] for name in model.logit_names}
-    return logits if len(logits) > 1 else next(iter(logits.values()))
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` makes the same schedule from."""
+        return dict(self.settings)
