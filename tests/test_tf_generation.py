@@ -247,6 +247,14 @@ def test_noise_equals_the_specification(seed):
             np.testing.assert_allclose(found[row], expected, rtol=1e-12, atol=1e-15)
 
 
+def test_xla_compiles_samples_from_a_multiple_of_eight_words():
+    """As one expression, the rounds of the noise kept it busy without an end there."""
+    logits = tf.constant(np.random.default_rng(0).normal(size=(2, 64)))
+    seed, step = tf.constant(5, tf.uint64), tf.constant(3)
+    compiled = tf.function(rules.sample, jit_compile=True, autograph=False)
+    assert (compiled(logits, seed, step) == rules.sample(logits, seed, step)).numpy().all()
+
+
 BAD = {
     "an unknown option": ({"temprature": 1}, TypeError, "no option 'temprature'; did you mean 'temperature'"),
     "a bad value": ({"top_p": 2}, InputError, "top_p: expected a number above 0, up to 1, found 2"),
