@@ -36,7 +36,7 @@ def compile(self: TFGPT2PreTrainedModel, *args: Any, **options: Any) -> None:
     keras.Model.compile(self, *args, **options)
     check_moments(self.optimizer, self.variable_dtype)
     if self._compile_loss is None:
-        vars(self)["_loss_tracker"] = LossOverReplicas(name="loss")  # as an attribute it would be listed twice
+        self.__dict__["_loss_tracker"] = LossOverReplicas(name="loss")  # as an attribute it would be listed twice
 
 
 def check_moments(optimizer: Any, dtype: str) -> None:
