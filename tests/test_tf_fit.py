@@ -365,6 +365,20 @@ def test_gradients_are_accumulated():
     assert np.abs(whole(IDS).logits - new()(IDS).logits).max() > 0.1
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_train_alike_however_often_a_row_is_looked_up(tied):
+    """A mask of ones gives each row of a batch positions of its own, whose gradients are slices of the same rows."""
+    model, masked = (new(tie_word_embeddings=tied) for _ in range(2))
+    for each, mask in ((model, None), (masked, np.ones_like(IDS))):
+        each.compile(keras.optimizers.Adam(1e-2, epsilon=1e-3), **FAST)
+        fit(each, {**LABELLED, **({} if mask is None else {"attention_mask": mask})}, batch_size=7)
+    for one, other in zip(model.trainable_variables, masked.trainable_variables, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    with tf.GradientTape() as tape:
+        loss = model(IDS, labels=IDS).loss
+    assert all(tf.is_tensor(gradient) for gradient in tape.gradient(loss, model.trainable_variables))
+
+
 def test_biases_and_layer_norms_do_not_decay():
     plain, decayed = compiled(AdamW(1e-2, weight_decay=0.0)), compiled(AdamW(1e-2, weight_decay=0.5))
     for model in (plain, decayed):
