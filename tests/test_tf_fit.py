@@ -399,7 +399,9 @@ def test_biases_and_layer_norms_do_not_decay():
     ("steps", "warmup", "least"), [(20, 5, 0.1), (20, 0, 0.0), (5, 5, 0.1), (1, 0, 0.3), (7, 9, 0)]
 )
 def test_the_schedule_is_pytorch_s(steps, warmup, least):
-    training = pytest.importorskip("gpt2_multi.pt.training") if pytest.importorskip("torch") else None
+    pytest.importorskip("torch")
+    from gpt2_multi.pt import training
+
     schedule = CosineSchedule(3e-4, steps, warmup, least)
     for step in range(steps + 5):
         expected = training.cosine_schedule(step, steps, warmup, least)
