@@ -49,7 +49,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test, with every framework installed in one environment."""
-    install(session, ".[all,docs]", *TOOLS, *PEERS)
+    install(session, ".[all,docs,examples]", *TOOLS, *PEERS)
     pytest(session, "--backends=pt,tf")
 
 

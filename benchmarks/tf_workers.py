@@ -58,7 +58,8 @@ class Worker:
         """What the peer prints next; the first is its version."""
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line:
-            raise PeerError((self.log.read_text("utf-8", "replace").strip().splitlines() or ["it said nothing"])[-1])
+            last = self.log.read_text("utf-8", "replace").strip().splitlines() or ["it said nothing"]
+            raise PeerError(f"{last[-1]} (exit code {self.process.wait()})")  # -9 is for too little memory, as a rule
         return json.loads(line)
 
 
