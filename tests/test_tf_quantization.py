@@ -20,9 +20,10 @@ def relative(found, expected):
     return np.sqrt(np.mean(np.square(found - expected)) / np.mean(np.square(expected)))
 
 
-# Bounds are about twice what was measured: 0.0090, 0.0143, 0.096 and 0.030.
+# Bounds are twice what was measured: 0.0141, 0.0146, 0.156 and 0.0645.
 @pytest.mark.parametrize(
-    ("mode", "tied", "bound"), [("int8", True, 0.03), ("int8", False, 0.03), ("int4", True, 0.3), ("float8", True, 0.1)]
+    ("mode", "tied", "bound"),
+    [("int8", True, 0.03), ("int8", False, 0.03), ("int4", True, 0.3), ("float8", True, 0.13)],
 )
 def test_a_quantized_model_is_close_and_survives_a_file(mode, tied, bound, tmp_path):
     model = new(tie_word_embeddings=tied)
