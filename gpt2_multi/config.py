@@ -54,7 +54,7 @@ def _numbered_labels(number: int) -> dict[int, str]:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, _NAMES, n=1)
+    near = difflib.get_close_matches(name, _KEYS, n=1)
     return f"GPT2Config has no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 

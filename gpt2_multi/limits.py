@@ -59,7 +59,7 @@ def check_mask(found: Shape, batch: int, heads: int, length: int, keys: int) -> 
 def check_integers(name: str, found: object, fits: bool) -> None:
     """Ids are integers."""
     if not fits:
-        raise InputError(f"{name}: expected integers, found {found}; ids come from the tokenizer")
+        raise InputError(f"{name}: expected integers, found {found}; ids are int32 or int64, from the tokenizer")
 
 
 def check_head_mask(found: Shape, sizes: Shape) -> None:

@@ -222,11 +222,11 @@ def test_rules_equal_the_specification(rule, dtype):
             p = float(rng.uniform(0.01, 0.99))
             found, expected = rules.keep_top_p(logits, p), sampling.keep_top_p(logits, p)
         elif rule == "penalty":
-            found = rules.penalise(logits, ids, mask, 1.7)
+            found = rules.penalise(*map(tf.constant, (logits, ids, mask)), 1.7)
             expected = [sampling.penalise(a, b[m], 1.7) for a, b, m in rows]
         else:
             size = int(rng.integers(1, 4))
-            found = rules.ban_repeats(tf.constant(logits), ids, mask, 12, size)
+            found = rules.ban_repeats(*map(tf.constant, (logits, ids, mask)), 12, size)
             expected = [sampling.ban_repeats(a, b[m], size) for a, b, m in rows]
         np.testing.assert_allclose(found.numpy(), np.stack(list(expected)), rtol=1e-6)
 

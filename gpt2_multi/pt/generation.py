@@ -224,14 +224,18 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def sample(logits: Tensor, keys: tuple[Tensor, Tensor], step: int) -> Tensor:
-    """Draw from softmax(logits) by Gumbel noise, which is computed for the kept tokens alone: (B, V) -> (B,)"""
-    kept = max(int((logits > -torch.inf).sum(-1).max()), 1) if len(logits) else 1  # 1: nothing left, and id 0 follows
+    """Draw from softmax(logits) by Gumbel noise, which is computed for the kept tokens alone: (B, V) -> (B,)
+
+    Where nothing is left, id 0 follows.
+    """
+    kept = max(int((logits > -torch.inf).sum(-1).max()), 1) if len(logits) else 1
     if kept == logits.shape[-1]:
         tokens = torch.arange(kept, device=logits.device).expand_as(logits)
     else:
         tokens = logits.topk(kept, sorted=False).indices.sort(-1).values  # (B, K), so that ties go to the lowest id
     scores = logits.gather(-1, tokens) + gumbel(keys, step, tokens, logits.dtype)
-    return tokens.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1)
+    best, place = scores.max(-1, keepdim=True)
+    return tokens.gather(-1, place).masked_fill(best == -torch.inf, 0).squeeze(-1)
 
 
 def stream_keys(seed: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -58,8 +58,12 @@ def in_order(call: str, names: Sequence[str], values: Sequence[Any]) -> dict[str
 
 def as_tensor(name: str, value: Any) -> Any:
     """Nested lists as an array; what has a shape as it is, for Keras to convert."""
-    dense = hasattr(value, "shape") and not isinstance(value, (tf.RaggedTensor, tf.SparseTensor))
-    if name in NO_TENSORS or dense:
+    if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
+        kind = type(value).__name__
+        raise InputError(f"{name}: expected a tensor, found {kind}; make it dense, and give attention_mask")
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        value = value.tolist()
+    if name in NO_TENSORS or hasattr(value, "shape"):
         return value
     if isinstance(value, (list, tuple)):
         return from_lists(name, value)

@@ -25,9 +25,18 @@ def check_tensors(**inputs: object) -> None:
             raise InputError(f"{name}: expected a tensor, found {type(value).__name__}; use tf.convert_to_tensor")
 
 
+def check_numbers(**inputs: tf.Tensor | None) -> None:
+    """What is cast has to be numbers or booleans."""
+    for name, value in inputs.items():
+        if value is not None and value.dtype == tf.string:
+            raise InputError(f"{name}: expected numbers, found strings; the tokenizer makes them of texts")
+
+
 def shape(x: tf.Tensor, *expected: int | None) -> tuple[int, ...]:
     """The shape of a tensor, in which sizes that are unknown yet count as the expected ones."""
-    wanted = expected if x.shape.rank == len(expected) else [None] * (x.shape.rank or 0)
+    if x.shape.rank is None:
+        raise InputError("found a tensor whose rank is not known while tracing; tell it with tf.ensure_shape")
+    wanted = expected if x.shape.rank == len(expected) else [None] * x.shape.rank
     return tuple((w or 0) if size is None else size for size, w in zip(x.shape, wanted, strict=True))
 
 
@@ -78,7 +87,11 @@ def check_shapes(
 ) -> None:
     """Every input has to fit the (B, T) of the call and what is cached; the sizes that are not known yet do."""
     check_tensors(attention_mask=mask, token_type_ids=types, position_ids=position_ids, head_mask=head_mask)
+    check_numbers(attention_mask=mask, head_mask=head_mask)
     batch, length, past = source.shape[0], source.shape[1], cache.length
+    counted = position_ids is None and (mask is None or mask.shape.rank != 2)  # positions are indices
+    if counted and isinstance(length, int) and isinstance(past, int):
+        limits.check_positions(0, past + length - 1, model.wpe.input_dim)
     if batch is None or length is None or not isinstance(past, int):
         return
     if cache.layers:
@@ -102,6 +115,7 @@ def check_shapes(
 def check_states(model: TFGPT2Model, batch: int | None, states: tf.Tensor | None, mask: tf.Tensor | None) -> None:
     """An encoder's states are (B, encoder length, E), their mask (B, encoder length)."""
     check_tensors(encoder_hidden_states=states, encoder_attention_mask=mask)
+    check_numbers(encoder_hidden_states=states, encoder_attention_mask=mask)
     if states is not None:
         limits.check_encoder(model.config.add_cross_attention)
         known = shape(states, batch, None, None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
+from gpt2_multi import limits
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.sampling import GenerationConfig
 from gpt2_multi.tf.generation import decode, prepare
@@ -40,13 +41,14 @@ def export_saved_model(
     config = (generation_config or self.generation_config).with_options(options)
     if config.max_length is not None and config.max_new_tokens is None:
         raise InputError("max_length: a SavedModel is for prompts of every length; give max_new_tokens instead")
+    limits.check_context(1, config.total_length(0), self.transformer.wpe.input_dim)
     root = tf.Module()
     root.held = [variable.value for variable in self.variables]
     signatures = {
         name: tf.function(made(self, config), input_signature=INPUTS, jit_compile=jit_compile or None, autograph=False)
         for name, made in (("logits", logits_of), ("generate", generation_of))
     }
-    _save_whole(Path(folder), lambda stage: tf.saved_model.save(root, stage, signatures))
+    _save_whole(Path(folder).resolve(), lambda stage: tf.saved_model.save(root, stage, signatures))
 
 
 def logits_of(model: TFGPT2LMHeadModel, config: GenerationConfig) -> Callable[..., dict[str, tf.Tensor]]:
@@ -93,12 +95,18 @@ def _asserted(model: TFGPT2LMHeadModel, ids: tf.Tensor, mask: tf.Tensor, new: in
 def _save_whole(target: Path, save: Callable[[str], None]) -> None:
     if target.exists() and not (target / "saved_model.pb").exists() and (target.is_file() or any(target.iterdir())):
         raise CheckpointError(f"{target}: expected a new folder or a SavedModel to replace, found something else")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        save(str(stage / "new"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target}: expected a folder to write a SavedModel in, found none ({error})") from None
+    new, old = stage / "new", stage / "old"
+    try:
+        save(str(new))
         if target.exists():
-            target.rename(stage / "old")
-        (stage / "new").rename(target)
+            target.rename(old)
+        new.rename(target)
     finally:
+        if old.exists() and not target.exists():  # stopped between the two
+            old.rename(target)
         shutil.rmtree(stage, ignore_errors=True)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from gpt2_multi import limits
+from gpt2_multi.errors import InputError
 from gpt2_multi.sampling import GenerationConfig, bucket
 from gpt2_multi.tf.arguments import as_tensor
 from gpt2_multi.tf.attention import Context, KVCache, causal_bias, hiding, key_bias, positions, sizes
-from gpt2_multi.tf.checks import check_integers, check_states, extremes, is_concrete, shape
+from gpt2_multi.tf.checks import check_integers, check_numbers, check_states, extremes, is_concrete, shape
 from gpt2_multi.tf.rules import Options, choose
 
 if TYPE_CHECKING:
@@ -57,13 +58,13 @@ def generate(
     `options` are the fields of `GenerationConfig`, on top of `generation_config` or the model's own. Without
     `attention_mask` every id counts; with it, padding may stand on either side, and each row gets what it gets alone.
     The loop is one function, compiled by XLA unless `jit_compile` is False. Called while another function is traced, it
-    becomes a part of that, and always returns the greatest length.
+    becomes a part of that, and always returns the greatest length; a prompt of unknown length needs `max_new_tokens`.
     Raises InputError for an id outside the vocabulary, a text beyond `n_positions` and unusable options, and TypeError
     for an unknown option.
     """
     config = (generation_config or self.generation_config).with_options(options)
     prompt = prepare(self, config, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask)
-    new = config.total_length(prompt.ids.shape[1]) - prompt.ids.shape[1]
+    new = room_after(config, prompt.ids.shape[1])
     input_ids = tf.repeat(tf.convert_to_tensor(input_ids), config.num_return_sequences, axis=0)
     if not new or prompt.ids.shape[0] == 0:
         return tf.pad(input_ids, [(0, 0), (0, new)])
@@ -94,7 +95,7 @@ def stream_tokens(
 
 
 def _stream(model: TFGPT2LMHeadModel, config: GenerationConfig, prompt: Prompt, jit: bool) -> Iterator[tf.Tensor]:
-    new = config.total_length(prompt.ids.shape[1]) - prompt.ids.shape[1]
+    new = room_after(config, prompt.ids.shape[1])
     if not new:
         return
     prompt, options = bucketed(prompt), Options.of(config)
@@ -111,17 +112,27 @@ def decoders(model: TFGPT2LMHeadModel) -> dict[str, Callable[..., Any]]:
     """The functions that a model generates with, by how they are compiled."""
     parts: dict[str, Callable[..., Any]] = {"": decode, "begin ": begin, "advance ": advance}
     ways = {"graph": False, "xla": True}
-    return {
+    functions = {
         f"{p}{w}": tf.function(partial(f, model), jit_compile=j, autograph=False)
         for p, f in parts.items()
         for w, j in ways.items()
     }
+    for function in functions.values():
+        function._omit_frequent_tracing_warning = True  # five buckets in a row are no mistake
+    return functions
 
 
 def bucketed(prompt: Prompt) -> Prompt:
     """The prompt with padding before it, up to its bucket's length."""
     more = [(0, 0), (bucket(prompt.ids.shape[1]) - prompt.ids.shape[1], 0)]
     return prompt._replace(ids=tf.pad(prompt.ids, more), mask=tf.pad(prompt.mask, more))
+
+
+def room_after(config: GenerationConfig, prompt: int | None) -> int:
+    """How many tokens may follow a prompt; None is a length that is not known yet."""
+    if prompt is None and config.max_new_tokens is None and config.max_length is not None:
+        raise InputError("max_length: the prompt's length is not known while tracing; give max_new_tokens instead")
+    return config.total_length(prompt or 0) - (prompt or 0)
 
 
 def prepare(
@@ -135,20 +146,23 @@ def prepare(
     """Check the input, move padding to the left, and repeat each row `num_return_sequences` times."""
     given = {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": states}
     ids, mask, states, states_mask = (
-        None if value is None else tf.convert_to_tensor(as_tensor(name, value))
+        None if value is None and name != "input_ids" else tf.convert_to_tensor(as_tensor(name, value))
         for name, value in {**given, "encoder_attention_mask": states_mask}.items()
     )
     limits.check_shape("input_ids", shape(ids), (None, None))
-    mask = tf.ones_like(ids, tf.bool) if mask is None else tf.cast(mask, tf.bool)
-    limits.check_shape("attention_mask", shape(mask, *ids.shape), shape(ids))
     check_integers("input_ids", ids)
+    check_numbers(attention_mask=mask)
+    new, longest = room_after(config, ids.shape[1]), model.transformer.wpe.input_dim
+    if mask is None and not is_concrete(ids):
+        limits.check_context(ids.shape[1] or 0, new, longest)
+    mask = tf.ones_like(ids, tf.bool) if mask is None else tf.cast(mask, tf.bool)
+    limits.check_shape("attention_mask", shape(mask, *ids.shape), tuple(ids.shape))
     check_states(model.transformer, ids.shape[0], states, states_mask)
     counts = tf.reduce_sum(tf.cast(mask, tf.int32), -1)
     if is_concrete(ids) and len(ids):
         limits.check_prompts(int(tf.reduce_min(counts)))
         limits.check_ids("input_ids", *extremes(ids), model.transformer.wte.input_dim)
-        new = config.total_length(ids.shape[1]) - ids.shape[1]
-        limits.check_context(int(tf.reduce_max(counts)), new, model.transformer.wpe.input_dim)
+        limits.check_context(int(tf.reduce_max(counts)), new, longest)
     order = tf.argsort(tf.cast(mask, tf.int32), axis=-1, stable=True)  # hidden tokens first
     aligned = (tf.gather(tf.cast(x, d), order, batch_dims=1) for x, d in ((ids, tf.int32), (mask, tf.bool)))
     parts = (*aligned, states, states_mask)

@@ -7,7 +7,6 @@ see there for shapes and errors. `return_dict=False` gives a tuple of the fields
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import keras
@@ -53,10 +52,17 @@ class TFGPT2LMHeadModel(TFGPT2PreTrainedModel):
     stream_tokens = generation.stream_tokens
     export_saved_model = export.export_saved_model
 
-    @cached_property
+    @property
     def decoders(self) -> dict[str, Callable[..., Any]]:
-        """The functions that `generate` and `stream_tokens` run, and how often each was traced."""
-        return generation.decoders(self)
+        """The functions that `generate` and `stream_tokens` run, and how often each was traced.
+
+        A layer with other variables, as `quantize` and `enable_lora` leave it, has them made anew.
+        """
+        seen, functions = self.__dict__.get("_decoders", ((), {}))  # as an attribute Keras would look into it
+        if list(map(id, seen)) != list(map(id, self.weights)):
+            functions = generation.decoders(self)
+            self.__dict__["_decoders"] = (self.weights, functions)
+        return functions
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """Logits over the vocabulary: (..., E) -> (..., V)"""

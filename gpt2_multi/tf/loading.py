@@ -194,7 +194,7 @@ class TFGPT2PreTrainedModel(keras.Model):
     def _source(self, weight: Weight) -> Any:
         value = self.variable(weight)
         dtype = tf.as_dtype(keras.backend.standardize_dtype(value.dtype)).as_numpy_dtype
-        return weight, np.dtype(dtype), lambda: KERAS.layout(weight, keras.ops.convert_to_numpy(value))
+        return weight, np.dtype(dtype), lambda: KERAS.layout(weight, tf.convert_to_tensor(value).numpy())
 
     def get_input_embeddings(self) -> keras.layers.Embedding:
         """The token embedding."""
@@ -240,7 +240,6 @@ class TFGPT2PreTrainedModel(keras.Model):
     def forget_functions(self) -> None:
         """Forget what was traced with variables that are no more."""
         self.train_function = self.test_function = self.predict_function = None
-        self.__dict__.pop("decoders", None)
 
 
 def initial(weight: Weight, dtype: str) -> tf.Tensor:

@@ -133,6 +133,8 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
             embedding.build((None, None))
         self.drop = keras.layers.Dropout(config.embd_pdrop, dtype=policy)
         self.h = [Block(config, layer, name=f"h_{layer}", dtype=policy) for layer in range(config.n_layer)]
+        for block in self.h:
+            self._track_trackable(block, block.name)  # or tf.train.Checkpoint, which sees no list, would leave them out
         self.ln_f = norm(config, "ln_f", policy)
         self.initialise()
 

@@ -15,6 +15,13 @@ import tensorflow as tf
 from gpt2_multi.sampling import PARITY, ROTATIONS, GenerationConfig
 from gpt2_multi.tf.attention import sizes, widened
 
+GREATEST = 2**31 - 1
+
+
+def whole(number: int) -> tf.Tensor:
+    """A number as int32; TensorFlow would let a greater one wrap around."""
+    return tf.constant(min(number, GREATEST), tf.int32)
+
 
 class Options(NamedTuple):
     """The options of `GenerationConfig` as tensors."""
@@ -28,13 +35,13 @@ class Options(NamedTuple):
     min_length: tf.Tensor  # () int32
     min_new_tokens: tf.Tensor  # () int32
     seed: tf.Tensor  # () uint64
-    ends: tf.Tensor  # (number of end tokens, at least one,) int32; -1 is none
+    ends: tf.Tensor  # (a multiple of 4,) int32; -1 is none
     fill: tf.Tensor  # () int32
 
     @classmethod
     def of(cls, config: GenerationConfig) -> Options:
         """The tensors of a configuration."""
-        real, whole = partial(tf.constant, dtype=tf.float64), partial(tf.constant, dtype=tf.int32)
+        real, ends = partial(tf.constant, dtype=tf.float64), [min(end, GREATEST) for end in config.eos_token_ids]
         return cls(
             tf.constant(config.do_sample),
             real(config.temperature),
@@ -45,7 +52,7 @@ class Options(NamedTuple):
             whole(config.min_length),
             whole(config.min_new_tokens or 0),
             tf.constant(config.seed, tf.uint64),
-            whole(list(config.eos_token_ids) or [-1]),
+            tf.constant(ends + [-1] * (4 - len(ends) % 4), tf.int32),  # or each number of them would be traced
             whole(config.fill_token_id),
         )
 
@@ -110,6 +117,7 @@ def penalise(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, penalty: tf.Ten
 def ban_repeats(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, length: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     """Rule out every token that would repeat an n-gram of its row's ids (B, S); windows over padding do not count."""
     place = tf.range(sizes(ids)[1])
+    size = tf.minimum(size, length + 1)  # which repeats nothing, as no longer one does
 
     def narrowed(back: tf.Tensor, repeats: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         before = tf.maximum(place - back, 0)
