@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 @functools.wraps(keras.Model.compile)
 def compile(self: TFGPT2PreTrainedModel, *args: Any, **options: Any) -> None:
     """Keras' own, which otherwise would keep the loss and the metrics of an earlier `compile`."""
-    self.forget_functions()  # `generate` may have been traced before LoRA was enabled
     self._compile_loss = self._compile_metrics = self.loss = None
     keras.Model.compile(self, *args, **options)
     check_moments(self.optimizer, self.variable_dtype)

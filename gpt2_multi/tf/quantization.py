@@ -30,7 +30,6 @@ def quantize(self: TFGPT2PreTrainedModel, mode: str | None = None, config: Any =
     """
     kinds: Any = keras.layers.Dense if mode == "float8" else (keras.layers.Dense, keras.layers.Embedding)
     keras.Model.quantize(self, mode, config, filters or (lambda layer: isinstance(layer, kinds)))
-    self.forget_functions()
 
 
 def modes(model: TFGPT2PreTrainedModel) -> dict[str, tuple[str, Any]]:
