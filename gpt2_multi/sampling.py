@@ -173,6 +173,12 @@ OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def bucket(length: int) -> int:
+    """The length that is compiled for this one: a multiple of 16, and of a quarter of the power of two below it."""
+    size = 1 << (length - 1).bit_length() - 3 if length > 64 else 16
+    return max(-(-length // size), 1) * size
+
+
 def threefry2x32(key: tuple[int, int], counter: tuple[Any, Any]) -> tuple[Array, Array]:
     """The 20-round threefry2x32 of Salmon et al. 2011: two 32-bit words from a two-word key and a two-word counter."""
     keys = [np.uint32(word) for word in (key[0], key[1], key[0] ^ key[1] ^ PARITY)]
