@@ -18,6 +18,10 @@ PEERS = [
     "tokenizers",
     "transformers",
 ]  # what results are held against
+TF_PEERS = {  # of the benchmarks, each in an environment of its own; TensorFlow at the version of constraints.txt
+    "transformers": ["transformers==4.57.6", "tf-keras==2.21.0", "tensorflow==2.21.0"],  # the last with TensorFlow
+    "kerashub": ["keras-hub==0.32.0", "safetensors", "tensorflow==2.21.0"],
+}
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
 
 
@@ -101,7 +105,25 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def bench_tf(session: nox.Session) -> None:
+    """Measure TensorFlow beside its peers, each in an environment of its own: `nox -s bench_tf -- tf_generate`."""
+    install(session, ".[tf]")
+    pythons = {f"GPT2_MULTI_PEER_{name.upper()}": peer(session, name) for name in TF_PEERS}
+    names = session.posargs or ["tf_generate", "tf_train"]
+    session.run("python", "-m", "benchmarks", *names, env=QUIET | pythons)
+
+
+def peer(session: nox.Session, name: str) -> str:
+    """The Python of an environment with one peer. Where the peer cannot be installed, the benchmark says so."""
+    place = Path(session.create_tmp(), name).resolve()
+    python = str(place / ("Scripts" if os.name == "nt" else "bin") / "python")
+    session.run("python", "-m", "venv", str(place))
+    session.run(python, "-m", "pip", "install", "--quiet", *TF_PEERS[name], external=True, success_codes=range(256))
+    return python
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation into docs/_build."""
-    install(session, ".[pt,docs]")
+    install(session, ".[pt,tf,docs]")
     session.run("sphinx-build", "-W", "--keep-going", "docs", "docs/_build", *session.posargs)

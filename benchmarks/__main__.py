@@ -1,4 +1,4 @@
-"""Run benchmarks: `python -m benchmarks NAME [--json FILE]`; without a name, list them."""
+"""Run benchmarks: `python -m benchmarks NAME... [--json FILE]`; without a name, list them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.harness import Row, environment, render
+from benchmarks.harness import PeerError, Row, environment, render
 
-NAMES = ["generate", "imports", "load", "tokenizer", "train"]
+NAMES = ["generate", "imports", "load", "tf_generate", "tf_train", "tokenizer", "train"]
 
 
 def measure(name: str) -> list[Row]:
@@ -23,22 +23,33 @@ def measure(name: str) -> list[Row]:
     return rows
 
 
+def chosen(given: Sequence[str]) -> list[str]:
+    """The benchmarks that names stand for; 'all' leaves out TensorFlow's, whose peers are not in one environment."""
+    return [name for name in NAMES if name in given or ("all" in given and not name.startswith("tf_"))]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure gpt2_multi beside its peers.")
-    parser.add_argument("name", nargs="?", help="a benchmark, or 'all'; without it, the names are listed")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a benchmark, or 'all' but TensorFlow's; without it, they are listed"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the environment here too")
     given = parser.parse_args(arguments)
-    if given.name is None:
+    if not given.names:
         print("\n".join(NAMES))
         return 0
-    if given.name not in {*NAMES, "all"}:
-        print(f"There is no benchmark '{given.name}'; there are {', '.join(NAMES)}, and all.", file=sys.stderr)
-        return 2
+    for name in given.names:
+        if name not in {*NAMES, "all"}:
+            print(f"There is no benchmark '{name}'; there are {', '.join(NAMES)}, and all.", file=sys.stderr)
+            return 2
     try:
-        rows = [row for name in NAMES if given.name in (name, "all") for row in measure(name)]
+        rows = [row for name in chosen(given.names) for row in measure(name)]
     except ModuleNotFoundError as error:
         print(f"This benchmark needs a package that is not installed: {error.name}.", file=sys.stderr)
+        return 1
+    except PeerError as error:
+        print(f"gpt2_multi itself could not be measured: {error}", file=sys.stderr)
         return 1
     render(rows, Console(width=200, highlight=False))
     if given.json:

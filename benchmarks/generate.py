@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks import models
+from benchmarks import folders, models
 from benchmarks.harness import OURS, Row, compare, rounds
 from gpt2_multi.config import GPT2Config
 
@@ -15,7 +15,7 @@ def run(
     config: GPT2Config | None = None, batches: Sequence[int] = (1, 8), prompt: int = 32, new: int = 64, count: int = 7
 ) -> list[Row]:
     """Continue random prompts of `prompt` ids by `new` tokens, for each batch size."""
-    config, rows = models.plain(config), []
+    config, rows = folders.plain(config), []
     with models.both(config) as (ours, theirs):
         for batch in batches:
             ids = torch.randint(config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(batch))

@@ -25,6 +25,10 @@ OURS = "gpt2_multi"
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "tiktoken", "tensorflow", "jax", "numpy")
 
 
+class PeerError(Exception):
+    """A peer that cannot be measured, and why."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One figure. `ratio` compares this library with `who`, turned so that more than 1 means that we are better."""

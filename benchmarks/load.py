@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from benchmarks import models
+from benchmarks import folders, models
 from benchmarks.harness import OURS, Row, compare, rounds
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.pt import GPT2LMHeadModel
@@ -58,7 +58,7 @@ def first_logits(load: Callable[[Path], Any], folder: Path) -> torch.Tensor:
 
 def run(config: GPT2Config | None = None, count: int = 7) -> list[Row]:
     """Load, load and compute, and measure the memory of the latter."""
-    with models.saved(models.plain(config)) as folder:
+    with models.saved(folders.plain(config)) as folder:
         peers = {who: partial(load, folder) for who, load in LOADERS.items()}
         rows = compare("load", rounds("load", peers, count), "s")
         what = "load and first logits"

@@ -18,12 +18,6 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def plain(config: GPT2Config | None = None) -> GPT2Config:
-    """GPT-2 124M, or `config`, without dropout and without an end token, so that every run does the same work."""
-    config = config or GPT2Config()
-    return config.replace(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, eos_token_id=None, bos_token_id=None)
-
-
 @contextmanager
 def saved(config: GPT2Config) -> Iterator[Path]:
     """A temporary folder with a randomly initialised model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from benchmarks import models
+from benchmarks import folders, models
 from benchmarks.harness import OURS, Row, compare, rounds
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.pt.training import train_step
@@ -13,7 +13,7 @@ from gpt2_multi.pt.training import train_step
 
 def run(config: GPT2Config | None = None, batch: int = 2, length: int = 256, count: int = 5) -> list[Row]:
     """Forward, backward and AdamW on random tokens, without dropout and clipping."""
-    config = models.plain(config)
+    config = folders.plain(config)
     ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     with models.both(config) as pair:
         trainers = {who: Trainer(model, ids) for who, model in zip((OURS, "transformers"), pair, strict=True)}

@@ -140,6 +140,12 @@ def check_pooling(batch: int, can_find_end: bool) -> None:
         )
 
 
+def check_pooled(length: int | None) -> None:
+    """What looks at the last token of a text needs one; None is a length that is not known yet."""
+    if length == 0:
+        raise InputError("input_ids: a text has no token to look at; give at least one, such as the bos_token_id")
+
+
 def check_encoder(add_cross_attention: bool) -> None:
     """Encoder states need blocks that look at them."""
     if not add_cross_attention:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks import tf_generate, tf_train, tf_workers
 from benchmarks.harness import OURS, Row, compare, rounds
 from gpt2_multi.config import GPT2Config
 
@@ -76,3 +77,52 @@ def test_generate_measures_equal_tokens():
         (f"generate, batch {batch}", who) for batch in (1, 2) for who in (OURS, "transformers")
     ]
     assert all(row.value > 0 and row.unit == "tokens/s" for row in rows)
+
+
+def test_all_leaves_out_tensorflow(monkeypatch):
+    monkeypatch.setattr(command, "NAMES", ["load", "tf_train"])
+    assert command.chosen(["all"]) == ["load"] and command.chosen(["all", "tf_train"]) == ["load", "tf_train"]
+
+
+TENSORFLOW = ("transformers", "transformers, XLA", "kerashub", "kerashub, XLA")
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    for variable in tf_workers.VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_tf_generate_reports_the_peers_that_are_not_there(no_peers, capsys):
+    pytest.importorskip("tensorflow")
+    rows = tf_generate.run(TINY, batches=(1,), prompt=4, new=3, count=1)
+    what = "TensorFlow, generate, batch 1"
+    assert [(row.what, row.who) for row in rows] == [(f"{what}, first call", OURS), (what, OURS)]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[:2] for line in said] == [["not measured", who] for who in TENSORFLOW]
+
+
+def test_tf_train_measures_both_ways_to_compile(no_peers):
+    pytest.importorskip("tensorflow")
+    rows = tf_train.run(TINY, batch=1, length=8, count=1)
+    assert [row.unit for row in rows] == ["s", "tokens/s"] * 2 and all(row.who == OURS for row in rows)
+
+
+def test_peer_that_fails_is_reported_with_its_last_words(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("GPT2_MULTI_PEER_KERASHUB", sys.executable)
+    with tf_workers.running([("kerashub", "plain")], tmp_path) as workers:
+        assert workers == {}
+    said = capsys.readouterr().out
+    assert said.startswith("not measured: kerashub: ModuleNotFoundError: No module named 'keras")
+
+
+def test_this_library_has_to_run(monkeypatch, tmp_path, capsys):
+    def run():
+        with tf_workers.running([(OURS, "xla")], tmp_path / "nothing"):
+            pass
+
+    (tmp_path / "nothing").mkdir()
+    monkeypatch.setitem(sys.modules, "benchmarks.dummy", SimpleNamespace(run=run))
+    monkeypatch.setattr(command, "NAMES", ["dummy"])
+    assert command.main(["dummy"]) == 1
+    assert capsys.readouterr().err.startswith("gpt2_multi itself could not be measured: ")

@@ -34,7 +34,8 @@ def pages_with(language, text=""):
 
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
-    pytest.importorskip("torch")
+    for framework in ("torch", "tensorflow"):
+        pytest.importorskip(framework)
     monkeypatch.chdir(tmp_path)
     names = {}
     for code in blocks(page, "python"):

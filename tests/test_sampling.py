@@ -128,3 +128,9 @@ def test_a_file_comes_back_with_every_key(tmp_path):
     assert config.top_k == 20 and config.eos_token_ids == (0, 3) and config.fill_token_id == 7
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == keys | {"pad_token_id": 7}
+
+
+def test_buckets_waste_less_than_half_and_are_few():
+    found = [sampling.bucket(length) for length in range(1, 1025)]
+    assert found == sorted(found) and len(set(found)) == 20
+    assert all(length <= size < max(length + 16, 1.25 * length + 1) for length, size in enumerate(found, 1))

@@ -144,6 +144,8 @@ def test_double_heads_ask_for_choices():
         model(IDS[None], mc_token_ids=[1, 2, 3])
     with pytest.raises(InputError, match=r"mc_token_ids: the index 9 is outside the text \(0 to 8\)"):
         model(IDS[None], mc_token_ids=[[1, 2, 9]])
+    with pytest.raises(InputError, match="mc_token_ids: expected integers, found float64"):
+        model(IDS[None], mc_token_ids=[[1.0, 2.0, 3.0]])
 
 
 @pytest.mark.parametrize(

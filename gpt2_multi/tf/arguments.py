@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -21,12 +20,15 @@ NO_TENSORS = (
 
 
 @functools.cache
-def names_of(cls: type[keras.Model]) -> tuple[str, ...]:
-    """The arguments of a class's `call`, in their order."""
-    return tuple(inspect.signature(cls.call).parameters)[1:]
+def names_of(cls: Any) -> tuple[str, ...]:
+    """The arguments of a class's `call`, in their order; a subclass may leave them to `**kwargs`."""
+    parameters = list(inspect.signature(cls.call).parameters.values())[1:]
+    own = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    inherited = names_of(cls.__base__) if len(own) < len(parameters) else ()
+    return (*own, *(name for name in inherited if name not in own))
 
 
-def as_keywords(cls: type[keras.Model], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def as_keywords(cls: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments by name, without those that are None.
 
     The first may hold others: in a mapping, as a tokenizer returns it, or in a list of tensors in their order.

@@ -118,7 +118,7 @@ class Attended(NamedTuple):
 
 def sizes(x: tf.Tensor) -> list[Any]:
     """The shape of a tensor: ints where they are known while tracing, tensors where they are not."""
-    dynamic = None if x.shape.is_fully_defined() else tf.shape(x)
+    dynamic: Any = None if x.shape.is_fully_defined() else tf.shape(x)
     return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]
 
 

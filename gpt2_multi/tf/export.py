@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.sampling import GenerationConfig
-from gpt2_multi.tf.generation import Options, decode, prepare
+from gpt2_multi.tf.generation import decode, prepare
+from gpt2_multi.tf.rules import Options
 
 if TYPE_CHECKING:
     from gpt2_multi.tf.heads import TFGPT2LMHeadModel

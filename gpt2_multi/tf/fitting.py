@@ -35,7 +35,7 @@ def compile(self: TFGPT2PreTrainedModel, *args: Any, **options: Any) -> None:
     self._compile_loss = self._compile_metrics = self.loss = None
     keras.Model.compile(self, *args, **options)
     if self._compile_loss is None:
-        vars(self)["_loss_tracker"] = LossOverReplicas(name="loss")  # as an attribute it would be listed twice
+        self.__dict__["_loss_tracker"] = LossOverReplicas(name="loss")  # as an attribute it would be listed twice
 
 
 def compile_from_config(self: TFGPT2PreTrainedModel, config: dict[str, Any]) -> None:

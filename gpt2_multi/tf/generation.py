@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from gpt2_multi import limits
-from gpt2_multi.sampling import GenerationConfig
+from gpt2_multi.sampling import GenerationConfig, bucket
 from gpt2_multi.tf.arguments import as_tensor
 from gpt2_multi.tf.attention import Context, KVCache, causal_bias, hiding, key_bias, positions, sizes
 from gpt2_multi.tf.checks import check_integers, check_states, extremes, is_concrete, shape
@@ -109,19 +109,13 @@ def _stream(model: TFGPT2LMHeadModel, config: GenerationConfig, prompt: Prompt, 
 
 def decoders(model: TFGPT2LMHeadModel) -> dict[str, Callable[..., Any]]:
     """The functions that a model generates with, by how they are compiled."""
-    parts = {"": decode, "begin ": begin, "advance ": advance}
+    parts: dict[str, Callable[..., Any]] = {"": decode, "begin ": begin, "advance ": advance}
     ways = {"graph": False, "xla": True}
     return {
         f"{p}{w}": tf.function(partial(f, model), jit_compile=j, autograph=False)
         for p, f in parts.items()
         for w, j in ways.items()
     }
-
-
-def bucket(length: int) -> int:
-    """The length that is compiled for this one: a multiple of 16, and of a quarter of the power of two below it."""
-    size = max(16, 1 << max(length - 1, 0).bit_length() - 3 if length > 16 else 16)
-    return -(-length // size) * size
 
 
 def bucketed(prompt: Prompt) -> Prompt:
@@ -157,8 +151,8 @@ def prepare(
         limits.check_context(int(tf.reduce_max(counts)), new, model.transformer.wpe.input_dim)
     order = tf.argsort(tf.cast(mask, tf.int32), axis=-1, stable=True)  # hidden tokens first
     aligned = (tf.gather(tf.cast(x, d), order, batch_dims=1) for x, d in ((ids, tf.int32), (mask, tf.bool)))
-    given = (*aligned, states, states_mask)
-    return Prompt(*(None if x is None else tf.repeat(x, config.num_return_sequences, axis=0) for x in given))
+    parts = (*aligned, states, states_mask)
+    return Prompt(*(None if x is None else tf.repeat(x, config.num_return_sequences, axis=0) for x in parts))
 
 
 def decode(

@@ -25,10 +25,11 @@ from gpt2_multi.outputs import (
 from gpt2_multi.sampling import GenerationConfig
 from gpt2_multi.tf import export, generation
 from gpt2_multi.tf.attention import KVCache, Pair, sizes
-from gpt2_multi.tf.checks import extremes, is_concrete, shape
+from gpt2_multi.tf.checks import check_integers, extremes, is_concrete, shape
 from gpt2_multi.tf.layers import dense
-from gpt2_multi.tf.loading import Policy, TFGPT2PreTrainedModel
+from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 from gpt2_multi.tf.model import ACTIVATIONS, TFGPT2Model, give
+from gpt2_multi.tf.policies import Policy
 from gpt2_multi.tf.training import classification_loss, cross_entropy, lm_loss, span_loss
 
 
@@ -173,7 +174,7 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         mc_token_ids: (B, C), the token that is scored, by default the last one that the mask keeps. labels: (B, C, T),
         shifted here. mc_labels: (B,), the right choice.
         """
-        source = input_ids if input_ids is not None else inputs_embeds
+        source: Any = input_ids if input_ids is not None else inputs_embeds
         limits.check_given(input_ids, inputs_embeds)
         limits.check_choices(shape(source), 4 if input_ids is None else 3)
         choices = sizes(source)[:3]
@@ -185,6 +186,7 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         mask = tf.ones(choices, tf.int32) if attention_mask is None else attention_mask[..., -choices[2] :]
         if mc_token_ids is not None:
             limits.check_shape("mc_token_ids", shape(mc_token_ids, *source.shape[:2]), source.shape[:2])
+            check_integers("mc_token_ids", mc_token_ids)
             if is_concrete(mc_token_ids):
                 limits.check_choice_tokens(*extremes(mc_token_ids), choices[2])
         logits = lm_logits(self, hidden)
@@ -360,6 +362,7 @@ def present(mask: tf.Tensor | None, labels: tf.Tensor) -> tf.Tensor | None:
 
 def last_tokens(mask: tf.Tensor) -> tf.Tensor:
     """The index of the last unmasked token of each row: (..., T) -> (...)"""
+    limits.check_pooled(mask.shape[-1])
     kept = tf.cast(tf.cast(tf.reverse(mask, [-1]), tf.bool), tf.int32)
     return sizes(mask)[-1] - 1 - tf.argmax(kept, -1, output_type=tf.int32)
 

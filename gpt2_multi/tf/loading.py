@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any, ClassVar, Self
 
@@ -21,49 +22,10 @@ from gpt2_multi.sampling import GenerationConfig
 from gpt2_multi.tf import fitting, quantization
 from gpt2_multi.tf.arguments import as_keywords
 from gpt2_multi.tf.layers import replace_variable
+from gpt2_multi.tf.policies import Policy, policy_of
 from gpt2_multi.weights import KERAS, Weight, table
 
-FLOATS = ("float64", "float32", "float16", "bfloat16")
-Policy = keras.DTypePolicy | str | None
-
-
-@keras.saving.register_keras_serializable("gpt2_multi")
-class TwoDtypes(keras.DTypePolicy):
-    """A policy that computes in one dtype and stores in another, whichever they are; "float16_over_float64"."""
-
-    def _parse_name(self, name: str) -> tuple[str, str]:
-        compute, stored = name.split("_over_")
-        return compute, stored
-
-
-def as_dtype(name: str, dtype: Any) -> str | None:
-    """The name of a floating-point dtype, given by itself or by its name; None stays None."""
-    if dtype is None:
-        return None
-    try:
-        found = keras.backend.standardize_dtype(dtype)
-    except (TypeError, ValueError):
-        found = str(dtype)
-    if found not in FLOATS:
-        raise InputError(f"{name}: expected float64, float32, float16 or bfloat16, found {dtype!r}")
-    return found
-
-
-def policy_of(dtype: Any, param_dtype: Any) -> keras.DTypePolicy:
-    """What to compute and to store in. Stock policies where Keras has one, since `quantize` asks for them by name."""
-    if isinstance(dtype, Mapping):  # as get_config has it
-        dtype = keras.dtype_policies.deserialize(dtype)
-    if dtype in ("mixed_float16", "mixed_bfloat16"):
-        dtype = keras.DTypePolicy(dtype)
-    if isinstance(dtype, keras.DTypePolicy) or (dtype is None and param_dtype is None):
-        policy = dtype or keras.config.dtype_policy()
-        dtype, param_dtype = policy.compute_dtype, param_dtype or policy.variable_dtype
-    stored = as_dtype("param_dtype", param_dtype) or keras.config.floatx()
-    compute = as_dtype("dtype", dtype) or stored
-    if compute == stored:
-        return keras.DTypePolicy(compute)
-    mixed = stored == "float32" and compute in ("float16", "bfloat16")
-    return keras.DTypePolicy(f"mixed_{compute}") if mixed else TwoDtypes(f"{compute}_over_{stored}")
+_READING = ContextVar("_READING", default=False)  # a file's values will follow: random ones would cost half the time
 
 
 class TFGPT2PreTrainedModel(keras.Model):
@@ -102,7 +64,7 @@ class TFGPT2PreTrainedModel(keras.Model):
         for weight in table(self.config, self.head):
             variable = self.variable(weight)
             variable._path = f"{self.name}/{KERAS.spell(weight, self.head != 'base').replace('.', '/')}"
-            if self.head == "base" or not weight.in_body:
+            if not _READING.get() and (self.head == "base" or not weight.in_body):
                 variable.assign(initial(weight, self.variable_dtype))
         self.built = True
 
@@ -192,7 +154,11 @@ class TFGPT2PreTrainedModel(keras.Model):
         config = GPT2Config.from_json_file(folder / "config.json", **overrides)
         stored = (config.dtype or keras.config.floatx()) if param_dtype == "auto" else param_dtype
         arrays = read_weights(folder, config, cls.head)
-        model = cls(config, dtype=dtype, param_dtype=stored, name=name)
+        reading = _READING.set(True)
+        try:
+            model = cls(config, dtype=dtype, param_dtype=stored, name=name)
+        finally:
+            _READING.reset(reading)
         model._assign(arrays, str(folder))
         if model.generation_config is not None:
             model.generation_config = GenerationConfig.from_pretrained(folder, config)
@@ -204,6 +170,7 @@ class TFGPT2PreTrainedModel(keras.Model):
             if weight.name in arrays:
                 self.variable(weight).assign(KERAS.layout(weight, arrays[weight.name]))
             else:
+                self.variable(weight).assign(initial(weight, self.variable_dtype))
                 fresh.append(weight.name)
         if fresh:
             names = " and ".join(fresh)
@@ -247,7 +214,7 @@ class TFGPT2PreTrainedModel(keras.Model):
         """
         if new_num_tokens is None:
             return self.get_input_embeddings()
-        refuse_quantized(self, "resized; resize it before you quantize it")
+        refuse_adapted(self, "resized")
         self.config.vocab_size = new_num_tokens
         wte = self.body().wte
         replace_variable(wte, "embeddings", _resized(wte.embeddings, new_num_tokens))
@@ -261,7 +228,7 @@ class TFGPT2PreTrainedModel(keras.Model):
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
-        refuse_quantized(self, "pruned; prune it before you quantize it")
+        refuse_adapted(self, "pruned")
         gone = {layer: set(heads) for layer, heads in self.config.pruned_heads.items()}
         for layer, heads in heads_to_prune.items():
             gone[layer] = gone.get(layer, set()) | set(heads)
@@ -273,7 +240,7 @@ class TFGPT2PreTrainedModel(keras.Model):
     def forget_functions(self) -> None:
         """Forget what was traced with variables that are no more."""
         self.train_function = self.test_function = self.predict_function = None
-        vars(self).pop("decoders", None)
+        self.__dict__.pop("decoders", None)
 
 
 def initial(weight: Weight, dtype: str) -> tf.Tensor:
@@ -288,6 +255,13 @@ def refuse_quantized(model: keras.Model, what: str) -> None:
     """Quantized variables are not what the table says."""
     if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
         raise CheckpointError(f"{model.name}: a quantized model cannot be {what}")
+
+
+def refuse_adapted(model: keras.Model, what: str) -> None:
+    """LoRA's updates have the shapes that the variables had."""
+    refuse_quantized(model, f"{what}; do it before you quantize the model")
+    if any(getattr(layer, "lora_enabled", False) for layer in model._flatten_layers()):
+        raise CheckpointError(f"{model.name}: a model with LoRA cannot be {what}; save_pretrained merges its updates")
 
 
 def _resized(rows: tf.Tensor, number: int) -> tf.Tensor:

@@ -29,7 +29,8 @@ from gpt2_multi.tf.attention import (
     sizes,
 )
 from gpt2_multi.tf.layers import dense, norm
-from gpt2_multi.tf.loading import Policy, TFGPT2PreTrainedModel
+from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
+from gpt2_multi.tf.policies import Policy
 from gpt2_multi.tf.trees import register
 
 for output_class in Output.__subclasses__():

@@ -182,19 +182,29 @@ def gumbel(seed: tf.Tensor, batch: Any, step: tf.Tensor, tokens: tf.Tensor, dtyp
 def threefry2x32(
     keys: tuple[tf.Tensor, tf.Tensor], counter: tuple[tf.Tensor, tf.Tensor]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """`sampling.threefry2x32` on uint32 tensors, which wrap around."""
-    words = (keys[0], keys[1], keys[0] ^ keys[1] ^ tf.constant(PARITY, tf.uint32))
-    x0, x1 = counter[0] + words[0], counter[1] + words[1]
-    for group in range(5):
-        for rotation in ROTATIONS[group % 2]:
-            x0 = x0 + x1
-            x1 = x0 ^ rotated(x1, rotation)
-        x0 = x0 + words[(group + 1) % 3]
-        x1 = x1 + words[(group + 2) % 3] + tf.constant(group + 1, tf.uint32)
+    """`sampling.threefry2x32` on uint32 tensors, which wrap around.
+
+    The groups of rounds are a loop: XLA compiles all twenty rounds as one expression, and does not come to an end on a
+    CPU where there are as many words as a multiple of 8.
+    """
+    words = tf.stack([*keys, keys[0] ^ keys[1] ^ tf.constant(PARITY, tf.uint32)])
+    shape = tf.broadcast_dynamic_shape(tf.shape(keys[0]), tf.shape(counter[1]))
+    start = (tf.broadcast_to(word + key, shape) for word, key in zip(counter, keys, strict=True))
+    _, x0, x1 = tf.while_loop(lambda group, *_: group < 5, partial(four_rounds, words), (tf.constant(0), *start))
     return x0, x1
 
 
-def rotated(word: tf.Tensor, by: int) -> tf.Tensor:
+def four_rounds(
+    words: tf.Tensor, group: tf.Tensor, x0: tf.Tensor, x1: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """A group of rounds and the words of the key, (3, ...), that follow it; the next group."""
+    for rotation in tf.unstack(tf.gather(tf.constant(ROTATIONS, tf.uint32), group % 2)):
+        x0 = x0 + x1
+        x1 = x0 ^ rotated(x1, rotation)
+    group += 1
+    return group, x0 + words[group % 3], x1 + words[(group + 1) % 3] + tf.cast(group, tf.uint32)
+
+
+def rotated(word: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
     """32-bit words rotated to the left."""
-    left, right = (tf.constant(bits, tf.uint32) for bits in (by, 32 - by))
-    return tf.bitwise.left_shift(word, left) | tf.bitwise.right_shift(word, right)
+    return tf.bitwise.left_shift(word, by) | tf.bitwise.right_shift(word, 32 - by)

@@ -17,7 +17,7 @@ def register(cls: _Class) -> _Class:
         names = tuple(field.name for field in fields(cls) if getattr(value, field.name) is not None)
         return names, tuple(getattr(value, name) for name in names)
 
-    def whole(names: tuple[str, ...], values: Any) -> Any:
+    def whole(names: Any, values: Any) -> Any:
         return cls(**dict(zip(names, values, strict=True)))
 
     cls.__tf_flatten__ = parts  # type: ignore[attr-defined]
