@@ -7,6 +7,7 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -174,13 +175,21 @@ def gumbel(seed: Any, batch: int, step: Any, tokens: Array, dtype: Any) -> Array
 
 
 def threefry2x32(keys: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
-    """`sampling.threefry2x32` on uint32 arrays, which wrap around."""
-    words = (keys[0], keys[1], keys[0] ^ keys[1] ^ jnp.uint32(PARITY))
-    x0, x1 = counter[0] + words[0], counter[1] + words[1]
-    for group in range(5):
-        for rotation in ROTATIONS[group % 2]:
-            x0 = x0 + x1
-            x1 = x0 ^ (x1 << rotation | x1 >> 32 - rotation)
-        x0 = x0 + words[(group + 1) % 3]
-        x1 = x1 + words[(group + 2) % 3] + jnp.uint32(group + 1)
-    return x0, x1
+    """`sampling.threefry2x32` on uint32 arrays, which wrap around.
+
+    The groups of rounds are a loop: XLA takes very long over all twenty rounds as one expression on a CPU.
+    """
+    words = jnp.stack([*keys, keys[0] ^ keys[1] ^ jnp.uint32(PARITY)])
+    shape = jnp.broadcast_shapes(keys[0].shape, counter[1].shape)
+    start = tuple(jnp.broadcast_to(word + key, shape) for word, key in zip(counter, keys, strict=True))
+    return lax.fori_loop(0, 5, partial(four_rounds, words), start)
+
+
+def four_rounds(words: Array, group: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    """A group of rounds, and the words of the key, (3, ...), that follow it."""
+    x0, x1 = state
+    for rotation in jnp.asarray(ROTATIONS, jnp.uint32)[group % 2]:
+        x0 = x0 + x1
+        x1 = x0 ^ (x1 << rotation | x1 >> 32 - rotation)
+    group += 1
+    return x0 + words[group % 3], x1 + words[(group + 1) % 3] + group.astype(jnp.uint32)
