@@ -128,12 +128,7 @@ class CosineSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """`cosine_schedule` of a learning rate, for an optimizer; Keras' CosineDecay warms up otherwise, from step 0."""
 
     def __init__(self, learning_rate: float, steps: int, warmup: int = 0, least: float = 0.1) -> None:
-        self.settings: dict[str, Any] = {
-            "learning_rate": learning_rate,
-            "steps": steps,
-            "warmup": warmup,
-            "least": least,
-        }
+        self.settings: dict[str, Any] = dict(learning_rate=learning_rate, steps=steps, warmup=warmup, least=least)
 
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
         learning_rate, *shape = self.settings.values()
