@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gpt2_multi import limits
-from gpt2_multi.checkpoint import read_weights, replaced, write_weights
+from gpt2_multi.checkpoint import Source, read_weights, replaced, write_weights
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import KVCache
 from gpt2_multi.flax.checks import as_array, check_call
 from gpt2_multi.flax.params import Tree, check_tree, initial, leaves, placed, rows_of
+from gpt2_multi.flax.sharding import param_shardings
 from gpt2_multi.hub import resolve
 from gpt2_multi.sampling import GenerationConfig
 from gpt2_multi.weights import table
@@ -219,6 +221,8 @@ class FlaxGPT2PreTrainedModel:
         `overrides` change settings of the configuration. A task head that the files lack is initialised anew, with a
         warning. Raises CheckpointError or ConfigError for anything that does not fit.
         """
+        if rules and mesh is None:
+            raise InputError("rules: expected a mesh beside them, found none; sharding.make_mesh makes one")
         folder = resolve(
             name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -244,10 +248,12 @@ class FlaxGPT2PreTrainedModel:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(self.key)))
         for row in fresh:
             arrays[row.name] = rng.normal(row.constant if not row.std else 0, row.std, row.shape)
+        shape = {"head": self.head, "scan_layers": self.scan_layers}
+        shardings = {} if mesh is None else flatten_dict(param_shardings(self.config, mesh, rules, **shape))
         return unflatten_dict(
             {
-                path: placed(leaf, lambda row: arrays[row.name], self.param_dtype, mesh, rules)
-                for path, leaf in leaves(self.config, self.head, self.scan_layers).items()
+                path: placed(leaf, lambda row: arrays[row.name], self.param_dtype, shardings.get(path))
+                for path, leaf in leaves(self.config, **shape).items()
             }
         )
 
@@ -256,20 +262,31 @@ class FlaxGPT2PreTrainedModel:
     ) -> None:
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
 
-        The parameters are gathered one after the other. The model's files are replaced together, other files of the
-        folder stay: see `checkpoint.replaced`. Raises CheckpointError, and leaves what was there, where a tensor is not
-        what the configuration says.
+        The parameters are gathered one after the other. On several hosts each has to call it, and the first one writes.
+        The model's files are replaced together, other files of the folder stay: see `checkpoint.replaced`. Raises
+        CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
         """
         params = self.params if params is None else params
         check_tree(params, self.config, self.head, self.scan_layers)
         rows = rows_of(params, self.config, self.head, self.scan_layers)
         dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("Flax")], dtype=str(dtype))
+        sources = [(row, dtype, rows[row.name]) for row in table(config, self.head)]
+        if jax.process_index() == 0:
+            self._write(folder, config, sources, max_shard_size)
+        else:
+            for _, _, gather in sources:
+                gather()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("saved")
+
+    def _write(
+        self, folder: str | os.PathLike[str], config: GPT2Config, sources: list[Source], max_shard_size: int | str
+    ) -> None:
         with replaced(folder) as stage:
             config.save_pretrained(stage)
             if self.generation_config is not None:
                 self.generation_config.save_pretrained(stage)
-            sources = [(row, dtype, rows[row.name]) for row in table(config, self.head)]
             write_weights(stage, sources, self.head, max_shard_size=max_shard_size)
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import ConfigError, InputError
@@ -47,10 +48,10 @@ class Leaf(NamedTuple):
     def _unflattened(self, read: Read, row: Weight) -> np.ndarray[Any, Any]:
         return FLAX.layout(row, read(row)).reshape(self.shape[1:] if self.stacked else self.shape)
 
-    def row(self, value: np.ndarray[Any, Any], row: Weight) -> np.ndarray[Any, Any]:
-        """One row of the table, in its layout, from this leaf's whole value."""
-        part = value[self.rows.index(row)] if self.stacked else value
-        return FLAX.layout(row, part.reshape(FLAX.shape(row)))
+    def row(self, value: Any, row: Weight) -> np.ndarray[Any, Any]:
+        """One row of the table, in its layout, gathered from this leaf's value."""
+        part = gathered(value[self.rows.index(row)] if self.stacked else value)
+        return FLAX.layout(row, part.reshape(FLAX.shape(row)))  # type: ignore[no-any-return]
 
     def spec(self, rules: Mapping[str, str]) -> PartitionSpec:
         """The mesh axis of each dimension under rules from named axes to mesh axes."""
@@ -95,39 +96,33 @@ def initial(config: GPT2Config, head: str, scan_layers: bool, key: Array, dtype:
     return unflatten_dict({path: whole(leaf) for path, leaf in leaves(config, head, scan_layers).items()})
 
 
-def placed(leaf: Leaf, read: Read, dtype: Any, mesh: Mesh | None, rules: Mapping[str, str]) -> Array:
+def placed(leaf: Leaf, read: Read, dtype: Any, sharding: NamedSharding | None) -> Array:
     """A leaf on its devices: each shard straight from where it is read, never the whole on one device of a mesh."""
-    if mesh is None:
+    if sharding is None:
         return jnp.array(leaf.value(read), dtype)
-    sharding = NamedSharding(mesh, leaf.spec(rules))
-    check_divisible(leaf, mesh, sharding.spec)
     return jax.make_array_from_callback(
         leaf.shape, sharding, lambda index: np.asarray(leaf.value(read, index)).astype(dtype)
     )
 
 
-def check_divisible(leaf: Leaf, mesh: Mesh, spec: PartitionSpec) -> None:
-    """JAX shards into equal parts."""
-    for axis, size, over in zip(leaf.axes, leaf.shape, spec, strict=True):
-        if over is not None and size % mesh.shape[over]:
-            raise InputError(
-                f"{leaf.rows[0].name}: the axis '{axis}' has {size} entries, which {mesh.shape[over]} devices of the "
-                f"mesh axis '{over}' cannot share equally; change the mesh or leave '{axis}' out of the rules"
-            )
-
-
 def rows_of(params: Tree, config: GPT2Config, head: str, scan_layers: bool) -> dict[str, Callable[[], Any]]:
-    """A function for each row of the table, by its name, that gathers it from the devices, in the table's layout."""
+    """A function for each row of the table, by its name, that gathers it from the devices, in the table's layout.
+
+    On several hosts every one has to call the same functions in the same order.
+    """
     flat = flatten_dict(params)
-
-    def gathered(path: Path, leaf: Leaf, row: Weight) -> np.ndarray[Any, Any]:
-        return leaf.row(np.asarray(flat[path]), row)
-
     return {
-        row.name: partial(gathered, path, leaf, row)
+        row.name: partial(leaf.row, flat[path], row)
         for path, leaf in leaves(config, head, scan_layers).items()
         for row in leaf.rows
     }
+
+
+def gathered(value: Any) -> np.ndarray[Any, Any]:
+    """A whole array on this host, whichever devices of whichever hosts hold its parts."""
+    if not isinstance(value, Array) or value.is_fully_addressable or value.is_fully_replicated:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
 
 def check_tree(params: Tree, config: GPT2Config, head: str, scan_layers: bool) -> None:
