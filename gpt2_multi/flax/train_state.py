@@ -9,6 +9,7 @@ model.params = state.params
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 from flax.training import train_state
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
@@ -35,15 +37,47 @@ Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
 
 
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """The loss of a model, as a function that `jit` can compare: two of one module are equal."""
+
+    module: nn.Module
+    head: str
+
+    def __call__(self, params: Tree, batch: Batch, dropout_key: Array | None = None) -> tuple[Array, Array]:
+        """The loss, (), and how many labels it is the mean of, (); without a key there is no dropout."""
+        train, rngs = dropout_key is not None, {} if dropout_key is None else {"dropout": dropout_key}
+        output: Any = self.module.apply({"params": params}, **batch, train=train, rngs=rngs)
+        losses = [loss for loss in (output.loss, getattr(output, "mc_loss", None)) if loss is not None]
+        if not losses:
+            raise InputError(f"batch: expected labels for the loss, found {', '.join(batch)}; give them by their name")
+        return sum(losses), label_count(self.head, batch)  # type: ignore[return-value]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Loss) and self.module is other.module
+
+    def __hash__(self) -> int:
+        return id(self.module)
+
+
+def label_count(head: str, batch: Batch) -> Array:
+    """How many labels of tokens count, (); 1 for the other heads, whose micro-batches count alike."""
+    if head not in ("lm", "token_classification"):
+        return jnp.float32(1)
+    labels, mask = batch["labels"], batch.get("attention_mask")
+    mask = None if mask is None or mask.ndim != 2 else mask
+    if head == "lm":
+        labels = shifted(labels, mask)
+    elif mask is not None:
+        labels = jnp.where(mask != 0, labels, IGNORED)
+    return (labels != IGNORED).sum().astype(jnp.float32)
+
+
 class TrainState(train_state.TrainState):
     """Step, parameters, the optimizer's state, and the key from which each step's dropout follows: a pytree."""
 
+    apply_fn: Loss = struct.field(pytree_node=False)
     dropout_key: Array
-
-    @property
-    def module(self) -> Any:
-        """The linen module that is trained."""
-        return self.apply_fn.args[0]  # type: ignore[attr-defined]
 
 
 def create_train_state(
@@ -59,20 +93,14 @@ def create_train_state(
     are used up by the first step; with a model made by `_do_init=False` nothing is held twice.
     """
     source = model.params if params is None else params
-    apply = partial(loss_and_count, model.module, model.head)
-    shape = jax.eval_shape(partial(_first, apply, optimizer, seed), source)
-    create = jax.jit(
-        partial(_first, apply, optimizer, seed),
-        out_shardings=_shardings(shape, source),
-        donate_argnums=() if params is None else 0,
-    )
-    return create(source)  # type: ignore[no-any-return]
+    first = partial(_first, Loss(model.module, model.head), optimizer, seed)
+    shardings, given = _shardings(jax.eval_shape(first, source), source), params is not None
+    return jax.jit(first, out_shardings=shardings, donate_argnums=0 if given else ())(source)  # type: ignore[no-any-return]
 
 
-def _first(apply: Callable[..., Any], optimizer: optax.GradientTransformation, seed: int, params: Tree) -> TrainState:
+def _first(loss: Loss, optimizer: optax.GradientTransformation, seed: int, params: Tree) -> TrainState:
     params = jax.tree.map(jnp.copy, params)  # otherwise they would share memory that the first step gives away
-    key = jax.random.key(seed)
-    return TrainState(jnp.int32(0), apply, params, optimizer, optimizer.init(params), key)
+    return TrainState(jnp.int32(0), loss, params, optimizer, optimizer.init(params), jax.random.key(seed))
 
 
 def _shardings(state: TrainState, params: Tree) -> TrainState:
@@ -88,31 +116,6 @@ def _shardings(state: TrainState, params: Tree) -> TrainState:
 def replicated(sharding: Sharding) -> Sharding:
     """The same devices, each with the whole."""
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
-
-
-def loss_and_count(
-    module: nn.Module, head: str, params: Tree, batch: Batch, dropout_key: Array | None = None
-) -> tuple[Array, Array]:
-    """The loss of a batch, and how many labels it is the mean of; without a key there is no dropout."""
-    train, rngs = dropout_key is not None, {} if dropout_key is None else {"dropout": dropout_key}
-    output: Any = module.apply({"params": params}, **batch, train=train, rngs=rngs)
-    losses = [loss for loss in (output.loss, getattr(output, "mc_loss", None)) if loss is not None]
-    if not losses:
-        raise InputError(f"batch: expected labels for the loss, found {', '.join(batch)}; give them under their name")
-    return sum(losses), label_count(head, batch)  # type: ignore[return-value]
-
-
-def label_count(head: str, batch: Batch) -> Array:
-    """How many labels of tokens count, (); 1 for the other heads, whose micro-batches count alike."""
-    if head not in ("lm", "token_classification"):
-        return jnp.float32(1)
-    labels, mask = batch["labels"], batch.get("attention_mask")
-    mask = None if mask is None or mask.ndim != 2 else mask
-    if head == "lm":
-        labels = shifted(labels, mask)
-    elif mask is not None:
-        labels = jnp.where(mask != 0, labels, IGNORED)
-    return (labels != IGNORED).sum().astype(jnp.float32)
 
 
 def update(state: TrainState, batch: Batch, micro: bool = False) -> tuple[TrainState, Metrics]:
@@ -178,7 +181,7 @@ def eval_step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
 
 def check_batch(state: TrainState, batch: Batch) -> None:
     """Look at ids and labels that are on this host: on a device, JAX would take the nearest id that there is."""
-    config, head = state.module.config, state.apply_fn.args[1]  # type: ignore[attr-defined]
+    config, head = state.apply_fn.module.config, state.apply_fn.head  # type: ignore[attr-defined]
     host = {name: value for name, value in batch.items() if isinstance(value, np.ndarray)}
     for name in host.keys() & {"input_ids", "token_type_ids"}:
         limits.check_ids(name, *extremes(host[name]), config.vocab_size)
