@@ -71,9 +71,7 @@ def on_mesh(folder: str, output: Path, name: str) -> dict[str, Any]:
     placed = shapes(tree)
     state, found = losses(create_train_state(model, ADAMW, tree))
     model.save_pretrained(output / name, state.params)
-    moments = [
-        shapes(x.mu) for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu")
-    ]
+    moments = [shapes(optax.tree_utils.tree_get(state.opt_state, name)) for name in ("mu", "nu")]
     if name == "mixed":
         save_state(output / "states", state)
     return {"losses": found, "read": read, "placed": placed, "after": shapes(state.params), "moments": moments}

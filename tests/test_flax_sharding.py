@@ -99,12 +99,26 @@ def test_no_sharded_tensor_is_read_as_a_whole(found, name):
     assert len(cut) > 8 and not [shape for shape in parts if shape in cut and shape not in kept]
 
 
+def compared(found, expected):
+    """Weights after training have to be close; returns how far they are apart.
+
+    Biases of keys are left out: softmax makes their gradient zero but for rounding, of which Adam makes whole steps.
+    """
+    assert [*found] == [*expected]
+    far = {}
+    for name, value in expected.items():
+        distance = np.abs(found[name] - value)
+        if name.endswith("c_attn.bias"):
+            distance[len(distance) // 3 : 2 * len(distance) // 3] = 0
+        far[name] = float(distance.max())
+    assert max(far.values()) < 2e-4, far
+    return max(far.values())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_saved_is_what_one_device_saves(found, folder, name):
     one, many = (read_weights(folder / n, SMALL, "lm") for n in (f"one {'scan' in name}", name))
-    assert [*one] == [*many]
-    for tensor, value in one.items():
-        np.testing.assert_allclose(many[tensor], value, rtol=0, atol=2e-4, err_msg=tensor)
+    print(name, compared(many, one))
 
 
 def test_a_state_of_a_mesh_goes_on_on_one_device(found):
@@ -251,8 +265,7 @@ def test_two_processes_train_together(example, whole):
     assert "after 6 updates" in outs[0] and not outs[1].strip()
     losses, weights = results(example, "two")
     np.testing.assert_allclose(losses["train"], whole[0]["train"], rtol=0, atol=1e-5)
-    for name, value in whole[1].items():
-        np.testing.assert_allclose(weights[name], value, rtol=0, atol=2e-4, err_msg=name)
+    print("two processes", np.abs(np.subtract(losses["train"], whole[0]["train"])).max(), compared(weights, whole[1]))
 
 
 def test_one_device_gives_the_losses_of_eight(example, whole):
