@@ -211,7 +211,7 @@ def example(tmp_path_factory):
     where = tmp_path_factory.mktemp("example")
     config = SMALL.replace(vocab_size=1024, resid_pdrop=0.1)
     fixtures.write_model(where / "model", config, "lm", dtype=np.float32)
-    (where / "text.txt").write_text("To be, or not to be: that is the question.\n" * 60, encoding="utf-8")
+    (where / "text.txt").write_text("To be, or not to be: that is the question.\n" * 120, encoding="utf-8")
 
     def begin(output, *options, devices=8):
         files = ("--text", where / "text.txt", "--model", where / "model", "--output", where / output)
@@ -240,7 +240,7 @@ def whole(example):
 
 
 def test_the_example_writes_a_model_and_goes_on_bit_by_bit(example, whole):
-    assert "after 3 updates" in finished(example("again", *MESH, "--stop-at", "3"))
+    assert "after 4 updates" in finished(example("again", *MESH, "--stop-at", "4"))
     assert "after 6 updates" in finished(example("again", *MESH, "--resume"))
     losses, weights = results(example, "again")
     assert losses["train"] == whole[0]["train"] and len(losses["train"]) == 6
@@ -260,12 +260,13 @@ def test_two_processes_train_together(example, whole):
         free.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{free.getsockname()[1]}"
     hosts = ("--coordinator", host, "--processes", "2", "--process-id")
-    pair = [example("two", *MESH, *hosts, str(i), devices=4) for i in range(2)]
+    pair = [example("two", *MESH, *hosts, str(i), "--stop-at", "4", devices=4) for i in range(2)]
     outs = [finished(process) for process in pair]
-    assert "after 6 updates" in outs[0] and not outs[1].strip()
+    assert "after 4 updates" in outs[0] and "updates" not in outs[1]
+    finished(example("two", *MESH, "--resume"))  # in one process, from the state that two have saved
     losses, weights = results(example, "two")
-    np.testing.assert_allclose(losses["train"], whole[0]["train"], rtol=0, atol=1e-5)
     print("two processes", np.abs(np.subtract(losses["train"], whole[0]["train"])).max(), compared(weights, whole[1]))
+    np.testing.assert_allclose(losses["train"], whole[0]["train"], rtol=0, atol=1e-5)
 
 
 def test_one_device_gives_the_losses_of_eight(example, whole):
