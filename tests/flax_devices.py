@@ -4,6 +4,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.flax_devices 
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from flax.traverse_util import flatten_dict
 
 from gpt2_multi.flax import FlaxGPT2LMHeadModel, params
 from gpt2_multi.flax.resuming import Windows, restore_state, save_state
-from gpt2_multi.flax.sharding import FSDP, TENSOR, init_params, make_mesh, shard_params
-from gpt2_multi.flax.train_state import create_train_state, train_step
+from gpt2_multi.flax.sharding import FSDP, TENSOR, init_params, make_mesh, shard_batch, shard_params
+from gpt2_multi.flax.train_state import create_train_state, train_step, update
 from gpt2_multi.flax.training import optimizer
 
 RULES = {**FSDP, **TENSOR, "vocab": "tensor"}
@@ -64,17 +65,28 @@ def watched(folder: str, **options: Any) -> tuple[Any, Any, dict[str, list[list[
     return model, tree, read
 
 
+def gathered(state: Any, mesh: Any) -> list[str]:
+    """The shapes of the floats that a step gathers from all devices, such as "16,64"."""
+    whole = jax.tree.map(lambda x: x.sharding, state)
+    with jax.set_mesh(mesh):
+        step = jax.jit(update, out_shardings=(whole, None)).lower(state, shard_batch(DATA[0], mesh)).compile()
+    return re.findall(r"f32\[([\d,]*)\][^=]* all-gather", step.as_text())
+
+
 def on_mesh(folder: str, output: Path, name: str) -> dict[str, Any]:
     """Train on a mesh, and write the model."""
     mesh, scan_layers = make_mesh(MESHES[name]), "scan" in name
     model, tree, read = watched(folder, mesh=mesh, rules=RULES, scan_layers=scan_layers)
     placed = shapes(tree)
-    state, found = losses(create_train_state(model, ADAMW, tree))
+    state = create_train_state(model, ADAMW, tree)
+    gathers = gathered(state, mesh) if name == "fsdp" else []
+    state, found = losses(state)
     model.save_pretrained(output / name, state.params)
     moments = [shapes(optax.tree_utils.tree_get(state.opt_state, name)) for name in ("mu", "nu")]
     if name == "mixed":
         save_state(output / "states", state)
-    return {"losses": found, "read": read, "placed": placed, "after": shapes(state.params), "moments": moments}
+    after = shapes(state.params)
+    return dict(losses=found, read=read, placed=placed, after=after, moments=moments, gathers=gathers)
 
 
 def on_one_device(folder: str, output: Path, scan_layers: bool) -> dict[str, Any]:

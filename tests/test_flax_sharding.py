@@ -99,6 +99,12 @@ def test_no_sharded_tensor_is_read_as_a_whole(found, name):
     assert len(cut) > 8 and not [shape for shape in parts if shape in cut and shape not in kept]
 
 
+def test_fsdp_gathers_parameters_and_not_activations(found):
+    gathers = found["fsdp"]["gathers"]
+    assert "16,3,4,4" in gathers and "4,4,16" in gathers and "16,64" in gathers, gathers
+    assert not [shape for shape in gathers if shape.startswith("8,12,")], gathers
+
+
 def compared(found, expected):
     """Weights after training have to be close; returns how far they are apart.
 
@@ -208,6 +214,7 @@ OFTEN = "--eval-every 2 --save-every 3"
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     """A function that starts the example on a small model and text."""
+    pytest.importorskip("matplotlib")
     where = tmp_path_factory.mktemp("example")
     config = SMALL.replace(vocab_size=1024, resid_pdrop=0.1)
     fixtures.write_model(where / "model", config, "lm", dtype=np.float32)

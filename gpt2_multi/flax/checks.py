@@ -116,6 +116,6 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def extremes(ids: Array) -> tuple[int, int]:
+def extremes(ids: Any) -> tuple[int, int]:
     """The least and the greatest of some ids; (0, 0) of none."""
     return (int(ids.min()), int(ids.max())) if ids.size else (0, 0)

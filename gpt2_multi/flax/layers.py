@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.weights import table
+
+ROW_AXES = ("data", "fsdp")  # of a mesh, over which the rows of a batch are cut
+
+
+def by_rows(x: Array, others: Any = None) -> Array:
+    """x (B, ...) with its rows cut over the axes data and fsdp of the mesh that `jax.set_mesh` has set, if any.
+
+    Without it the compiler would rather gather the activations of all rows than the parameters that FSDP cuts. `others`
+    is what the other dimensions are: whole, or `PartitionSpec.UNCONSTRAINED`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ROW_AXES if axis in mesh.axis_names)
+    if not axes or len(x) % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec(axes, *[others] * (x.ndim - 1)))
 
 
 def deviation(config: GPT2Config, path: str, head: str = "base") -> float:

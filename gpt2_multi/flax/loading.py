@@ -248,7 +248,7 @@ class FlaxGPT2PreTrainedModel:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(self.key)))
         for row in fresh:
             arrays[row.name] = rng.normal(row.constant if not row.std else 0, row.std, row.shape)
-        shape = {"head": self.head, "scan_layers": self.scan_layers}
+        shape: dict[str, Any] = {"head": self.head, "scan_layers": self.scan_layers}
         shardings = {} if mesh is None else flatten_dict(param_shardings(self.config, mesh, rules, **shape))
         return unflatten_dict(
             {

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import InputError
@@ -27,7 +28,7 @@ from gpt2_multi.flax.attention import (
     key_bias,
     positions,
 )
-from gpt2_multi.flax.layers import dense, embed, norm
+from gpt2_multi.flax.layers import by_rows, dense, embed, norm
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
 
@@ -87,9 +88,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, shared: Shared, layer: Layer) -> tuple[Array, Seen]:
         options = dict(config=self.config, dtype=self.dtype, param_dtype=self.param_dtype, train=self.train)
-        before, cross, cross_probs = x, None, None
+        before, cross, cross_probs = (x := by_rows(x)), None, None
         a, probs, present = Attention(**options, heads=self.heads, name="attn")(norm(self, "ln_1")(x), shared, layer)
-        x = x + a
+        x = by_rows(x + a)
         if shared.states is not None or layer.cross is not None:
             attention = CrossAttention(**options, heads=self.config.n_head, name="crossattention")
             a, cross_probs, cross = attention(norm(self, "ln_cross_attn")(x), shared, layer)
@@ -198,7 +199,7 @@ class GPT2Module(nn.Module):
         if encoder_attention_mask is not None:
             shared = shared._replace(states_bias=key_bias(encoder_attention_mask, self.dtype))
         x, seen = self.h(x, shared, self._layers(cache, head_mask), train, output_attentions, output_hidden_states)
-        x = self.ln_f(x)
+        x = self.ln_f(by_rows(x))
         if cache is not None:
             cache = KVCache(seen.present, seen.cross, cache.length + source.shape[1])
         hidden = (*unstacked(seen.hidden), x) if output_hidden_states else None
@@ -207,7 +208,7 @@ class GPT2Module(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """The tied head: (..., E) -> (..., V)"""
-        return self.wte.attend(hidden)
+        return by_rows(self.wte.attend(hidden), PartitionSpec.UNCONSTRAINED)
 
     def _embed(self, source: Array, position_ids: Array, types: Array | None, train: bool) -> Array:
         is_ids = jnp.issubdtype(source.dtype, jnp.integer)

@@ -51,7 +51,7 @@ class Leaf(NamedTuple):
     def row(self, value: Any, row: Weight) -> np.ndarray[Any, Any]:
         """One row of the table, in its layout, gathered from this leaf's value."""
         part = gathered(value[self.rows.index(row)] if self.stacked else value)
-        return FLAX.layout(row, part.reshape(FLAX.shape(row)))  # type: ignore[no-any-return]
+        return FLAX.layout(row, part.reshape(FLAX.shape(row)))
 
     def spec(self, rules: Mapping[str, str]) -> PartitionSpec:
         """The mesh axis of each dimension under rules from named axes to mesh axes."""

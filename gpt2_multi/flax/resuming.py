@@ -80,7 +80,7 @@ def restore_state(folder: str | os.PathLike[str], state: TrainState, step: int |
                 "were when it was saved"
             ) from error
     key = jax.random.wrap_key_data(found.pop("dropout_key"), impl=jax.random.key_impl(state.dropout_key))
-    return state.replace(**found, dropout_key=key)  # type: ignore[no-any-return]
+    return state.replace(**found, dropout_key=key)
 
 
 def _manager(folder: str | os.PathLike[str], keep: int | None) -> ocp.CheckpointManager:

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import InputError
+from gpt2_multi.flax.layers import ROW_AXES
 from gpt2_multi.flax.params import Leaf, Tree, check_tree, leaves
 from gpt2_multi.weights import sizes
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 Rules = Mapping[str, str]
 
 MESH_AXES = ("data", "fsdp", "tensor")
-ROW_AXES = ("data", "fsdp")  # over which the rows of a batch are cut
 DATA: dict[str, str] = {}  # every device holds every parameter
 FSDP = {"embed": "fsdp"}  # Rajbhandari et al. 2020: parameters, gradients and the optimizer's state are cut
 TENSOR = {"head": "tensor", "mlp": "tensor"}  # Shoeybi et al. 2019; "vocab" too where it divides: 50257 does not
@@ -91,7 +91,8 @@ def param_shardings(config: GPT2Config, mesh: Mesh, rules: Rules, head: str = "l
     specs = flatten_dict(param_specs(config, rules, head, scan_layers))
     for path, leaf in leaves(config, head, scan_layers).items():
         _check_divisible(leaf, mesh, specs[path])
-    return unflatten_dict({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
+    auto = Mesh(mesh.devices, mesh.axis_names)  # the compiler decides what the rules do not, whatever the mesh's types
+    return unflatten_dict({path: NamedSharding(auto, spec) for path, spec in specs.items()})
 
 
 def shard_params(
@@ -99,13 +100,13 @@ def shard_params(
 ) -> Tree:
     """Parameters that are there already, on the devices of a mesh; `from_pretrained` places those of files directly."""
     check_tree(params, config, head, scan_layers)
-    return jax.device_put(params, param_shardings(config, mesh, rules, head, scan_layers))  # type: ignore[no-any-return]
+    return jax.device_put(params, param_shardings(config, mesh, rules, head, scan_layers))
 
 
 def init_params(model: FlaxGPT2PreTrainedModel, mesh: Mesh, rules: Rules, seed: int = 0) -> Tree:
     """First parameters, each shard made where it lies, for a model made with `_do_init=False`."""
     shardings = param_shardings(model.config, mesh, rules, model.head, model.scan_layers)
-    return jax.jit(model.init_weights, out_shardings=shardings)(jax.random.key(seed))  # type: ignore[no-any-return]
+    return jax.jit(model.init_weights, out_shardings=shardings)(jax.random.key(seed))
 
 
 def shard_batch(batch: Mapping[str, Any], mesh: Mesh, micro: bool = False) -> dict[str, Array]:

@@ -51,7 +51,7 @@ class Loss:
         losses = [loss for loss in (output.loss, getattr(output, "mc_loss", None)) if loss is not None]
         if not losses:
             raise InputError(f"batch: expected labels for the loss, found {', '.join(batch)}; give them by their name")
-        return sum(losses), label_count(self.head, batch)  # type: ignore[return-value]
+        return sum(losses), label_count(self.head, batch)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Loss) and self.module is other.module
@@ -77,6 +77,7 @@ class TrainState(train_state.TrainState):
     """Step, parameters, the optimizer's state, and the key from which each step's dropout follows: a pytree."""
 
     apply_fn: Loss = struct.field(pytree_node=False)
+    params: Any = struct.field(pytree_node=True)
     dropout_key: Array
 
 
@@ -95,7 +96,7 @@ def create_train_state(
     source = model.params if params is None else params
     first = partial(_first, Loss(model.module, model.head), optimizer, seed)
     shardings, given = _shardings(jax.eval_shape(first, source), source), params is not None
-    return jax.jit(first, out_shardings=shardings, donate_argnums=0 if given else ())(source)  # type: ignore[no-any-return]
+    return jax.jit(first, out_shardings=shardings, donate_argnums=0 if given else ())(source)
 
 
 def _first(loss: Loss, optimizer: optax.GradientTransformation, seed: int, params: Tree) -> TrainState:
@@ -110,7 +111,7 @@ def _shardings(state: TrainState, params: Tree) -> TrainState:
     moments = optax.tree_map_params(
         state.tx, lambda _, sharding: sharding, state.opt_state, by_leaf, transform_non_params=lambda _: whole
     )
-    return state.replace(step=whole, params=by_leaf, opt_state=moments, dropout_key=whole)  # type: ignore[no-any-return]
+    return state.replace(step=whole, params=by_leaf, opt_state=moments, dropout_key=whole)
 
 
 def replicated(sharding: Sharding) -> Sharding:
@@ -154,10 +155,16 @@ def train_step(state: TrainState, batch: Batch, micro: bool = False) -> tuple[Tr
     """
     check_batch(state, batch)
     leaves, tree = jax.tree.flatten(state)
-    sharding = leaves[0].sharding  # of the step, which is replicated
-    if isinstance(sharding, NamedSharding):
-        batch = shard_batch(batch, sharding.mesh, micro)
-    return _compiled(tree, tuple(leaf.sharding for leaf in leaves), micro)(state, dict(batch))
+    step = _compiled(tree, tuple(leaf.sharding for leaf in leaves), micro)
+    return _on_mesh(step, state, batch, micro)
+
+
+def _on_mesh(call: Callable[..., Any], state: TrainState, batch: Batch, micro: bool) -> Any:
+    mesh: Any = getattr(jax.tree.leaves(state)[0].sharding, "mesh", None)
+    if mesh is None:
+        return call(state, dict(batch))
+    with jax.set_mesh(mesh):
+        return call(state, shard_batch(batch, mesh, micro))
 
 
 @lru_cache(maxsize=16)
@@ -168,20 +175,18 @@ def _compiled(tree: Any, shardings: tuple[Sharding, ...], micro: bool) -> Callab
 
 @jax.jit
 def _evaluated(state: TrainState, batch: Batch) -> tuple[Array, Array]:
-    return state.apply_fn(state.params, batch)  # type: ignore[no-any-return]
+    return state.apply_fn(state.params, batch)
 
 
 def eval_step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
     """The loss of a batch without dropout, (), and how many labels it is the mean of, ()."""
     check_batch(state, batch)
-    if isinstance(state.step.sharding, NamedSharding):  # type: ignore[union-attr]
-        batch = shard_batch(batch, state.step.sharding.mesh)  # type: ignore[union-attr]
-    return _evaluated(state, dict(batch))
+    return _on_mesh(_evaluated, state, batch, False)
 
 
 def check_batch(state: TrainState, batch: Batch) -> None:
     """Look at ids and labels that are on this host: on a device, JAX would take the nearest id that there is."""
-    config, head = state.apply_fn.module.config, state.apply_fn.head  # type: ignore[attr-defined]
+    config, head = state.apply_fn.module.config, state.apply_fn.head
     host = {name: value for name, value in batch.items() if isinstance(value, np.ndarray)}
     for name in host.keys() & {"input_ids", "token_type_ids"}:
         limits.check_ids(name, *extremes(host[name]), config.vocab_size)
