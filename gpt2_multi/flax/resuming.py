@@ -10,13 +10,13 @@ save_state("run", state)
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax import Array
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.flax.train_state import TrainState
@@ -66,34 +66,46 @@ def restore_state(folder: str | os.PathLike[str], state: TrainState, step: int |
     `state` is what `create_train_state` makes of the same model and optimizer; the mesh may be another. Raises
     CheckpointError where there is no such state, and where it does not fit.
     """
+    impl = jax.random.key_impl(state.dropout_key)
     with _manager(folder, None) as manager:
         there = sorted(manager.all_steps())
         if not there or step not in (None, *there):
             steps = f"only those of the steps {', '.join(map(str, there))}" if there else "none"
             raise CheckpointError(f"{folder}: expected a saved state, found {steps}; save_state writes one")
-        wanted = jax.tree.map(_abstract, _arrays(state))
-        try:
-            found = manager.restore(there[-1] if step is None else step, args=ocp.args.StandardRestore(wanted))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{folder}: the saved state does not fit this model and optimizer ({_line(error)}); make them as they "
-                "were when it was saved"
-            ) from error
-    key = jax.random.wrap_key_data(found.pop("dropout_key"), impl=jax.random.key_impl(state.dropout_key))
-    return state.replace(**found, dropout_key=key)
+        step, wanted = there[-1] if step is None else step, _arrays(state)
+        _check_fit(f"{folder}: the state of step {step}", _shapes(dict(manager.item_metadata(step))), _shapes(wanted))
+        target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
+        found = manager.restore(step, args=ocp.args.StandardRestore(target))
+    state = jax.tree.unflatten(jax.tree.structure(state), [found[name] for name in wanted])
+    key = jax.random.wrap_key_data(state.dropout_key, impl=impl)
+    return state.replace(dropout_key=key)
 
 
 def _manager(folder: str | os.PathLike[str], keep: int | None) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(Path(folder).resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    return ocp.CheckpointManager(
+        Path(folder).resolve(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
-    key = jax.random.key_data(state.dropout_key)
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "dropout_key": key}
+    """Every array by its path, such as params.transformer.wte.embedding, in the order of the leaves."""
+    flat, _ = jax.tree.flatten_with_path(state.replace(dropout_key=jax.random.key_data(state.dropout_key)))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
 
 
-def _abstract(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in arrays.items()}
+
+
+def _check_fit(what: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    for name in {**expected, **found}:
+        if found.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"{what}: expected {name} to be {expected.get(name, 'absent')}, found {found.get(name, 'none')}; make "
+                "the model and the optimizer as they were when it was saved"
+            )
 
 
 def _line(error: Exception) -> str:
