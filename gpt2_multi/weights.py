@@ -189,6 +189,8 @@ TRANSFORMERS = Format("transformers", "transformer.", _WEIGHT_BIAS)
 TORCH = Format("torch", "transformer.", _WEIGHT_BIAS, transposed=frozenset({"kernel"}))  # nn.Linear is (out, in)
 _KERAS = dict(embedding="embeddings", kernel="kernel", linear="kernel", bias="bias", scale="gamma", shift="beta")
 KERAS = Format("keras", "transformer.", _KERAS, transposed=frozenset({"linear"}))  # Dense is (in, out)
+_FLAX = dict(embedding="embedding", kernel="kernel", linear="kernel", bias="bias", scale="scale", shift="bias")
+FLAX = Format("flax", "transformer.", _FLAX, transposed=frozenset({"linear"}))
 
 # The causal mask that old PyTorch checkpoints carry as a buffer: known, and dropped.
 MASK_BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias|masked_bias)")

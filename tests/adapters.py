@@ -63,4 +63,31 @@ def tf(head: str, folder: Path, dtype: str, inputs: dict[str, Any], call: Any = 
     return flatten(tf_model(head, folder, dtype, **options)(inputs, **dict(call)), lambda value: value.numpy())
 
 
-BACKENDS: dict[str, tuple[str, Callable[..., Outputs]]] = {"pt": ("torch", pt), "tf": ("tensorflow", tf)}
+def flax_model(head: str, folder: Path, dtype: str, **options: Any) -> Any:
+    """A Flax model of this head, stored and computing in `dtype`; it has one attention only."""
+    import jax
+
+    from gpt2_multi import flax
+
+    jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
+    options.pop("attn_implementation", None)
+    classes = {cls.head: cls for cls in vars(flax).values() if hasattr(cls, "head")}
+    return classes[head].from_pretrained(folder, param_dtype=dtype, **options)
+
+
+def flax(head: str, folder: Path, dtype: str, inputs: dict[str, Any], call: Any = (), **options: Any) -> Outputs:
+    """Run Flax, with a cache, which has room for the call alone."""
+    model = flax_model(head, folder, dtype, **options)
+    source = np.asarray(inputs.get("input_ids", inputs.get("inputs_embeds")))
+    choices = head == "double_heads" and source.ndim >= 3
+    if head not in ("token_classification", "question_answering"):
+        batch, length = (source.shape[0] * source.shape[1], source.shape[2]) if choices else source.shape[:2]
+        inputs = {**inputs, "past_key_values": model.init_cache(batch, length)}
+    return flatten(model(**inputs, **dict(call)), np.asarray)
+
+
+BACKENDS: dict[str, tuple[str, Callable[..., Outputs]]] = {
+    "pt": ("torch", pt),
+    "tf": ("tensorflow", tf),
+    "flax": ("flax", flax),
+}

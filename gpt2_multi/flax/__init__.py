@@ -1,0 +1,38 @@
+"""GPT-2 for JAX in Flax linen: the bare model and its five heads, as modules and under the names of transformers."""
+
+try:
+    import flax as _flax  # noqa: F401
+    import jax as _jax  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('gpt2_multi.flax needs JAX and Flax: pip install "gpt2-multi[flax]"') from error
+
+from gpt2_multi.flax.attention import KVCache
+from gpt2_multi.flax.heads import (
+    FlaxGPT2DoubleHeadsModel,
+    FlaxGPT2ForQuestionAnswering,
+    FlaxGPT2ForSequenceClassification,
+    FlaxGPT2ForTokenClassification,
+    FlaxGPT2LMHeadModel,
+    GPT2DoubleHeadsModule,
+    GPT2ForQuestionAnsweringModule,
+    GPT2ForSequenceClassificationModule,
+    GPT2ForTokenClassificationModule,
+    GPT2LMHeadModule,
+)
+from gpt2_multi.flax.model import FlaxGPT2Model, GPT2Module
+
+__all__ = [
+    "FlaxGPT2DoubleHeadsModel",
+    "FlaxGPT2ForQuestionAnswering",
+    "FlaxGPT2ForSequenceClassification",
+    "FlaxGPT2ForTokenClassification",
+    "FlaxGPT2LMHeadModel",
+    "FlaxGPT2Model",
+    "GPT2DoubleHeadsModule",
+    "GPT2ForQuestionAnsweringModule",
+    "GPT2ForSequenceClassificationModule",
+    "GPT2ForTokenClassificationModule",
+    "GPT2LMHeadModule",
+    "GPT2Module",
+    "KVCache",
+]

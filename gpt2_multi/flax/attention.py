@@ -1,0 +1,191 @@
+"""Attention in Flax: the cache of keys and values, the biases that hide keys, self- and cross-attention.
+
+Shapes: B batch, T length of this call, S keys (past included), H heads, D head width, E `n_embd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.flax.layers import dense
+
+Pair = tuple[Array, Array]
+
+
+@flax.struct.dataclass
+class KVCache(Sequence[Pair]):
+    """Room for the keys and values of `capacity` tokens: `cache[layer]` is a (key, value) pair, each (B, H, S, D).
+
+    A pytree that never changes: a call returns the next one. `length`, () int32, says how many tokens are there; it is
+    traced, so that a decode step compiles once. With scanned layers `layers` is one pair of (n_layer, B, H, S, D).
+    """
+
+    layers: Any
+    cross: Any  # the encoder's keys and values, computed once, or None
+    length: Array
+
+    @property
+    def stacked(self) -> bool:
+        """Whether one pair holds all layers."""
+        return isinstance(self.layers[0], jax.Array) or not isinstance(self.layers[0], tuple)
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens fit."""
+        return int((self.layers if self.stacked else self.layers[0])[0].shape[-2])
+
+    def get_seq_length(self) -> int:
+        """The number of tokens in the cache, where it is not traced."""
+        return int(self.length)
+
+    def reset(self) -> KVCache:
+        """The cache without its tokens, with the same room."""
+        return KVCache(self.layers, None, jnp.zeros_like(self.length))
+
+    def __len__(self) -> int:
+        return len(self.layers[0]) if self.stacked else len(self.layers)
+
+    def __getitem__(self, layer: Any) -> Any:
+        if isinstance(layer, slice):
+            return [self[i] for i in range(len(self))[layer]]
+        key, value = (x[layer] for x in self.layers) if self.stacked else self.layers[layer]
+        return key[:, :, : self.get_seq_length()], value[:, :, : self.get_seq_length()]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (self[layer] for layer in range(len(self)))
+
+
+class Shared(NamedTuple):
+    """What every block of one call shares; a bias is added to the scores."""
+
+    bias: Array  # (B or 1, H or 1, T, S)
+    start: Array | None = None  # () int32, where the cache is written
+    states: Array | None = None  # (B, encoder length, E)
+    states_bias: Array | None = None  # (B, 1, 1, encoder length)
+
+
+class Layer(NamedTuple):
+    """What one block gets for itself."""
+
+    scale: Array | float
+    head_mask: Array | None = None  # (B or 1, H, T or 1, S or 1)
+    past: Pair | None = None
+    cross: Pair | None = None
+
+
+class Seen(NamedTuple):
+    """What one block gives besides its output."""
+
+    hidden: Array | None  # its input, (B, T, E)
+    probs: Array | None  # (B, H, T, S)
+    cross_probs: Array | None
+    present: Pair | None
+    cross: Pair | None
+
+
+def lowest(dtype: Any) -> float:
+    """What hides a key: half the lowest finite value, so that adding a score to it stays finite in every dtype."""
+    return float(jnp.finfo(dtype).min) / 2
+
+
+def hiding(keep: Array, dtype: Any) -> Array:
+    """A bias of the scores that hides what `keep` does not: booleans of any shape."""
+    return jnp.where(keep, jnp.zeros((), dtype), jnp.asarray(lowest(dtype), dtype))
+
+
+def key_bias(mask: Array, dtype: Any) -> Array:
+    """A mask that is 1 where a key counts, as a bias of the scores: (B, S) -> (B, 1, 1, S)"""
+    return hiding(mask[:, None, None, :] != 0, dtype)
+
+
+def causal_bias(length: int, keys: int, past: Array | int, mask: Array | None, dtype: Any) -> Array:
+    """The bias under which each query sees the keys up to its own that `mask` keeps: (B or 1, H or 1, T, S).
+
+    mask: (B, S), or (B or 1, H or 1, T or 1, S) of booleans, integers (1 keeps) or floats (added to the scores).
+    """
+    keep = (jnp.arange(keys)[None] <= past + jnp.arange(length)[:, None])[None, None]  # (1, 1, T, S)
+    if mask is None:
+        return hiding(keep, dtype)
+    if mask.ndim == 4 and jnp.issubdtype(mask.dtype, jnp.floating):
+        low = jnp.asarray(lowest(dtype), dtype)
+        return jnp.where(keep, jnp.maximum(mask.astype(dtype), low), low)
+    mask = mask if mask.ndim == 4 else mask[:, None, None, :]
+    return hiding(keep & (mask != 0), dtype)
+
+
+def positions(source: Array, mask: Array | None, past: Array | int) -> Array:
+    """Each token's position: the count of unmasked tokens before it, (B, T); its index where no mask counts, (1, T)."""
+    length = source.shape[1]
+    if mask is None or mask.ndim != 2:
+        return (past + jnp.arange(length))[None]
+    counts = jnp.maximum(jnp.cumsum(mask != 0, axis=-1) - 1, 0)
+    return lax.dynamic_slice_in_dim(counts, past, length, axis=1)
+
+
+def widened(x: Array) -> Array:
+    """At least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Attend(nn.Module):
+    """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1), and the projection after it."""
+
+    config: GPT2Config
+    dtype: Any
+    param_dtype: Any
+    train: bool
+    heads: int
+
+    def project(self, x: Array, name: str, *parts: int) -> Array:
+        """Queries, keys or values, or several of them, of one projection: (B, T, E) -> (*parts, B, H, T, D)"""
+        x = dense(self, (*parts, self.heads, self.config.n_embd // self.config.n_head), name)(x).swapaxes(1, -2)
+        return jnp.moveaxis(x, 2, 0) if parts else x
+
+    def attend(
+        self, q: Array, k: Array, v: Array, bias: Array | None, scale: Array | float, head_mask: Array | None
+    ) -> tuple[Array, Array]:
+        if self.config.reorder_and_upcast_attn:
+            q, k = widened(q), widened(k)
+        scores = (q * jnp.asarray(scale, q.dtype)) @ k.swapaxes(-1, -2)  # (B, H, T, S)
+        scores = scores if bias is None else scores + bias.astype(scores.dtype)
+        probs = nn.softmax(scores).astype(v.dtype)
+        probs = nn.Dropout(self.config.attn_pdrop)(probs, deterministic=not self.train)
+        probs = probs if head_mask is None else probs * head_mask
+        x = dense(self, self.config.n_embd, "c_proj", axis=(-2, -1))((probs @ v).swapaxes(1, 2))  # (B, T, E)
+        return nn.Dropout(self.config.resid_pdrop)(x, deterministic=not self.train), probs
+
+
+class Attention(Attend):
+    """Causal self-attention."""
+
+    @nn.compact
+    def __call__(self, x: Array, shared: Shared, layer: Layer) -> tuple[Array, Array, Pair]:
+        q, k, v = self.project(x, "c_attn", 3)
+        if layer.past is not None:
+            k, v = (write(old, new, shared.start) for old, new in zip(layer.past, (k, v), strict=True))
+        x, probs = self.attend(q, k, v, shared.bias, layer.scale, layer.head_mask)
+        return x, probs, (k, v)
+
+
+class CrossAttention(Attend):
+    """Attention of the decoder to an encoder's states."""
+
+    @nn.compact
+    def __call__(self, x: Array, shared: Shared, layer: Layer) -> tuple[Array, Array, Pair]:
+        q = self.project(x, "q_attn")
+        k, v = self.project(shared.states, "c_attn", 2) if layer.cross is None else layer.cross
+        x, probs = self.attend(q, k, v, shared.states_bias, layer.scale, None)
+        return x, probs, (k, v)
+
+
+def write(buffer: Array, new: Array, start: Array) -> Array:
+    """The buffer (B, H, S, D) with `new` (B, H, T, D) from `start` on; XLA writes it in place where it may."""
+    return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=2)

@@ -1,0 +1,354 @@
+"""The heads of GPT-2 in Flax: language model, double heads, sequence and token classification, question answering.
+
+Each has a linen module, which stands alone, and the class around it. They take what `GPT2Module` takes, and labels; see
+there for shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from gpt2_multi import limits
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.flax import generation
+from gpt2_multi.flax.attention import KVCache
+from gpt2_multi.flax.checks import check_call, extremes, is_concrete
+from gpt2_multi.flax.layers import dense
+from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel, empty_cache
+from gpt2_multi.flax.model import ACTIVATIONS, GPT2Module
+from gpt2_multi.flax.training import classification_loss, cross_entropy, lm_loss, span_loss
+from gpt2_multi.outputs import (
+    CausalLMOutputWithCrossAttentions,
+    GPT2DoubleHeadsModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from gpt2_multi.sampling import GenerationConfig
+
+
+class Headed(nn.Module):
+    """A module around the bare one, which is its `transformer`."""
+
+    config: GPT2Config
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str | None = None
+    scan_layers: bool = False
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache without tokens, with room for `capacity` of `batch` rows."""
+        return empty_cache(self.config, batch, capacity, self.dtype, self.scan_layers)
+
+    def body(self) -> GPT2Module:
+        """The bare module inside."""
+        return GPT2Module(self.config, self.dtype, self.param_dtype, self.remat, self.scan_layers, name="transformer")
+
+    def lm_head(self, body: GPT2Module, hidden: Array) -> Array:
+        """Logits over the vocabulary, by the token embedding unless the head is untied: (..., E) -> (..., V)"""
+        if self.config.tie_word_embeddings:
+            return body.logits(hidden)
+        return dense(self, self.config.vocab_size, "lm_head", head="lm", use_bias=False)(hidden)
+
+
+class GPT2LMHeadModule(Headed):
+    """GPT-2 with the language-model head, tied to the token embedding unless the configuration says otherwise."""
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        encoder_hidden_states: Array | None = None,
+        encoder_attention_mask: Array | None = None,
+        past_key_values: KVCache | None = None,
+        token_type_ids: Array | None = None,
+        head_mask: Array | None = None,
+        inputs_embeds: Array | None = None,
+        labels: Array | None = None,
+        train: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        last_only: bool = False,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Logits (B, T, V) of the next token, of the last position alone with `last_only`.
+
+        labels: (B, T), shifted here, for the loss.
+        """
+        body = self.body()
+        outputs = body(
+            input_ids, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, past_key_values,
+            token_type_ids, head_mask, inputs_embeds, train, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(body, hidden[:, -1:] if last_only else hidden)
+        loss = None if labels is None else lm_loss(logits, labels, present(attention_mask, labels))
+        return CausalLMOutputWithCrossAttentions(
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
+        )
+
+
+class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
+    """GPT-2 with the language-model head: `FlaxGPT2LMHeadModel.from_pretrained("gpt2")`."""
+
+    head = "lm"
+    module_class = GPT2LMHeadModule
+    generation_config: GenerationConfig
+
+    def __init__(self, config: GPT2Config, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.generation_config = GenerationConfig.of(config)
+
+    generate = generation.generate
+    stream_tokens = generation.stream_tokens
+
+    @cached_property
+    def decoders(self) -> dict[str, Callable[..., Any]]:
+        """The functions that `generate` and `stream_tokens` run."""
+        return generation.decoders(self.module)
+
+
+class SequenceSummary(nn.Module):
+    """One vector per choice, at the token that `summary_type` names, projected to its score."""
+
+    config: GPT2Config
+    dtype: Any
+    param_dtype: Any
+    train: bool
+
+    @nn.compact
+    def __call__(self, hidden: Array, mask: Array, mc_token_ids: Array | None) -> Array:
+        """(B, C, T, E) hidden states and (B, C, T) mask -> (B, C, 1), or (B, C, E) without `summary_proj_to_labels`."""
+        config = self.config
+        x = nn.Dropout(config.summary_first_dropout)(
+            self._pool(hidden, mask, mc_token_ids), deterministic=not self.train
+        )
+        if config.summary_use_proj:
+            x = dense(self, 1 if config.summary_proj_to_labels else config.n_embd, "summary", head="double_heads")(x)
+        return ACTIVATIONS[config.summary_activation](x) if config.summary_activation else x
+
+    def _pool(self, hidden: Array, mask: Array, mc_token_ids: Array | None) -> Array:
+        kind = self.config.summary_type
+        if kind == "mean":
+            weights = (mask != 0).astype(hidden.dtype)[..., None]
+            return (hidden * weights).sum(-2) / jnp.maximum(weights.sum(-2), 1)
+        index = mc_token_ids if kind == "cls_index" and mc_token_ids is not None else last_tokens(mask)
+        if kind == "first":
+            index = jnp.argmax(mask != 0, -1)
+        return jnp.take_along_axis(hidden, index[..., None, None], -2).squeeze(-2)
+
+
+class GPT2DoubleHeadsModule(Headed):
+    """GPT-2 with the language-model head and a multiple-choice head."""
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        past_key_values: KVCache | None = None,
+        token_type_ids: Array | None = None,
+        head_mask: Array | None = None,
+        inputs_embeds: Array | None = None,
+        mc_token_ids: Array | None = None,
+        labels: Array | None = None,
+        mc_labels: Array | None = None,
+        train: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> GPT2DoubleHeadsModelOutput:
+        """Logits (B, C, T, V) and scores (B, C) of C choices, given as (B, C, T) ids, mask, types and positions.
+
+        mc_token_ids: (B, C), the token that is scored, by default the last one that the mask keeps. labels: (B, C, T),
+        shifted here. mc_labels: (B,), the right choice.
+        """
+        body, source = self.body(), input_ids if input_ids is not None else inputs_embeds
+        choices = source.shape[:3]
+        outputs = body(
+            rows(input_ids), rows(attention_mask), rows(position_ids), None, None, past_key_values,
+            rows(token_type_ids), head_mask, rows(inputs_embeds), train, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        hidden = outputs.last_hidden_state.reshape(*choices, -1)  # (B, C, T, E)
+        mask = jnp.ones(choices, bool) if attention_mask is None else attention_mask[..., -choices[2] :]
+        logits = self.lm_head(body, hidden)
+        summary = SequenceSummary(self.config, self.dtype, self.param_dtype, train, name="multiple_choice_head")
+        scores = summary(hidden, mask, mc_token_ids).squeeze(-1)
+        return GPT2DoubleHeadsModelOutput(
+            None if labels is None else lm_loss(logits, labels, mask),
+            None if mc_labels is None else cross_entropy(scores, mc_labels),
+            logits, scores, outputs.past_key_values, outputs.hidden_states, outputs.attentions,
+        )  # fmt: skip
+
+
+class FlaxGPT2DoubleHeadsModel(FlaxGPT2PreTrainedModel):
+    """GPT-2 with the language-model head and a multiple-choice head."""
+
+    head = "double_heads"
+    module_class = GPT2DoubleHeadsModule
+
+    def check(self, arrays: Mapping[str, Any]) -> None:
+        """Look at what a call was given: choices, which are rows of the body's batch."""
+        ids, embeds = arrays.get("input_ids"), arrays.get("inputs_embeds")
+        limits.check_given(ids, embeds)
+        source: Any = embeds if ids is None else ids
+        limits.check_choices(source.shape, 4 if ids is None else 3)
+        whole = ("past_key_values", "head_mask")
+        check_call(self.config, {name: x if name in whole else rows(x) for name, x in arrays.items()})
+        if (index := arrays.get("mc_token_ids")) is not None:
+            limits.check_shape("mc_token_ids", index.shape, source.shape[:2])
+            if is_concrete(index):
+                limits.check_choice_tokens(*extremes(index), source.shape[2])
+
+
+class GPT2ForSequenceClassificationModule(Headed):
+    """GPT-2 with a classifier of the whole text, at its last token."""
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        past_key_values: KVCache | None = None,
+        token_type_ids: Array | None = None,
+        head_mask: Array | None = None,
+        inputs_embeds: Array | None = None,
+        labels: Array | None = None,
+        train: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits (B, L) at the last token that the mask keeps; without a mask, the last one that is not `pad_token_id`.
+
+        labels: (B,) classes, or (B, L) floats for several labels, or (B,) floats for regression (L = 1).
+        """
+        outputs = self.body()(
+            input_ids, attention_mask, position_ids, None, None, past_key_values,
+            token_type_ids, head_mask, inputs_embeds, train, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        hidden = outputs.last_hidden_state  # (B, T, E)
+        end = last_tokens(self._kept(hidden, input_ids, attention_mask))  # (B,)
+        pooled = jnp.take_along_axis(hidden, end[:, None, None], 1).squeeze(1)  # (B, E)
+        score = dense(self, self.config.num_labels, "score", head="sequence_classification", use_bias=False)
+        logits = score(pooled)
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
+        return SequenceClassifierOutputWithPast(
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        )
+
+    def _kept(self, hidden: Array, input_ids: Array | None, mask: Array | None) -> Array:
+        if mask is not None and mask.ndim == 2:
+            return mask[:, -hidden.shape[1] :]
+        can_find_end = input_ids is not None and self.config.pad_token_id is not None
+        limits.check_pooling(len(hidden), can_find_end)
+        return input_ids != self.config.pad_token_id if can_find_end else jnp.ones(hidden.shape[:2], bool)  # type: ignore[return-value]
+
+
+class FlaxGPT2ForSequenceClassification(FlaxGPT2PreTrainedModel):
+    """GPT-2 with a classifier of the whole text, at its last token."""
+
+    head = "sequence_classification"
+    module_class = GPT2ForSequenceClassificationModule
+
+
+class GPT2ForTokenClassificationModule(Headed):
+    """GPT-2 with a classifier of each token."""
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        past_key_values: KVCache | None = None,
+        token_type_ids: Array | None = None,
+        head_mask: Array | None = None,
+        inputs_embeds: Array | None = None,
+        labels: Array | None = None,
+        train: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> TokenClassifierOutput:
+        """Logits (B, T, L); labels: (B, T), of which -100 and masked ones do not count."""
+        outputs = self.body()(
+            input_ids, attention_mask, position_ids, None, None, past_key_values,
+            token_type_ids, head_mask, inputs_embeds, train, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        hidden = nn.Dropout(classifier_dropout(self.config))(outputs.last_hidden_state, deterministic=not train)
+        logits = dense(self, self.config.num_labels, "classifier", head="token_classification")(hidden)
+        loss = None if labels is None else cross_entropy(logits, labels, present(attention_mask, labels))
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class FlaxGPT2ForTokenClassification(FlaxGPT2PreTrainedModel):
+    """GPT-2 with a classifier of each token."""
+
+    head = "token_classification"
+    module_class = GPT2ForTokenClassificationModule
+
+
+class GPT2ForQuestionAnsweringModule(Headed):
+    """GPT-2 with a head that marks where an answer starts and ends."""
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        token_type_ids: Array | None = None,
+        head_mask: Array | None = None,
+        inputs_embeds: Array | None = None,
+        start_positions: Array | None = None,
+        end_positions: Array | None = None,
+        train: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> QuestionAnsweringModelOutput:
+        """Logits (B, T) of the answer's first and last token; positions: (B,), of which those beyond T do not count."""
+        outputs = self.body()(
+            input_ids, attention_mask, position_ids, None, None, None,
+            token_type_ids, head_mask, inputs_embeds, train, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        logits = dense(self, 2, "qa_outputs", head="question_answering")(outputs.last_hidden_state)
+        start, end = logits[..., 0], logits[..., 1]  # (B, T) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(start, end, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states, outputs.attentions)
+
+
+class FlaxGPT2ForQuestionAnswering(FlaxGPT2PreTrainedModel):
+    """GPT-2 with a head that marks where an answer starts and ends."""
+
+    head = "question_answering"
+    module_class = GPT2ForQuestionAnsweringModule
+
+
+def classifier_dropout(config: GPT2Config) -> float:
+    """The dropout before the token classifier: a key that a file may have, 0.1 otherwise, as in transformers."""
+    given = config.extra.get("classifier_dropout", config.extra.get("hidden_dropout"))
+    return 0.1 if given is None else float(given)
+
+
+def present(mask: Array | None, labels: Array) -> Array | None:
+    """The part of a (B, past + T) mask that labels (B, T) stand under; a mask of rank 4 says nothing about labels."""
+    return mask[:, -labels.shape[1] :] if mask is not None and mask.ndim == 2 else None
+
+
+def last_tokens(mask: Array) -> Array:
+    """The index of the last unmasked token of each row: (..., T) -> (...)"""
+    return mask.shape[-1] - 1 - jnp.argmax(mask[..., ::-1] != 0, -1)
+
+
+def rows(x: Array | None) -> Array | None:
+    """Choices as rows of a batch: (B, C, ...) -> (B * C, ...)"""
+    return None if x is None else x.reshape(-1, *x.shape[2:])

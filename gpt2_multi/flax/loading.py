@@ -1,0 +1,301 @@
+"""Between Flax's parameters and the table: the drop-in classes, from_pretrained, save_pretrained, resizing."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from gpt2_multi import limits
+from gpt2_multi.checkpoint import Source, read_weights, replaced, write_weights
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.errors import InputError
+from gpt2_multi.flax.attention import KVCache
+from gpt2_multi.flax.checks import as_array, check_call
+from gpt2_multi.flax.params import Tree, check_tree, initial, leaves, placed, rows_of
+from gpt2_multi.flax.sharding import param_shardings
+from gpt2_multi.hub import resolve
+from gpt2_multi.sampling import GenerationConfig
+from gpt2_multi.weights import table
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+def as_dtype(name: str, dtype: Any) -> Any:
+    """A floating-point dtype by itself or by its name, such as "bfloat16"; None stays None."""
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = dtype
+    if str(found) not in FLOATS:
+        raise InputError(f"{name}: expected float64, float32, float16 or bfloat16, found {dtype!r}")
+    if str(found) == "float64" and not jax.config.jax_enable_x64:
+        raise InputError(f'{name}: JAX computes in float64 only after jax.config.update("jax_enable_x64", True)')
+    return found
+
+
+class FlaxGPT2PreTrainedModel:
+    """What every GPT-2 class shares: a configuration, a linen module, its parameters, and the way to and from files.
+
+    `dtype` is what it computes in, `param_dtype` what it stores; both may be names, and `dtype` is the other by
+    default. `seed` decides the first parameters. With `_do_init=False` the model holds none, and each call is given
+    them. `remat` is the name of a policy of `jax.checkpoint_policies`, `scan_layers` stacks the layers' parameters.
+    """
+
+    head: ClassVar[str]
+    module_class: ClassVar[type[nn.Module]]
+    generation_config: GenerationConfig | None = None  # of the classes that generate
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        input_shape: tuple[int, int] = (1, 1),
+        seed: int = 0,
+        dtype: Any = None,
+        _do_init: bool = True,
+        *,
+        param_dtype: Any = jnp.float32,
+        remat: str | None = None,
+        scan_layers: bool = False,
+    ) -> None:
+        given: object = config  # transformers has a class of the same name
+        if not isinstance(given, GPT2Config):
+            raise InputError(
+                f"config: expected gpt2_multi.GPT2Config, found {type(given).__module__}.{type(given).__name__}; "
+                "GPT2Config.from_dict(config.to_dict()) makes one"
+            )
+        self.config, self.scan_layers = config, scan_layers
+        self.param_dtype = as_dtype("param_dtype", param_dtype)
+        self.dtype = as_dtype("dtype", dtype) or self.param_dtype
+        self.module: Any = self.module_class(config, self.dtype, self.param_dtype, remat, scan_layers)
+        self.input_shape, self.key = input_shape, jax.random.key(seed)
+        self._params = self.init_weights(self.key) if _do_init else None
+        flags = ("train", "output_attentions", "output_hidden_states")
+        self._apply = jax.jit(self._applied, static_argnames=flags)
+
+    def init_weights(self, rng: Array, input_shape: tuple[int, int] = (1, 1), params: Tree | None = None) -> Tree:
+        """First parameters, as the table says; those that `params` has are kept."""
+        tree = flatten_dict(initial(self.config, self.head, self.scan_layers, rng, self.param_dtype))
+        return unflatten_dict({**tree, **flatten_dict(params or {})})
+
+    @property
+    def params(self) -> Tree:
+        """The parameters, as a nested dict."""
+        if self._params is None:
+            raise InputError(
+                "params: this model was made with _do_init=False and holds none; give each call `params=`, or make "
+                "them by init_weights(rng)"
+            )
+        return self._params
+
+    @params.setter
+    def params(self, params: Tree) -> None:
+        check_tree(params, self.config, self.head, self.scan_layers)
+        self._params = params
+
+    @property
+    def params_shape_tree(self) -> Tree:
+        """The tree of shapes and dtypes."""
+        found = leaves(self.config, self.head, self.scan_layers)
+        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, self.param_dtype) for path, leaf in found.items()}
+        return unflatten_dict(shapes)
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        params: Tree | None = None,
+        past_key_values: KVCache | None = None,
+        dropout_rng: Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """What the linen module gives, whose `__call__` says what the inputs are; `inputs` are its further ones.
+
+        The call is compiled, once for each shape. `past_key_values` comes from `init_cache`, or from a call.
+        Raises InputError for an id outside the vocabulary, a position beyond `n_positions`, shapes that do not fit, and
+        `train` without `dropout_rng`; TypeError for an unknown input.
+        """
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
+            "past_key_values": past_key_values, **inputs,
+        }  # fmt: skip
+        arrays = self._arrays(given)
+        if train and dropout_rng is None:
+            raise InputError("dropout_rng: train=True draws dropout; give a key, such as jax.random.key(0)")
+        config = self.config
+        output = self._apply(
+            self.params if params is None else params,
+            arrays,
+            dropout_rng,
+            train=train,
+            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _arrays(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = {name: as_array(name, value) for name, value in given.items() if value is not None}
+        names = [*self.module_class.__call__.__annotations__]
+        limits.check_names(f"{type(self).__name__}()", [*arrays], names)
+        cache, mask = arrays.get("past_key_values"), arrays.get("attention_mask")
+        if isinstance(cache, KVCache) and mask is not None and mask.shape[-1] < cache.capacity:
+            room = cache.capacity - mask.shape[-1]  # of tokens to come, which no query sees yet
+            arrays["attention_mask"] = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, room)])
+        self.check(arrays)
+        return arrays
+
+    def check(self, arrays: Mapping[str, Any]) -> None:
+        """Look at what a call was given, before it is compiled."""
+        check_call(self.config, arrays)
+
+    def _applied(self, params: Tree, arrays: Mapping[str, Any], dropout_rng: Array | None, **flags: bool) -> Any:
+        rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
+        return self.module.apply({"params": params}, **arrays, rngs=rngs, **flags)
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens of `batch_size` rows, in the dtype that it computes in."""
+        limits.check_positions(0, max_length - 1, self.config.n_positions)
+        return empty_cache(self.config, batch_size, max_length, self.dtype, self.scan_layers)
+
+    def to_bf16(self, params: Tree | None = None, mask: Any = None) -> Tree:
+        """The parameters in bfloat16: the model's own, or those given, where `mask`, a tree of booleans, is True."""
+        return self._cast(params, jnp.bfloat16, mask)
+
+    def to_fp16(self, params: Tree | None = None, mask: Any = None) -> Tree:
+        """The parameters in float16; see `to_bf16`."""
+        return self._cast(params, jnp.float16, mask)
+
+    def to_fp32(self, params: Tree | None = None, mask: Any = None) -> Tree:
+        """The parameters in float32; see `to_bf16`."""
+        return self._cast(params, jnp.float32, mask)
+
+    def _cast(self, params: Tree | None, dtype: Any, mask: Any) -> Tree:
+        params = self.params if params is None else params
+        mask = jax.tree.map(lambda _: True, params) if mask is None else mask
+        return jax.tree.map(lambda x, wanted: x.astype(dtype) if wanted else x, params, mask)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = None,
+        seed: int = 0,
+        remat: str | None = None,
+        scan_layers: bool = False,
+        mesh: Mesh | None = None,
+        rules: Mapping[str, str] | None = None,
+        _do_init: bool = True,
+        **overrides: Any,
+    ) -> Self | tuple[Self, Tree]:
+        """Load a model folder, the demo model ("demo"), or a model of the hub by its name.
+
+        `param_dtype` is what the parameters are stored in: float32 by default, "auto" for what config.json names.
+        `dtype` is what the model computes in, by default the same. With a `mesh` and `rules` (named axis -> mesh axis;
+        see `sharding`) each shard is placed directly. With `_do_init=False` it returns the model and its parameters.
+        `overrides` change settings of the configuration. A task head that the files lack is initialised anew, with a
+        warning. Raises CheckpointError or ConfigError for anything that does not fit.
+        """
+        if rules and mesh is None:
+            raise InputError("rules: expected a mesh beside them, found none; sharding.make_mesh makes one")
+        folder = resolve(
+            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        config = GPT2Config.from_json_file(folder / "config.json", **overrides)
+        stored = (config.dtype or "float32") if param_dtype == "auto" else param_dtype or "float32"
+        arrays = read_weights(folder, config, cls.head)
+        model = cls(
+            config, seed=seed, dtype=dtype, param_dtype=stored, remat=remat, scan_layers=scan_layers, _do_init=False
+        )
+        params = model._loaded(arrays, str(folder), mesh, rules or {})
+        if model.generation_config is not None:
+            model.generation_config = GenerationConfig.from_pretrained(folder, config)
+        if not _do_init:
+            return model, params
+        model.params = params
+        return model
+
+    def _loaded(self, arrays: dict[str, Any], source: str, mesh: Mesh | None, rules: Mapping[str, str]) -> Tree:
+        fresh = [row for row in table(self.config, self.head) if row.name not in arrays]
+        if fresh:
+            names = " and ".join(row.name for row in fresh)
+            warnings.warn(f"{source} has no {names}: initialised anew; train the model before you use it", stacklevel=3)
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(self.key)))
+        for row in fresh:
+            arrays[row.name] = rng.normal(row.constant if not row.std else 0, row.std, row.shape)
+        shape: dict[str, Any] = {"head": self.head, "scan_layers": self.scan_layers}
+        shardings = {} if mesh is None else flatten_dict(param_shardings(self.config, mesh, rules, **shape))
+        return unflatten_dict(
+            {
+                path: placed(leaf, lambda row: arrays[row.name], self.param_dtype, shardings.get(path))
+                for path, leaf in leaves(self.config, **shape).items()
+            }
+        )
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], params: Tree | None = None, *, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
+
+        The parameters are gathered one after the other. On several hosts each has to call it, and the first one writes.
+        The model's files are replaced together, other files of the folder stay: see `checkpoint.replaced`. Raises
+        CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
+        """
+        params = self.params if params is None else params
+        check_tree(params, self.config, self.head, self.scan_layers)
+        rows = rows_of(params, self.config, self.head, self.scan_layers)
+        dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
+        config = self.config.replace(architectures=[type(self).__name__.removeprefix("Flax")], dtype=str(dtype))
+        sources = [(row, dtype, rows[row.name]) for row in table(config, self.head)]
+        if jax.process_index() == 0:
+            self._write(folder, config, sources, max_shard_size)
+        else:
+            for _, _, gather in sources:
+                gather()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("saved")
+
+    def _write(
+        self, folder: str | os.PathLike[str], config: GPT2Config, sources: list[Source], max_shard_size: int | str
+    ) -> None:
+        with replaced(folder) as stage:
+            config.save_pretrained(stage)
+            if self.generation_config is not None:
+                self.generation_config.save_pretrained(stage)
+            write_weights(stage, sources, self.head, max_shard_size=max_shard_size)
+
+
+def empty_cache(config: GPT2Config, batch: Any, capacity: int, dtype: Any, scan_layers: bool) -> KVCache:
+    """A cache without tokens."""
+    head_dim = config.n_embd // config.n_head
+    heads = [config.n_head - len(config.pruned_heads.get(i, ())) for i in range(config.n_layer)]
+    shapes = [(batch, number, capacity, head_dim) for number in heads]
+    if scan_layers:
+        whole = (config.n_layer, *shapes[0])
+        return KVCache((jnp.zeros(whole, dtype), jnp.zeros(whole, dtype)), None, jnp.int32(0))
+    return KVCache(tuple((jnp.zeros(s, dtype), jnp.zeros(s, dtype)) for s in shapes), None, jnp.int32(0))

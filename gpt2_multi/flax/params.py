@@ -1,0 +1,138 @@
+"""The tree of parameters: which leaf each row of the table is, its shape there, its first value, how it is sharded.
+
+A leaf is a row of the table with its named axes unflattened; with scanned layers, the rows of all layers stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.errors import ConfigError, InputError
+from gpt2_multi.weights import FLAX, Weight, sizes, table
+
+Path = tuple[str, ...]
+Tree = dict[str, Any]
+Read = Callable[[Weight], np.ndarray[Any, Any]]
+
+
+class Leaf(NamedTuple):
+    """A parameter of the tree: its rows of the table (several where layers are scanned), its named axes, sizes."""
+
+    rows: list[Weight]
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first dimension counts layers."""
+        return self.axes[:1] == ("layer",)
+
+    def value(self, read: Read, index: Any = ()) -> np.ndarray[Any, Any]:
+        """The part of this leaf at an index; only what it touches is read."""
+        if not self.stacked:
+            return self._unflattened(read, self.rows[0])[index]
+        layers, *rest = index or (slice(None),)
+        return np.stack([self._unflattened(read, row)[tuple(rest)] for row in self.rows[layers]])
+
+    def _unflattened(self, read: Read, row: Weight) -> np.ndarray[Any, Any]:
+        return FLAX.layout(row, read(row)).reshape(self.shape[1:] if self.stacked else self.shape)
+
+    def row(self, value: Any, row: Weight) -> np.ndarray[Any, Any]:
+        """One row of the table, in its layout, gathered from this leaf's value."""
+        part = gathered(value[self.rows.index(row)] if self.stacked else value)
+        return FLAX.layout(row, part.reshape(FLAX.shape(row)))
+
+    def spec(self, rules: Mapping[str, str]) -> PartitionSpec:
+        """The mesh axis of each dimension under rules from named axes to mesh axes."""
+        return PartitionSpec(*(rules.get(axis) for axis in self.axes))
+
+
+def leaves(config: GPT2Config, head: str, scan_layers: bool) -> dict[Path, Leaf]:
+    """Every leaf of the tree by its path."""
+    if scan_layers and config.pruned_heads:
+        raise ConfigError("scan_layers: layers with pruned heads differ in size and cannot be stacked; set it to False")
+    found: dict[Path, Leaf] = {}
+    for row in table(config, head):
+        path, stacked = FLAX.spell(row, head != "base").split("."), scan_layers and row.path.startswith("h.")
+        if stacked:
+            path[path.index("h") + 1] = "layers"
+        found.setdefault(tuple(path), _leaf(config, row, stacked)).rows.append(row)
+    return found
+
+
+def _leaf(config: GPT2Config, row: Weight, stacked: bool) -> Leaf:
+    size = sizes(config, int(row.path.split(".")[1]) if ".attn." in row.path else None)
+    dims = row.axes[::-1] if row.kind in FLAX.transposed else row.axes
+    axes = tuple(axis for dim in dims for axis in dim)
+    shape = tuple(size[axis] for axis in axes)
+    return Leaf([], ("layer", *axes), (config.n_layer, *shape)) if stacked else Leaf([], axes, shape)
+
+
+def initial(config: GPT2Config, head: str, scan_layers: bool, key: Array, dtype: Any) -> Tree:
+    """First values, as the table says; layers that are scanned get the values that they get alone."""
+    order = {row.name: number for number, row in enumerate(table(config, head))}
+
+    def first(row: Weight, shape: tuple[int, ...]) -> Array:
+        if not row.std:
+            return jnp.full(shape, row.constant, dtype)
+        return row.std * jax.random.normal(jax.random.fold_in(key, order[row.name]), shape, dtype)
+
+    def whole(leaf: Leaf) -> Array:
+        if not leaf.stacked:
+            return first(leaf.rows[0], leaf.shape)
+        return jnp.stack([first(row, leaf.shape[1:]) for row in leaf.rows])
+
+    return unflatten_dict({path: whole(leaf) for path, leaf in leaves(config, head, scan_layers).items()})
+
+
+def placed(leaf: Leaf, read: Read, dtype: Any, sharding: NamedSharding | None) -> Array:
+    """A leaf on its devices: each shard straight from where it is read, never the whole on one device of a mesh."""
+    if sharding is None:
+        return jnp.array(leaf.value(read), dtype)
+    return jax.make_array_from_callback(
+        leaf.shape, sharding, lambda index: np.asarray(leaf.value(read, index)).astype(dtype)
+    )
+
+
+def rows_of(params: Tree, config: GPT2Config, head: str, scan_layers: bool) -> dict[str, Callable[[], Any]]:
+    """A function for each row of the table, by its name, that gathers it from the devices, in the table's layout.
+
+    On several hosts every one has to call the same functions in the same order.
+    """
+    flat = flatten_dict(params)
+    return {
+        row.name: partial(leaf.row, flat[path], row)
+        for path, leaf in leaves(config, head, scan_layers).items()
+        for row in leaf.rows
+    }
+
+
+def gathered(value: Any) -> np.ndarray[Any, Any]:
+    """A whole array on this host, whichever devices of whichever hosts hold its parts."""
+    if not isinstance(value, Array) or value.is_fully_addressable or value.is_fully_replicated:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+
+
+def check_tree(params: Tree, config: GPT2Config, head: str, scan_layers: bool) -> None:
+    """A tree has to have the leaves of the configuration, each of its shape."""
+    found = {path: tuple(jnp.shape(value)) for path, value in flatten_dict(params).items()}
+    wanted = {path: leaf.shape for path, leaf in leaves(config, head, scan_layers).items()}
+    if found == wanted:
+        return
+    path = min(set(found.items()) ^ set(wanted.items()))[0]
+    raise InputError(
+        f"params: {'/'.join(path)} has shape {found.get(path, 'none, it is missing')}, expected "
+        f"{wanted.get(path, 'no such parameter')}; take model.params, or what from_pretrained returned"
+    )

@@ -1,0 +1,171 @@
+"""Sharding of the Flax model over a mesh of devices: plain dicts say which mesh axis cuts which named axis.
+
+    mesh, rules = make_mesh("data=2,fsdp=2,tensor=2"), FSDP | TENSOR
+    model = FlaxGPT2LMHeadModel.from_pretrained("gpt2", mesh=mesh, rules=rules)
+
+Named axes are those of the table of weights: vocab, position, embed, qkv, head, head_dim, mlp, and so on; with scanned
+layers also `layer`. What no rule names is whole on every device. Rows of a batch are cut over `data` and `fsdp`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.errors import InputError
+from gpt2_multi.flax.layers import ROW_AXES
+from gpt2_multi.flax.params import Leaf, Tree, check_tree, leaves
+from gpt2_multi.weights import sizes
+
+if TYPE_CHECKING:
+    from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
+
+Rules = Mapping[str, str]
+
+MESH_AXES = ("data", "fsdp", "tensor")
+DATA: dict[str, str] = {}  # every device holds every parameter
+FSDP = {"embed": "fsdp"}  # Rajbhandari et al. 2020: parameters, gradients and the optimizer's state are cut
+TENSOR = {"head": "tensor", "mlp": "tensor"}  # Shoeybi et al. 2019; "vocab" too where it divides: 50257 does not
+
+
+def make_mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that a text such as "data=2,fsdp=2,tensor=2" describes; an axis that it leaves out has size 1.
+
+    It has the axes data, fsdp and tensor, of all devices of all hosts unless `devices` are given. Raises InputError for
+    an unknown axis, for a size that is no positive number, and where the sizes do not multiply to the devices.
+    """
+    found = jax.devices() if devices is None else list(devices)
+    size = dict.fromkeys(MESH_AXES, 1) | dict(_axis(part) for part in shape.split(",") if part.strip())
+    if (needed := math.prod(size.values())) != len(found):
+        raise InputError(
+            f"mesh: expected sizes whose product is the number of devices, {len(found)}, found '{shape}', which needs "
+            f"{needed}; change them (XLA_FLAGS=--xla_force_host_platform_device_count={needed} makes virtual ones of a "
+            "CPU)"
+        )
+    return jax.make_mesh(tuple(size.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=found)
+
+
+def _axis(part: str) -> tuple[str, int]:
+    name, _, size = (piece.strip() for piece in part.partition("="))
+    if name not in MESH_AXES:
+        raise InputError(f"mesh: expected the axes {', '.join(MESH_AXES)}, found '{name}'{nearest(name, MESH_AXES)}")
+    if not size.isdecimal() or not int(size):
+        raise InputError(f"mesh: expected a positive number for '{name}', found '{size}'; write for example {name}=2")
+    return name, int(size)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def param_specs(config: GPT2Config, rules: Rules, head: str = "lm", scan_layers: bool = False) -> Tree:
+    """The tree of PartitionSpecs of a model's parameters, one entry for each dimension.
+
+    Kernels have their named axes unflattened, c_attn's (E, 3, H, D) and c_proj's (H, D, E), so that "head" can be cut.
+    Raises InputError for a named axis that does not exist, and where one mesh axis would cut two axes of a parameter.
+    """
+    check_rules(config, rules, scan_layers)
+    found = leaves(config, head, scan_layers)
+    for leaf in found.values():
+        _check_once(leaf, rules)
+    return unflatten_dict({path: leaf.spec(rules) for path, leaf in found.items()})
+
+
+def param_shardings(config: GPT2Config, mesh: Mesh, rules: Rules, head: str = "lm", scan_layers: bool = False) -> Tree:
+    """The tree of NamedShardings of a model's parameters on a mesh; see `param_specs`.
+
+    Raises InputError too for a mesh axis that does not exist, and for parts that would not be equal.
+    """
+    _check_mesh(mesh, rules)
+    specs = flatten_dict(param_specs(config, rules, head, scan_layers))
+    for path, leaf in leaves(config, head, scan_layers).items():
+        _check_divisible(leaf, mesh, specs[path])
+    auto = Mesh(mesh.devices, mesh.axis_names)  # the compiler decides what the rules do not, whatever the mesh's types
+    return unflatten_dict({path: NamedSharding(auto, spec) for path, spec in specs.items()})
+
+
+def shard_params(
+    params: Tree, config: GPT2Config, mesh: Mesh, rules: Rules, head: str = "lm", scan_layers: bool = False
+) -> Tree:
+    """Parameters that are there already, on the devices of a mesh; `from_pretrained` places those of files directly."""
+    check_tree(params, config, head, scan_layers)
+    return jax.device_put(params, param_shardings(config, mesh, rules, head, scan_layers))
+
+
+def init_params(model: FlaxGPT2PreTrainedModel, mesh: Mesh, rules: Rules, seed: int = 0) -> Tree:
+    """First parameters, each shard made where it lies, for a model made with `_do_init=False`."""
+    shardings = param_shardings(model.config, mesh, rules, model.head, model.scan_layers)
+    return jax.jit(model.init_weights, out_shardings=shardings)(jax.random.key(seed))
+
+
+def shard_batch(batch: Mapping[str, Any], mesh: Mesh, micro: bool = False) -> dict[str, Array]:
+    """A batch with its rows cut over the axes data and fsdp; with `micro`, micro-batches are stacked before the rows.
+
+    Arrays of NumPy hold the rows of all hosts, the same on each. Arrays of JAX are left as they are. Raises InputError
+    where the devices cannot share the rows equally.
+    """
+    axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * micro, axes))
+    return {name: _rows_placed(name, value, sharding, int(micro)) for name, value in batch.items()}
+
+
+def _rows_placed(name: str, value: Any, sharding: NamedSharding, dim: int) -> Array:
+    if isinstance(value, jax.Array):
+        return value
+    value = np.asarray(value)
+    parts = math.prod(sharding.mesh.shape[axis] for axis in sharding.spec[dim])
+    if value.shape[dim] % parts:
+        raise InputError(
+            f"{name}: expected a number of rows that {parts} devices share equally, found {value.shape[dim]}; change "
+            "the batch or the mesh"
+        )
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def check_rules(config: GPT2Config, rules: Rules, scan_layers: bool) -> None:
+    """Rules have to name axes of the table."""
+    known = [*sizes(config), *["layer"] * scan_layers]
+    for axis in rules:
+        if axis not in known:
+            why = " (only scanned layers have it)" if axis == "layer" else nearest(axis, known)
+            raise InputError(f"rules: expected named axes among {', '.join(known)}, found '{axis}'{why}")
+
+
+def _check_mesh(mesh: Mesh, rules: Rules) -> None:
+    for axis, over in rules.items():
+        if over not in mesh.shape:
+            raise InputError(
+                f"rules: '{axis}' is to be cut over the mesh axis '{over}', expected one of "
+                f"{', '.join(mesh.axis_names)}{nearest(over, mesh.axis_names)}"
+            )
+
+
+def _check_once(leaf: Leaf, rules: Rules) -> None:
+    cut = [axis for axis in leaf.axes if axis in rules]
+    for i, axis in enumerate(cut):
+        for other in cut[:i]:
+            if rules[axis] == rules[other]:
+                raise InputError(
+                    f"rules: '{other}' and '{axis}' are both cut over '{rules[axis]}', but {leaf.rows[0].name} has "
+                    "both, and a mesh axis can cut only one; take another mesh axis, or leave one out"
+                )
+
+
+def _check_divisible(leaf: Leaf, mesh: Mesh, spec: PartitionSpec) -> None:
+    for axis, size, over in zip(leaf.axes, leaf.shape, spec, strict=True):
+        if over is not None and size % mesh.shape[over]:
+            raise InputError(
+                f"{leaf.rows[0].name}: the axis '{axis}' has {size} entries, which {mesh.shape[over]} devices of the "
+                f"mesh axis '{over}' cannot share equally; change the mesh or leave '{axis}' out of the rules"
+            )
