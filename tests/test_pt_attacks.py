@@ -208,3 +208,11 @@ def test_the_token_classifier_s_dropout_comes_from_the_file():
     config = GPT2Config.from_dict(SMALL.to_dict() | {"classifier_dropout": 0.7})
     assert pt.GPT2ForTokenClassification(config).dropout.p == 0.7
     assert pt.GPT2ForTokenClassification(SMALL).dropout.p == 0.1
+
+
+@pytest.mark.parametrize(
+    ("cls", "shape"), [(pt.GPT2ForSequenceClassification, (2, 0)), (pt.GPT2DoubleHeadsModel, (2, 2, 0))]
+)
+def test_a_text_without_a_token_has_no_last_one(cls, shape):
+    with pytest.raises(InputError, match="a text has no token to look at; give at least one"):
+        cls(SMALL)(torch.zeros(shape, dtype=torch.long), attention_mask=torch.zeros(shape))

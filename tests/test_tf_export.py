@@ -28,7 +28,7 @@ for bad in ([[503]], [[-1]], [[1] * 60]):
     try:
         functions["generate"](input_ids=tf.constant(bad), attention_mask=tf.ones_like(bad))
     except tf.errors.InvalidArgumentError as error:
-        print(str(error).splitlines()[0])
+        print(" ".join(str(error).split()))
 """
 
 

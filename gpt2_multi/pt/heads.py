@@ -175,7 +175,7 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
             rows(input_ids), past_key_values, rows(attention_mask), rows(token_type_ids), rows(position_ids), head_mask,
             rows(inputs_embeds), None, None, use_cache, output_attentions, output_hidden_states, True,
         )  # fmt: skip
-        hidden = outputs.last_hidden_state.view(*choices, -1)  # (B, C, T, E)
+        hidden = outputs.last_hidden_state.view(*choices, self.config.n_embd)  # (B, C, T, E)
         mask = hidden.new_ones(choices) if attention_mask is None else attention_mask[..., -choices[-1] :]
         if mc_token_ids is not None:
             limits.check_shape("mc_token_ids", mc_token_ids.shape, choices[:2])
@@ -338,6 +338,7 @@ def present(mask: Tensor | None, labels: Tensor) -> Tensor | None:
 
 def last_tokens(mask: Tensor) -> Tensor:
     """The index of the last unmasked token of each row: (..., T) -> (...)"""
+    limits.check_pooled(mask.shape[-1])
     return mask.shape[-1] - 1 - (mask.flip(-1) != 0).int().argmax(-1)
 
 

@@ -34,8 +34,19 @@ def compile(self: TFGPT2PreTrainedModel, *args: Any, **options: Any) -> None:
     """Keras' own, which otherwise would keep the loss and the metrics of an earlier `compile`."""
     self._compile_loss = self._compile_metrics = self.loss = None
     keras.Model.compile(self, *args, **options)
+    check_moments(self.optimizer, self.variable_dtype)
     if self._compile_loss is None:
         self.__dict__["_loss_tracker"] = LossOverReplicas(name="loss")  # as an attribute it would be listed twice
+
+
+def check_moments(optimizer: Any, dtype: str) -> None:
+    """Keras' Adam rounds its decay rates to the variables' dtype; one that becomes 1 there makes every step zero."""
+    beta = getattr(optimizer, "beta_2", None)
+    if beta is not None and float(tf.cast(beta, dtype)) == 1.0:
+        raise InputError(
+            f"{optimizer.name}: beta_2 {beta} is 1 in {dtype}, so nothing would be learnt; store float32 and compute "
+            f'in {dtype} (dtype="mixed_{dtype}"), or give a smaller beta_2'
+        )
 
 
 def compile_from_config(self: TFGPT2PreTrainedModel, config: dict[str, Any]) -> None:

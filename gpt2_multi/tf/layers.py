@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -20,6 +23,22 @@ def norm(config: GPT2Config, name: str, policy: keras.DTypePolicy) -> keras.laye
     layer = keras.layers.LayerNormalization(epsilon=config.layer_norm_epsilon, name=name, dtype=policy)
     layer.build((None, config.n_embd))
     return layer
+
+
+def lookup(layer: keras.layers.Embedding, ids: tf.Tensor) -> tf.Tensor:
+    """The rows of an embedding, (...) -> (..., E), with a dense gradient.
+
+    Of a sparse one, Keras' Adam squares each slice before it adds up those of one row: v would be smaller than g ** 2.
+    """
+    if layer.quantization_mode is not None:
+        return layer(ids)
+    return tf.cast(tf.gather(with_dense_gradient(tf.convert_to_tensor(layer.embeddings)), ids), layer.compute_dtype)
+
+
+@tf.custom_gradient
+def with_dense_gradient(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[Any], tf.Tensor]]:
+    """The same tensor; slices of its gradient are added up."""
+    return tf.identity(x), tf.convert_to_tensor
 
 
 def replace_variable(layer: keras.layers.Layer, leaf: str, value: tf.Tensor) -> None:

@@ -28,7 +28,7 @@ from gpt2_multi.tf.attention import (
     positions,
     sizes,
 )
-from gpt2_multi.tf.layers import dense, norm
+from gpt2_multi.tf.layers import dense, lookup, norm
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 from gpt2_multi.tf.policies import Policy
 from gpt2_multi.tf.trees import register
@@ -190,9 +190,9 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
 
     def embed(self, source: tf.Tensor, position_ids: tf.Tensor, token_type_ids: tf.Tensor | None = None) -> tf.Tensor:
         """The first block's input, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""
-        x = tf.cast(source, self.compute_dtype) if source.dtype.is_floating else self.wte(source)
-        x = x + self.wpe(position_ids)
-        return self.drop(x if token_type_ids is None else x + self.wte(token_type_ids))
+        x = tf.cast(source, self.compute_dtype) if source.dtype.is_floating else lookup(self.wte, source)
+        x = x + lookup(self.wpe, position_ids)
+        return self.drop(x if token_type_ids is None else x + lookup(self.wte, token_type_ids))
 
     def run(
         self, x: tf.Tensor, context: Context, head_mask: tf.Tensor | None = None

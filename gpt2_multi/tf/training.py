@@ -13,6 +13,7 @@ from gpt2_multi.tf.checks import check_integers, extremes, is_concrete, shape
 from gpt2_multi.tf.sharding import over_replicas
 
 IGNORED = -100
+UNDECAYED = r"(^|/)(bias|gamma|beta)(/replica_\d+)?(:\d+)?$"  # as TensorFlow names its variables
 
 
 def cross_entropy(logits: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
@@ -112,7 +113,7 @@ class AdamW(keras.optimizers.AdamW):
 
     def __init__(self, learning_rate: Any = 5e-5, weight_decay: float = 0.1, **options: Any) -> None:
         super().__init__(learning_rate, weight_decay=weight_decay, **options)
-        self.exclude_from_weight_decay(var_names=["^bias$", "^gamma$", "^beta$"])
+        self.exclude_from_weight_decay(var_names=[UNDECAYED])
 
 
 def cosine_schedule(step: tf.Tensor, steps: int, warmup: int = 0, least: float = 0.1) -> tf.Tensor:
