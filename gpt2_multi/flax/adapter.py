@@ -23,8 +23,8 @@ def devices() -> list[str]:
 
 def dtypes(device: str) -> list[str]:
     """The floating-point dtypes that a device computes in; float64 where the process has switched it on."""
-    wide = ["float64"] if jax.config.jax_enable_x64 and not device.startswith("tpu") else []
-    return [*wide, "float32", "bfloat16", "float16"]
+    wide = jax.config.jax_enable_x64 and not device.startswith("tpu")  # type: ignore[attr-defined]
+    return [*(["float64"] if wide else []), "float32", "bfloat16", "float16"]
 
 
 def load(folder: Path, device: str, dtype: str = "float32") -> FlaxGPT2LMHeadModel:

@@ -170,7 +170,8 @@ class GPT2DoubleHeadsModule(Headed):
         mc_token_ids: (B, C), the token that is scored, by default the last one that the mask keeps. labels: (B, C, T),
         shifted here. mc_labels: (B,), the right choice.
         """
-        body, source = self.body(), input_ids if input_ids is not None else inputs_embeds
+        body = self.body()
+        source: Any = input_ids if input_ids is not None else inputs_embeds
         choices = source.shape[:3]
         outputs = body(
             rows(input_ids), rows(attention_mask), rows(position_ids), None, None, past_key_values,

@@ -39,7 +39,7 @@ def as_dtype(name: str, dtype: Any) -> Any:
         found = dtype
     if str(found) not in FLOATS:
         raise InputError(f"{name}: expected float64, float32, float16 or bfloat16, found {dtype!r}")
-    if str(found) == "float64" and not jax.config.jax_enable_x64:
+    if str(found) == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise InputError(f'{name}: JAX computes in float64 only after jax.config.update("jax_enable_x64", True)')
     return found
 

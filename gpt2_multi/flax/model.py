@@ -95,8 +95,9 @@ class Block(nn.Module):
             a, cross_probs, cross = attention(norm(self, "ln_cross_attn")(x), shared, layer)
             x = x + a
         x = x + MLP(**options, name="mlp")(norm(self, "ln_2")(x))
-        seen = (before if self.hidden else None, *(p if self.attentions else None for p in (probs, cross_probs)))
-        return x, Seen(*seen, None if layer.past is None else present, None if layer.past is None else cross)
+        shown = (before if self.hidden else None, *(p if self.attentions else None for p in (probs, cross_probs)))
+        cached = (None, None) if layer.past is None else (present, cross)
+        return x, Seen._make((*shown, *cached))
 
 
 class Blocks(nn.Module):
@@ -134,10 +135,10 @@ class Blocks(nn.Module):
         seen = []
         for i in range(self.config.n_layer):
             heads = self.config.n_head - len(self.config.pruned_heads.get(i, ()))
-            layer = Layer(*(None if part is None else part[i] for part in layers))
+            layer = Layer._make(None if part is None else part[i] for part in layers)
             x, more = block(**options, heads=heads, name=str(i))(x, shared, layer)
             seen.append(more)
-        return x, Seen(*(None if part[0] is None else part for part in zip(*seen, strict=True)))
+        return x, Seen._make(None if part[0] is None else part for part in zip(*seen, strict=True))
 
 
 def rematerialised(policy: str, prevent_cse: bool) -> Any:
@@ -187,7 +188,7 @@ class GPT2Module(nn.Module):
         it. head_mask: (H,), (n_layer, H) or (n_layer, B, H, T, S). encoder_hidden_states: (B, encoder length, E),
         encoder_attention_mask: (B, encoder length). With `train`, an rng named "dropout" is needed.
         """
-        source = input_ids if input_ids is not None else inputs_embeds
+        source: Any = input_ids if input_ids is not None else inputs_embeds
         cache = past_key_values
         past = 0 if cache is None else cache.length
         if position_ids is None:
