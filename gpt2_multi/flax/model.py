@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from gpt2_multi.config import GPT2Config
-from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import (
     Attention,
     CrossAttention,
@@ -27,6 +26,7 @@ from gpt2_multi.flax.attention import (
     key_bias,
     positions,
 )
+from gpt2_multi.flax.checks import check_remat
 from gpt2_multi.flax.layers import dense, embed, norm
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
@@ -143,9 +143,7 @@ class Blocks(nn.Module):
 
 def rematerialised(policy: str, prevent_cse: bool) -> Any:
     """A block that keeps for the backward pass what a policy of `jax.checkpoint_policies` says."""
-    known = [name for name in dir(jax.checkpoint_policies) if not name.startswith("_")]
-    if policy not in known:
-        raise InputError(f"remat: expected the name of a policy, one of {', '.join(known)}, found {policy!r}")
+    check_remat(policy)
     return nn.remat(Block, policy=getattr(jax.checkpoint_policies, policy), prevent_cse=prevent_cse)
 
 
