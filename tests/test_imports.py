@@ -12,7 +12,11 @@ import pytest
 import gpt2_multi
 
 FRAMEWORKS = frozenset({"torch", "tensorflow", "keras", "jax", "flax", "transformers"})
-MAY_LOAD = {"gpt2_multi.pt": {"torch"}, "gpt2_multi.tf": {"tensorflow", "keras"}}
+MAY_LOAD = {
+    "gpt2_multi.pt": {"torch"},
+    "gpt2_multi.tf": {"tensorflow", "keras"},
+    "gpt2_multi.flax": {"jax", "flax"},
+}
 
 
 def modules() -> list[str]:

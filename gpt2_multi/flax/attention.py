@@ -67,18 +67,18 @@ class Shared(NamedTuple):
     """What every block of one call shares; a bias is added to the scores."""
 
     bias: Array  # (B or 1, H or 1, T, S)
-    start: Array | None = None  # () int32, where the cache is written
-    states: Array | None = None  # (B, encoder length, E)
+    start: Array | int = 0  # () int32, where the cache is written
+    states: Any = None  # (B, encoder length, E), or None
     states_bias: Array | None = None  # (B, 1, 1, encoder length)
 
 
 class Layer(NamedTuple):
-    """What one block gets for itself."""
+    """What one block gets for itself; or what all of them get, a list or, for scanned layers, stacked arrays each."""
 
-    scale: Array | float
-    head_mask: Array | None = None  # (B or 1, H, T or 1, S or 1)
-    past: Pair | None = None
-    cross: Pair | None = None
+    scale: Any  # a number
+    head_mask: Any = None  # (B or 1, H, T or 1, S or 1), or None
+    past: Any = None  # a pair, or None
+    cross: Any = None  # a pair, or None
 
 
 class Seen(NamedTuple):
@@ -186,6 +186,6 @@ class CrossAttention(Attend):
         return x, probs, (k, v)
 
 
-def write(buffer: Array, new: Array, start: Array) -> Array:
+def write(buffer: Array, new: Array, start: Array | int) -> Array:
     """The buffer (B, H, S, D) with `new` (B, H, T, D) from `start` on; XLA writes it in place where it may."""
     return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=2)

@@ -10,14 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from gpt2_multi import limits
 from gpt2_multi.errors import InputError
-from gpt2_multi.flax.attention import KVCache, positions
+from gpt2_multi.flax.attention import KVCache
 
 if TYPE_CHECKING:
     from gpt2_multi.config import GPT2Config
+    from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
+
+POLICIES = (  # of jax.checkpoint_policies
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "checkpoint_dots",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots_with_no_batch_dims",
+)
 
 
 def as_array(name: str, value: Any) -> Any:
@@ -25,7 +36,7 @@ def as_array(name: str, value: Any) -> Any:
     if value is None or isinstance(value, (jax.Array, KVCache)):
         return value
     try:
-        return jnp.asarray(value)
+        return jnp.asarray(narrowed(value))
     except (TypeError, ValueError):
         raise InputError(
             f"{name}: expected rows of numbers, all of one length, found {type(value).__name__}; pad them, and give "
@@ -33,17 +44,27 @@ def as_array(name: str, value: Any) -> Any:
         ) from None
 
 
-def check_call(config: GPT2Config, given: Mapping[str, Any]) -> None:
+def narrowed(value: Any) -> Any:
+    """An array of NumPy; integers that JAX's would cut off are as great as they can be, so that they stay wrong."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
+        return value
+    limit = np.iinfo(np.int64 if jax.config.jax_enable_x64 else np.int32)  # type: ignore[attr-defined]
+    return value.clip(limit.min, limit.max) if value.dtype.itemsize == 8 else value
+
+
+def check_call(model: FlaxGPT2PreTrainedModel, given: Mapping[str, Any]) -> None:
     """Every input of the body, (B, T) ids and what goes with them, has to fit the configuration and the others."""
+    config, cache = model.config, given.get("past_key_values")
     source = check_source(config, given.get("input_ids"), given.get("inputs_embeds"))
-    cache = given.get("past_key_values")
+    if cache is not None:
+        check_cache(cache, source.shape[0], source.shape[1], model)
     check_shapes(config, source, given, cache)
     check_states(config, len(source), given.get("encoder_hidden_states"), given.get("encoder_attention_mask"))
     for name in ("input_ids", "token_type_ids", "position_ids"):
         check_values(config, name, given.get(name))
     if given.get("position_ids") is None:
         past = 0 if cache is None else cache.length
-        check_values(config, "position_ids", positions(source, given.get("attention_mask"), past))
+        check_end(config, past, source.shape[1], given.get("attention_mask"))
 
 
 def check_source(config: GPT2Config, input_ids: Array | None, inputs_embeds: Array | None) -> Array:
@@ -62,10 +83,7 @@ def check_source(config: GPT2Config, input_ids: Array | None, inputs_embeds: Arr
 def check_shapes(config: GPT2Config, source: Array, given: Mapping[str, Any], cache: KVCache | None) -> None:
     """Every input has to fit the (B, T) of the call and the room of the cache."""
     (batch, length), mask, head_mask = source.shape[:2], given.get("attention_mask"), given.get("head_mask")
-    keys = length
-    if cache is not None:
-        check_cache(cache, batch, length, config)
-        keys = cache.capacity
+    keys = length if cache is None else cache.capacity
     if mask is not None:
         limits.check_mask(mask.shape, batch, config.n_head, length, keys)
     for name in ("token_type_ids", "position_ids"):
@@ -76,15 +94,16 @@ def check_shapes(config: GPT2Config, source: Array, given: Mapping[str, Any], ca
         limits.check_head_mask(head_mask.shape, (config.n_layer, batch, config.n_head, length, keys))
 
 
-def check_cache(cache: object, batch: int, length: int, config: GPT2Config) -> None:
+def check_cache(cache: object, batch: int, length: int, model: FlaxGPT2PreTrainedModel) -> None:
     """A cache comes from `init_cache`, for as many rows, and has room for the new tokens."""
-    if not isinstance(cache, KVCache) or len(cache) != config.n_layer:
+    layers, stacked = model.config.n_layer, model.scan_layers
+    if not isinstance(cache, KVCache) or len(cache) != layers or cache.stacked != stacked:
         raise InputError(
-            f"past_key_values: expected a cache of {config.n_layer} layers from init_cache(batch_size, max_length), or "
-            f"what a call made of it, found {type(cache).__name__}"
+            f"past_key_values: expected a cache of {layers} layers from init_cache(batch_size, max_length) of this "
+            f"model{' with scan_layers' if stacked else ''}, or what a call made of it, found {type(cache).__name__}"
         )
     key = (cache.layers if cache.stacked else cache.layers[0])[0]
-    limits.check_cache(key.shape[-4], str(key.dtype), batch, str(key.dtype))
+    limits.check_cache(key.shape[-4], str(key.dtype), batch, str(jnp.dtype(model.dtype)))
     if is_concrete(cache.length):
         limits.check_room(length, int(cache.length), cache.capacity)
 
@@ -94,8 +113,8 @@ def check_states(config: GPT2Config, batch: int, states: Array | None, mask: Arr
     if states is not None:
         limits.check_encoder(config.add_cross_attention)
         limits.check_shape("encoder_hidden_states", states.shape, (batch, None, config.n_embd))
-        if mask is not None:
-            limits.check_shape("encoder_attention_mask", mask.shape, states.shape[:2])
+    if mask is not None:
+        limits.check_shape("encoder_attention_mask", mask.shape, (batch, None) if states is None else states.shape[:2])
 
 
 def check_values(config: GPT2Config, name: str, value: Array | None) -> None:
@@ -111,11 +130,34 @@ def check_values(config: GPT2Config, name: str, value: Array | None) -> None:
         limits.check_ids(name, *extremes(value), config.vocab_size)
 
 
+def check_end(config: GPT2Config, past: Array | int, length: int, mask: Array | None) -> None:
+    """Positions that count unmasked tokens have to end within the positions."""
+    if not is_concrete(past) or not is_concrete(mask):
+        return
+    keys = int(past) + length
+    if mask is not None and mask.ndim == 2:
+        keys = int((np.asarray(mask)[:, :keys] != 0).sum(-1).max(initial=0))
+    limits.check_positions(0, keys - 1, config.n_positions)
+
+
+def check_classes(labels: Array | None, number: int) -> None:
+    """Labels have to be classes or -100; what is wrong in them but their values, the loss finds while it is traced."""
+    if labels is not None and is_concrete(labels) and jnp.issubdtype(labels.dtype, jnp.integer):
+        limits.check_labels(*extremes(labels), number)
+
+
+def check_remat(policy: str | None) -> None:
+    """What a backward pass computes again is the name of a policy, one that needs nothing more."""
+    if policy is not None and policy not in POLICIES:
+        raise InputError(f"remat: expected None or one of {', '.join(POLICIES)}, found {policy!r}")
+
+
 def is_concrete(value: Any) -> bool:
     """Whether an array has values already."""
     return not isinstance(value, jax.core.Tracer)
 
 
 def extremes(ids: Any) -> tuple[int, int]:
-    """The least and the greatest of some ids; (0, 0) of none."""
+    """The least and the greatest of some ids; (0, 0) of none. NumPy finds them without compiling anything."""
+    ids = np.asarray(ids)
     return (int(ids.min()), int(ids.max())) if ids.size else (0, 0)

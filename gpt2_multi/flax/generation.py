@@ -162,7 +162,7 @@ def begin(module: Any, params: Tree, prompt: Prompt, room: int) -> State:
         prompt.states,
         prompt.states_mask,
         module.empty_cache(batch, length + room),
-        last_only=True,
+        logits_to_keep=1,
     )
     ids = jnp.pad(prompt.ids, [(0, 0), (0, room)])
     return State(jnp.int32(0), ids, jnp.zeros(batch, bool), outputs.past_key_values)

@@ -18,7 +18,7 @@ from gpt2_multi import limits
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.flax import generation
 from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.checks import check_call, extremes, is_concrete
+from gpt2_multi.flax.checks import check_call, check_classes, extremes, is_concrete
 from gpt2_multi.flax.layers import dense
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel, empty_cache
 from gpt2_multi.flax.model import ACTIVATIONS, GPT2Module
@@ -76,19 +76,20 @@ class GPT2LMHeadModule(Headed):
         train: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
-        last_only: bool = False,
+        logits_to_keep: int = 0,
     ) -> CausalLMOutputWithCrossAttentions:
-        """Logits (B, T, V) of the next token, of the last position alone with `last_only`.
+        """Logits (B, T, V) of the next token. labels: (B, T), shifted here, for the loss.
 
-        labels: (B, T), shifted here, for the loss.
+        `logits_to_keep` n computes those of the last n positions only (0: of all).
         """
+        limits.check_kept(logits_to_keep)
         body = self.body()
         outputs = body(
             input_ids, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, past_key_values,
             token_type_ids, head_mask, inputs_embeds, train, output_attentions, output_hidden_states,
         )  # fmt: skip
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(body, hidden[:, -1:] if last_only else hidden)
+        logits = self.lm_head(body, hidden[:, -logits_to_keep:])
         loss = None if labels is None else lm_loss(logits, labels, present(attention_mask, labels))
         return CausalLMOutputWithCrossAttentions(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
@@ -105,6 +106,11 @@ class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
     def __init__(self, config: GPT2Config, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
         self.generation_config = GenerationConfig.of(config)
+
+    def check(self, arrays: Mapping[str, Any]) -> None:
+        """Look at what a call was given."""
+        super().check(arrays)
+        check_classes(arrays.get("labels"), self.config.vocab_size)
 
     generate = generation.generate
     stream_tokens = generation.stream_tokens
@@ -170,7 +176,8 @@ class GPT2DoubleHeadsModule(Headed):
         mc_token_ids: (B, C), the token that is scored, by default the last one that the mask keeps. labels: (B, C, T),
         shifted here. mc_labels: (B,), the right choice.
         """
-        body, source = self.body(), input_ids if input_ids is not None else inputs_embeds
+        body = self.body()
+        source: Any = input_ids if input_ids is not None else inputs_embeds
         choices = source.shape[:3]
         outputs = body(
             rows(input_ids), rows(attention_mask), rows(position_ids), None, None, past_key_values,
@@ -201,9 +208,12 @@ class FlaxGPT2DoubleHeadsModel(FlaxGPT2PreTrainedModel):
         source: Any = embeds if ids is None else ids
         limits.check_choices(source.shape, 4 if ids is None else 3)
         whole = ("past_key_values", "head_mask")
-        check_call(self.config, {name: x if name in whole else rows(x) for name, x in arrays.items()})
+        check_call(self, {name: x if name in whole else rows(x) for name, x in arrays.items()})
+        check_classes(arrays.get("labels"), self.config.vocab_size)
+        check_classes(arrays.get("mc_labels"), source.shape[1])
         if (index := arrays.get("mc_token_ids")) is not None:
             limits.check_shape("mc_token_ids", index.shape, source.shape[:2])
+            limits.check_integers("mc_token_ids", index.dtype, bool(jnp.issubdtype(index.dtype, jnp.integer)))
             if is_concrete(index):
                 limits.check_choice_tokens(*extremes(index), source.shape[2])
 
@@ -258,6 +268,12 @@ class FlaxGPT2ForSequenceClassification(FlaxGPT2PreTrainedModel):
     head = "sequence_classification"
     module_class = GPT2ForSequenceClassificationModule
 
+    def check(self, arrays: Mapping[str, Any]) -> None:
+        """Look at what a call was given; labels are classes unless the problem is another."""
+        super().check(arrays)
+        if self.config.num_labels > 1 and self.config.problem_type in (None, "single_label_classification"):
+            check_classes(arrays.get("labels"), self.config.num_labels)
+
 
 class GPT2ForTokenClassificationModule(Headed):
     """GPT-2 with a classifier of each token."""
@@ -293,6 +309,11 @@ class FlaxGPT2ForTokenClassification(FlaxGPT2PreTrainedModel):
 
     head = "token_classification"
     module_class = GPT2ForTokenClassificationModule
+
+    def check(self, arrays: Mapping[str, Any]) -> None:
+        """Look at what a call was given."""
+        super().check(arrays)
+        check_classes(arrays.get("labels"), self.config.num_labels)
 
 
 class GPT2ForQuestionAnsweringModule(Headed):
@@ -346,6 +367,7 @@ def present(mask: Array | None, labels: Array) -> Array | None:
 
 def last_tokens(mask: Array) -> Array:
     """The index of the last unmasked token of each row: (..., T) -> (...)"""
+    limits.check_pooled(mask.shape[-1])
     return mask.shape[-1] - 1 - jnp.argmax(mask[..., ::-1] != 0, -1)
 
 

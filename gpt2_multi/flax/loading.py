@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array
+from jax import Array, lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -21,8 +21,8 @@ from gpt2_multi.checkpoint import Source, read_weights, replaced, write_weights
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.checks import as_array, check_call
-from gpt2_multi.flax.params import Tree, check_tree, initial, leaves, placed, rows_of
+from gpt2_multi.flax.checks import as_array, check_call, check_remat, is_concrete
+from gpt2_multi.flax.params import Tree, check_tree, dtypes_of, initial, leaves, placed, rows_of
 from gpt2_multi.flax.sharding import param_shardings
 from gpt2_multi.hub import resolve
 from gpt2_multi.sampling import GenerationConfig
@@ -41,7 +41,7 @@ def as_dtype(name: str, dtype: Any) -> Any:
         found = dtype
     if str(found) not in FLOATS:
         raise InputError(f"{name}: expected float64, float32, float16 or bfloat16, found {dtype!r}")
-    if str(found) == "float64" and not jax.config.jax_enable_x64:
+    if str(found) == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise InputError(f'{name}: JAX computes in float64 only after jax.config.update("jax_enable_x64", True)')
     return found
 
@@ -79,16 +79,18 @@ class FlaxGPT2PreTrainedModel:
         self.config, self.scan_layers = config, scan_layers
         self.param_dtype = as_dtype("param_dtype", param_dtype)
         self.dtype = as_dtype("dtype", dtype) or self.param_dtype
+        check_remat(remat)
         self.module: Any = self.module_class(config, self.dtype, self.param_dtype, remat, scan_layers)
         self.input_shape, self.key = input_shape, jax.random.key(seed)
         self._params = self.init_weights(self.key) if _do_init else None
-        flags = ("train", "output_attentions", "output_hidden_states")
-        self._apply = jax.jit(self._applied, static_argnames=flags)
+        self._apply = jax.jit(self._applied, static_argnums=(0, 1))
 
     def init_weights(self, rng: Array, input_shape: tuple[int, int] = (1, 1), params: Tree | None = None) -> Tree:
         """First parameters, as the table says; those that `params` has are kept."""
         tree = flatten_dict(initial(self.config, self.head, self.scan_layers, rng, self.param_dtype))
-        return unflatten_dict({**tree, **flatten_dict(params or {})})
+        whole = unflatten_dict({**tree, **flatten_dict(params or {})})
+        check_tree(whole, self.config, self.head, self.scan_layers)
+        return whole
 
     @property
     def params(self) -> Tree:
@@ -130,47 +132,54 @@ class FlaxGPT2PreTrainedModel:
     ) -> Any:
         """What the linen module gives, whose `__call__` says what the inputs are; `inputs` are its further ones.
 
-        The call is compiled, once for each shape. `past_key_values` comes from `init_cache`, or from a call.
-        Raises InputError for an id outside the vocabulary, a position beyond `n_positions`, shapes that do not fit, and
-        `train` without `dropout_rng`; TypeError for an unknown input.
+        The call is compiled, once for each shape and each configuration. `past_key_values` comes from `init_cache`, or
+        from a call. Raises InputError for an id outside the vocabulary, a position beyond `n_positions`, shapes that do
+        not fit, and `train` without `dropout_rng`; TypeError for an unknown input.
         """
-        given = {
+        config, given = self.config, {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
             "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
             "past_key_values": past_key_values, **inputs,
         }  # fmt: skip
-        arrays = self._arrays(given)
+        flags = {name: given.pop(name) for name in ("logits_to_keep",) if name in given}
+        limits.check_kept(flags.get("logits_to_keep", 0))
+        flags |= {
+            "train": train,
+            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
+            "output_hidden_states": config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
+        }
+        arrays = self._arrays(given, flags)
         if train and dropout_rng is None:
             raise InputError("dropout_rng: train=True draws dropout; give a key, such as jax.random.key(0)")
-        config = self.config
-        output = self._apply(
-            self.params if params is None else params,
-            arrays,
-            dropout_rng,
-            train=train,
-            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
-            output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-        )
+        params = self.params if params is None else params
+        output = self._apply(tuple(flags.items()), repr(config), params, arrays, dropout_rng)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _arrays(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _arrays(self, given: Mapping[str, Any], flags: Iterable[str]) -> dict[str, Any]:
         arrays = {name: as_array(name, value) for name, value in given.items() if value is not None}
-        names = [*self.module_class.__call__.__annotations__]
-        limits.check_names(f"{type(self).__name__}()", [*arrays], names)
+        known = [name for name in self.module_class.__call__.__annotations__ if name != "return"]
+        limits.check_names(f"{type(self).__name__}()", [*arrays, *flags], known)
         cache, mask = arrays.get("past_key_values"), arrays.get("attention_mask")
-        if isinstance(cache, KVCache) and mask is not None and mask.shape[-1] < cache.capacity:
+        if isinstance(cache, KVCache) and mask is not None and mask.ndim and mask.shape[-1] < cache.capacity:
             room = cache.capacity - mask.shape[-1]  # of tokens to come, which no query sees yet
-            arrays["attention_mask"] = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, room)])
+            pad: Any = np.pad if is_concrete(mask) else jnp.pad  # NumPy compiles nothing while the mask grows
+            arrays["attention_mask"] = pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, room)])
         self.check(arrays)
         return arrays
 
     def check(self, arrays: Mapping[str, Any]) -> None:
         """Look at what a call was given, before it is compiled."""
-        check_call(self.config, arrays)
+        check_call(self, arrays)
 
-    def _applied(self, params: Tree, arrays: Mapping[str, Any], dropout_rng: Array | None, **flags: bool) -> Any:
+    def _applied(
+        self, flags: tuple[Any, ...], settings: str, params: Tree, arrays: Mapping[str, Any], dropout_rng: Array | None
+    ) -> Any:
+        """What is compiled; `settings` are the configuration's, which may be changed."""
+        check_tree(params, self.config, self.head, self.scan_layers)
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
-        return self.module.apply({"params": params}, **arrays, rngs=rngs, **flags)
+        return self.module.apply({"params": params}, **arrays, rngs=rngs, **dict(flags))
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, in the dtype that it computes in."""
@@ -193,6 +202,24 @@ class FlaxGPT2PreTrainedModel:
         params = self.params if params is None else params
         mask = jax.tree.map(lambda _: True, params) if mask is None else mask
         return jax.tree.map(lambda x, wanted: x.astype(dtype) if wanted else x, params, mask)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, params: Tree | None = None) -> Tree:
+        """Give the vocabulary `new_num_tokens` ids; each new row is the mean of the old ones (Hewitt 2021).
+
+        Returns the parameters, the model's own or those given, so changed; a model that holds parameters holds these
+        from now on. A mean keeps the logits of a new token from drowning the others.
+        """
+        params = self.params if params is None else params
+        if new_num_tokens is None:
+            return params
+        check_tree(params, self.config, self.head, self.scan_layers)
+        found = leaves(self.config, self.head, self.scan_layers)
+        self.config.vocab_size = new_num_tokens
+        flat = flatten_dict(params)
+        params = unflatten_dict({path: resized(flat[path], leaf.axes, new_num_tokens) for path, leaf in found.items()})
+        if self._params is not None:
+            self.params = params
+        return params
 
     @classmethod
     def from_pretrained(
@@ -269,9 +296,10 @@ class FlaxGPT2PreTrainedModel:
         params = self.params if params is None else params
         check_tree(params, self.config, self.head, self.scan_layers)
         rows = rows_of(params, self.config, self.head, self.scan_layers)
-        dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
+        dtypes = dtypes_of(params, self.config, self.head, self.scan_layers)
+        dtype = dtypes[table(self.config, self.head)[0].name]
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("Flax")], dtype=str(dtype))
-        sources = [(row, dtype, rows[row.name]) for row in table(config, self.head)]
+        sources = [(row, dtypes[row.name], rows[row.name]) for row in table(config, self.head)]
         if jax.process_index() == 0:
             self._write(folder, config, sources, max_shard_size)
         else:
@@ -288,6 +316,15 @@ class FlaxGPT2PreTrainedModel:
             if self.generation_config is not None:
                 self.generation_config.save_pretrained(stage)
             write_weights(stage, sources, self.head, max_shard_size=max_shard_size)
+
+
+def resized(value: Array, axes: tuple[str, ...], number: int) -> Array:
+    """A leaf with so many entries of the vocabulary; one without a vocabulary stays."""
+    if "vocab" not in axes:
+        return value
+    axis = axes.index("vocab")
+    extra = [value.mean(axis, keepdims=True)] * max(number - value.shape[axis], 0)
+    return jnp.concatenate([lax.slice_in_dim(value, 0, min(number, value.shape[axis]), axis=axis), *extra], axis)
 
 
 def empty_cache(config: GPT2Config, batch: Any, capacity: int, dtype: Any, scan_layers: bool) -> KVCache:

@@ -16,7 +16,6 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from gpt2_multi.config import GPT2Config
-from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import (
     Attention,
     CrossAttention,
@@ -28,6 +27,7 @@ from gpt2_multi.flax.attention import (
     key_bias,
     positions,
 )
+from gpt2_multi.flax.checks import check_remat
 from gpt2_multi.flax.layers import by_rows, dense, embed, norm
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
@@ -96,8 +96,9 @@ class Block(nn.Module):
             a, cross_probs, cross = attention(norm(self, "ln_cross_attn")(x), shared, layer)
             x = x + a
         x = x + MLP(**options, name="mlp")(norm(self, "ln_2")(x))
-        seen = (before if self.hidden else None, *(p if self.attentions else None for p in (probs, cross_probs)))
-        return x, Seen(*seen, None if layer.past is None else present, None if layer.past is None else cross)
+        shown = (before if self.hidden else None, *(p if self.attentions else None for p in (probs, cross_probs)))
+        cached = (None, None) if layer.past is None else (present, cross)
+        return x, Seen._make((*shown, *cached))
 
 
 class Blocks(nn.Module):
@@ -135,17 +136,15 @@ class Blocks(nn.Module):
         seen = []
         for i in range(self.config.n_layer):
             heads = self.config.n_head - len(self.config.pruned_heads.get(i, ()))
-            layer = Layer(*(None if part is None else part[i] for part in layers))
+            layer = Layer._make(None if part is None else part[i] for part in layers)
             x, more = block(**options, heads=heads, name=str(i))(x, shared, layer)
             seen.append(more)
-        return x, Seen(*(None if part[0] is None else part for part in zip(*seen, strict=True)))
+        return x, Seen._make(None if part[0] is None else part for part in zip(*seen, strict=True))
 
 
 def rematerialised(policy: str, prevent_cse: bool) -> Any:
     """A block that keeps for the backward pass what a policy of `jax.checkpoint_policies` says."""
-    known = [name for name in dir(jax.checkpoint_policies) if not name.startswith("_")]
-    if policy not in known:
-        raise InputError(f"remat: expected the name of a policy, one of {', '.join(known)}, found {policy!r}")
+    check_remat(policy)
     return nn.remat(Block, policy=getattr(jax.checkpoint_policies, policy), prevent_cse=prevent_cse)
 
 
@@ -188,7 +187,7 @@ class GPT2Module(nn.Module):
         it. head_mask: (H,), (n_layer, H) or (n_layer, B, H, T, S). encoder_hidden_states: (B, encoder length, E),
         encoder_attention_mask: (B, encoder length). With `train`, an rng named "dropout" is needed.
         """
-        source = input_ids if input_ids is not None else inputs_embeds
+        source: Any = input_ids if input_ids is not None else inputs_embeds
         cache = past_key_values
         past = 0 if cache is None else cache.length
         if position_ids is None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.experimental import multihost_utils
@@ -86,7 +87,7 @@ def initial(config: GPT2Config, head: str, scan_layers: bool, key: Array, dtype:
     def first(row: Weight, shape: tuple[int, ...]) -> Array:
         if not row.std:
             return jnp.full(shape, row.constant, dtype)
-        return row.std * jax.random.normal(jax.random.fold_in(key, order[row.name]), shape, dtype)
+        return normal(key, order[row.name], row.std, shape, dtype)
 
     def whole(leaf: Leaf) -> Array:
         if not leaf.stacked:
@@ -94,6 +95,12 @@ def initial(config: GPT2Config, head: str, scan_layers: bool, key: Array, dtype:
         return jnp.stack([first(row, leaf.shape[1:]) for row in leaf.rows])
 
     return unflatten_dict({path: whole(leaf) for path, leaf in leaves(config, head, scan_layers).items()})
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def normal(key: Array, number: Any, std: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """The first value of the tensor of this number: one compilation for each shape."""
+    return jnp.asarray(std, dtype) * jax.random.normal(jax.random.fold_in(key, number), shape, dtype)
 
 
 def placed(leaf: Leaf, read: Read, dtype: Any, sharding: NamedSharding | None) -> Array:
@@ -127,12 +134,21 @@ def gathered(value: Any) -> np.ndarray[Any, Any]:
 
 def check_tree(params: Tree, config: GPT2Config, head: str, scan_layers: bool) -> None:
     """A tree has to have the leaves of the configuration, each of its shape."""
-    found = {path: tuple(jnp.shape(value)) for path, value in flatten_dict(params).items()}
+    if not isinstance(params, (dict, FrozenDict)):
+        raise InputError(f"params: expected a nested dict, found {type(params).__name__}; take model.params")
+    found = {path: jnp.shape(value) for path, value in flatten_dict(params).items()}
     wanted = {path: leaf.shape for path, leaf in leaves(config, head, scan_layers).items()}
     if found == wanted:
         return
-    path = min(set(found.items()) ^ set(wanted.items()))[0]
+    path = min(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
     raise InputError(
         f"params: {'/'.join(path)} has shape {found.get(path, 'none, it is missing')}, expected "
         f"{wanted.get(path, 'no such parameter')}; take model.params, or what from_pretrained returned"
     )
+
+
+def dtypes_of(params: Tree, config: GPT2Config, head: str, scan_layers: bool) -> dict[str, np.dtype[Any]]:
+    """What each row of the table, by its name, is stored in; the trees that `to_bf16` makes are of several dtypes."""
+    flat = flatten_dict(params)
+    found = leaves(config, head, scan_layers).items()
+    return {row.name: np.dtype(flat[path].dtype) for path, leaf in found for row in leaf.rows}

@@ -1,0 +1,47 @@
+"""JAX behind the calls that every backend has: see `gpt2_multi.backends.Adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_multi.flax.heads import FlaxGPT2LMHeadModel
+from gpt2_multi.sampling import GenerationConfig
+
+Array = np.ndarray[Any, Any]
+
+
+def devices() -> list[str]:
+    """Where JAX can compute, the fastest kind first."""
+    fast = [f"{device.platform}:{i}" for i, device in enumerate(jax.devices()) if device.platform != "cpu"]
+    return [*fast, "cpu"]
+
+
+def dtypes(device: str) -> list[str]:
+    """The floating-point dtypes that a device computes in; float64 where the process has switched it on."""
+    wide = jax.config.jax_enable_x64 and not device.startswith("tpu")  # type: ignore[attr-defined]
+    return [*(["float64"] if wide else []), "float32", "bfloat16", "float16"]
+
+
+def load(folder: Path, device: str, dtype: str = "float32") -> FlaxGPT2LMHeadModel:
+    """The language model in a folder, on a device."""
+    kind, _, number = device.partition(":")
+    with jax.default_device(jax.devices(kind)[int(number or 0)]):
+        model = FlaxGPT2LMHeadModel.from_pretrained(folder, param_dtype=dtype)
+    assert isinstance(model, FlaxGPT2LMHeadModel)
+    return model
+
+
+def logits(model: FlaxGPT2LMHeadModel, ids: Array) -> Array:
+    """The logits (B, T, V), in float64, of ids (B, T)."""
+    return np.asarray(model(ids).logits).astype(np.float64)
+
+
+def stream(model: FlaxGPT2LMHeadModel, ids: Array, config: GenerationConfig) -> Iterator[Array]:
+    """New ids, one column (B * num_return_sequences,) at a time, that continue ids (B, T)."""
+    for column in model.stream_tokens(ids, generation_config=config):
+        yield np.asarray(column)
