@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 
 
-@functools.wraps(keras.Model.compile)
+@functools.wraps(keras.Model.compile, assigned=())
 def compile(self: TFGPT2PreTrainedModel, *args: Any, **options: Any) -> None:
     """Keras' own, which otherwise would keep the loss and the metrics of an earlier `compile`."""
     self._compile_loss = self._compile_metrics = self.loss = None
@@ -115,13 +115,13 @@ def predict_step(self: TFGPT2PreTrainedModel, data: Any) -> dict[str, Any]:
     return {name: value for name, value in output.items() if name != "past_key_values"}
 
 
-@functools.wraps(keras.Model.predict)
+@functools.wraps(keras.Model.predict, assigned=())
 def predict(self: TFGPT2PreTrainedModel, *args: Any, **options: Any) -> Output:
     """Keras' own; the batches' outputs in one, as NumPy arrays."""
     return self.output_class(**keras.Model.predict(self, *args, **options))
 
 
-@functools.wraps(keras.Model.predict_on_batch)
+@functools.wraps(keras.Model.predict_on_batch, assigned=())
 def predict_on_batch(self: TFGPT2PreTrainedModel, x: Any) -> Output:
     """Keras' own; the output holds NumPy arrays."""
     return self.output_class(**keras.Model.predict_on_batch(self, x))

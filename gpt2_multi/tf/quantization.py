@@ -1,6 +1,6 @@
 """Quantization and LoRA: Keras' own, `model.quantize("int8")` and `layer.enable_lora(rank)`, fitted to these models.
 
-LoRA (Hu et al. 2021) in every block, and nothing else trained:
+LoRA (Hu et al. 2021) in every block, and nothing else trained::
 
     for block in model.transformer.h:
         block.attn.c_attn.enable_lora(8)

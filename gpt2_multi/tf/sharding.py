@@ -1,4 +1,4 @@
-"""Training on several devices with `tf.distribute`: every replica holds every variable and takes a part of the batch.
+"""Training on several devices with `tf.distribute`: every replica holds every variable and takes a part of the batch::
 
     strategy = tf.distribute.MirroredStrategy()  # all GPUs of this host
     with strategy.scope():  # variables, the optimizer's too, are made on every device
@@ -9,7 +9,7 @@
 Replicated are the weights, the optimizer's state and the metrics; split by rows are the batch and its activations; each
 update sums the gradients of all replicas, so that the weights stay equal. One model has to fit into one device.
 
-On several hosts each runs the same program, with TF_CONFIG in its environment, before anything else of TensorFlow:
+On several hosts each runs the same program, with TF_CONFIG in its environment, before anything else of TensorFlow::
 
     # TF_CONFIG='{"cluster": {"worker": ["host0:1234", "host1:1234"]}, "task": {"type": "worker", "index": 0}}'
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
