@@ -50,35 +50,35 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run every test, with every framework installed in one environment."""
     install(session, ".[all,docs,examples]", *TOOLS, *PEERS)
-    pytest(session, "--backends=pt,tf")
+    pytest(session, "--backends=pt,tf", "--ignore-glob=*test_flax_*")
 
 
 @nox.session
 def core(session: nox.Session) -> None:
     """Run the tests of the core, without any framework."""
     install(session, ".", *TOOLS)
-    pytest(session, "--backends=", "--ignore-glob=*test_pt_*", "--ignore-glob=*test_tf_*")
+    pytest(session, "--backends=", *(f"--ignore-glob=*test_{name}_*" for name in ("pt", "tf", "flax")))
 
 
 @nox.session
 def pt(session: nox.Session) -> None:
     """Run the tests of the core and of PyTorch."""
     install(session, ".[pt]", *TOOLS, *PEERS)
-    pytest(session, "--backends=pt", "--ignore-glob=*test_tf_*")
+    pytest(session, "--backends=pt", "--ignore-glob=*test_tf_*", "--ignore-glob=*test_flax_*")
 
 
 @nox.session
 def tf(session: nox.Session) -> None:
     """Run the tests of the core and of TensorFlow, without any other framework."""
     install(session, ".[tf,examples]", *TOOLS)
-    pytest(session, "--backends=tf", "--ignore-glob=*test_pt_*")
+    pytest(session, "--backends=tf", "--ignore-glob=*test_pt_*", "--ignore-glob=*test_flax_*")
 
 
 @nox.session
 def flax(session: nox.Session) -> None:
-    """Run the tests that need JAX and no other framework."""
-    install(session, ".[flax]", *TOOLS)
-    pytest(session, "tests/test_tokenizer.py")
+    """Run the tests of the core and of Flax, which is under way, without any other framework."""
+    install(session, ".[flax,examples]", *TOOLS)
+    pytest(session, "--backends=flax", "--ignore-glob=*test_pt_*", "--ignore-glob=*test_tf_*")
 
 
 @nox.session

@@ -6,9 +6,9 @@ Shapes: B batch, T length of this call, S keys (past included), H heads, D head 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from gpt2_multi.flax.layers import dense
 Pair = tuple[Array, Array]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class KVCache(Sequence[Pair]):
     """Room for the keys and values of `capacity` tokens: `cache[layer]` is a (key, value) pair, each (B, H, S, D).
 
