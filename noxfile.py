@@ -50,7 +50,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run every test, with every framework installed in one environment."""
     install(session, ".[all,docs,examples]", *TOOLS, *PEERS)
-    pytest(session, "--backends=pt,tf", "--ignore-glob=*test_flax_*")
+    pytest(session, "--backends=pt,tf,flax")
 
 
 @nox.session
@@ -76,7 +76,7 @@ def tf(session: nox.Session) -> None:
 
 @nox.session
 def flax(session: nox.Session) -> None:
-    """Run the tests of the core and of Flax, which is under way, without any other framework."""
+    """Run the tests of the core and of Flax, without any other framework."""
     install(session, ".[flax,examples]", *TOOLS)
     pytest(session, "--backends=flax", "--ignore-glob=*test_pt_*", "--ignore-glob=*test_tf_*")
 

@@ -32,6 +32,7 @@ class Backend(NamedTuple):
 BACKENDS = {
     "pt": Backend("PyTorch", "torch", "gpt2_multi.pt"),
     "tf": Backend("TensorFlow", "tensorflow", "gpt2_multi.tf"),
+    "flax": Backend("JAX", "jax", "gpt2_multi.flax"),
 }
 
 

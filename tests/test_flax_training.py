@@ -254,5 +254,5 @@ def test_states_are_kept_by_step_and_what_does_not_fit_is_refused(tmp_path):
         restore_state(tmp_path, state_of(n_embd=24))
     with pytest.raises(CheckpointError, match=r"expected params.transformer.h.2.attn.* found none; make the model"):
         restore_state(tmp_path, state_of(n_layer=3))
-    with pytest.raises(CheckpointError, match=r"expected opt_state.0.count to be absent, found int32\[\]"):
+    with pytest.raises(CheckpointError, match=r"expected opt_state.*count to be absent, found int32\[\]"):
         restore_state(tmp_path, state_of(SGD))

@@ -6,6 +6,7 @@ there for shapes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -183,11 +184,12 @@ class GPT2DoubleHeadsModule(Headed):
             rows(input_ids), rows(attention_mask), rows(position_ids), None, None, past_key_values,
             rows(token_type_ids), head_mask, rows(inputs_embeds), train, output_attentions, output_hidden_states,
         )  # fmt: skip
-        hidden = outputs.last_hidden_state.reshape(*choices, -1)  # (B, C, T, E)
+        hidden = outputs.last_hidden_state.reshape(*choices, self.config.n_embd)  # (B, C, T, E)
         mask = jnp.ones(choices, bool) if attention_mask is None else attention_mask[..., -choices[2] :]
         logits = self.lm_head(body, hidden)
         summary = SequenceSummary(self.config, self.dtype, self.param_dtype, train, name="multiple_choice_head")
-        scores = summary(hidden, mask, mc_token_ids).squeeze(-1)
+        scores = summary(hidden, mask, mc_token_ids)
+        scores = scores.squeeze(-1) if scores.shape[-1] == 1 else scores
         return GPT2DoubleHeadsModelOutput(
             None if labels is None else lm_loss(logits, labels, mask),
             None if mc_labels is None else cross_entropy(scores, mc_labels),
@@ -373,4 +375,4 @@ def last_tokens(mask: Array) -> Array:
 
 def rows(x: Array | None) -> Array | None:
     """Choices as rows of a batch: (B, C, ...) -> (B * C, ...)"""
-    return None if x is None else x.reshape(-1, *x.shape[2:])
+    return None if x is None else x.reshape(math.prod(x.shape[:2]), *x.shape[2:])

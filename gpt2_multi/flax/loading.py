@@ -165,7 +165,7 @@ class FlaxGPT2PreTrainedModel:
         if isinstance(cache, KVCache) and mask is not None and mask.ndim and mask.shape[-1] < cache.capacity:
             room = cache.capacity - mask.shape[-1]  # of tokens to come, which no query sees yet
             pad: Any = np.pad if is_concrete(mask) else jnp.pad  # NumPy compiles nothing while the mask grows
-            arrays["attention_mask"] = pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, room)])
+            arrays["attention_mask"] = jnp.asarray(pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, room)]))
         self.check(arrays)
         return arrays
 

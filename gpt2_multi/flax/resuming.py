@@ -96,7 +96,7 @@ def _arrays(state: TrainState) -> dict[str, Any]:
 
 
 def _shapes(arrays: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{x.dtype}{list(x.shape)}" for name, x in arrays.items()}
+    return {name: f"{np.dtype(x.dtype).name}{list(x.shape)}" for name, x in arrays.items()}
 
 
 def _check_fit(what: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
