@@ -22,9 +22,11 @@ from safetensors import SafetensorError, safe_open
 
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import CheckpointError
+from gpt2_multi.streams import pieces
 from gpt2_multi.weights import TRANSFORMERS, Format, Weight, match
 
 Array = np.ndarray[Any, Any]
+Made = tuple[np.dtype[Any], tuple[int, ...], Callable[[], Array]]  # a tensor to write: its dtype, shape, and maker
 PathLike = str | os.PathLike[str]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -84,7 +86,7 @@ def read_tensors(folder: PathLike) -> dict[str, Array]:
     if (folder / SINGLE).exists():
         return read_safetensors(folder / SINGLE)
     if (folder / INDEX).exists():
-        return _read_shards(folder)
+        return read_shards(folder / INDEX, read_safetensors)
     there = sorted(
         path.name for path in folder.iterdir() if path.suffix in {".bin", ".h5", ".msgpack", ".pt", ".index"}
     )
@@ -94,25 +96,26 @@ def read_tensors(folder: PathLike) -> dict[str, Array]:
     )
 
 
-def _read_shards(folder: Path) -> dict[str, Array]:
-    places = read_json(folder / INDEX).get("weight_map")
+def read_shards(index: Path, read: Callable[[Path], Mapping[str, Array]]) -> dict[str, Array]:
+    """Every tensor of the files that an index names, which have to lie beside it, each file read by `read`."""
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-        raise CheckpointError(f"{folder / INDEX}: expected a 'weight_map' from tensor to file; save the model again")
-    shards = {name: read_safetensors(_beside(folder, name)) for name in sorted(set(places.values()))}
+        raise CheckpointError(f"{index}: expected a 'weight_map' from tensor to file; save the model again")
+    shards = {name: read(_beside(index, name)) for name in sorted(set(places.values()))}
     tensors: dict[str, Array] = {}
     for name, place in places.items():
         if name not in shards[place]:
-            raise CheckpointError(f"{folder / place}: lacks {name}, which {INDEX} puts there; fetch the model again")
+            raise CheckpointError(
+                f"{index.with_name(place)}: lacks {name}, which {index.name} puts there; fetch the model again"
+            )
         tensors[name] = shards[place][name]
     return tensors
 
 
-def _beside(folder: Path, name: str) -> Path:
+def _beside(index: Path, name: str) -> Path:
     if Path(name).name != name or name in ("", ".."):
-        raise CheckpointError(
-            f"{folder / INDEX}: names the file '{name}', which is not beside it; the index is not safe"
-        )
-    return folder / name
+        raise CheckpointError(f"{index}: names the file '{name}', which is not beside it; the index is not safe")
+    return index.with_name(name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -149,12 +152,10 @@ def _bytes_differ(a: Array, b: Array) -> bool:
     return a.dtype != b.dtype or not np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
 
 
-def write_safetensors(
-    path: PathLike, tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], Callable[[], Array]]]
-) -> None:
+def write_safetensors(path: PathLike, tensors: Mapping[str, Made], framework: str = "pt") -> None:
     """Write tensors given as name -> (dtype, shape, function that makes the array), one in memory at a time."""
     spelled = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
+    header: dict[str, Any] = {"__metadata__": {"format": framework}}  # what transformers asks for
     offset = 0
     for name, (dtype, shape, _) in tensors.items():
         end = offset + _size(dtype, shape)
@@ -165,7 +166,8 @@ def write_safetensors(
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape, make) in tensors.items():
-            _write(file, _fitting(name, make(), dtype, shape))
+            for piece in pieces(_fitting(name, make(), shape), dtype, name):
+                file.write(piece.reshape(-1).view(np.uint8).data)
         _sync(file)
 
 
@@ -173,17 +175,13 @@ def _size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     return dtype.itemsize * math.prod(shape)
 
 
-def _fitting(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+def _fitting(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     if array.shape != tuple(shape):
         raise CheckpointError(
             f"{name} has shape {array.shape}, but the configuration makes it {tuple(shape)}; nothing was saved: change "
             "configuration and the model together (resize_token_embeddings, prune_heads, or a new model)"
         )
-    return np.ascontiguousarray(array, dtype)
-
-
-def _write(file: BinaryIO, array: Array) -> None:
-    file.write(array.reshape(-1).view(np.uint8).data)
+    return array
 
 
 def _sync(file: BinaryIO) -> None:
@@ -203,16 +201,26 @@ def write_weights(
         form.spell(weight, rooted): (dtype, form.shape(weight), lambda w=weight, make=make: form.layout(w, make()))
         for weight, dtype, make in sources
     }
+    write_shards(folder / SINGLE, tensors, write_safetensors, max_shard_size)
+
+
+def write_shards(
+    single: Path,
+    tensors: Mapping[str, Made],
+    write: Callable[[Path, Mapping[str, Made]], None],
+    max_shard_size: int | str,
+) -> None:
+    """Write one file, or shards such as model-00001-of-00002.safetensors and their index, each by `write`."""
     sizes = {name: _size(dtype, shape) for name, (dtype, shape, _) in tensors.items()}
     shards = _shards(sizes, parse_size(max_shard_size))
     if len(shards) == 1:
-        return write_safetensors(folder / SINGLE, tensors)
-    places = {
-        name: f"model-{i:05}-of-{len(shards):05}.safetensors" for i, shard in enumerate(shards, 1) for name in shard
-    }
-    for shard in shards:
-        write_safetensors(folder / places[shard[0]], {name: tensors[name] for name in shard})
-    write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
+        return write(single, tensors)
+    names = [f"{single.stem}-{i:05}-of-{len(shards):05}{single.suffix}" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        write(single.with_name(file), {name: tensors[name] for name in shard})
+    places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+    write_json(single.with_name(f"{single.name}.index.json"), index)
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

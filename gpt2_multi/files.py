@@ -1,10 +1,18 @@
-"""Writing a file whole, or not at all."""
+"""Writing a file, or a folder, whole or not at all."""
 
 from __future__ import annotations
 
+import ctypes
 import os
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from gpt2_multi.errors import CheckpointError
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -19,3 +27,76 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def swapped(folder: Path, owned: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder to write into; when the block ends without an error it takes the place of `folder` in one step.
+
+    At any moment `folder` is the old one or the new one, whole. Files in it whose names are not `owned` stay in the new
+    one. Raises CheckpointError, and leaves what was there, where it cannot be written.
+    """
+    stage = _staged(folder)
+    try:
+        yield stage
+        if folder.exists():
+            _keep(folder, stage, owned)
+        _sync(stage)
+        _exchange(stage, folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written ({error}); what was there is whole") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _staged(folder: Path) -> Path:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        os.umask(mask := os.umask(0))
+        stage.chmod(0o777 & ~mask)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: expected a place to write a folder, found none ({error})") from None
+    return stage
+
+
+def _keep(folder: Path, stage: Path, owned: Callable[[str], bool]) -> None:
+    """Link what belongs to others into the new folder; a file system without links gets copies."""
+    for path in folder.iterdir():
+        if owned(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, stage / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, stage / path.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        with suppress(OSError):  # a folder cannot be opened everywhere
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two folders change names in one step, where the system can; a name that is free is taken."""
+    if not old.exists():
+        new.rename(old)
+        return
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if call is not None and call(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _EXCHANGE) == 0:
+        return
+    aside = new.with_name(f"{new.name}.old")
+    old.rename(aside)
+    new.rename(old)
+    shutil.rmtree(aside, ignore_errors=True)

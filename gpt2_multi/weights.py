@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from gpt2_multi.config import GPT2Config
@@ -77,14 +77,20 @@ HEADS: Mapping[str, tuple[Param, ...]] = {
 class Weight:
     """One tensor of one model: a row of the table with its layer and sizes filled in.
 
-    `axes` has one tuple of named axes per dimension, outermost first; `std` is 0 for constants.
+    `axes` has one tuple of named axes per dimension, outermost first, and `lengths` those axes' lengths; `std` is 0 for
+    constants.
     """
 
     path: str
     kind: str
     axes: tuple[tuple[str, ...], ...]
-    shape: Shape
+    lengths: tuple[Shape, ...]
     std: float
+
+    @property
+    def shape(self) -> Shape:
+        """The length of each dimension."""
+        return tuple(math.prod(dim) for dim in self.lengths)
 
     @property
     def name(self) -> str:
@@ -139,9 +145,9 @@ def sizes(config: GPT2Config, layer: int | None = None) -> dict[str, int]:
 def _weight(param: Param, config: GPT2Config, layer: int | None) -> Weight:
     size = sizes(config, layer if ".attn." in param.path else None)  # pruning leaves cross-attention whole
     axes = tuple(tuple(dim.split()) for dim in (a or b for a, b in re.findall(r"\(([^)]*)\)|(\w+)", param.axes)))
-    shape = tuple(math.prod(size[axis] for axis in dim) for dim in axes)
+    lengths = tuple(tuple(size[axis] for axis in dim) for dim in axes)
     std = {NORMAL: 1.0, RESIDUAL: (2 * config.n_layer) ** -0.5}.get(param.init, 0.0) * config.initializer_range
-    return Weight(param.path.format(i=layer), param.kind, axes, shape, std)
+    return Weight(param.path.format(i=layer), param.kind, axes, lengths, std)
 
 
 def sharding(weight: Weight, rules: Mapping[str, str]) -> tuple[str | None, ...]:
@@ -162,21 +168,46 @@ def sharding(weight: Weight, rules: Mapping[str, str]) -> tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Format:
-    """How one format spells and stores the table: a root before the body's paths, a leaf name per kind, a layout."""
+    """How one format spells and stores the table: a root before the body's paths, a leaf name per kind, a layout.
+
+    `block` spells `h.{i}`, and `renamed` other paths, those of a block without it. Where that gives several names, each
+    has an equal part of the last dimension. The body's tensors of a kind in `widened` have a first dimension of 1; with
+    `unflattened` the named axes have dimensions of their own. With `always_rooted` the bare model has the root too.
+    """
 
     name: str
     root: str
     leaves: Mapping[str, str]
     transposed: frozenset[str] = frozenset()
+    separator: str = "."
+    block: Callable[[int], str] = "h.{}".format
+    renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    suffix: str = ""
+    widened: frozenset[str] = frozenset()
+    unflattened: bool = False
+    always_rooted: bool = False
 
     def spell(self, weight: Weight, rooted: bool = True) -> str:
         """The name of `weight` in this format, with the root in front of the body's tensors if `rooted`."""
-        root = self.root if rooted and weight.in_body else ""
-        return f"{root}{weight.path}.{self.leaves[weight.kind]}"
+        return self.spellings(weight, rooted)[0]
+
+    def spellings(self, weight: Weight, rooted: bool = True) -> tuple[str, ...]:
+        """The names of all tensors that `weight` is in this format, one as a rule."""
+        block = re.match(r"h\.(\d+)\.", weight.path)
+        path = weight.path[block.end() :] if block else weight.path
+        before = self.root if weight.in_body and (rooted or self.always_rooted) else ""
+        before += self.block(int(block[1])) + self.separator if block else ""
+        leaf = self.leaves[weight.kind]
+        after = (self.separator + leaf if leaf else "") + self.suffix
+        return tuple(before + name + after for name in self.renamed.get(path, (path.replace(".", self.separator),)))
 
     def shape(self, weight: Weight) -> Shape:
-        """The shape of `weight` as this format stores it."""
-        return weight.shape[::-1] if weight.kind in self.transposed else weight.shape
+        """The shape of `weight` as this format stores it, of each part of it where there are several."""
+        shape = weight.shape[::-1] if weight.kind in self.transposed else weight.shape
+        if self.unflattened:
+            named = zip(weight.axes, weight.lengths, strict=True)
+            shape = tuple(n for axes, lengths in named for axis, n in zip(axes, lengths, strict=True) if axis != "qkv")
+        return (1, *shape) if weight.in_body and weight.kind in self.widened else shape
 
     def layout(self, weight: Weight, array: Any) -> Any:
         """Turn `array` from the table's layout into this format's, or back: both are the same transposition."""
@@ -205,7 +236,7 @@ def match(found: Mapping[str, Shape], config: GPT2Config, head: str, form: Forma
     head that is missing as a whole is left out of the answer: fine-tuning starts so, and the caller initialises it.
     """
     rooted = any(name.startswith(form.root) for name in found)
-    wanted = {form.spell(weight, rooted): weight for weight in table(config, head)}
+    wanted = {name: weight for weight in table(config, head) for name in form.spellings(weight, rooted)}
     fresh = {name for name, weight in wanted.items() if not weight.in_body and weight.path != "lm_head"}
     if not fresh & set(found):
         wanted = {name: weight for name, weight in wanted.items() if name not in fresh}
@@ -222,7 +253,7 @@ def match(found: Mapping[str, Shape], config: GPT2Config, head: str, form: Forma
 
 
 def _droppable(name: str, config: GPT2Config, form: Format) -> bool:
-    heads = {form.spell(_weight(param, config, None)) for rows in HEADS.values() for param in rows}
+    heads = {name for rows in HEADS.values() for param in rows for name in form.spellings(_weight(param, config, None))}
     return bool(MASK_BUFFERS.fullmatch(name)) or name in heads
 
 

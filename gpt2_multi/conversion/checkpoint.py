@@ -1,0 +1,139 @@
+"""A checkpoint in any format: `open` finds out which, and gives its tensors as the table has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from gpt2_multi.checkpoint import PathLike, read_json
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.conversion import spelling
+from gpt2_multi.conversion.formats import ARCHITECTURES, KINDS, Kind
+from gpt2_multi.conversion.mapped import Array, Shape
+from gpt2_multi.errors import CheckpointError
+from gpt2_multi.streams import mapping, release
+from gpt2_multi.weights import HEADS, Weight, match, table
+
+
+class Checkpoint(Mapping[str, Array]):
+    """The tensors of a checkpoint: canonical name -> array in the table's layout, mapped from its file as a rule.
+
+    `format` is a key of `formats.KINDS`, `head` one of `weights.HEADS`, `found` every tensor as the file has it, and
+    `places` the names there of each row of the table.
+    """
+
+    def __init__(self, path: Path, format: str, found: dict[str, Array], config: GPT2Config, head: str) -> None:
+        self.path, self.format, self.found, self.config, self.head = path, format, found, config, head
+        shapes = {name: array.shape for name, array in found.items()}
+        self.weights: dict[str, Weight] = {}
+        self.places: dict[str, list[str]] = {}
+        for name, weight in match(shapes, config, head, self.kind.form, str(path)).items():
+            self.weights[weight.name] = weight
+            self.places.setdefault(weight.name, []).append(name)
+        self._check_tie()
+
+    @property
+    def kind(self) -> Kind:
+        """How the format is read."""
+        return KINDS[self.format]
+
+    @property
+    def dropped(self) -> list[str]:
+        """What the file holds beside the model: masks of old versions, and a head that is tied."""
+        used = {name for names in self.places.values() for name in names}
+        return [name for name in self.found if name not in used]
+
+    def release(self) -> None:
+        """Give the memory of what was read back to the system; only where nobody has written to an array."""
+        for array in {id(mapping(array)): array for array in self.found.values()}.values():
+            release(array)
+
+    def __getitem__(self, name: str) -> Array:
+        return spelling.row(self.kind.form, self.weights[name], [self.found[place] for place in self.places[name]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def _check_tie(self) -> None:
+        """A head that is stored although it is tied has to be the embedding."""
+        form, config = self.kind.form, self.config
+        if not config.tie_word_embeddings or self.head not in ("lm", "double_heads", "base"):
+            return
+        head = next(row for row in table(config.replace(tie_word_embeddings=False)) if row.path == "lm_head")
+        stored = self.found.get(form.spell(head))
+        if stored is None or form.shape(head) != stored.shape:
+            return
+        tied, embedding = form.layout(head, stored), self["wte.weight"]
+        if tied.dtype != embedding.dtype or tied.tobytes() != embedding.tobytes():
+            raise CheckpointError(
+                f"{self.path}: {form.spell(head)} differs from {self.places['wte.weight'][0]}, although "
+                "tie_word_embeddings is true; set tie_word_embeddings to false in config.json to keep both"
+            )
+
+
+def open(path: PathLike, config: GPT2Config | None = None, head: str | None = None) -> Checkpoint:
+    """Open a folder, or the main file of a checkpoint, in any of the formats of `formats.KINDS`.
+
+    config and head, by default, are what the files say. Nothing but names and shapes is read before it is used, apart
+    from checksums where a format has them. Raises CheckpointError or ConfigError for whatever is missing, damaged, or
+    does not fit.
+    """
+    format, main = recognised(Path(path))
+    kind = KINDS[format]
+    found = kind.read(main)
+    config = config or kind.config(main)
+    return Checkpoint(Path(path), format, found, config, head or head_of(kind, found, config))
+
+
+def configuration(path: PathLike) -> GPT2Config:
+    """The configuration of a checkpoint in any format."""
+    format, main = recognised(Path(path))
+    return KINDS[format].config(main)
+
+
+def recognised(path: Path) -> tuple[str, Path]:
+    """The format of a folder or of a file, and its main file."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder; check the path")
+    there = [path] if path.is_file() else sorted(path.iterdir(), key=lambda file: (len(file.name), file.name))
+    for format, kind in KINDS.items():
+        for file in there:
+            if re.fullmatch(kind.main, file.name) and _is(format, file):
+                return format, file
+    names = ", ".join(file.name for file in there[:8]) or "nothing"
+    raise CheckpointError(
+        f"{path}: expected the weights of a GPT-2, such as model.safetensors, pytorch_model.bin, tf_model.h5, "
+        f"flax_model.msgpack, model.ckpt.index, ckpt.pt or model.weights.h5; found {names}"
+    )
+
+
+def _is(format: str, file: Path) -> bool:
+    """Whether a file is of this format, where two formats give it one name."""
+    if format == "keras-hub":
+        config = file.with_name("config.json")
+        return config.exists() and "class_name" in read_json(config)
+    if format == "safetensors":
+        return not any("/" in name for name in KINDS[format].read(file))
+    return True
+
+
+def head_of(kind: Kind, found: Mapping[str, Array], config: GPT2Config) -> str:
+    """The head that a checkpoint has: the one whose tensors are there, or else what config.json names."""
+    shapes: dict[str, Shape] = {name: array.shape for name, array in found.items()}
+    heads = {architecture: head for head, architecture in ARCHITECTURES.items()}
+    architecture = re.sub("^(TF|Flax)", "", (config.architectures or [""])[0])
+    named = heads.get(architecture, "lm")
+    fitting = [head for head in HEADS if (rows := _own(config, head)) and _are_there(kind, rows, shapes)]
+    return fitting[0] if fitting and named not in fitting else named
+
+
+def _own(config: GPT2Config, head: str) -> list[Weight]:
+    return [row for row in table(config, head) if not row.in_body and row.path != "lm_head"]
+
+
+def _are_there(kind: Kind, rows: list[Weight], shapes: Mapping[str, Shape]) -> bool:
+    return all(shapes.get(kind.form.spell(row)) == kind.form.shape(row) for row in rows)

@@ -1,0 +1,207 @@
+"""From any format to any other: `convert`, which writes the new checkpoint whole or not at all, and its report."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2_multi.checkpoint import DTYPES, Made, PathLike, write_json
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.conversion import spelling
+from gpt2_multi.conversion.checkpoint import Checkpoint, open
+from gpt2_multi.conversion.formats import ARCHITECTURES, KINDS, Kind
+from gpt2_multi.conversion.mapped import Array
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.files import swapped
+from gpt2_multi.weights import Weight, table
+
+REPORT = "conversion.json"
+FLOATS = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name in ("float16", "bfloat16", "float32", "float64")}
+TOKENIZER = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # transformers' name -> OpenAI's
+COMPANIONS = (  # files that go along as they are
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+
+
+@dataclass
+class Report:
+    """What a conversion did. A tensor is renamed, cast, dropped, or missing and filled in."""
+
+    source: str
+    target: str
+    from_format: str
+    to_format: str
+    head: str
+    tensors: int = 0
+    parameters: int = 0
+    renamed: dict[str, list[str]] = field(default_factory=dict)  # the names that it had -> that it has
+    cast: dict[str, str] = field(default_factory=dict)  # canonical name -> "float32 to bfloat16"
+    dropped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # that went along
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return asdict(self)
+
+
+def convert(
+    source: PathLike,
+    target: PathLike,
+    to: str = "safetensors",
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    untie: bool = False,
+    force: bool = False,
+    check: Callable[[Checkpoint, Checkpoint], None] | None = None,
+    watch: Callable[[str, int], None] | None = None,
+) -> Report:
+    """Write the checkpoint `source` to the folder `target` in the format `to`, a key of `formats.KINDS`.
+
+    dtype: what the tensors are cast to, by default what they are. max_shard_size: of safetensors and pytorch_model.bin.
+    untie: store the head of a tied model as a tensor of its own. force: replace a model that is there, and go on where
+    the target's program would compute with another activation or epsilon. check: is given the old and the new one
+    before the new one takes its place, and may raise. watch: is told each tensor and its bytes when its turn comes.
+    Memory is a few megabytes, or the largest tensor where a layout changes.
+
+    Configuration, generation settings and tokenizer go along; `conversion.json` says what was done. `target` is the old
+    folder or the new one at any moment; other files in it stay. Raises CheckpointError, and changes nothing, where
+    something is damaged, would be lost, or is there already.
+    """
+    old, place = open(source), Path(target)
+    kind = _kind(to)
+    report = Report(str(source), str(target), old.format, to, old.head, dropped=old.dropped)
+    config = _configuration(old, dtype, untie)
+    _check_room(kind, to, config, old.head, force, report)
+    _check_place(old, place, force)
+    made = _made(old, config, kind, dtype, report, watch)
+    with swapped(place, _is_ours) as stage:
+        kind.write(stage, made, config, max_shard_size)
+        _carry(old, stage, to, report)
+        write_json(stage / REPORT, report.to_dict())
+        if check is not None:
+            check(old, open(stage))
+    return report
+
+
+def _kind(to: str) -> Kind:
+    if to not in KINDS:
+        raise InputError(f"to: expected one of {', '.join(KINDS)}, found {to!r}")
+    return KINDS[to]
+
+
+def _configuration(old: Checkpoint, dtype: str | None, untie: bool) -> GPT2Config:
+    if dtype is not None and dtype not in FLOATS:
+        raise InputError(f"dtype: expected one of {', '.join(FLOATS)}, found {dtype!r}")
+    if untie and old.head not in ("lm", "double_heads"):
+        raise InputError(f"untie: expected a language model, found the head {old.head}, which has nothing to untie")
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if untie else {}
+    stored = dtype or old["wte.weight"].dtype.name
+    return old.config.replace(architectures=[ARCHITECTURES[old.head]], dtype=stored, **changes)
+
+
+def _check_room(kind: Kind, to: str, config: GPT2Config, head: str, force: bool, report: Report) -> None:
+    """Whether the target can hold the model, and its program compute the same with it."""
+    if head not in kind.heads:
+        raise CheckpointError(f"{to}: expected a model with the head {' or '.join(kind.heads)}, found {head}")
+    for name, allowed in kind.no_room.items():
+        if not _may_be(config, name, allowed):
+            raise CheckpointError(
+                f"{to}: has no room for a model whose {name} is {getattr(config, name)!r}; choose another format"
+            )
+    for name, allowed in kind.fixed.items():
+        if not _may_be(config, name, allowed):
+            sentence = f"its program computes with {name} = {allowed[0]!r}, this model with {getattr(config, name)!r}"
+            if not force:
+                raise CheckpointError(f"{to}: {sentence}; with force the weights are converted all the same")
+            report.warnings.append(f"{to}: {sentence}: its results will differ")
+
+
+def _may_be(config: GPT2Config, name: str, allowed: tuple[Any, ...]) -> bool:
+    value = getattr(config, name)
+    return value in allowed or (name == "n_inner" and value == 4 * config.n_embd)
+
+
+def _check_place(old: Checkpoint, place: Path, force: bool) -> None:
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"{place}: expected a folder to write, found a file; give another")
+    here = old.path if old.path.is_dir() else old.path.parent
+    if place.resolve() == here.resolve():
+        raise CheckpointError(f"{place}: is the folder that is read; give another, and delete the old one after it")
+    there = sorted(file.name for file in place.iterdir() if _is_ours(file.name)) if place.exists() else []
+    if there and not force:
+        raise CheckpointError(f"{place}: holds a model already ({', '.join(there[:4])}); give another, or force it")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file of this name belongs to a model, and goes with it."""
+    known = ("config.json", REPORT, *COMPANIONS, *TOKENIZER)
+    return name in known or any(re.fullmatch(kind.own, name) for kind in KINDS.values())
+
+
+def _made(
+    old: Checkpoint,
+    config: GPT2Config,
+    kind: Kind,
+    dtype: str | None,
+    report: Report,
+    watch: Callable[[str, int], None] | None,
+) -> dict[str, Made]:
+    """The tensors to write under their names in the new format."""
+    made: dict[str, Made] = {}
+    rows = {row.name: row for row in table(config, old.head)}
+    report.missing = [name for name in rows if name not in old and not _tied(name)]
+    for name, row in rows.items():
+        if name in report.missing:
+            continue
+        source = "wte.weight" if name not in old else name  # a head that is untied
+        array = old[source]
+        stored = FLOATS[dtype] if dtype else array.dtype
+        parts = kind.form.spellings(row, old.head != "base")
+        for number, part in enumerate(parts):
+            make = partial(_part, old, kind, row, source, number, watch)
+            made[part] = (stored, kind.form.shape(row), make)
+        _note(report, old.places[source], list(parts), array, stored, name)
+    return made
+
+
+def _tied(name: str) -> bool:
+    return name == "lm_head.weight"
+
+
+def _part(old: Checkpoint, kind: Kind, row: Weight, source: str, number: int, watch: Any) -> Array:
+    old.release()
+    array = old[source]
+    if watch is not None and not number:
+        watch(row.name, array.nbytes)
+    return spelling.parts(kind.form, row, array)[number]
+
+
+def _note(report: Report, before: list[str], after: list[str], array: Array, stored: np.dtype[Any], name: str) -> None:
+    report.tensors += len(after)
+    report.parameters += array.size
+    if before != after:
+        report.renamed[", ".join(before)] = after
+    if array.dtype != stored:
+        report.cast[name] = f"{array.dtype.name} to {stored.name}"
+
+
+def _carry(old: Checkpoint, stage: Path, to: str, report: Report) -> None:
+    """Take along what is not weights: tokenizer files under the names that the target's program reads."""
+    folder = old.path if old.path.is_dir() else old.path.parent
+    names: dict[str, str] = {name: name for name in COMPANIONS}
+    for ours, theirs in TOKENIZER.items():
+        names |= {name: theirs if to == "openai" else ours for name in (theirs, ours)}
+    for name, new in names.items():
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, stage / new)
+            report.files.append(new if new == name else f"{name} as {new}")
