@@ -20,10 +20,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.streams import pieces
-from gpt2_multi.weights import TRANSFORMERS, Format, Weight, match
+from gpt2_multi.weights import TRANSFORMERS, Format, Weight
 
 Array = np.ndarray[Any, Any]
 Made = tuple[np.dtype[Any], tuple[int, ...], Callable[[], Array]]  # a tensor to write: its dtype, shape, and maker
@@ -76,26 +75,6 @@ def _view(path: Path, name: str, entry: Mapping[str, Any], data: Array) -> Array
     return np.asarray(data[start:end]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def read_tensors(folder: PathLike) -> dict[str, Array]:
-    """Every tensor of a model folder, mapped: from model.safetensors, or from the shards that its index names.
-
-    Raises CheckpointError where there is neither, and for an index that names files outside the folder, or tensors that
-    are not where it says.
-    """
-    folder = Path(folder)
-    if (folder / SINGLE).exists():
-        return read_safetensors(folder / SINGLE)
-    if (folder / INDEX).exists():
-        return read_shards(folder / INDEX, read_safetensors)
-    there = sorted(
-        path.name for path in folder.iterdir() if path.suffix in {".bin", ".h5", ".msgpack", ".pt", ".index"}
-    )
-    found = f"only {', '.join(there)}" if there else "no weights"
-    raise CheckpointError(
-        f"{folder}: expected {SINGLE} or {INDEX}, found {found}; save or convert the model to safetensors"
-    )
-
-
 def read_shards(index: Path, read: Callable[[Path], Mapping[str, Array]]) -> dict[str, Array]:
     """Every tensor of the files that an index names, which have to lie beside it, each file read by `read`."""
     places = read_json(index).get("weight_map")
@@ -129,27 +108,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; fetch or save it again")
     return value
-
-
-def read_weights(folder: PathLike, config: GPT2Config, head: str, form: Format = TRANSFORMERS) -> dict[str, Array]:
-    """The tensors of a model folder under the table's names and layout; see `weights.match` for what is refused.
-
-    A task head that the folder lacks as a whole is missing from the answer too.
-    """
-    tensors = read_tensors(folder)
-    rows = match({name: array.shape for name, array in tensors.items()}, config, head, form, str(folder))
-    weights = {weight.name: form.layout(weight, tensors[name]) for name, weight in rows.items()}
-    tied = tensors.get("lm_head.weight")
-    if config.tie_word_embeddings and tied is not None and _bytes_differ(tied, weights["wte.weight"]):
-        raise CheckpointError(
-            f"{folder}: lm_head.weight differs from wte.weight, although tie_word_embeddings is true; "
-            "set tie_word_embeddings to false in config.json to keep both"
-        )
-    return weights
-
-
-def _bytes_differ(a: Array, b: Array) -> bool:
-    return a.dtype != b.dtype or not np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
 
 
 def write_safetensors(path: PathLike, tensors: Mapping[str, Made], framework: str = "pt") -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi import backends, hub
-from gpt2_multi.checkpoint import read_weights
 from gpt2_multi.config import GPT2Config
+from gpt2_multi.conversion import read_weights
 from gpt2_multi.reference import forward, lm_logits
 from gpt2_multi.tokenizer import GPT2Tokenizer
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.checkpoint import Array, read_safetensors, read_weights, write_weights
+from gpt2_multi.checkpoint import Array, read_safetensors, write_weights
 from gpt2_multi.config import GPT2Config
+from gpt2_multi.conversion import read_weights
 from gpt2_multi.weights import Weight, table
 from tests.shared_data import shared
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from gpt2_multi import reference
-from gpt2_multi.checkpoint import read_weights
 from gpt2_multi.config import GPT2Config
+from gpt2_multi.conversion import read_weights
 from gpt2_multi.hub import DEMO
 from gpt2_multi.tokenizer import GPT2Tokenizer
 from gpt2_multi.weights import parameter_count

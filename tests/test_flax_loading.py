@@ -289,7 +289,7 @@ def cut(folder):
 
 
 BROKEN = {
-    "an empty folder": (lambda f: [p.unlink() for p in f.iterdir()], CheckpointError, r"config\.json: .*no such file"),
+    "an empty folder": (lambda f: [p.unlink() for p in f.iterdir()], CheckpointError, "found no weights, but nothing"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "found no weights"),
     "truncated weights": (cut, CheckpointError, "not a whole safetensors"),
     "a wider config": (lambda f: SMALL.replace(n_embd=24).save_pretrained(f), CheckpointError, r"expected \(31, 24\)"),

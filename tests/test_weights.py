@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gpt2_multi.checkpoint import read_tensors
+from gpt2_multi import conversion
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.weights import TORCH, TRANSFORMERS, match, parameter_count, sharding, table
@@ -26,7 +26,7 @@ def test_gpt2_has_148_tensors_and_124439808_parameters():
 @pytest.mark.parametrize("name", fixtures.MODELS)
 def test_names_and_shapes_are_exactly_the_files(name):
     head = fixtures.head(name)
-    found = {key: array.shape for key, array in read_tensors(fixtures.folder(name)).items()}
+    found = {key: array.shape for key, array in conversion.open(fixtures.folder(name)).found.items()}
     assert shapes(fixtures.config(name), head, head != "base") == found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from gpt2_multi.checkpoint import PathLike, read_json
 from gpt2_multi.config import GPT2Config
@@ -89,10 +90,19 @@ def open(path: PathLike, config: GPT2Config | None = None, head: str | None = No
     return Checkpoint(Path(path), format, found, config, head or head_of(kind, found, config))
 
 
-def configuration(path: PathLike) -> GPT2Config:
-    """The configuration of a checkpoint in any format."""
+def read_config(path: PathLike, **overrides: Any) -> GPT2Config:
+    """The configuration of a checkpoint in any format, with changes."""
     format, main = recognised(Path(path))
-    return KINDS[format].config(main)
+    config = KINDS[format].config(main)
+    return config.replace(**overrides) if overrides else config
+
+
+def read_weights(path: PathLike, config: GPT2Config, head: str) -> dict[str, Array]:
+    """The tensors of a checkpoint in any format for a model with this head, under the table's names and in its layout.
+
+    A task head that the files lack as a whole is missing from the answer too.
+    """
+    return dict(open(path, config, head))
 
 
 def recognised(path: Path) -> tuple[str, Path]:
@@ -107,7 +117,7 @@ def recognised(path: Path) -> tuple[str, Path]:
     names = ", ".join(file.name for file in there[:8]) or "nothing"
     raise CheckpointError(
         f"{path}: expected the weights of a GPT-2, such as model.safetensors, pytorch_model.bin, tf_model.h5, "
-        f"flax_model.msgpack, model.ckpt.index, ckpt.pt or model.weights.h5; found {names}"
+        f"flax_model.msgpack, model.ckpt.index, ckpt.pt or model.weights.h5; found no weights, but {names}"
     )
 
 

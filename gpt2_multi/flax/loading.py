@@ -17,8 +17,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gpt2_multi import limits
-from gpt2_multi.checkpoint import Source, read_weights, replaced, write_weights
+from gpt2_multi.checkpoint import Source, replaced, write_weights
 from gpt2_multi.config import GPT2Config
+from gpt2_multi.conversion import read_config, read_weights
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import KVCache
 from gpt2_multi.flax.checks import as_array, check_call, check_remat, is_concrete
@@ -253,7 +254,7 @@ class FlaxGPT2PreTrainedModel:
         folder = resolve(
             name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        config = GPT2Config.from_json_file(folder / "config.json", **overrides)
+        config = read_config(folder, **overrides)
         stored = (config.dtype or "float32") if param_dtype == "auto" else param_dtype or "float32"
         arrays = read_weights(folder, config, cls.head)
         model = cls(

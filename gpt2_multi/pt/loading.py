@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt2_multi.checkpoint import read_weights, replaced, write_weights
+from gpt2_multi.checkpoint import replaced, write_weights
 from gpt2_multi.config import GPT2Config
+from gpt2_multi.conversion import read_config, read_weights
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.hub import resolve
 from gpt2_multi.sampling import GenerationConfig
@@ -132,7 +133,7 @@ class GPT2PreTrainedModel(nn.Module):
         folder = resolve(
             name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        config = GPT2Config.from_json_file(folder / "config.json", **overrides)
+        config = read_config(folder, **overrides)
         stored = torch_dtype if param_dtype is None else param_dtype
         stored = as_dtype("param_dtype", config.dtype if stored == "auto" else stored) or torch.get_default_dtype()
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation)

@@ -13,8 +13,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gpt2_multi.checkpoint import read_weights, replaced, write_weights
+from gpt2_multi.checkpoint import replaced, write_weights
 from gpt2_multi.config import GPT2Config
+from gpt2_multi.conversion import read_config, read_weights
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.hub import resolve
 from gpt2_multi.outputs import Output
@@ -151,7 +152,7 @@ class TFGPT2PreTrainedModel(keras.Model):
         folder = resolve(
             name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        config = GPT2Config.from_json_file(folder / "config.json", **overrides)
+        config = read_config(folder, **overrides)
         stored = (config.dtype or keras.config.floatx()) if param_dtype == "auto" else param_dtype
         arrays = read_weights(folder, config, cls.head)
         reading = _READING.set(True)
