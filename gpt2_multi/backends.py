@@ -51,6 +51,9 @@ class Adapter(Protocol):
     def logits(self, model: Any, ids: Array) -> Array:
         """The logits (B, T, V), in float64, of ids (B, T)."""
 
+    def hidden_states(self, model: Any, ids: Array) -> list[Array]:
+        """What goes into each layer and what the last norm gives, (B, T, E) each, in float64, of ids (B, T)."""
+
     def stream(self, model: Any, ids: Array, config: GenerationConfig) -> Iterator[Array]:
         """New ids, one column (B * num_return_sequences,) at a time, that continue ids (B, T)."""
 

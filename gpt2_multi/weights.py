@@ -241,7 +241,7 @@ def match(found: Mapping[str, Shape], config: GPT2Config, head: str, form: Forma
     if not fresh & set(found):
         wanted = {name: weight for name, weight in wanted.items() if name not in fresh}
     _refuse(source, "lacks", [_both(name, weight) for name, weight in wanted.items() if name not in found])
-    extra = [name for name in found if name not in wanted and not _droppable(name, config, form)]
+    extra = [name for name in found if name not in wanted and not is_known_extra(name, config, form)]
     _refuse(source, "has unexpected", extra)
     for name, weight in wanted.items():
         if tuple(found[name]) != form.shape(weight):
@@ -252,7 +252,8 @@ def match(found: Mapping[str, Shape], config: GPT2Config, head: str, form: Forma
     return wanted
 
 
-def _droppable(name: str, config: GPT2Config, form: Format) -> bool:
+def is_known_extra(name: str, config: GPT2Config, form: Format) -> bool:
+    """Whether a tensor that a model does not have may be in its file: an old mask, or another head."""
     heads = {name for rows in HEADS.values() for param in rows for name in form.spellings(_weight(param, config, None))}
     return bool(MASK_BUFFERS.fullmatch(name)) or name in heads
 

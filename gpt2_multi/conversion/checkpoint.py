@@ -45,6 +45,11 @@ class Checkpoint(Mapping[str, Array]):
         used = {name for names in self.places.values() for name in names}
         return [name for name in self.found if name not in used]
 
+    @property
+    def bytes(self) -> int:
+        """How much its tensors take up in their files."""
+        return sum(self.found[name].nbytes for names in self.places.values() for name in names)
+
     def release(self) -> None:
         """Give the memory of what was read back to the system; only where nobody has written to an array."""
         for array in {id(mapping(array)): array for array in self.found.values()}.values():

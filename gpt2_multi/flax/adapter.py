@@ -41,6 +41,11 @@ def logits(model: FlaxGPT2LMHeadModel, ids: Array) -> Array:
     return np.asarray(model(ids).logits).astype(np.float64)
 
 
+def hidden_states(model: FlaxGPT2LMHeadModel, ids: Array) -> list[Array]:
+    """What goes into each layer and what the last norm gives, (B, T, E) each, in float64, of ids (B, T)."""
+    return [np.asarray(hidden).astype(np.float64) for hidden in model(ids, output_hidden_states=True).hidden_states]
+
+
 def stream(model: FlaxGPT2LMHeadModel, ids: Array, config: GenerationConfig) -> Iterator[Array]:
     """New ids, one column (B * num_return_sequences,) at a time, that continue ids (B, T)."""
     for column in model.stream_tokens(ids, generation_config=config):

@@ -41,6 +41,13 @@ def logits(model: GPT2LMHeadModel, ids: Array) -> Array:
     return to_numpy(model(torch.tensor(ids, device=model.device), use_cache=False).logits).astype(np.float64)
 
 
+@torch.no_grad()
+def hidden_states(model: GPT2LMHeadModel, ids: Array) -> list[Array]:
+    """What goes into each layer and what the last norm gives, (B, T, E) each, in float64, of ids (B, T)."""
+    outputs = model(torch.tensor(ids, device=model.device), use_cache=False, output_hidden_states=True)
+    return [to_numpy(hidden).astype(np.float64) for hidden in outputs.hidden_states]
+
+
 def stream(model: GPT2LMHeadModel, ids: Array, config: GenerationConfig) -> Iterator[Array]:
     """New ids, one column (B * num_return_sequences,) at a time, that continue ids (B, T)."""
     for column in model.stream_tokens(torch.tensor(ids, device=model.device), generation_config=config):

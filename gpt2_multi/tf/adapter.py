@@ -36,6 +36,12 @@ def logits(model: TFGPT2LMHeadModel, ids: Array) -> Array:
     return model(tf.convert_to_tensor(ids), use_cache=False).logits.numpy().astype(np.float64)
 
 
+def hidden_states(model: TFGPT2LMHeadModel, ids: Array) -> list[Array]:
+    """What goes into each layer and what the last norm gives, (B, T, E) each, in float64, of ids (B, T)."""
+    outputs = model(tf.convert_to_tensor(ids), use_cache=False, output_hidden_states=True)
+    return [hidden.numpy().astype(np.float64) for hidden in outputs.hidden_states]
+
+
 def stream(model: TFGPT2LMHeadModel, ids: Array, config: GenerationConfig) -> Iterator[Array]:
     """New ids, one column (B * num_return_sequences,) at a time, that continue ids (B, T).
 

@@ -1,0 +1,172 @@
+"""The commands `convert`, `inspect` and `verify`, of `gpt2-multi` and of `python -m gpt2_multi.conversion`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpt2_multi.commands import Commands
+from gpt2_multi.conversion import converting, inspection, verification
+from gpt2_multi.conversion.checkpoint import open
+from gpt2_multi.conversion.formats import KINDS
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one object.")
+LISTED = 8  # lines of each kind in what is printed; the report file has all
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Convert, inspect and verify checkpoints of GPT-2 in every format."""
+
+
+@main.command()
+@click.argument("source")
+@click.argument("target")
+@click.option("--to", type=click.Choice(list(KINDS)), default="safetensors", show_default=True, help="The new format.")
+@click.option("--dtype", type=click.Choice(list(converting.FLOATS)), help="Cast the tensors. Default: as they are.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of safetensors and pytorch_model.bin.")
+@click.option("--untie", is_flag=True, help="Store the language-model head as a tensor of its own.")
+@click.option("--verify", "check", is_flag=True, help="Compare old and new, tensors and logits, before TARGET changes.")
+@click.option("--force", is_flag=True, help="Replace a model in TARGET; go on where the new format computes otherwise.")
+@JSON
+def convert(source: str, target: str, as_json: bool, check: bool, **options: Any) -> None:
+    """Write the checkpoint SOURCE to the folder TARGET in another format.
+
+    SOURCE is a folder, its main file, or a name on the Hugging Face hub; its format is found out. Configuration,
+    generation settings and tokenizer go along. TARGET/conversion.json says what was done.
+    """
+    path = _local(source)
+    with _progress(path) as watch:
+        report = converting.convert(path, target, check=verification.check if check else None, watch=watch, **options)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _show_report(report)
+
+
+def _local(name: str) -> Path:
+    """The file or folder of this name, or a model of the hub."""
+    from gpt2_multi.hub import resolve
+
+    return Path(name) if Path(name).is_file() else resolve(name)
+
+
+@contextmanager
+def _progress(path: Path) -> Iterator[Callable[[str, int], None] | None]:
+    """A bar of the bytes that were converted, where somebody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    total = open(path).bytes
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Converting", total=total)
+        yield lambda name, size: progress.update(task, advance=size, description=f"Converting {name}")
+
+
+def _show_report(report: converting.Report) -> None:
+    click.echo(f"{report.source} ({report.from_format}, {report.head}) -> {report.target} ({report.to_format})")
+    click.echo(f"{report.tensors} tensors, {report.parameters:,} parameters")
+    renamed = [f"{old} -> {', '.join(new)}" for old, new in report.renamed.items()]
+    cast = [f"{name}: {how}" for name, how in report.cast.items()]
+    for title, lines in (
+        ("renamed", renamed), ("cast", cast), ("dropped", report.dropped), ("missing", report.missing),
+        ("went along", report.files), ("warning", report.warnings),
+    ):  # fmt: skip
+        _show_lines(title, lines)
+    click.echo(f"all of this is in {Path(report.target) / converting.REPORT}")
+
+
+def _show_lines(title: str, lines: list[str]) -> None:
+    for line in lines[:LISTED]:
+        click.echo(f"  {title}: {line}")
+    if len(lines) > LISTED:
+        click.echo(f"  {title}: and {len(lines) - LISTED} more")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+@main.command()
+@click.argument("source")
+@JSON
+def inspect(source: str, as_json: bool) -> None:
+    """List the tensors of the checkpoint SOURCE, and what the table of weights says of each.
+
+    What is unknown, missing or of a wrong shape is in red.
+    """
+    found = inspection.inspect(_local(source))
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _show_inspection(found)
+
+
+def _show_inspection(found: inspection.Inspection) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    console.print(f"{found.path}: {found.title}, head: {found.head}", markup=False, soft_wrap=True)
+    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    settings = ", ".join(f"{key} {found.config[key]}" for key in sizes)
+    console.print(settings, markup=False, soft_wrap=True)
+    rows = Table("tensor", "shape", "dtype", "in the table", box=None)
+    for tensor in found.tensors:
+        bad = not tensor.ok and tensor.remark != "dropped when loaded"
+        remark = " ".join(part for part in (tensor.row, tensor.remark) if part)
+        rows.add_row(tensor.name, str(tensor.shape), tensor.dtype, remark, style="red" if bad else None)
+    for name in found.missing:
+        rows.add_row(Text(name), "", "", "missing", style="red")
+    console.print(rows)
+    size = f"{len(found.tensors)} tensors, {found.parameters:,} parameters, {found.bytes:,} bytes"
+    console.print(size, markup=False)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+@main.command("verify")
+@click.argument("a")
+@click.argument("b", required=False)
+@click.option("--backend", "backends", multiple=True, help="Compare this one only; may be given again. Default: all.")
+@JSON
+def verify_command(a: str, b: str | None, backends: tuple[str, ...], as_json: bool) -> int:
+    """Compare the checkpoint A with B; or, without B, what every installed backend computes of A with NumPy.
+
+    The exit code is 1 where a hidden state or a logit differs by more than 1e-4 of the greatest.
+    """
+    verdict = verification.verify(_local(a), b and _local(b), backends or None)
+    if as_json:
+        _print_json(verdict.to_dict())
+    else:
+        _show_verdict(verdict)
+    return 0 if verdict.ok else 1
+
+
+def _show_verdict(verdict: verification.Verdict) -> None:
+    from rich.table import Table
+
+    rows = Table("what", "against", "greatest error", "relative", "result", box=None)
+    for line in verdict.lines:
+        result, style = ("ok", "green") if line.ok else ("differs", "red")
+        rows.add_row(line.what, line.against, f"{line.error:.1e}", f"{line.relative:.1e}", f"[{style}]{result}[/]")
+    console = _console()
+    console.print(rows)
+    for name, error in list(verdict.tensors.items())[:LISTED]:
+        console.print(f"{name}: differs by {error:.1e}", markup=False)
+    if verdict.tensors:
+        console.print(f"{len(verdict.tensors)} tensors are not bit for bit the same", markup=False)

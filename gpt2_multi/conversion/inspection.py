@@ -1,0 +1,75 @@
+"""What is in a checkpoint: `inspect` lists every tensor and what the table of weights says of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt2_multi.checkpoint import PathLike
+from gpt2_multi.config import GPT2Config
+from gpt2_multi.conversion.checkpoint import head_of, recognised
+from gpt2_multi.conversion.formats import KINDS
+from gpt2_multi.conversion.mapped import Array, Shape
+from gpt2_multi.weights import Weight, is_known_extra, table
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tensor of a file, and what the table says: its canonical name, or what is the matter with it."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    row: str | None
+    remark: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the table knows it, as it is."""
+        return self.row is not None and not self.remark
+
+
+@dataclass
+class Inspection:
+    """What `inspect` found. `missing` are the rows of the table that the file lacks."""
+
+    path: str
+    format: str
+    title: str
+    head: str
+    config: dict[str, Any]
+    tensors: list[Found] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    parameters: int = 0
+    bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return asdict(self)
+
+
+def inspect(path: PathLike) -> Inspection:
+    """List what a checkpoint of any format holds. Raises CheckpointError where it cannot be read at all."""
+    format, main = recognised(Path(path))
+    kind = KINDS[format]
+    arrays, config = kind.read(main), kind.config(main)
+    head = head_of(kind, arrays, config)
+    rooted = any(name.startswith(kind.form.root) for name in arrays)
+    rows = {name: row for row in table(config, head) for name in kind.form.spellings(row, rooted)}
+    found = Inspection(str(path), format, kind.title, head, config.to_dict())
+    found.tensors = [_found(name, array, rows.get(name), config, format) for name, array in arrays.items()]
+    found.missing = [name for name in rows if name not in arrays]
+    found.parameters = sum(array.size for name, array in arrays.items() if name in rows)
+    found.bytes = sum(array.nbytes for array in arrays.values())
+    return found
+
+
+def _found(name: str, array: Array, row: Weight | None, config: GPT2Config, format: str) -> Found:
+    shape, dtype, form = tuple(array.shape), array.dtype.name, KINDS[format].form
+    if row is None:
+        known = is_known_extra(name, config, form)
+        return Found(name, shape, dtype, None, "dropped when loaded" if known else "unknown")
+    if shape != form.shape(row):
+        return Found(name, shape, dtype, row.name, f"expected {form.shape(row)}")
+    return Found(name, shape, dtype, row.name)

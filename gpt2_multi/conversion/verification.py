@@ -1,0 +1,154 @@
+"""Is a checkpoint what it should be? `verify` compares hidden states and logits, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gpt2_multi.checkpoint import PathLike
+from gpt2_multi.conversion.checkpoint import Checkpoint, open
+from gpt2_multi.conversion.mapped import Array
+from gpt2_multi.errors import CheckpointError
+from gpt2_multi.reference import forward, lm_logits
+from gpt2_multi.streams import cast
+
+BOUND = 1e-4  # of the greatest value; float32 computed rightly stays well below
+LENGTH, SEED = 24, 0  # of the random ids that are computed
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison: the greatest difference, and the same relative to the greatest value."""
+
+    what: str  # "embeddings", "layer 0", ..., "logits"
+    against: str
+    error: float
+    relative: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is within the bound."""
+        return self.relative <= BOUND
+
+
+@dataclass
+class Verdict:
+    """What `verify` found. `tensors` are those that differ between two checkpoints, with the greatest difference."""
+
+    lines: list[Line] = field(default_factory=list)
+    tensors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was compared, and all of it is within the bound."""
+        return bool(self.lines) and all(line.ok for line in self.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return {"ok": self.ok, "bound": BOUND, **asdict(self)}
+
+
+class Wide(Mapping[str, Array]):
+    """The tensors of a checkpoint in float64, each widened when it is used."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> Array:
+        return self.checkpoint[name].astype(np.float64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint)
+
+
+def verify(a: PathLike, b: PathLike | None = None, backends: Sequence[str] | None = None) -> Verdict:
+    """Compare the checkpoint `a` with `b`, or, without it, what each backend makes of `a` with the NumPy oracle.
+
+    Random ids go through both; `backends` are by default all that are installed. Raises CheckpointError where there is
+    nothing to compare.
+    """
+    old = open(a)
+    return _against_backends(old, backends) if b is None else compare(old, open(b))
+
+
+def compare(old: Checkpoint, new: Checkpoint) -> Verdict:
+    """Two checkpoints, by the NumPy oracle in float64, and tensor by tensor."""
+    ids = _ids(old)
+    if old.config.vocab_size != new.config.vocab_size or old.config.n_layer != new.config.n_layer:
+        raise CheckpointError(f"{new.path}: expected as many layers and tokens as {old.path} has, found others")
+    verdict = Verdict(_lines(str(new.path), _oracle(old, ids), _oracle(new, ids)))
+    for name in dict.fromkeys([*old, *new]):
+        if name not in old or name not in new:
+            verdict.tensors[name] = np.inf
+        elif old[name].shape != new[name].shape or not np.array_equal(old[name], new[name]):
+            verdict.tensors[name] = _difference(old[name], new[name])
+    return verdict
+
+
+def check(old: Checkpoint, new: Checkpoint) -> None:
+    """Whether `new` is `old`, each tensor as it was or rounded once, and computes the same where nothing was rounded.
+
+    Raises CheckpointError where it is not.
+    """
+    for name in new:
+        array = np.ascontiguousarray(old[name if name in old else "wte.weight"])
+        if cast(array, new[name].dtype, name).tobytes() != new[name].tobytes():
+            raise CheckpointError(f"{new.path.name}: {name} is not what {old.path} has; nothing was changed")
+    verdict = compare(old, new)
+    if not verdict.ok and old["wte.weight"].dtype == new["wte.weight"].dtype:
+        worst = max(verdict.lines, key=lambda line: line.relative)
+        raise CheckpointError(
+            f"{new.path.name}: {worst.what} differs by {worst.relative:.1e} of its greatest value from what {old.path} "
+            "computes; nothing was changed"
+        )
+
+
+def _difference(a: Array, b: Array) -> float:
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) if a.shape == b.shape else np.inf
+
+
+def _ids(checkpoint: Checkpoint) -> Array:
+    config = checkpoint.config
+    length = min(LENGTH, config.n_positions)
+    return np.random.default_rng(SEED).integers(config.vocab_size, size=(1, length))
+
+
+def _oracle(checkpoint: Checkpoint, ids: Array) -> list[Array]:
+    """The hidden states of the checkpoint, and its logits, from NumPy in float64."""
+    trace, config = forward(checkpoint.config, Wide(checkpoint), ids), checkpoint.config
+    if "lm_head.weight" not in checkpoint:
+        config = config.replace(tie_word_embeddings=True)
+    return [*trace.hidden_states, lm_logits(config, Wide(checkpoint), trace.last_hidden_state)]
+
+
+def _against_backends(old: Checkpoint, names: Sequence[str] | None) -> Verdict:
+    from gpt2_multi import backends
+
+    ids, verdict = _ids(old), Verdict()
+    expected = _oracle(old, ids)
+    folder = old.path if old.path.is_dir() else old.path.parent
+    for name in names or backends.installed():
+        adapter = backends.load(name)
+        model = adapter.load(folder, "cpu")
+        found = [*adapter.hidden_states(model, ids), adapter.logits(model, ids)]
+        verdict.lines += _lines(name, expected, found)
+    if not verdict.lines:
+        backends.load()  # which says what to install
+    return verdict
+
+
+def _lines(against: str, expected: Sequence[Array], found: Sequence[Array]) -> list[Line]:
+    names = ["embeddings", *(f"layer {i}" for i in range(len(expected) - 2)), "logits"]
+    return [_line(name, against, a, b) for name, a, b in zip(names, expected, found, strict=True)]
+
+
+def _line(what: str, against: str, expected: Array, found: Array) -> Line:
+    error = float(np.abs(expected - found).max())
+    relative = error / float(np.abs(expected).max() or 1)
+    return Line(what, against, error, relative if np.isfinite(relative) else np.inf)
