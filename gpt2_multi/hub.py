@@ -19,15 +19,21 @@ TIMEOUT = 10.0  # seconds without an answer; the hub's own client would wait for
 FILES = (
     "config.json",
     "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+)
+WEIGHTS = (  # of each format, the first that a model has is fetched
+    ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
+    ("tf_model.h5", "tf_model-*.h5", "tf_model.h5.index.json"),
+    ("flax_model.msgpack", "flax_model-*.msgpack", "flax_model.msgpack.index.json"),
+    ("model.weights.h5", "metadata.json"),
+    ("model.ckpt.*", "checkpoint", "hparams.json", "encoder.json", "vocab.bpe"),
+    ("ckpt.pt",),
 )
 
 
@@ -58,7 +64,13 @@ def resolve(
         )
     repo = ARCHIVE[name].hub_id if name in ARCHIVE else name
     options = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    return _fetch(repo, options, local_files_only, list(allow_patterns or FILES))
+    if allow_patterns is not None:
+        return _fetch(repo, options, local_files_only, list(allow_patterns))
+    for weights in WEIGHTS:
+        found = _fetch(repo, options, local_files_only, [*FILES, *weights])
+        if any(list(found.glob(pattern)) for pattern in weights):
+            break
+    return found
 
 
 def _kind(name: str) -> str:

@@ -58,8 +58,8 @@ def _odd(array: Array) -> Array:
 def mapping(array: Array) -> Any:
     """The mapped file that an array lies in, or whatever else holds its memory."""
     base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
+    while (inner := getattr(base, "base", None)) is not None:
+        base = inner
     return base
 
 

@@ -186,8 +186,16 @@ def test_a_name_that_the_hub_could_not_have(stub: StubHub, name: str) -> None:
 
 def test_a_model_is_fetched_without_what_it_does_not_need(stub: StubHub) -> None:
     folder = hub.resolve("stub/model")
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "vocab.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "pytorch_model.bin", "vocab.json"]
     assert (folder / "config.json").read_bytes() == CONFIG
+
+
+def test_of_several_formats_the_first_is_fetched(stub: StubHub) -> None:
+    weights = ("pytorch_model.bin", "model-00001-of-00001.safetensors", "tf_model.h5", "flax_model.msgpack")
+    stub.repos["stub/all"] = {"main": {"config.json": CONFIG, **dict.fromkeys(weights, b"x")}}
+    assert sorted(path.name for path in hub.resolve("stub/all").iterdir()) == ["config.json", weights[1]]
+    stub.repos["stub/flax"] = {"main": {"config.json": CONFIG, "flax_model.msgpack": b"x"}}
+    assert sorted(path.name for path in hub.resolve("stub/flax").iterdir()) == ["config.json", "flax_model.msgpack"]
 
 
 def test_allow_patterns_say_what_is_fetched(stub: StubHub) -> None:

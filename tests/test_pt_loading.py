@@ -8,11 +8,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from gpt2_multi import pt, reference  # noqa: E402
+from gpt2_multi import conversion, pt, reference  # noqa: E402
 from gpt2_multi.config import GPT2Config  # noqa: E402
 from gpt2_multi.conversion import read_weights  # noqa: E402
 from gpt2_multi.errors import CheckpointError, ConfigError, GPT2Error, InputError  # noqa: E402
 from tests import fixtures  # noqa: E402
+from tests.shared_data import shared  # noqa: E402
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=3, n_head=3, num_labels=3, pad_token_id=0)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
@@ -260,3 +261,16 @@ def test_wrong_arguments_are_one_sentence(tmp_path):
         pt.GPT2LMHeadModel.from_pretrained(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="max_shard_size"):
         random_model(pt.GPT2LMHeadModel).save_pretrained(tmp_path / "m", max_shard_size="big")
+
+
+@pytest.mark.parametrize("path", ["model.ckpt", "."])
+def test_openai_s_checkpoints_load_by_the_old_function(path):
+    folder = shared("fixtures", "openai_tf1")
+    config = conversion.read_config(folder)
+    model = pt.GPT2LMHeadModel(config)
+    given = (config, folder / path) if path == "." else (folder / path,)
+    assert pt.load_tf_weights_in_gpt2(model, *given) is model
+    same = pt.GPT2LMHeadModel.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match="not a checkpoint of this configuration"):
+        pt.load_tf_weights_in_gpt2(pt.GPT2LMHeadModel(config.replace(n_layer=4)), folder)

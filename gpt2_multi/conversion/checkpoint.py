@@ -112,6 +112,8 @@ def read_weights(path: PathLike, config: GPT2Config, head: str) -> dict[str, Arr
 
 def recognised(path: Path) -> tuple[str, Path]:
     """The format of a folder or of a file, and its main file."""
+    if not path.exists() and (index := path.with_name(f"{path.name}.index")).exists():  # TensorFlow's way to name one
+        return "openai", index
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; check the path")
     there = [path] if path.is_file() else sorted(path.iterdir(), key=lambda file: (len(file.name), file.name))

@@ -13,6 +13,7 @@ from gpt2_multi.pt.heads import (
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
 )
+from gpt2_multi.pt.loading import load_tf_weights_in_gpt2
 from gpt2_multi.pt.model import GPT2Model
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "GPT2LMHeadModel",
     "GPT2Model",
     "KVCache",
+    "load_tf_weights_in_gpt2",
 ]

@@ -270,3 +270,17 @@ def _resized(rows: Tensor, number: int) -> Tensor:
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Give a parameter another value and shape; a frozen one stays frozen."""
     setattr(module, name, nn.Parameter(value, getattr(module, name).requires_grad))
+
+
+def load_tf_weights_in_gpt2(
+    model: GPT2PreTrainedModel, path: Any, gpt2_checkpoint_path: str | os.PathLike[str] | None = None
+) -> GPT2PreTrainedModel:
+    """Fill a model from OpenAI's TensorFlow checkpoint, a prefix or a folder; TensorFlow is not needed.
+
+    The old function of transformers. It was given a configuration before the path: of three arguments the second is not
+    looked at, since the model's own configuration counts. Raises CheckpointError for what does not fit.
+    """
+    where = os.fspath(path if gpt2_checkpoint_path is None else gpt2_checkpoint_path)
+    arrays = read_weights(where, model.config, model.head)
+    model._assign(arrays, next(model.parameters()).dtype, where)
+    return model
