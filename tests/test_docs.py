@@ -8,6 +8,7 @@ import importlib.util
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from gpt2_multi import cli
+from gpt2_multi import cli, hub
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))}
@@ -47,8 +48,10 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monke
 
 
 @pytest.mark.parametrize("page", pages_with("sh", "gpt2-multi "))
-def test_the_commands_of_a_page_work(page):
+def test_the_commands_of_a_page_work(page, tmp_path, monkeypatch):
     pytest.importorskip("torch")
+    shutil.copytree(hub.DEMO, tmp_path / "old-model")
+    monkeypatch.chdir(tmp_path)
     lines = [line for code in blocks(page, "sh") for line in code.splitlines() if line.startswith("gpt2-multi ")]
     assert lines
     for line in lines:
