@@ -125,5 +125,5 @@ def peer(session: nox.Session, name: str) -> str:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation into docs/_build."""
-    install(session, ".[pt,tf,docs]")
+    install(session, ".[pt,tf,flax,docs]")
     session.run("sphinx-build", "-W", "--keep-going", "docs", "docs/_build", *session.posargs)

@@ -36,7 +36,7 @@ def pages_with(language, text=""):
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # in Keras' savers
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
-    for framework in ("torch", "tensorflow"):
+    for framework in ("torch", "tensorflow", "flax"):
         pytest.importorskip(framework)
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -79,7 +79,8 @@ def test_every_page_is_in_the_contents():
 
 
 @pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("sphinx", "furo", "myst_parser", "torch"))), reason="Sphinx is not installed"
+    not all(map(importlib.util.find_spec, ("sphinx", "furo", "myst_parser", "torch", "flax"))),
+    reason="Sphinx, or what it documents, is not installed",
 )
 def test_sphinx_builds_the_pages_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(tmp_path / "html")]
