@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gpt2_multi.errors import CheckpointError
+from gpt2_multi.errors import CheckpointError, shortened
 from gpt2_multi.streams import pieces
 from gpt2_multi.weights import TRANSFORMERS, Format, Weight
 
@@ -72,7 +72,12 @@ def _view(path: Path, name: str, entry: Mapping[str, Any], data: Array) -> Array
     if entry["dtype"] not in DTYPES:
         raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)}")
     start, end = entry["data_offsets"]
-    return np.asarray(data[start:end]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    try:
+        return np.asarray(data[start:end]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (ValueError, OverflowError):  # with a 0 in it a shape can be larger than any memory
+        raise CheckpointError(
+            f"{path}: {shortened(name)} has a shape that no array has; fetch or save it again"
+        ) from None
 
 
 def read_shards(index: Path, read: Callable[[Path], Mapping[str, Array]]) -> dict[str, Array]:
@@ -85,7 +90,7 @@ def read_shards(index: Path, read: Callable[[Path], Mapping[str, Array]]) -> dic
     for name, place in places.items():
         if name not in shards[place]:
             raise CheckpointError(
-                f"{index.with_name(place)}: lacks {name}, which {index.name} puts there; fetch the model again"
+                f"{index.with_name(place)}: lacks {shortened(name)}, which {index.name} puts there; fetch it again"
             )
         tensors[name] = shards[place][name]
     return tensors
@@ -93,7 +98,9 @@ def read_shards(index: Path, read: Callable[[Path], Mapping[str, Array]]) -> dic
 
 def _beside(index: Path, name: str) -> Path:
     if Path(name).name != name or name in ("", ".."):
-        raise CheckpointError(f"{index}: names the file '{name}', which is not beside it; the index is not safe")
+        raise CheckpointError(
+            f"{index}: names the file '{shortened(name)}', which is not beside it; the index is not safe"
+        )
     return index.with_name(name)
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from gpt2_multi.config_checks import CHECKS, check_together, count
-from gpt2_multi.errors import CheckpointError, ConfigError
+from gpt2_multi.config_checks import CHECKS, check_together, count, wrong
+from gpt2_multi.errors import CheckpointError, ConfigError, shortened
 from gpt2_multi.files import write_whole
 
 ALIASES = {
@@ -28,6 +28,7 @@ ALIASES = {
     "torch_dtype": "dtype",
 }
 _NAMES = CHECKS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor takes
+MOST_LABELS = 1 << 16  # that are numbered without being named: a file with a few digits would make a dict of them
 _KEYS = _NAMES - {"extra", "from_file"}  # what a file may set
 
 
@@ -47,6 +48,13 @@ ARCHIVE = {
     "gpt2-xl": Archived("openai-community/gpt2-xl", 48, 25, 1600),
     "distilgpt2": Archived("distilbert/distilgpt2", 6, 12, 768),
 }
+
+
+def _label_count(number: Any) -> int:
+    """How many labels to number."""
+    if (found := count("num_labels", number)) > MOST_LABELS:
+        raise wrong("num_labels", f"at most {MOST_LABELS} where id2label does not name them", number)
+    return found
 
 
 def _numbered_labels(number: int) -> dict[int, str]:
@@ -70,7 +78,7 @@ def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{alias} is {given[alias]!r} but {name} is {values[name]!r}: one setting, give one value"
             )
     if "num_labels" in given:
-        number = count("num_labels", given["num_labels"])
+        number = _label_count(given["num_labels"])
         labels = CHECKS["id2label"]("id2label", values.setdefault("id2label", _numbered_labels(number)))
         if len(labels) != number:
             raise ConfigError(f"num_labels is {number} but id2label has {len(labels)} labels: give one of the two")
@@ -179,7 +187,7 @@ class GPT2Config:
 
     @num_labels.setter
     def num_labels(self, number: int) -> None:
-        self.id2label = _numbered_labels(count("num_labels", number))
+        self.id2label = _numbered_labels(_label_count(number))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _NAMES:
@@ -237,6 +245,8 @@ class GPT2Config:
             raise CheckpointError(
                 f"{os.fspath(path)}: there is no such file; a model folder has a config.json"
             ) from None
+        except OSError as error:
+            raise CheckpointError(f"{os.fspath(path)}: could not be read ({error.strerror}); check the path") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{os.fspath(path)}: not valid JSON ({error}); it may be damaged") from None
         if not isinstance(keys, dict):
@@ -244,7 +254,9 @@ class GPT2Config:
         try:
             config = cls.from_dict(keys)
         except ConfigError as error:
-            raise ConfigError(f"{os.fspath(path)}: {error}") from None
+            raise ConfigError(f"{os.fspath(path)}: {shortened(str(error), 600)}") from None
+        except RecursionError:
+            raise ConfigError(f"{os.fspath(path)}: nested too deeply; it may be damaged") from None
         return config.replace(**overrides) if overrides else config
 
     @classmethod

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gpt2_multi.errors import ConfigError
+from gpt2_multi.errors import ConfigError, shortened
 
 Check = Callable[[str, Any], Any]
 
@@ -22,7 +22,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 def wrong(name: str, expected: str, found: object) -> ConfigError:
     """The error of a field that holds the wrong thing."""
-    return ConfigError(f"{name} must be {expected}; found {found!r}")
+    return ConfigError(f"{shortened(name)} must be {expected}; found {shortened(repr(found))}")
 
 
 def integer(name: str, value: Any) -> int:
@@ -42,11 +42,18 @@ def count(name: str, value: Any) -> int:
 def _number(expected: str, fits: Callable[[float], bool]) -> Check:
     def check(name: str, value: Any) -> float:
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not real or not math.isfinite(value) or not fits(value):
+        if not real or not _finite(value) or not fits(value):
             raise wrong(name, expected, value)
         return value if isinstance(value, int) else float(value)
 
     return check
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _one_of(choices: Iterable[str]) -> Check:
@@ -94,7 +101,7 @@ def _mapping(name: str, value: Any) -> Mapping[Any, Any]:
 
 def _key(name: str, key: Any) -> int:
     """An integer key, which JSON can only spell as a string."""
-    if isinstance(key, str) and key.isascii() and key.isdigit():
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20:
         return int(key)
     return integer(f"a key of {name}", key)
 

@@ -19,3 +19,8 @@ class TokenizerError(GPT2Error):
 
 class InputError(GPT2Error):
     """An argument of a model call or of `generate` that cannot be computed with."""
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """What a file says, cut where it is too long for the sentence of an error."""
+    return text if len(text) <= most else f"{text[:most]}..."

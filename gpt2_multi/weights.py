@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpt2_multi.config import GPT2Config
-from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.errors import CheckpointError, InputError, shortened
 
 NORMAL, RESIDUAL, ZEROS, ONES = "normal", "residual", "zeros", "ones"
 
@@ -115,7 +115,12 @@ def table(config: GPT2Config, head: str = "lm") -> list[Weight]:
         cross = CROSS_ATTENTION if config.add_cross_attention else ()
         rows += [_weight(param, config, layer) for param in (*ATTENTION, *cross, *MLP)]
     rows += [_weight(param, config, None) for param in _norm("ln_f")]
-    return rows + [_weight(param, config, None) for param in HEADS[head] if _stored(param, config)]
+    return rows + head_rows(config, head)
+
+
+def head_rows(config: GPT2Config, head: str) -> list[Weight]:
+    """The rows of a head alone."""
+    return [_weight(param, config, None) for param in HEADS[head] if _stored(param, config)]
 
 
 def _stored(param: Param, config: GPT2Config) -> bool:
@@ -235,13 +240,19 @@ def match(found: Mapping[str, Shape], config: GPT2Config, head: str, form: Forma
     with `wte`. The root prefix may be missing from all names, or be there although the model is the bare one. A task
     head that is missing as a whole is left out of the answer: fine-tuning starts so, and the caller initialises it.
     """
+    if config.n_layer > max(1000, len(found)):  # a table of which would be absurd
+        raise CheckpointError(
+            f"{source} has {len(found)} tensors, too few for the {shortened(str(config.n_layer))} layers of its "
+            "configuration; the weights and config.json belong to different models"
+        )
     rooted = any(name.startswith(form.root) for name in found)
     wanted = {name: weight for weight in table(config, head) for name in form.spellings(weight, rooted)}
     fresh = {name for name, weight in wanted.items() if not weight.in_body and weight.path != "lm_head"}
     if not fresh & set(found):
         wanted = {name: weight for name, weight in wanted.items() if name not in fresh}
     _refuse(source, "lacks", [_both(name, weight) for name, weight in wanted.items() if name not in found])
-    extra = [name for name in found if name not in wanted and not is_known_extra(name, config, form)]
+    known = wanted.keys() | _heads(config, form)
+    extra = [name for name in found if name not in known and not MASK_BUFFERS.fullmatch(name)]
     _refuse(source, "has unexpected", extra)
     for name, weight in wanted.items():
         if tuple(found[name]) != form.shape(weight):
@@ -254,8 +265,11 @@ def match(found: Mapping[str, Shape], config: GPT2Config, head: str, form: Forma
 
 def is_known_extra(name: str, config: GPT2Config, form: Format) -> bool:
     """Whether a tensor that a model does not have may be in its file: an old mask, or another head."""
-    heads = {name for rows in HEADS.values() for param in rows for name in form.spellings(_weight(param, config, None))}
-    return bool(MASK_BUFFERS.fullmatch(name)) or name in heads
+    return bool(MASK_BUFFERS.fullmatch(name)) or name in _heads(config, form)
+
+
+def _heads(config: GPT2Config, form: Format) -> set[str]:
+    return {name for rows in HEADS.values() for param in rows for name in form.spellings(_weight(param, config, None))}
 
 
 def _both(name: str, weight: Weight) -> str:
@@ -263,7 +277,7 @@ def _both(name: str, weight: Weight) -> str:
 
 
 def _refuse(source: str, verb: str, names: Iterable[str]) -> None:
-    names = sorted(names)
+    names = [shortened(name) for name in sorted(names)]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         tensors = "the tensor" if len(names) == 1 else f"{len(names)} tensors:"

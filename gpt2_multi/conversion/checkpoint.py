@@ -14,7 +14,7 @@ from gpt2_multi.conversion.formats import ARCHITECTURES, KINDS, Kind
 from gpt2_multi.conversion.mapped import Array, Shape
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.streams import mapping, release
-from gpt2_multi.weights import HEADS, Weight, match, table
+from gpt2_multi.weights import HEADS, Weight, head_rows, match
 
 
 class Checkpoint(Mapping[str, Array]):
@@ -32,6 +32,7 @@ class Checkpoint(Mapping[str, Array]):
         for name, weight in match(shapes, config, head, self.kind.form, str(path)).items():
             self.weights[weight.name] = weight
             self.places.setdefault(weight.name, []).append(name)
+        self._check_dtypes()
         self._check_tie()
 
     @property
@@ -64,12 +65,18 @@ class Checkpoint(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self.weights)
 
+    def _check_dtypes(self) -> None:
+        """The parts of one tensor have to be of one type."""
+        for name, places in self.places.items():
+            if len({self.found[place].dtype for place in places}) > 1:
+                raise CheckpointError(f"{self.path}: the parts of {name}, {', '.join(places)}, are of different types")
+
     def _check_tie(self) -> None:
         """A head that is stored although it is tied has to be the embedding."""
         form, config = self.kind.form, self.config
         if not config.tie_word_embeddings or self.head not in ("lm", "double_heads", "base"):
             return
-        head = next(row for row in table(config.replace(tie_word_embeddings=False)) if row.path == "lm_head")
+        (head,) = head_rows(config.replace(tie_word_embeddings=False), "lm")
         stored = self.found.get(form.spell(head))
         if stored is None or form.shape(head) != stored.shape:
             return
@@ -116,7 +123,7 @@ def recognised(path: Path) -> tuple[str, Path]:
         return "openai", index
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; check the path")
-    there = [path] if path.is_file() else sorted(path.iterdir(), key=lambda file: (len(file.name), file.name))
+    there = [path] if path.is_file() else _files(path)
     for format, kind in KINDS.items():
         for file in there:
             if re.fullmatch(kind.main, file.name) and _is(format, file):
@@ -126,6 +133,15 @@ def recognised(path: Path) -> tuple[str, Path]:
         f"{path}: expected the weights of a GPT-2, such as model.safetensors, pytorch_model.bin, tf_model.h5, "
         f"flax_model.msgpack, model.ckpt.index, ckpt.pt or model.weights.h5; found no weights, but {names}"
     )
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files in a folder, that with the shortest name first."""
+    try:
+        files = [path for path in folder.iterdir() if path.is_file()]
+    except OSError as error:
+        raise CheckpointError(f"{folder}: no such file or folder ({error.strerror}); check the path") from None
+    return sorted(files, key=lambda path: (len(path.name), path.name))
 
 
 def _is(format: str, file: Path) -> bool:
@@ -149,7 +165,7 @@ def head_of(kind: Kind, found: Mapping[str, Array], config: GPT2Config) -> str:
 
 
 def _own(config: GPT2Config, head: str) -> list[Weight]:
-    return [row for row in table(config, head) if not row.in_body and row.path != "lm_head"]
+    return [row for row in head_rows(config, head) if row.path != "lm_head"]
 
 
 def _are_there(kind: Kind, rows: list[Weight], shapes: Mapping[str, Shape]) -> bool:

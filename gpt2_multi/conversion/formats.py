@@ -26,7 +26,7 @@ from gpt2_multi.conversion.msgpack_files import read_msgpack, write_msgpack
 from gpt2_multi.conversion.spelling import FLAX_FILE, KERAS_HUB, KERAS_WEIGHTS, NANOGPT, OPENAI, TF
 from gpt2_multi.conversion.tf_bundle import read_bundle, write_bundle
 from gpt2_multi.conversion.torch_files import read_torch, write_torch
-from gpt2_multi.errors import CheckpointError
+from gpt2_multi.errors import CheckpointError, shortened
 from gpt2_multi.weights import TRANSFORMERS, Format, table
 
 ARCHITECTURES = {  # of each head, the class that config.json names
@@ -88,6 +88,23 @@ def _write_tf_safetensors(folder: Path, tensors: dict[str, Made], config: GPT2Co
     config.save_pretrained(folder)
 
 
+def _read_pytorch(path: Path) -> Tensors:
+    return _state(path, read_torch(path))
+
+
+def _state(path: Path, found: Mapping[Any, Any]) -> Tensors:
+    """A state dict, which holds tensors by their names."""
+    for name, array in found.items():
+        if not isinstance(name, str) or not isinstance(array, np.ndarray):
+            raise CheckpointError(f"{path}: expected tensors by their names, found {_plain(name)} with another value")
+    return dict(found)
+
+
+def _plain(value: Any) -> str:
+    """A string or number of a file for an error; the text of any other value may be longer than the world."""
+    return shortened(repr(value)) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+
+
 def _write_pytorch(folder: Path, tensors: dict[str, Made], config: GPT2Config, size: int | str) -> None:
     write_shards(folder / "pytorch_model.bin", tensors, write_torch, size)
     config.save_pretrained(folder)
@@ -141,6 +158,9 @@ def _settings(path: Path, found: Mapping[str, Any], names: Mapping[str, str], **
     lacking = [name for name in names if name not in found]
     if lacking:
         raise CheckpointError(f"{path}: lacks {', '.join(lacking)}; it is not what this format keeps its settings in")
+    for name, value in [*((name, found[name]) for name in names), *more.items()]:
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise CheckpointError(f"{path}: expected a number for {name}, found a {type(value).__name__}")
     with reading(path, "file of settings"):
         return GPT2Config(**{ours: found[name] for name, ours in names.items()}, **more)
 
@@ -173,11 +193,14 @@ def _read_nanogpt(main: Path) -> Tensors:
     model = found.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{main}: expected the weights under 'model', as nanoGPT writes them, found none")
-    tensors = {str(name).removeprefix("_orig_mod."): array for name, array in model.items()}
+    tensors = {name.removeprefix("_orig_mod."): array for name, array in _state(main, model).items()}
     args = found.get("model_args")
     if not isinstance(args, dict) or args.get("bias", True):
         return tensors
-    rows = {NANOGPT.spell(row): row for row in table(_nanogpt_config(main))}
+    config = _nanogpt_config(main)
+    if config.n_layer > max(1000, len(tensors)):
+        raise CheckpointError(f"{main}: has {len(tensors)} tensors, too few for {config.n_layer} layers")
+    rows = {NANOGPT.spell(row): row for row in table(config)}
     zeros = {name: np.zeros(row.shape, np.float32) for name, row in rows.items() if row.kind in ("bias", "shift")}
     return {**zeros, **tensors}
 
@@ -204,10 +227,11 @@ def _keras_hub_config(main: Path) -> GPT2Config:
     path = main.with_name("config.json")
     found = read_json(path)
     if isinstance(ours := found.get(OURS), dict):
-        return GPT2Config.from_dict(ours)
+        with reading(path, "file of settings"):
+            return GPT2Config.from_dict(ours)
     settings = found.get("config")
     if found.get("class_name") != "GPT2Backbone" or not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: expected KerasHub's GPT2Backbone, found {found.get('class_name')!r}")
+        raise CheckpointError(f"{path}: expected KerasHub's GPT2Backbone, found {_plain(found.get('class_name'))}")
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.get("dropout", 0.1))
     return _settings(path, settings, BACKBONE, **dropouts)
 
@@ -247,7 +271,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "pytorch": Kind(
         "transformers' pytorch_model.bin", TRANSFORMERS, r"pytorch_model\.bin(\.index\.json)?",
-        r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?", sharded(read_torch), _write_pytorch, beside,
+        r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?", sharded(_read_pytorch), _write_pytorch, beside,
     ),
     "tf-h5": Kind(
         "transformers' tf_model.h5", TF, r"tf_model\.h5(\.index\.json)?", r"tf_model(-\d+-of-\d+)?\.h5(\.index\.json)?",

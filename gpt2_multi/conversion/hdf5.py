@@ -16,20 +16,46 @@ import ml_dtypes
 import numpy as np
 
 from gpt2_multi.checkpoint import Made
-from gpt2_multi.conversion.mapped import Array, Shape, mapped, reading, tensor
+from gpt2_multi.conversion.mapped import LONGEST, MOST, Array, Shape, mapped, reading, tensor
 from gpt2_multi.streams import pieces
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 DATASPACE, DATATYPE, EXTERNAL, LAYOUT, FILTERS, CONTINUED, GROUP = 1, 3, 7, 8, 11, 16, 17  # types of messages
-FLOATS = {(2, 5): "<f2", (2, 8): ml_dtypes.bfloat16, (4, 8): "<f4", (8, 11): "<f8"}  # by size and exponent's bits
-INTEGERS = {1: "u1", 4: "<i4", 8: "<i8"}
+OPAQUE = 0x15  # bytes without a meaning
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+
+
+def _float(size: int, exponent: int, mantissa: int) -> bytes:
+    """The datatype message of a little-endian IEEE number."""
+    sign, bias = 8 * size - 1, (1 << exponent - 1) - 1
+    return struct.pack("<4BIHH4BI", 0x11, 0x20, sign, 0, size, 0, 8 * size, mantissa, exponent, 0, mantissa, bias)
+
+
+def _integer(size: int, signed: int) -> bytes:
+    return struct.pack("<4BIHH", 0x10, signed << 3, 0, 0, size, 0, 8 * size)
+
+
+TYPES: Mapping[bytes, np.dtype[Any]] = {
+    _float(2, 5, 10): np.dtype("<f2"),
+    _float(2, 8, 7): BFLOAT16,
+    _float(4, 8, 23): np.dtype("<f4"),
+    _float(8, 11, 52): np.dtype("<f8"),
+    _integer(1, 0): np.dtype("u1"),
+    _integer(4, 1): np.dtype("<i4"),
+    _integer(8, 1): np.dtype("<i8"),
+}
 
 
 def read_hdf5(path: Path) -> dict[str, Array]:
     """Every dataset of a file, mapped, by its path in the file. Raises CheckpointError for a damaged file."""
     with reading(path, "HDF5 file of Keras"):
         file = File(mapped(path))
-        return dict(file.datasets())
+        found: dict[str, Array] = {}
+        for name, array in file.datasets():
+            if name in found or len(found) == MOST:
+                raise ValueError(f"{name} is there twice, or there are more tensors than in any GPT-2")
+            found[name] = array
+        return found
 
 
 class Entry(NamedTuple):
@@ -44,6 +70,7 @@ class File:
 
     def __init__(self, data: Array) -> None:
         self.data, self.seen = data, set[int]()
+        self.room = (1 << 22) + 2 * len(data)  # parts of a file that lie over each other would take for ever
         if self.bytes(0, 8) != SIGNATURE:
             raise ValueError("it does not begin as HDF5 does")
         version, sizes, base = self.data[8], self.bytes(13, 2), self.unpack("<Q", 24)[0]
@@ -54,6 +81,9 @@ class File:
         """Bytes that have to be there."""
         if start < 0 or start + length > len(self.data):
             raise ValueError(f"bytes {start} to {start + length} lie beyond its end")
+        self.room -= length + 16
+        if self.room < 0:
+            raise ValueError("its parts overlap")
         return bytes(self.data[start : start + length])
 
     def unpack(self, form: str, start: int) -> tuple[Any, ...]:
@@ -72,6 +102,8 @@ class File:
         todo = [Entry("", self.unpack("<Q", 64)[0])]
         while todo:
             name, address = todo.pop()
+            if len(name) > LONGEST:
+                raise ValueError(f"{name} is longer than a name")
             found = self.messages(self.enter(address))
             if GROUP in found:
                 parent = f"{name}/" if name else ""
@@ -121,8 +153,8 @@ class File:
             name, address, cache = self.unpack("<QQI", node + 8 + 40 * i)
             if cache == 2:
                 raise ValueError("it holds a link, which is not followed")
-            text = self.bytes(names + name, min(1024, size - name)).split(b"\0", 1)[0].decode()
-            if not text or "/" in text:
+            text = self.bytes(names + name, min(LONGEST, size - name)).split(b"\0", 1)[0].decode()
+            if not text or "/" in text or len(text) == LONGEST:
                 raise ValueError(f"it holds an object named {text!r}")
             yield Entry(text, address)
 
@@ -144,18 +176,13 @@ class File:
 
     def dtype(self, name: str, start: int) -> np.dtype[Any]:
         """The dtype in a datatype message."""
-        kind, big, size = self.unpack("<BBxxI", start)
-        found: Any = None
-        if kind & 15 == 1 and not big & 1:
-            found = FLOATS.get((size, self.unpack("<B", start + 13)[0]))
-        elif kind & 15 == 0 and not big & 1:
-            found = INTEGERS.get(size)
-        elif kind & 15 == 5 and size == 2:
-            found = ml_dtypes.bfloat16  # see `write_hdf5`
-        if found is None:
-            raise ValueError(f"{name} is of a type that no weight has")
-        dtype: np.dtype[Any] = np.dtype(found)
-        return dtype
+        kind, size = self.unpack("<B3xI", start)
+        if kind == OPAQUE and size == 2:
+            return BFLOAT16  # see `write_hdf5`
+        for length in (20, 12):
+            if (found := TYPES.get(self.bytes(start, length))) is not None:
+                return found
+        raise ValueError(f"{name} is of a type that no weight has")
 
 
 def write_hdf5(path: Path, tensors: Mapping[str, Made], attributes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 
 from gpt2_multi.checkpoint import Made
-from gpt2_multi.conversion.mapped import Array, mapped, reading, tensor
+from gpt2_multi.conversion.mapped import LONGEST, MOST, Array, mapped, reading, tensor
 from gpt2_multi.streams import pieces
 
 DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16", "int32", "int64", "uint8", "bool")}
@@ -47,7 +47,7 @@ class Parser:
     """A place in the bytes of a file, and the arrays that were found before it."""
 
     def __init__(self, data: Array) -> None:
-        self.data, self.place, self.found = data, 0, dict[str, Array]()
+        self.data, self.place, self.found, self.room = data, 0, dict[str, Array](), MOST
 
     def take(self, length: int) -> bytes:
         """The next bytes, which have to be there."""
@@ -85,8 +85,8 @@ class Parser:
         for _ in range(count):
             key = self.text()
             name = f"{path}/{key}" if path else key
-            if name in self.found:
-                raise ValueError(f"{name} is there twice")
+            if name in self.found or len(name) > LONGEST:
+                raise ValueError(f"{name[:LONGEST]} is there twice, or longer than a name")
             if key == CHUNKED:
                 self.found[path] = self.chunked(path, count)
                 return
@@ -94,6 +94,9 @@ class Parser:
 
     def value(self, name: str, depth: int) -> None:
         """The next value, which is a map or an array."""
+        self.room -= 1
+        if self.room < 0:
+            raise ValueError(f"it has more than {MOST} values; no GPT-2 has as many")
         first = int(self.data[self.place])
         if first & 0xF0 == 0x80 or first in _LENGTHS["map"]:
             self.tree(name, depth + 1)
@@ -124,7 +127,16 @@ class Parser:
         if self.text() != "chunks":
             raise ValueError(f"{name} has no pieces")
         chunks = self.length(self.number("B"), 0x80, 0x0F, _LENGTHS["map"])
-        return np.concatenate([self.array(f"{name}/{self.text()}") for _ in range(chunks)]).reshape(shape)
+        parts = [self.chunk(name, number) for number in range(chunks)]
+        if len({part.dtype for part in parts}) != 1:
+            raise ValueError(f"the pieces of {name} are of different types")
+        return np.concatenate(parts).reshape(shape)
+
+    def chunk(self, name: str, number: int) -> Array:
+        """The next piece of an array."""
+        if self.text() != str(number):
+            raise ValueError(f"the pieces of {name} are out of order")
+        return self.array(f"{name}/{number}")
 
 
 def write_msgpack(path: Path, tensors: Mapping[str, Made]) -> None:

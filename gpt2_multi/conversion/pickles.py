@@ -6,15 +6,14 @@ classes stay names: the few that build a tensor or a dict are known here, and an
 
 from __future__ import annotations
 
-import io
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from gpt2_multi.conversion.mapped import Shape
+from gpt2_multi.conversion.mapped import LONGEST, Shape
 
 STORAGES: Mapping[str, np.dtype[Any]] = {
     "DoubleStorage": np.dtype("<f8"),
@@ -55,14 +54,18 @@ MARK = Name("mark")
 
 
 def _tensor(storage: Storage, offset: int, shape: Shape, strides: Shape, *_: Any) -> Stored:
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, Storage) or len(shape) != len(strides) or not all(type(n) is int for n in numbers):
+    tuples = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= 8
+    if not isinstance(storage, Storage) or not tuples or not all(type(n) is int for n in (offset, *shape, *strides)):
         raise ValueError("it has a tensor that is none")
-    return Stored(storage, offset, tuple(shape), tuple(strides))
+    return Stored(storage, offset, shape, strides)
+
+
+def _dict() -> dict[str, Any]:
+    return {}
 
 
 CALLS: Mapping[str, Callable[..., Any]] = {
-    "collections OrderedDict": dict[str, Any],
+    "collections OrderedDict": _dict,
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_tensor": _tensor,
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
@@ -78,17 +81,23 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Machine:
-    """Runs one pickle over a stack. What torch.save does not write is a ValueError, LookupError or TypeError."""
+    """Runs one pickle over a stack. What torch.save does not write is a ValueError, LookupError or TypeError.
 
-    def __init__(self) -> None:
+    `size` is that of the file: what a byte of a pickle makes is larger than it, so that a file has room for so many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.room = (1 << 16) + size // 32
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}  # all that were named
 
-    def run(self, file: io.BytesIO) -> Any:
+    def run(self, file: IO[bytes]) -> Any:
         """The value of the pickle that begins here; the file stands behind it then."""
         for opcode, argument, _ in pickletools.genops(file):
-            name = opcode.name
+            name, self.room = opcode.name, self.room - 1
+            if self.room < 0:
+                raise ValueError("its pickle is longer than that of any GPT-2")
             if name in VALUES:
                 self.stack.append(argument)
             elif name in CONSTANTS:
@@ -118,7 +127,9 @@ class Machine:
 
     def marked(self) -> list[Any]:
         """Take all values down to the last mark, and the mark."""
-        start = next(i for i in reversed(range(len(self.stack))) if self.stack[i] is MARK)
+        start = next((i for i in reversed(range(len(self.stack))) if self.stack[i] is MARK), None)
+        if start is None:
+            raise ValueError("its pickle takes down to a mark that is not there")
         return self.last(len(self.stack) - start)[1:]
 
     def do_proto(self, version: int) -> None:
@@ -141,13 +152,18 @@ class Machine:
         self.stack.append(Name(text))
 
     def do_stack_global(self, _: Any) -> None:
-        self.stack.append(Name(" ".join(self.last(2))))
+        module, name = self.last(2)
+        if len(module) + len(name) > LONGEST:
+            raise ValueError("its pickle has a name that is longer than any")
+        self.stack.append(Name(f"{module} {name}"))
 
     def do_reduce(self, _: Any) -> None:
         function, arguments = self.last(2)
         call = CALLS.get(function.text) if isinstance(function, Name) else None
         if call is None:
             raise ValueError(f"its pickle calls {getattr(function, 'text', 'what is no name')}, which is not run")
+        if not isinstance(arguments, tuple) or len(arguments) > 8:
+            raise ValueError("its pickle calls with what is no list of arguments")
         self.stack.append(call(*arguments))
 
     def do_build(self, _: Any) -> None:
@@ -181,15 +197,19 @@ class Machine:
         self.put(self.marked())
 
     def put(self, values: list[Any]) -> None:
-        """Put keys and values, in turn, into the dict on top. A key that is a tree of tuples would take for ever."""
-        if not all(isinstance(key, (str, int)) for key in values[::2]):
-            raise ValueError("it has a dict whose keys are neither strings nor numbers")
+        """Put keys and values, in turn, into the dict on top. A key that is a tree of tuples would take for ever.
+
+        So would many large numbers that collide.
+        """
+        if not all(isinstance(key, str) or (type(key) is int and key in range(1 << 32)) for key in values[::2]):
+            raise ValueError("it has a dict whose keys are neither strings nor small numbers")
         self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
 
     def do_binpersid(self, _: Any) -> None:
         (identity,) = self.last(1)
-        kind, storage, key, _, length, *_ = identity
+        kind, storage, key, _, length = identity[:5]
         dtype = STORAGES.get(storage.text.removeprefix("torch ")) if isinstance(storage, Name) else None
-        if kind != "storage" or dtype is None or type(key) is not str or type(length) is not int or length < 0:
+        sound = type(key) is str and len(key) <= LONGEST and type(length) is int and length >= 0
+        if kind != "storage" or dtype is None or not sound:
             raise ValueError(f"it has a storage of {getattr(storage, 'text', 'no type')}, which no weight has")
         self.stack.append(self.storages.setdefault(key, Storage(key, dtype, length)))

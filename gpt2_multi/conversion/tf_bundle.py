@@ -17,7 +17,7 @@ import numpy as np
 from google_crc32c import extend
 
 from gpt2_multi.checkpoint import Made
-from gpt2_multi.conversion.mapped import Array, Shape, mapped, reading, tensor
+from gpt2_multi.conversion.mapped import LONGEST, MOST, Array, Shape, mapped, reading, tensor
 from gpt2_multi.streams import pieces, release
 
 MAGIC = 0xDB4775248B80FB57
@@ -42,7 +42,7 @@ def read_bundle(prefix: Path) -> dict[str, Array]:
     """Every tensor of a checkpoint, mapped. Raises CheckpointError for a damaged one."""
     index = prefix.with_name(f"{prefix.name}.index")
     with reading(index, "index of a TensorFlow checkpoint"):
-        entries = dict(_entries(bytes(mapped(index))))
+        entries = _ordered(_entries(bytes(mapped(index))))
         shards = entries.pop("").size
     return _tensors(prefix, shards, entries)
 
@@ -75,6 +75,18 @@ def _checksum(array: Array, name: str) -> int:
     for piece in pieces(array, array.dtype, name):
         found = extend(found, bytes(piece.reshape(-1).view(np.uint8)))
     release(array)
+    return found
+
+
+def _ordered(entries: Iterator[tuple[str, Entry]]) -> dict[str, Entry]:
+    """The entries of an index, whose names are in order."""
+    found, last = dict[str, Entry](), None
+    for name, entry in entries:
+        if last is not None and name <= last:
+            raise ValueError("its names are not in order")
+        if len(found) > MOST:
+            raise ValueError(f"it has more than {MOST} tensors; no GPT-2 has as many")
+        found[name], last = entry, name
     return found
 
 
@@ -111,7 +123,7 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
         rest, place = _varint(block, place)
         length, place = _varint(block, place)
         key = key[:shared] + block[place : place + rest]
-        if len(key) > 1024:
+        if len(key) > LONGEST:
             raise ValueError("a name in it is longer than a tensor's")
         yield key, block[place + rest : place + rest + length]
         place += rest + length
@@ -148,7 +160,10 @@ def _fields(message: bytes) -> dict[int, list[Any]]:
 
 
 def _header(message: bytes) -> Entry:
-    return Entry(np.dtype("V"), (), 0, 0, int(_fields(message).get(1, [1])[-1]), 0)
+    fields = {number: values[-1] for number, values in _fields(message).items()}
+    if fields.get(2, 0):
+        raise ValueError("it was saved by a machine with the other byte order")
+    return Entry(np.dtype("V"), (), 0, 0, _whole(fields.get(1, 1)), 0)
 
 
 def _entry(message: bytes) -> Entry:
@@ -156,8 +171,14 @@ def _entry(message: bytes) -> Entry:
     if 7 in fields:
         raise ValueError("a tensor in it is in slices")
     dims = _fields(fields.get(2, b"")).get(2, [])
-    shape = tuple(_fields(dim).get(1, [0])[-1] for dim in dims)
-    return Entry(DTYPES[fields[1]], shape, fields.get(3, 0), fields.get(4, 0), fields.get(5, 0), fields.get(6, 0))
+    shape = tuple(_whole(_fields(dim).get(1, [0])[-1]) for dim in dims)
+    return Entry(DTYPES[fields[1]], shape, *(_whole(fields.get(number, 0)) for number in (3, 4, 5, 6)))
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int):
+        raise ValueError("a message in it has bytes where a number belongs")
+    return value
 
 
 def write_bundle(prefix: Path, tensors: Mapping[str, Made]) -> None:

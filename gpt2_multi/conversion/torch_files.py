@@ -12,18 +12,17 @@ import pickle
 import pickletools
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from gpt2_multi.checkpoint import Made
-from gpt2_multi.conversion.mapped import Array, mapped, reading, tensor
+from gpt2_multi.conversion import archive
+from gpt2_multi.conversion.mapped import MOST, Array, mapped, reading, tensor
 from gpt2_multi.conversion.pickles import STORAGES, Machine, Storage, Stored
-from gpt2_multi.streams import pieces, release
+from gpt2_multi.streams import mapping, pieces
 
 OLD_MAGIC = 0x1950A86A20F9469CFC6C
 ALIGNMENT = 64  # bytes, as torch aligns storages
@@ -39,7 +38,7 @@ def read_torch(path: Path, inner: str = "") -> dict[str, Any]:
     """
     with reading(path, "file of torch.save"):
         data = mapped(path)
-        value, storages = _read_zip(path, data) if zipfile.is_zipfile(path) else _read_old(data)
+        value, storages = _read_zip(data) if bytes(data[:4]) == archive.START else _read_old(data)
         return {key: _shown(part, storages) if key == inner else part for key, part in _shown(value, storages).items()}
 
 
@@ -47,58 +46,40 @@ def _shown(value: Any, storages: Storages) -> Any:
     """A dict with arrays for its tensors."""
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not a dict of tensors")
+    if len(value) > MOST:
+        raise ValueError(f"it has {len(value)} tensors; no GPT-2 has as many")
     return {key: _view(part, storages) if isinstance(part, Stored) else part for key, part in value.items()}
 
 
-def _read_zip(path: Path, data: Array) -> tuple[Any, Storages]:
-    with zipfile.ZipFile(path) as archive:
-        members = {entry.filename: entry for entry in archive.infolist()}
-    if sum(entry.file_size for entry in members.values()) > len(data):
-        raise ValueError("its members are larger than it is")
-    root = next(name for name in members if name.endswith("/data.pkl")).removesuffix("data.pkl")
-    order = members.get(f"{root}byteorder")
-    if order is not None and bytes(_member(data, order)) != b"little":
+def _read_zip(data: Array) -> tuple[Any, Storages]:
+    members = archive.members(data)
+    roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise ValueError(f"it has {len(roots)} pickles, not one")
+    order = members.get(f"{roots[0]}byteorder")
+    if order is not None and bytes(archive.member(data, order)) != b"little":
         raise ValueError("it was saved by a machine with the other byte order")
-    value = Machine().run(io.BytesIO(bytes(_member(data, members[f"{root}data.pkl"]))))
+    pickled = io.BytesIO(bytes(archive.member(data, members[f"{roots[0]}data.pkl"])))
+    value = Machine(len(data)).run(pickled)
     checked: dict[str, Array] = {}
 
     def storage(wanted: Storage) -> Array:
         if wanted.key not in checked:
-            checked[wanted.key] = _member(data, members[f"{root}data/{wanted.key}"])
+            checked[wanted.key] = archive.member(data, members[f"{roots[0]}data/{wanted.key}"])
         return tensor(checked[wanted.key], 0, wanted.dtype, (wanted.length,), f"storage {wanted.key}")
 
     return value, storage
 
 
-def _member(data: Array, entry: zipfile.ZipInfo) -> Array:
-    """The bytes of one member, whose checksum is right."""
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{entry.filename} is compressed, as torch.save never does")
-    signature, name, extra = struct.unpack(
-        "<I22xHH", bytes(tensor(data, entry.header_offset, _BYTE, (30,), "a header"))
-    )
-    if signature != 0x04034B50:
-        raise ValueError(f"{entry.filename} is not where the archive says")
-    start = entry.header_offset + 30 + name + extra
-    found = tensor(data, start, _BYTE, (entry.file_size,), entry.filename)
-    checksum = 0
-    for piece in pieces(found, _BYTE, entry.filename):
-        checksum = zlib.crc32(piece.data, checksum)
-    release(found)
-    if checksum != entry.CRC:
-        raise ValueError(f"{entry.filename} was changed: its checksum is wrong")
-    return found
-
-
 def _read_old(data: Array) -> tuple[Any, Storages]:
-    file = io.BytesIO(data.data)
-    if Machine().run(file) != OLD_MAGIC:
+    file = mapping(data)  # which reads as a file does, and no more than there is
+    if Machine(len(data)).run(file) != OLD_MAGIC:
         raise ValueError("it is neither an archive nor of the layout before torch 1.6")
-    _protocol, system = Machine().run(file), Machine().run(file)
+    _protocol, system = Machine(len(data)).run(file), Machine(len(data)).run(file)
     if system.get("little_endian") is not True:
         raise ValueError("it was saved by a machine with the other byte order")
-    machine = Machine()
-    value, keys, lengths = machine.run(file), Machine().run(file), machine.storages
+    machine = Machine(len(data))
+    value, keys, lengths = machine.run(file), Machine(len(data)).run(file), machine.storages
     start, places = file.tell(), dict[str, int]()
     for key in keys:
         (count,) = struct.unpack("<q", bytes(tensor(data, start, _BYTE, (8,), f"storage {key}")))
@@ -119,7 +100,7 @@ def _view(stored: Stored, storages: Storages) -> Array:
     if empty:
         return np.empty(stored.shape, flat.dtype)
     strides = [step * flat.itemsize for step in stored.strides]
-    return as_strided(flat[stored.offset :], stored.shape, strides)
+    return np.ndarray(stored.shape, flat.dtype, flat.view(_BYTE), stored.offset * flat.itemsize, strides)
 
 
 def write_torch(path: Path, tensors: Mapping[str, Made], around: Callable[[Any], Any] = lambda state: state) -> None:
