@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 OURS = "gpt2_multi"
-PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "tiktoken", "tensorflow", "jax", "numpy")
+PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "tiktoken", "tensorflow", "jax", "flax", "numpy")
 
 
 class PeerError(Exception):
