@@ -22,6 +22,11 @@ TF_PEERS = {  # of the benchmarks, each in an environment of its own; TensorFlow
     "transformers": ["transformers==4.57.6", "tf-keras==2.21.0", "tensorflow==2.21.0"],  # the last with TensorFlow
     "kerashub": ["keras-hub==0.32.0", "safetensors", "tensorflow==2.21.0"],
 }
+FLAX_PEERS = {  # likewise; transformers' Flax needs an older JAX
+    "transformers": ["transformers==4.57.6", "jax==0.4.38", "jaxlib==0.4.38", "flax==0.10.4", "optax==0.2.5"],
+    "kerashub": ["keras-hub==0.32.0", "safetensors", "jax==0.10.2"],
+    "ctranslate2": ["ctranslate2==4.8.5", "transformers==4.57.6", "torch==2.13.0"],  # the others for its converter
+}
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
 
 
@@ -108,17 +113,29 @@ def bench(session: nox.Session) -> None:
 def bench_tf(session: nox.Session) -> None:
     """Measure TensorFlow beside its peers, each in an environment of its own: `nox -s bench_tf -- tf_generate`."""
     install(session, ".[tf]")
-    pythons = {f"GPT2_MULTI_PEER_{name.upper()}": peer(session, name) for name in TF_PEERS}
-    names = session.posargs or ["tf_generate", "tf_train"]
-    session.run("python", "-m", "benchmarks", *names, env=QUIET | pythons)
+    beside(session, TF_PEERS, "tf_generate", "tf_train")
 
 
-def peer(session: nox.Session, name: str) -> str:
+@nox.session
+def bench_flax(session: nox.Session) -> None:
+    """Measure JAX beside its peers, each in an environment of its own: `nox -s bench_flax -- flax_generate`."""
+    install(session, ".[flax,pt]")  # PyTorch is one of the peers
+    beside(session, FLAX_PEERS, "flax_compile", "flax_generate", "flax_train")
+
+
+def beside(session: nox.Session, peers: dict[str, list[str]], *names: str) -> None:
+    """Run benchmarks, with a variable for the Python of each peer."""
+    prefix = session.name.replace("bench", "GPT2_MULTI_PEER").upper()
+    pythons = {f"{prefix}_{name.upper()}": peer(session, name, packages) for name, packages in peers.items()}
+    session.run("python", "-m", "benchmarks", *(session.posargs or names), env=QUIET | pythons)
+
+
+def peer(session: nox.Session, name: str, packages: list[str]) -> str:
     """The Python of an environment with one peer. Where the peer cannot be installed, the benchmark says so."""
     place = Path(session.create_tmp(), name).resolve()
     python = str(place / ("Scripts" if os.name == "nt" else "bin") / "python")
     session.run("python", "-m", "venv", str(place))
-    session.run(python, "-m", "pip", "install", "--quiet", *TF_PEERS[name], external=True, success_codes=range(256))
+    session.run(python, "-m", "pip", "install", "--quiet", *packages, external=True, success_codes=range(256))
     return python
 
 

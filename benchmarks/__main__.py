@@ -14,7 +14,11 @@ from rich.console import Console
 
 from benchmarks.harness import PeerError, Row, environment, render
 
-NAMES = ["generate", "imports", "load", "tf_generate", "tf_train", "tokenizer", "train"]
+NAMES = [
+    "flax_compile", "flax_generate", "flax_train", "generate", "imports", "load", "tf_generate", "tf_train",
+    "tokenizer", "train",
+]  # fmt: skip
+APART = ("flax_", "tf_")  # of the frameworks that `nox -s bench` does not install
 
 
 def measure(name: str) -> list[Row]:
@@ -30,15 +34,18 @@ def measure(name: str) -> list[Row]:
 
 
 def chosen(given: Sequence[str]) -> list[str]:
-    """The benchmarks that names stand for; 'all' leaves out TensorFlow's, whose peers are not in one environment."""
-    return [name for name in NAMES if name in given or ("all" in given and not name.startswith("tf_"))]
+    """The benchmarks that names stand for; 'all' leaves out those of JAX and TensorFlow."""
+    return [name for name in NAMES if name in given or ("all" in given and not name.startswith(APART))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure gpt2_multi beside its peers.")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="a benchmark, or 'all' but TensorFlow's; without it, they are listed"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a benchmark, or 'all' but JAX's and TensorFlow's; without it, they are listed",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the environment here too")
     given = parser.parse_args(arguments)

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 OURS = "gpt2_multi"
-PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "tiktoken", "tensorflow", "jax", "numpy")
+PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "tiktoken", "tensorflow", "jax", "flax", "numpy")
 
 
 class PeerError(Exception):
@@ -40,15 +40,15 @@ class Row:
     ratio: float
 
 
-def rounds(what: str, peers: Mapping[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
-    """The seconds of each peer in each round, after one round that does not count; progress goes to stderr."""
+def rounds(what: str, peers: Mapping[str, Callable[[], object]], count: int, before: int = 1) -> dict[str, list[float]]:
+    """The seconds of each peer in each round, after `before` rounds that do not count; progress goes to stderr."""
     seconds: dict[str, list[float]] = {who: [] for who in peers}
-    for number in track(range(count + 1), what, console=Console(stderr=True), transient=True):
+    for number in track(range(before + count), what, console=Console(stderr=True), transient=True):
         for who, call in peers.items():
             start = time.perf_counter()
             call()
             took = time.perf_counter() - start
-            if number:
+            if number >= before:
                 seconds[who].append(took)
     return seconds
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import tf_generate, tf_train, tf_workers
+from benchmarks import flax_generate, flax_train, peer_workers, tf_generate, tf_train
 from benchmarks.harness import OURS, Row, compare, rounds
 from gpt2_multi.config import GPT2Config
 
@@ -79,27 +79,32 @@ def test_generate_measures_equal_tokens():
     assert all(row.value > 0 and row.unit == "tokens/s" for row in rows)
 
 
-def test_all_leaves_out_tensorflow(monkeypatch):
-    monkeypatch.setattr(command, "NAMES", ["load", "tf_train"])
+def test_all_leaves_out_jax_and_tensorflow(monkeypatch):
+    monkeypatch.setattr(command, "NAMES", ["flax_train", "load", "tf_train"])
     assert command.chosen(["all"]) == ["load"] and command.chosen(["all", "tf_train"]) == ["load", "tf_train"]
-
-
-TENSORFLOW = ("transformers", "transformers, XLA", "kerashub", "kerashub, XLA")
 
 
 @pytest.fixture
 def no_peers(monkeypatch):
-    for variable in tf_workers.VARIABLES.values():
-        monkeypatch.delenv(variable, raising=False)
+    for framework in (peer_workers.TF, peer_workers.FLAX):
+        for name in ("transformers", "kerashub", "ctranslate2"):
+            monkeypatch.delenv(framework.variable(name), raising=False)
 
 
-def test_tf_generate_reports_the_peers_that_are_not_there(no_peers, capsys):
-    pytest.importorskip("tensorflow")
-    rows = tf_generate.run(TINY, batches=(1,), prompt=4, new=3, count=1)
-    what = "TensorFlow, generate, batch 1"
+@pytest.mark.parametrize(
+    "package, title, benchmark, missing",
+    [
+        ("tensorflow", "TensorFlow", tf_generate, ["transformers", "transformers, XLA", "kerashub", "kerashub, XLA"]),
+        ("flax", "JAX", flax_generate, ["transformers", "kerashub", "ctranslate2"]),
+    ],
+)
+def test_generate_reports_the_peers_that_are_not_there(no_peers, capsys, package, title, benchmark, missing):
+    pytest.importorskip(package)
+    rows = benchmark.run(TINY, batches=(1,), prompt=4, new=3, count=1)
+    what = f"{title}, generate, batch 1"
     assert [(row.what, row.who) for row in rows] == [(f"{what}, first call", OURS), (what, OURS)]
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[:2] for line in said] == [["not measured", who] for who in TENSORFLOW]
+    assert [line.split(": ")[:2] for line in said] == [["not measured", who] for who in missing]
 
 
 def test_tf_train_measures_both_ways_to_compile(no_peers):
@@ -108,9 +113,31 @@ def test_tf_train_measures_both_ways_to_compile(no_peers):
     assert [row.unit for row in rows] == ["s", "tokens/s"] * 2 and all(row.who == OURS for row in rows)
 
 
+def test_flax_train_is_measured_beside_pytorch_with_the_same_loss(no_peers):
+    pytest.importorskip("flax")
+    pytest.importorskip("torch")
+    rows = flax_train.run(TINY, batch=1, length=8, count=1)
+    assert [(row.who, row.unit) for row in rows] == [
+        (who, unit) for unit in ("s", "tokens/s") for who in (OURS, f"{OURS}, PyTorch")
+    ]
+
+
+def test_flax_compile_measures_scanned_layers_beside_the_others():
+    pytest.importorskip("flax")
+    from benchmarks import flax_compile
+
+    rows = flax_compile.run(TINY, length=8)
+    assert [(row.what, row.who) for row in rows] == [
+        (f"JAX, compile {what}, 2 layers", who)
+        for what in ("forward", "forward and backward")
+        for who in (OURS, f"{OURS}, scan_layers")
+    ]
+    assert all(row.value > 0 and row.unit == "s" for row in rows)
+
+
 def test_peer_that_fails_is_reported_with_its_last_words(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("GPT2_MULTI_PEER_KERASHUB", sys.executable)
-    with tf_workers.running([("kerashub", "plain")], tmp_path) as workers:
+    monkeypatch.setenv(peer_workers.TF.variable("kerashub"), sys.executable)
+    with peer_workers.running(peer_workers.TF, [("kerashub", "plain")], tmp_path) as workers:
         assert workers == {}
     said = capsys.readouterr().out
     assert said.startswith("not measured: kerashub: ModuleNotFoundError: No module named 'keras")
@@ -118,7 +145,7 @@ def test_peer_that_fails_is_reported_with_its_last_words(monkeypatch, tmp_path, 
 
 def test_this_library_has_to_run(monkeypatch, tmp_path, capsys):
     def run():
-        with tf_workers.running([(OURS, "xla")], tmp_path / "nothing"):
+        with peer_workers.running(peer_workers.TF, [(OURS, "xla")], tmp_path / "nothing"):
             pass
 
     (tmp_path / "nothing").mkdir()

@@ -6,15 +6,18 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 
+from flax.core import FrozenDict  # noqa: E402
+
 from gpt2_multi import sampling  # noqa: E402
 from gpt2_multi.config import GPT2Config  # noqa: E402
 from gpt2_multi.errors import InputError  # noqa: E402
-from gpt2_multi.flax import FlaxGPT2LMHeadModel, rules  # noqa: E402
+from gpt2_multi.flax import FlaxGPT2LMHeadModel, rules, turned  # noqa: E402
 from tests import fixtures  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
 RECORDED = fixtures.reference("lm")
 SAMPLES = fixtures.read_safetensors(fixtures.HERE / "lm" / "sampling.safetensors")
+IDS = np.arange(15).reshape(3, 5)
 END = int(RECORDED["gen.eos"][0])
 CASES = {
     "plain": {},
@@ -274,3 +277,27 @@ def test_the_last_position_can_be_reached(model):
 
 def test_no_rows_give_no_rows(model):
     assert model.generate(np.zeros((0, 5), int), max_new_tokens=3, eos_token_id=None).shape == (0, 8)
+
+
+@pytest.mark.parametrize("freeze", [dict, FrozenDict])
+def test_turned_kernels_give_the_same_tokens(freeze, monkeypatch):
+    config = GPT2Config(vocab_size=31, n_positions=64, n_embd=12, n_head=3, n_layer=2, tie_word_embeddings=False)
+
+    def generate(pays):
+        monkeypatch.setattr(turned, "pays", lambda *_: pays)
+        model = FlaxGPT2LMHeadModel(config, seed=1)
+        params = freeze(jax.tree.map(lambda x: 5 * x, model.params))
+        return model.generate(IDS, params=params, max_new_tokens=20, eos_token_id=None, do_sample=False)
+
+    plain = generate(False)
+    assert equal(generate(True), plain)
+    monkeypatch.setattr(turned, "turned", lambda params: params)  # (in, out) taken for (out, in)
+    with pytest.raises(TypeError):
+        generate(True)
+
+
+def test_kernels_are_turned_where_it_pays(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    module = FlaxGPT2LMHeadModel(GPT2Config(n_embd=12, n_head=3, n_layer=1), _do_init=False).module
+    assert [turned.pays(module, rows, 64) for rows in (1, 2, 32, 33)] == [False, True, True, False]
+    assert not turned.pays(module, 8, 16)

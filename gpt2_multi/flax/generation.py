@@ -19,6 +19,7 @@ from gpt2_multi.flax.attention import KVCache, positions
 from gpt2_multi.flax.checks import as_array, check_states, extremes, is_concrete
 from gpt2_multi.flax.params import Tree
 from gpt2_multi.flax.rules import Options, choose
+from gpt2_multi.flax.turned import prepared
 from gpt2_multi.sampling import GenerationConfig, bucket
 
 if TYPE_CHECKING:
@@ -146,7 +147,10 @@ def prepare(
 
 def decode(module: Any, params: Tree, prompt: Prompt, room: int, new: Any, options: Options) -> tuple[Array, Array]:
     """Up to `new` tokens after a prompt, in a cache that has room for `room`: (B, room) ids and how many were made."""
-    state = advance(module, params, prompt, begin(module, params, prompt, room), new, options)
+    state = begin(module, params, prompt, room)
+    params, context = prepared(module, params, len(prompt.ids), room)
+    with context:
+        state = advance(module, params, prompt, state, new, options)
     return shown(prompt, state, options), state.step
 
 

@@ -1,7 +1,7 @@
-"""The peers of the TensorFlow benchmarks, each a process of its own: their versions cannot live in one environment.
+"""The peers of TensorFlow and JAX, each a process of its own: their versions cannot live in one environment.
 
-Environment variables name the Pythons of the peers; `nox -s bench_tf` makes them. This library runs in a process like
-them. A peer that cannot run is reported, and the others are measured.
+Environment variables name the Pythons of the peers; `nox -s bench_tf` and `bench_flax` make them. This library runs in
+a process like them. A peer that cannot run is reported, and the others are measured.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,46 @@ from typing import Any
 from benchmarks.harness import OURS, PeerError, Row, compare, rounds
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIABLES = {"transformers": "GPT2_MULTI_PEER_TRANSFORMERS", "kerashub": "GPT2_MULTI_PEER_KERASHUB"}
-QUIET = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-Peer = tuple[str, str]  # a name in `tf_peer.PEERS`, and "plain" or "xla"
+Peer = tuple[str, str]  # a name in the framework's `PEERS`, and "plain" or "xla"
+
+
+@dataclass(frozen=True)
+class Framework:
+    """What tells the benchmarks of one framework from those of another."""
+
+    name: str  # in names of modules, sessions and variables
+    title: str
+    keras: str  # the backend of Keras
+
+    def variable(self, peer: str) -> str:
+        """The environment variable with the Python of a peer."""
+        return f"GPT2_MULTI_PEER_{self.name}_{peer}".upper()
+
+    def python(self, peer: str) -> str:
+        """The Python that a peer runs in."""
+        if peer.startswith(OURS):
+            return sys.executable
+        variable = self.variable(peer)
+        found = os.environ.get(variable, "")
+        if not Path(found).is_file():
+            raise PeerError(f"{variable} names no Python; `nox -s bench_{self.name}` sets it")
+        return found
+
+
+TF = Framework("tf", "TensorFlow", "tensorflow")
+FLAX = Framework("flax", "JAX", "jax")
 
 
 class Worker:
     """A running peer. It answers one call at a time."""
 
-    def __init__(self, name: str, mode: str, folder: Path, log: Path) -> None:
+    def __init__(self, framework: Framework, name: str, mode: str, folder: Path, log: Path) -> None:
         self.log = log
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [python(name), "-m", "benchmarks.tf_peer", name, str(folder), mode],
+                [framework.python(name), "-m", f"benchmarks.{framework.name}_peers", name, str(folder), mode],
                 cwd=ROOT,
-                env=os.environ | QUIET,
+                env=os.environ | {"KERAS_BACKEND": framework.keras, "TF_CPP_MIN_LOG_LEVEL": "3"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -63,24 +89,14 @@ class Worker:
         return json.loads(line)
 
 
-def python(name: str) -> str:
-    """The Python that a peer runs in."""
-    if name == OURS:
-        return sys.executable
-    found = os.environ.get(VARIABLES[name], "")
-    if not Path(found).is_file():
-        raise PeerError(f"{VARIABLES[name]} names no Python; `nox -s bench_tf` sets it")
-    return found
-
-
 @contextmanager
-def running(peers: Sequence[Peer], folder: Path) -> Iterator[dict[str, Worker]]:
+def running(framework: Framework, peers: Sequence[Peer], folder: Path) -> Iterator[dict[str, Worker]]:
     """The peers that have loaded the model of a folder, each under the name that its rows bear."""
     workers: dict[str, Worker] = {}
     with ExitStack() as stack:
         for name, mode in peers:
             try:
-                worker = stack.enter_context(Worker(name, mode, folder, folder / f"{name}-{mode}.log"))
+                worker = stack.enter_context(Worker(framework, name, mode, folder, folder / f"{name}-{mode}.log"))
                 workers[title(name, mode, worker.answer())] = worker
             except PeerError as error:
                 report(title(name, mode, name), error)
@@ -88,8 +104,8 @@ def running(peers: Sequence[Peer], folder: Path) -> Iterator[dict[str, Worker]]:
 
 
 def title(name: str, mode: str, package: str) -> str:
-    """What the rows of a peer bear: its package and version, and how it is compiled."""
-    return OURS if name == OURS else package + (", XLA" if mode == "xla" else "")
+    """What the rows of a peer bear: its package and version, and how it is compiled; this library, its name alone."""
+    return name if name.startswith(OURS) else package + (", XLA" if mode == "xla" else "")
 
 
 def report(name: str, error: PeerError) -> None:
