@@ -15,8 +15,8 @@ from rich.console import Console
 from benchmarks.harness import PeerError, Row, environment, render
 
 NAMES = [
-    "flax_compile", "flax_generate", "flax_train", "generate", "imports", "load", "tf_generate", "tf_train",
-    "tokenizer", "train",
+    "convert", "flax_compile", "flax_generate", "flax_train", "generate", "imports", "load", "tf_generate",
+    "tf_train", "tokenizer", "train",
 ]  # fmt: skip
 APART = ("flax_", "tf_")  # of the frameworks that `nox -s bench` does not install
 

@@ -153,3 +153,11 @@ def test_this_library_has_to_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "NAMES", ["dummy"])
     assert command.main(["dummy"]) == 1
     assert capsys.readouterr().err.startswith("The benchmark 'dummy' cannot measure gpt2_multi itself: ")
+
+
+def test_convert_measures_seconds_and_memory(no_peers):
+    from benchmarks import convert
+
+    rows = convert.run(TINY, count=1)
+    assert [(row.who, row.unit) for row in rows] == [(OURS, "s"), (OURS, "MB")] * 3
+    assert all(row.value > 0 for row in rows)
