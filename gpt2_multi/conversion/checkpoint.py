@@ -104,7 +104,7 @@ def configuration(path: PathLike) -> GPT2Config:
 
 def recognised(path: Path) -> tuple[str, Path]:
     """The format of a folder or of a file, and its main file."""
-    there = [path] if path.is_file() else _files(path)
+    there = _files(path)
     for format, kind in KINDS.items():
         for file in there:
             if re.fullmatch(kind.main, file.name) and _is(format, file):
@@ -116,12 +116,12 @@ def recognised(path: Path) -> tuple[str, Path]:
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files in a folder, that with the shortest name first."""
+def _files(path: Path) -> list[Path]:
+    """A file, or the files in a folder, that with the shortest name first."""
     try:
-        files = [path for path in folder.iterdir() if path.is_file()]
-    except OSError as error:
-        raise CheckpointError(f"{folder}: no such file or folder ({error.strerror}); check the path") from None
+        files = [path] if path.is_file() else [path for path in path.iterdir() if path.is_file()]
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path}: no such file or folder; check the path") from None
     return sorted(files, key=lambda path: (len(path.name), path.name))
 
 
