@@ -49,6 +49,7 @@ def read_safetensors(path: PathLike) -> dict[str, Array]:
     missing, truncated or not safetensors.
     """
     path = Path(path)
+    _check_file(path)
     try:
         with safe_open(path, framework="numpy"):  # its parser checks every length and offset against the file
             pass
@@ -66,6 +67,12 @@ def read_safetensors(path: PathLike) -> dict[str, Array]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from None
     header.pop("__metadata__", None)
     return {name: _view(path, name, entry, data) for name, entry in header.items()}
+
+
+def _check_file(path: Path) -> None:
+    """A pipe or a device would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, found something else; fetch the model again")
 
 
 def _view(path: Path, name: str, entry: Mapping[str, Any], data: Array) -> Array:
@@ -97,7 +104,7 @@ def read_shards(index: Path, read: Callable[[Path], Mapping[str, Array]]) -> dic
 
 
 def _beside(index: Path, name: str) -> Path:
-    if Path(name).name != name or name in ("", ".."):
+    if Path(name).name != name or name in ("", "..") or len(name) > 255:
         raise CheckpointError(
             f"{index}: names the file '{shortened(name)}', which is not beside it; the index is not safe"
         )
@@ -106,6 +113,7 @@ def _beside(index: Path, name: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError where there is none."""
+    _check_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

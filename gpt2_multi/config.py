@@ -239,6 +239,8 @@ class GPT2Config:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPT2Config:
         """Read a config.json."""
+        if Path(path).exists() and not Path(path).is_file():
+            raise CheckpointError(f"{os.fspath(path)}: expected a file, found something else; check the path")
         try:
             keys = json.loads(Path(path).read_bytes())
         except FileNotFoundError:

@@ -36,6 +36,8 @@ def count(name: str, value: Any) -> int:
     """A size."""
     if (number := integer(name, value)) < 1:
         raise wrong(name, "at least 1", value)
+    if number >= 1 << 63:
+        raise wrong(name, "a size that a tensor can have", value)
     return number
 
 

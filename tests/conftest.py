@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,33 @@ def backend(request: pytest.FixtureRequest):
     if not importlib.util.find_spec(module):
         pytest.fail(f"the backend {request.param} was asked for, but {module} is not installed")
     return run
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory):
+    """The files of a small checkpoint in a format."""
+    import numpy as np
+
+    from gpt2_multi.config import GPT2Config
+    from gpt2_multi.conversion import convert
+    from tests.fixtures import write_model
+
+    root = tmp_path_factory.mktemp("whole")
+    config = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+    write_model(root / "model", config, "lm", dtype=np.float32)
+
+    def files(format: str) -> dict[str, bytes]:
+        if not (root / format).exists():
+            convert(root / "model", root / format, to=format, force=True)
+        return {path.name: path.read_bytes() for path in (root / format).iterdir()}
+
+    return files
+
+
+@pytest.fixture
+def outcome(tmp_path: Path):
+    """Opens files as the fuzzer does, and says what comes of it."""
+    from tests.conversion_fuzz import attempt, timed
+
+    with timed():
+        yield lambda files: attempt(tmp_path / "case", files)

@@ -119,11 +119,10 @@ def read_weights(path: PathLike, config: GPT2Config, head: str) -> dict[str, Arr
 
 def recognised(path: Path) -> tuple[str, Path]:
     """The format of a folder or of a file, and its main file."""
-    if not path.exists() and (index := path.with_name(f"{path.name}.index")).exists():  # TensorFlow's way to name one
+    index = path.with_name(f"{path.name}.index")  # TensorFlow names a checkpoint by what its files begin with
+    if index.is_file() and not path.exists():
         return "openai", index
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder; check the path")
-    there = [path] if path.is_file() else _files(path)
+    there = _files(path)
     for format, kind in KINDS.items():
         for file in there:
             if re.fullmatch(kind.main, file.name) and _is(format, file):
@@ -135,12 +134,12 @@ def recognised(path: Path) -> tuple[str, Path]:
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files in a folder, that with the shortest name first."""
+def _files(path: Path) -> list[Path]:
+    """A file, or the files in a folder, that with the shortest name first."""
     try:
-        files = [path for path in folder.iterdir() if path.is_file()]
-    except OSError as error:
-        raise CheckpointError(f"{folder}: no such file or folder ({error.strerror}); check the path") from None
+        files = [path] if path.is_file() else [path for path in path.iterdir() if path.is_file()]
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path}: no such file or folder; check the path") from None
     return sorted(files, key=lambda path: (len(path.name), path.name))
 
 

@@ -69,7 +69,7 @@ class File:
     """The bytes of a file, and the way through them. Any damage is a ValueError, LookupError or struct.error."""
 
     def __init__(self, data: Array) -> None:
-        self.data, self.seen = data, set[int]()
+        self.data, self.view, self.seen = data, data.data, set[int]()
         self.room = (1 << 22) + 2 * len(data)  # parts of a file that lie over each other would take for ever
         if self.bytes(0, 8) != SIGNATURE:
             raise ValueError("it does not begin as HDF5 does")
@@ -84,7 +84,7 @@ class File:
         self.room -= length + 16
         if self.room < 0:
             raise ValueError("its parts overlap")
-        return bytes(self.data[start : start + length])
+        return bytes(self.view[start : start + length])
 
     def unpack(self, form: str, start: int) -> tuple[Any, ...]:
         """Numbers that have to be there."""
@@ -103,7 +103,7 @@ class File:
         while todo:
             name, address = todo.pop()
             if len(name) > LONGEST:
-                raise ValueError(f"{name} is longer than a name")
+                raise ValueError(f"a group in it is nested too deeply: {name[:40]}...")
             found = self.messages(self.enter(address))
             if GROUP in found:
                 parent = f"{name}/" if name else ""
@@ -162,6 +162,8 @@ class File:
         """A view of a dataset."""
         if EXTERNAL in found or FILTERS in found:
             raise ValueError(f"{name} is compressed or lies in another file; Keras writes neither")
+        if not {LAYOUT, DATASPACE, DATATYPE} <= found.keys():
+            raise ValueError(f"'{name}' is neither a group nor numbers as Keras writes them; a link is not followed")
         version, layout = self.unpack("<BB", found[LAYOUT][0])
         if (version, layout) != (3, 1):
             raise ValueError(f"{name} is not stored in one piece, as Keras stores it")

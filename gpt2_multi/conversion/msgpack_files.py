@@ -47,14 +47,15 @@ class Parser:
     """A place in the bytes of a file, and the arrays that were found before it."""
 
     def __init__(self, data: Array) -> None:
-        self.data, self.place, self.found, self.room = data, 0, dict[str, Array](), MOST
+        self.data, self.view, self.place, self.found = data, data.data, 0, dict[str, Array]()
+        self.room = MOST  # for maps and arrays
 
     def take(self, length: int) -> bytes:
         """The next bytes, which have to be there."""
-        if self.place + length > len(self.data):
+        if self.place + length > len(self.view):
             raise ValueError(f"it ends within the value at {self.place}")
         self.place += length
-        return bytes(self.data[self.place - length : self.place])
+        return bytes(self.view[self.place - length : self.place])
 
     def number(self, form: str) -> int:
         """The next number."""
@@ -86,7 +87,7 @@ class Parser:
             key = self.text()
             name = f"{path}/{key}" if path else key
             if name in self.found or len(name) > LONGEST:
-                raise ValueError(f"{name[:LONGEST]} is there twice, or longer than a name")
+                raise ValueError(f"{name[:40]} is there twice, or longer than a name")
             if key == CHUNKED:
                 self.found[path] = self.chunked(path, count)
                 return
@@ -97,7 +98,7 @@ class Parser:
         self.room -= 1
         if self.room < 0:
             raise ValueError(f"it has more than {MOST} values; no GPT-2 has as many")
-        first = int(self.data[self.place])
+        first = self.view[self.place]
         if first & 0xF0 == 0x80 or first in _LENGTHS["map"]:
             self.tree(name, depth + 1)
         else:
