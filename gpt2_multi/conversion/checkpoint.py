@@ -119,9 +119,6 @@ def read_weights(path: PathLike, config: GPT2Config, head: str) -> dict[str, Arr
 
 def recognised(path: Path) -> tuple[str, Path]:
     """The format of a folder or of a file, and its main file."""
-    index = path.with_name(f"{path.name}.index")  # TensorFlow names a checkpoint by what its files begin with
-    if index.is_file() and not path.exists():
-        return "openai", index
     there = _files(path)
     for format, kind in KINDS.items():
         for file in there:
@@ -137,8 +134,11 @@ def recognised(path: Path) -> tuple[str, Path]:
 def _files(path: Path) -> list[Path]:
     """A file, or the files in a folder, that with the shortest name first."""
     try:
-        files = [path] if path.is_file() else [path for path in path.iterdir() if path.is_file()]
-    except (OSError, ValueError):
+        if path.is_dir():
+            files = [file for file in path.iterdir() if file.is_file()]
+        else:  # TensorFlow names a checkpoint by what its files begin with
+            files = [next(file for file in (path, Path(f"{path}.index")) if file.is_file())]
+    except (OSError, ValueError, StopIteration):  # longer than a path may be, with a zero byte in it, or nothing
         raise CheckpointError(f"{path}: no such file or folder; check the path") from None
     return sorted(files, key=lambda path: (len(path.name), path.name))
 
