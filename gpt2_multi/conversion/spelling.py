@@ -75,7 +75,7 @@ KERAS_WEIGHTS = Format(  # what `save_weights` makes of gpt2_multi.tf; a head is
         "ln_f": ("layers/layer_normalization",),
         "lm_head": ("layers/dense",),
         "score": ("layers/dense",),
-        "classifier": ("layers/dense",),
+        "classifier": ("classifier",),  # attributes are saved by the alphabet, and this one comes before `layers`
         "qa_outputs": ("layers/dense",),
         "multiple_choice_head.summary": ("layers/sequence_summary/summary",),
     },
