@@ -133,7 +133,7 @@ def _beside(index: Path, name: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError where there is none."""
     try:
-        value = json.loads(read_small(path))
+        value = json.loads(read_small(path).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a model folder holds it beside the weights") from None
     except CheckpointError:
