@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt2_multi.errors import CheckpointError, shortened
+from gpt2_multi.files import LARGEST, read_small
 from gpt2_multi.streams import pieces
 from gpt2_multi.weights import TRANSFORMERS, Format, Weight
 
@@ -49,12 +50,15 @@ def read_safetensors(path: PathLike) -> dict[str, Array]:
     missing, truncated or not safetensors.
     """
     path = Path(path)
-    _check_file(path)
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, found something else; fetch the model again")
     try:
-        with safe_open(path, framework="numpy"):  # its parser checks every length and offset against the file
-            pass
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
+            if size > LARGEST:
+                raise ValueError(f"its header has {size} bytes")
+            with safe_open(path, framework="numpy"):  # its parser checks every length and offset against the file
+                pass
             header = json.loads(file.read(size))
         data = (
             np.memmap(path, np.uint8, mode="c", offset=8 + size)
@@ -67,12 +71,6 @@ def read_safetensors(path: PathLike) -> dict[str, Array]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from None
     header.pop("__metadata__", None)
     return {name: _view(path, name, entry, data) for name, entry in header.items()}
-
-
-def _check_file(path: Path) -> None:
-    """A pipe or a device would be read for ever."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: expected a file, found something else; fetch the model again")
 
 
 def _view(path: Path, name: str, entry: Mapping[str, Any], data: Array) -> Array:
@@ -113,11 +111,12 @@ def _beside(index: Path, name: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError where there is none."""
-    _check_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_small(path).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a model folder holds it beside the weights") from None
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch or save it again") from None
     if not isinstance(value, dict):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from gpt2_multi.config_checks import CHECKS, check_together, count, wrong
 from gpt2_multi.errors import CheckpointError, ConfigError, shortened
-from gpt2_multi.files import write_whole
+from gpt2_multi.files import read_small, write_whole
 
 ALIASES = {
     "hidden_size": "n_embd",
@@ -239,14 +239,14 @@ class GPT2Config:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPT2Config:
         """Read a config.json."""
-        if Path(path).exists() and not Path(path).is_file():
-            raise CheckpointError(f"{os.fspath(path)}: expected a file, found something else; check the path")
         try:
-            keys = json.loads(Path(path).read_bytes())
+            keys = json.loads(read_small(Path(path)))
         except FileNotFoundError:
             raise CheckpointError(
                 f"{os.fspath(path)}: there is no such file; a model folder has a config.json"
             ) from None
+        except CheckpointError:
+            raise
         except OSError as error:
             raise CheckpointError(f"{os.fspath(path)}: could not be read ({error.strerror}); check the path") from None
         except (ValueError, RecursionError) as error:

@@ -12,7 +12,17 @@ from pathlib import Path
 
 from gpt2_multi.errors import CheckpointError
 
+LARGEST = 1 << 22  # bytes of JSON: what is made of them can be seventy times as large
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a JSON file. CheckpointError for a pipe, which would be read for ever, and for a giant."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, found something else; check the path")
+    if (size := path.stat().st_size) > LARGEST:
+        raise CheckpointError(f"{path}: has {size} bytes, more than such a file of a model ({LARGEST}); fetch it again")
+    return path.read_bytes()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -59,7 +59,7 @@ def fitting(files: Files) -> list[Damage]:
         found += [setting, setting]
     if any(name.endswith(".index.json") for name in files):
         found += [misplace] * 3
-    if any(zipfile.is_zipfile(io.BytesIO(data)) for data in files.values()):
+    if _zips(files):
         found += [repickle, reprogram, rezip] * 2
     if any(name.endswith(".ckpt.index") for name in files):
         found += [reindex] * 5
@@ -189,7 +189,7 @@ def misplace(rng: random.Random, files: Files, places: Places) -> None:
 
 
 def _zips(files: Files) -> list[str]:
-    return [name for name, data in files.items() if zipfile.is_zipfile(io.BytesIO(data))]
+    return [name for name, data in files.items() if data.startswith(b"PK\3\4")]
 
 
 def unzipped(data: bytes) -> dict[str, bytes]:

@@ -179,7 +179,7 @@ def guard(folder: Path) -> None:
         if ran or outside:
             raise Refused(f"{event} {given}")
 
-    for name in ("raw_unicode_escape", "cp437"):
+    for name in ("raw_unicode_escape", "utf_8_sig", *(f"utf_{n}{end}" for n in (16, 32) for end in ("", "_le", "_be"))):
         codecs.lookup(name)  # whose module is opened at its first use
     sys.addaudithook(hook)
 

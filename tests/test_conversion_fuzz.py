@@ -166,3 +166,15 @@ def test_blocks_of_an_index_over_each_other(whole, outcome):
     whole_block = bytearray(_table({b"a": first, b"b": first}))
     found = outcome({**whole("openai"), "model.ckpt.index": sealed(bytes(whole_block), bytes(whole_block))})
     assert re.match("CheckpointError: ", found), found
+
+
+def test_giants_of_json(whole, outcome):
+    """What Python makes of JSON is many times as large, so that a file of it may not be large."""
+    giant = b'{"x": [' + b"[]," * 2**21 + b"0]}"
+    files = whole("safetensors")
+    (name,) = [name for name in files if name.endswith(".safetensors")]
+    assert re.match("CheckpointError: .*more than such a file", outcome({**files, "config.json": giant}))
+    shards = {"config.json": files["config.json"], f"{name}.index.json": giant}
+    assert re.match("CheckpointError: .*more than such a file", outcome(shards))
+    header = len(giant).to_bytes(8, "little") + giant
+    assert re.match("CheckpointError: .*its header has", outcome({**files, name: header}))
