@@ -15,7 +15,6 @@ The output gets the model, its tokenizer, losses.json, losses.png, and under sta
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,9 +26,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from gpt2_multi.checkpoint import read_json, write_json
 from gpt2_multi.errors import GPT2Error
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
-from gpt2_multi.flax.resuming import Windows, restore_state, save_state
+from gpt2_multi.flax.resuming import Windows, restore_state, save_state, saved_steps
 from gpt2_multi.flax.sharding import FSDP, TENSOR, make_mesh
 from gpt2_multi.flax.train_state import TrainState, create_train_state, eval_step, train_step
 from gpt2_multi.flax.training import cosine_rate, optimizer
@@ -74,7 +74,10 @@ class Losses:
 
 def encode(path: Path, tokenizer: GPT2Tokenizer) -> tuple[Any, Any]:
     """The ids to learn and the ids to hold out."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"--text {path}: not readable as UTF-8 ({error})") from None
     cut = int(len(text) * (1 - HELD_OUT))
     return tuple(np.array(tokenizer(part).input_ids) for part in (text[:cut], text[cut:]))  # type: ignore[return-value]
 
@@ -89,11 +92,10 @@ def prepare(plan: Plan, mesh: str, scan_layers: bool) -> tuple[FlaxGPT2LMHeadMod
 
 def resume(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, Losses]:
     """The last state that was saved, and the losses until then."""
-    state, path = restore_state(run.output / "states", state), run.output / "losses.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
+    state, found = restore_state(run.output / "states", state), read_json(run.output / "losses.json")
     for name, value in asdict(plan).items():
-        if found["plan"].get(name) != value:
-            raise click.ClickException(f"--{name.replace('_', '-')} was {found['plan'].get(name)}, found {value}")
+        if (old := found.get("plan", {}).get(name)) != value:
+            raise click.ClickException(f"--{name.replace('_', '-')} was {old}, found {value}")
     step = int(state.step)
     return state, Losses(found["train"][:step], [(at, loss) for at, loss in found["held_out"] if at <= step])
 
@@ -127,8 +129,8 @@ def train(state: TrainState, data: Windows, held: Windows, plan: Plan, run: Run,
             if step % run.save_every == 0 or step == end:
                 losses.train += map(float, waiting)
                 waiting.clear()
+                write(run.output, plan, losses)  # before the state: losses beyond it are left out when it goes on
                 save_state(run.output / "states", state)
-                write(run.output, plan, losses)
     return state
 
 
@@ -142,8 +144,8 @@ def progress_bar() -> Progress:
 def write(folder: Path, plan: Plan, losses: Losses) -> None:
     """The losses as JSON and as a picture, by the first host."""
     if jax.process_index() == 0:
-        text = json.dumps({"plan": asdict(plan), **asdict(losses)}, indent=1)
-        (folder / "losses.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "losses.new", {"plan": asdict(plan), **asdict(losses)})
+        (folder / "losses.new").replace(folder / "losses.json")  # whole or not at all
         draw(folder / "losses.png", losses)
 
 
@@ -172,11 +174,13 @@ def draw(path: Path, losses: Losses) -> None:
 @click.option("--length", default=128, type=click.IntRange(2), help="Tokens per window.")
 @click.option("--learning-rate", default=3e-4, help="At its highest, after the warm-up.")
 @click.option("--weight-decay", default=0.1, help="Of matrices and embeddings.")
-@click.option("--warmup", default=20, help="Updates until the learning rate is at its highest.")
-@click.option("--seed", default=0, help="Of batches and dropout.")
+@click.option("--warmup", default=20, type=click.IntRange(0), help="Updates until the learning rate is at its highest.")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Of batches and dropout.")
 @click.option("--eval-every", default=50, type=click.IntRange(1), help="Updates between two held-out losses.")
 @click.option("--save-every", default=100, type=click.IntRange(1), help="Updates between two states.")
-@click.option("--stop-at", default=2**31, show_default="the last", help="Leave off after this update.")
+@click.option(
+    "--stop-at", default=2**31, type=click.IntRange(1), show_default="the last", help="Leave off after this update."
+)
 @click.option("--resume", "goes_on", is_flag=True, help="Go on from the last state in the output.")
 @click.option("--coordinator", help="host:port of the first of several hosts.")
 @click.option("--processes", type=int, help="Number of hosts.")
@@ -195,9 +199,19 @@ def main(mesh: str, scan_layers: bool, goes_on: bool, **options: Any) -> None:
         raise click.ClickException(str(error)) from None
 
 
+def prepare_folder(output: Path, goes_on: bool) -> None:
+    """Make the output; a run that starts anew must not mix its states with those of another."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"--output {output}: expected a folder to write in, found none ({error})") from None
+    if not goes_on and saved_steps(output / "states"):
+        raise click.ClickException(f"--output {output} has the states of a run; add --resume, or take another folder")
+
+
 def work(plan: Plan, run: Run, mesh: str, scan_layers: bool, goes_on: bool) -> None:
     """Everything between the options and the model folder."""
-    run.output.mkdir(parents=True, exist_ok=True)
+    prepare_folder(run.output, goes_on)
     tokenizer = GPT2Tokenizer.from_pretrained("demo")
     ids, held_ids = encode(Path(plan.text), tokenizer)
     data, held = (Windows(part, plan.length, plan.batch_size, plan.seed) for part in (ids, held_ids))

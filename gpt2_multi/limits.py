@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 from gpt2_multi.errors import InputError
 
@@ -93,6 +94,12 @@ def check_kept(logits_to_keep: int) -> None:
     """How many positions get logits: 0 means all."""
     if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
         raise InputError(f"logits_to_keep: expected a whole number from 0, found {logits_to_keep!r}")
+
+
+def check_size(name: str, value: Any, least: int = 0) -> None:
+    """A number of things is a whole number."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+        raise InputError(f"{name}: expected a whole number from {least}, found {value!r}")
 
 
 def check_ids(name: str, low: int, high: int, vocab_size: int) -> None:

@@ -21,7 +21,7 @@ Pair = tuple[Array, Array]
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVCache(Sequence[Pair]):
     """Room for the keys and values of `capacity` tokens: `cache[layer]` is a (key, value) pair, each (B, H, S, D).
 

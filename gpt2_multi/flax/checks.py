@@ -32,16 +32,36 @@ POLICIES = (  # of jax.checkpoint_policies
 
 
 def as_array(name: str, value: Any) -> Any:
-    """Lists and NumPy arrays as arrays of JAX; a cache as it is."""
-    if value is None or isinstance(value, (jax.Array, KVCache)):
+    """Lists and NumPy arrays as arrays of JAX."""
+    if value is None or isinstance(value, jax.Array):
         return value
     try:
         return jnp.asarray(narrowed(value))
+    except OverflowError:
+        raise InputError(f"{name}: found an integer that no id can be; give what the tokenizer made") from None
     except (TypeError, ValueError):
-        raise InputError(
-            f"{name}: expected rows of numbers, all of one length, found {type(value).__name__}; pad them, and give "
-            "attention_mask"
-        ) from None
+        raise no_numbers(name, value) from None
+
+
+def no_numbers(name: str, value: Any) -> InputError:
+    """The error for what is no array."""
+    return InputError(
+        f"{name}: expected rows of numbers, all of one length, found {type(value).__name__}; pad them, and give "
+        "attention_mask"
+    )
+
+
+def on_host(name: str, value: Any) -> Any:
+    """Lists as arrays of NumPy; arrays of JAX stay where they are."""
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        found = np.asarray(value)
+    except (TypeError, ValueError):
+        raise no_numbers(name, value) from None
+    if found.dtype.kind in "OSU":
+        raise no_numbers(name, value)
+    return found
 
 
 def narrowed(value: Any) -> Any:
@@ -88,8 +108,9 @@ def check_shapes(config: GPT2Config, source: Array, given: Mapping[str, Any], ca
         limits.check_mask(mask.shape, batch, config.n_head, length, keys)
     for name in ("token_type_ids", "position_ids"):
         if given.get(name) is not None:
-            rows = 1 if name == "position_ids" and len(given[name]) == 1 else batch
-            limits.check_shape(name, given[name].shape, (rows, length))
+            shape = given[name].shape
+            rows = 1 if name == "position_ids" and shape[:1] == (1,) else batch
+            limits.check_shape(name, shape, (rows, length))
     if head_mask is not None:
         limits.check_head_mask(head_mask.shape, (config.n_layer, batch, config.n_head, length, keys))
 
@@ -102,6 +123,7 @@ def check_cache(cache: object, batch: int, length: int, model: FlaxGPT2PreTraine
             f"past_key_values: expected a cache of {layers} layers from init_cache(batch_size, max_length) of this "
             f"model{' with scan_layers' if stacked else ''}, or what a call made of it, found {type(cache).__name__}"
         )
+    check_alive("past_key_values", cache)
     key = (cache.layers if cache.stacked else cache.layers[0])[0]
     limits.check_cache(key.shape[-4], str(key.dtype), batch, str(jnp.dtype(model.dtype)))
     if is_concrete(cache.length):
@@ -144,6 +166,33 @@ def check_classes(labels: Array | None, number: int) -> None:
     """Labels have to be classes or -100; what is wrong in them but their values, the loss finds while it is traced."""
     if labels is not None and is_concrete(labels) and jnp.issubdtype(labels.dtype, jnp.integer):
         limits.check_labels(*extremes(labels), number)
+
+
+def check_alive(name: str, tree: Any) -> None:
+    """JAX gives the memory of a donated argument to the function that it is donated to."""
+    if any(isinstance(x, Array) and is_concrete(x) and x.is_deleted() for x in jax.tree.leaves(tree)):
+        raise InputError(
+            f"{name}: the memory was given away, to a function that arguments are donated to such as train_step; go on "
+            "with what that returned, or give it a copy"
+        )
+
+
+def check_key(name: str, key: Any) -> None:
+    """Dropout is drawn with one key, typed or of the old kind."""
+    dtype, rank = getattr(key, "dtype", None), np.ndim(key)
+    if dtype is None or not (
+        dtype == np.uint32 if rank == 1 else not rank and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    ):
+        found = type(key).__name__ if dtype is None else f"{dtype}{list(np.shape(key))}"
+        raise InputError(f"{name}: expected one key, such as jax.random.key(0), found {found}")
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """Whether something is wanted; it decides what is compiled."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError):  # traced, or several values
+        raise InputError(f"{name}: expected True or False, found {type(value).__name__}; it cannot be traced") from None
 
 
 def check_remat(policy: str | None) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from gpt2_multi import limits
+from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import KVCache, positions
 from gpt2_multi.flax.checks import as_array, check_states, extremes, is_concrete
 from gpt2_multi.flax.params import Tree
@@ -66,11 +67,11 @@ def generate(
     """
     config = (generation_config or self.generation_config).with_options(options)
     prompt = prepare(self, config, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask)
+    params = self.fitting(params)
     new = config.total_length(prompt.ids.shape[1]) - prompt.ids.shape[1]
     input_ids = jnp.repeat(jnp.asarray(input_ids), config.num_return_sequences, axis=0)
     if not new or not len(prompt.ids):
         return jnp.pad(input_ids, [(0, 0), (0, new)])
-    params = self.params if params is None else params
     tokens, made = self.decoders["decode"](params, bucketed(prompt), bucket(new), new, Options.of(config))
     tokens = tokens[:, : int(made) if is_concrete(made) else new]
     return jnp.concatenate([input_ids, tokens.astype(input_ids.dtype)], 1)
@@ -90,7 +91,10 @@ def stream_tokens(
     """What `generate` appends, one column (B * num_return_sequences,) of ids at a time, as soon as it is known."""
     config = (generation_config or self.generation_config).with_options(options)
     prompt = prepare(self, config, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask)
-    return _stream(self, self.params if params is None else params, config, prompt)
+    params = self.fitting(params)
+    if not all(map(is_concrete, jax.tree.leaves((params, prompt)))):
+        raise InputError("stream_tokens: cannot give one token after the other while it is traced; call generate there")
+    return _stream(self, params, config, prompt)
 
 
 def _stream(model: FlaxGPT2LMHeadModel, params: Tree, config: GenerationConfig, prompt: Prompt) -> Iterator[Array]:

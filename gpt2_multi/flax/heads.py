@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -103,6 +102,7 @@ class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
     head = "lm"
     module_class = GPT2LMHeadModule
     generation_config: GenerationConfig
+    _decoders: tuple[str, dict[str, Callable[..., Any]]] | None = None
 
     def __init__(self, config: GPT2Config, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
@@ -116,10 +116,13 @@ class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
     generate = generation.generate
     stream_tokens = generation.stream_tokens
 
-    @cached_property
+    @property
     def decoders(self) -> dict[str, Callable[..., Any]]:
-        """The functions that `generate` and `stream_tokens` run."""
-        return generation.decoders(self.module)
+        """The functions that `generate` and `stream_tokens` run, of the configuration as it is now."""
+        settings, found = repr(self.config), self._decoders
+        if found is None or found[0] != settings:
+            found = self._decoders = (settings, generation.decoders(self.module))
+        return found[1]
 
 
 class SequenceSummary(nn.Module):

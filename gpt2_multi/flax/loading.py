@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 from jax.experimental import multihost_utils
@@ -22,7 +24,7 @@ from gpt2_multi.config import GPT2Config
 from gpt2_multi.conversion import read_config, read_weights
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.checks import as_array, check_call, check_remat, is_concrete
+from gpt2_multi.flax.checks import as_array, as_flag, check_alive, check_call, check_key, check_remat, is_concrete
 from gpt2_multi.flax.params import Tree, check_tree, dtypes_of, initial, leaves, placed, rows_of
 from gpt2_multi.flax.sharding import param_shardings
 from gpt2_multi.hub import resolve
@@ -84,7 +86,15 @@ class FlaxGPT2PreTrainedModel:
         self.module: Any = self.module_class(config, self.dtype, self.param_dtype, remat, scan_layers)
         self.input_shape, self.key = input_shape, jax.random.key(seed)
         self._params = self.init_weights(self.key) if _do_init else None
-        self._apply = jax.jit(self._applied, static_argnums=(0, 1))
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """What a call runs."""
+        return jax.jit(self._applied, static_argnums=(0, 1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is compiled, which belongs to this object: a copy compiles its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("compiled", "_decoders")}
 
     def init_weights(self, rng: Array, input_shape: tuple[int, int] = (1, 1), params: Tree | None = None) -> Tree:
         """First parameters, as the table says; those that `params` has are kept."""
@@ -144,25 +154,30 @@ class FlaxGPT2PreTrainedModel:
         }  # fmt: skip
         flags = {name: given.pop(name) for name in ("logits_to_keep",) if name in given}
         limits.check_kept(flags.get("logits_to_keep", 0))
-        flags |= {
-            "train": train,
-            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
-            "output_hidden_states": config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states,
-        }
+        wanted = {"train": train, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        flags |= {name: as_flag(name, getattr(config, name) if x is None else x) for name, x in wanted.items()}
         arrays = self._arrays(given, flags)
-        if train and dropout_rng is None:
+        if flags["train"] and dropout_rng is None:
             raise InputError("dropout_rng: train=True draws dropout; give a key, such as jax.random.key(0)")
-        params = self.params if params is None else params
-        output = self._apply(tuple(flags.items()), repr(config), params, arrays, dropout_rng)
+        if dropout_rng is not None:
+            check_key("dropout_rng", dropout_rng)
+        params = self.fitting(params)
+        output = self.compiled(tuple(flags.items()), repr(config), params, arrays, dropout_rng)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
+    def fitting(self, params: Tree | None) -> Tree:
+        """The parameters, the model's own or those given, which have to fit the configuration and to be there yet."""
+        params = self.params if params is None else params
+        check_tree(params, self.config, self.head, self.scan_layers)
+        check_alive("params", params)
+        return params
+
     def _arrays(self, given: Mapping[str, Any], flags: Iterable[str]) -> dict[str, Any]:
-        arrays = {name: as_array(name, value) for name, value in given.items() if value is not None}
+        cache = given.get("past_key_values")
+        arrays = {name: x if x is cache else as_array(name, x) for name, x in given.items() if x is not None}
         known = [name for name in self.module_class.__call__.__annotations__ if name != "return"]
         limits.check_names(f"{type(self).__name__}()", [*arrays, *flags], known)
-        cache, mask = arrays.get("past_key_values"), arrays.get("attention_mask")
+        mask = arrays.get("attention_mask")
         if isinstance(cache, KVCache) and mask is not None and mask.ndim and mask.shape[-1] < cache.capacity:
             room = cache.capacity - mask.shape[-1]  # of tokens to come, which no query sees yet
             pad: Any = np.pad if is_concrete(mask) else jnp.pad  # NumPy compiles nothing while the mask grows
@@ -178,12 +193,13 @@ class FlaxGPT2PreTrainedModel:
         self, flags: tuple[Any, ...], settings: str, params: Tree, arrays: Mapping[str, Any], dropout_rng: Array | None
     ) -> Any:
         """What is compiled; `settings` are the configuration's, which may be changed."""
-        check_tree(params, self.config, self.head, self.scan_layers)
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
         return self.module.apply({"params": params}, **arrays, rngs=rngs, **dict(flags))
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, in the dtype that it computes in."""
+        limits.check_size("batch_size", batch_size)
+        limits.check_size("max_length", max_length)
         limits.check_positions(0, max_length - 1, self.config.n_positions)
         return empty_cache(self.config, batch_size, max_length, self.dtype, self.scan_layers)
 
@@ -200,9 +216,12 @@ class FlaxGPT2PreTrainedModel:
         return self._cast(params, jnp.float32, mask)
 
     def _cast(self, params: Tree | None, dtype: Any, mask: Any) -> Tree:
-        params = self.params if params is None else params
-        mask = jax.tree.map(lambda _: True, params) if mask is None else mask
-        return jax.tree.map(lambda x, wanted: x.astype(dtype) if wanted else x, params, mask)
+        flat = flatten_dict(self.fitting(params))
+        wanted = dict.fromkeys(flat, True) if mask is None else as_mask(mask)
+        if wanted.keys() != flat.keys():
+            name = "/".join(map(str, min(wanted.keys() ^ flat.keys(), key=str)))
+            raise InputError(f"mask: expected a tree of booleans like the parameters, found {name} in one of them only")
+        return unflatten_dict({path: x.astype(dtype) if wanted[path] else x for path, x in flat.items()})
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, params: Tree | None = None) -> Tree:
         """Give the vocabulary `new_num_tokens` ids; each new row is the mean of the old ones (Hewitt 2021).
@@ -210,14 +229,13 @@ class FlaxGPT2PreTrainedModel:
         Returns the parameters, the model's own or those given, so changed; a model that holds parameters holds these
         from now on. A mean keeps the logits of a new token from drowning the others.
         """
-        params = self.params if params is None else params
+        params = self.fitting(params)
         if new_num_tokens is None:
             return params
-        check_tree(params, self.config, self.head, self.scan_layers)
-        found = leaves(self.config, self.head, self.scan_layers)
-        self.config.vocab_size = new_num_tokens
-        flat = flatten_dict(params)
+        found, flat = leaves(self.config, self.head, self.scan_layers), flatten_dict(params)
+        self.config.replace(vocab_size=new_num_tokens)  # refuses what no vocabulary can have
         params = unflatten_dict({path: resized(flat[path], leaf.axes, new_num_tokens) for path, leaf in found.items()})
+        self.config.vocab_size = new_num_tokens
         if self._params is not None:
             self.params = params
         return params
@@ -237,7 +255,7 @@ class FlaxGPT2PreTrainedModel:
         remat: str | None = None,
         scan_layers: bool = False,
         mesh: Mesh | None = None,
-        rules: Mapping[str, str] | None = None,
+        rules: Mapping[str, str | None] | None = None,
         _do_init: bool = True,
         **overrides: Any,
     ) -> Self | tuple[Self, Tree]:
@@ -268,7 +286,7 @@ class FlaxGPT2PreTrainedModel:
         model.params = params
         return model
 
-    def _loaded(self, arrays: dict[str, Any], source: str, mesh: Mesh | None, rules: Mapping[str, str]) -> Tree:
+    def _loaded(self, arrays: dict[str, Any], source: str, mesh: Mesh | None, rules: Mapping[str, str | None]) -> Tree:
         fresh = [row for row in table(self.config, self.head) if row.name not in arrays]
         if fresh:
             names = " and ".join(row.name for row in fresh)
@@ -294,8 +312,7 @@ class FlaxGPT2PreTrainedModel:
         The model's files are replaced together, other files of the folder stay: see `checkpoint.replaced`. Raises
         CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
         """
-        params = self.params if params is None else params
-        check_tree(params, self.config, self.head, self.scan_layers)
+        params = self.fitting(params)
         rows = rows_of(params, self.config, self.head, self.scan_layers)
         dtypes = dtypes_of(params, self.config, self.head, self.scan_layers)
         dtype = dtypes[table(self.config, self.head)[0].name]
@@ -317,6 +334,13 @@ class FlaxGPT2PreTrainedModel:
             if self.generation_config is not None:
                 self.generation_config.save_pretrained(stage)
             write_weights(stage, sources, self.head, max_shard_size=max_shard_size)
+
+
+def as_mask(mask: Any) -> dict[Any, Any]:
+    """A nested dict of booleans, by path."""
+    if not isinstance(mask, (dict, FrozenDict)):
+        raise InputError(f"mask: expected a nested dict of booleans, found {type(mask).__name__}")
+    return flatten_dict(mask)
 
 
 def resized(value: Array, axes: tuple[str, ...], number: int) -> Array:

@@ -54,7 +54,7 @@ class Leaf(NamedTuple):
         part = gathered(value[self.rows.index(row)] if self.stacked else value)
         return FLAX.layout(row, part.reshape(FLAX.shape(row)))
 
-    def spec(self, rules: Mapping[str, str]) -> PartitionSpec:
+    def spec(self, rules: Mapping[str, str | None]) -> PartitionSpec:
         """The mesh axis of each dimension under rules from named axes to mesh axes."""
         return PartitionSpec(*(rules.get(axis) for axis in self.axes))
 
@@ -136,15 +136,19 @@ def check_tree(params: Tree, config: GPT2Config, head: str, scan_layers: bool) -
     """A tree has to have the leaves of the configuration, each of its shape."""
     if not isinstance(params, (dict, FrozenDict)):
         raise InputError(f"params: expected a nested dict, found {type(params).__name__}; take model.params")
-    found = {path: jnp.shape(value) for path, value in flatten_dict(params).items()}
+    found = {path: _shape(value) for path, value in flatten_dict(params).items()}
     wanted = {path: leaf.shape for path, leaf in leaves(config, head, scan_layers).items()}
     if found == wanted:
         return
-    path = min(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
+    path = min((path for path in {*found, *wanted} if found.get(path) != wanted.get(path)), key=str)
     raise InputError(
-        f"params: {'/'.join(path)} has shape {found.get(path, 'none, it is missing')}, expected "
+        f"params: {'/'.join(map(str, path))} has shape {found.get(path, 'none, it is missing')}, expected "
         f"{wanted.get(path, 'no such parameter')}; take model.params, or what from_pretrained returned"
     )
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if hasattr(value, "dtype") else f"none, it is a {type(value).__name__}"
 
 
 def dtypes_of(params: Tree, config: GPT2Config, head: str, scan_layers: bool) -> dict[str, np.dtype[Any]]:

@@ -18,7 +18,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gpt2_multi import limits
 from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.flax.checks import check_alive
 from gpt2_multi.flax.train_state import TrainState
 
 
@@ -29,7 +31,12 @@ class Windows:
     """
 
     def __init__(self, ids: Any, length: int, batch_size: int, seed: int = 0) -> None:
-        self.ids, self.length, self.batch_size, self.seed = np.asarray(ids, np.int32), length, batch_size, seed
+        limits.check_size("length", length, 1)
+        limits.check_size("batch_size", batch_size, 1)
+        limits.check_size("seed", seed)
+        self.ids, self.length, self.batch_size, self.seed = np.asarray(ids), length, batch_size, seed  # or a file's map
+        limits.check_shape("ids", self.ids.shape, (None,))
+        limits.check_integers("ids", self.ids.dtype, not len(self.ids) or self.ids.dtype.kind in "iu")
         self.steps_per_epoch = (len(self.ids) // length - 1) // batch_size
         if self.steps_per_epoch < 1:
             raise InputError(
@@ -43,7 +50,7 @@ class Windows:
         rng = np.random.default_rng([self.seed, epoch])
         offset, order = rng.integers(self.length), rng.permutation(len(self.ids) // self.length - 1)
         starts = offset + self.length * order[number * self.batch_size :][: self.batch_size]
-        ids = self.ids[starts[:, None] + np.arange(self.length)]  # (B, T)
+        ids = self.ids[starts[:, None] + np.arange(self.length)].astype(np.int32)  # (B, T)
         return {"input_ids": ids, "labels": ids}
 
 
@@ -52,12 +59,15 @@ def save_state(folder: str | os.PathLike[str], state: TrainState, keep: int | No
 
     The folder of a step appears whole or not at all. Raises CheckpointError where it cannot be written.
     """
-    with _manager(folder, keep) as manager:
-        try:
+    if keep is not None:
+        limits.check_size("keep", keep, 1)
+    check_alive("state", state)
+    try:
+        with _manager(folder, keep) as manager:
             manager.save(int(state.step), args=ocp.args.StandardSave(_arrays(state)), force=True)
             manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: the state could not be saved ({_line(error)})") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the state could not be saved ({_line(error)})") from error
 
 
 def restore_state(folder: str | os.PathLike[str], state: TrainState, step: int | None = None) -> TrainState:
@@ -66,19 +76,37 @@ def restore_state(folder: str | os.PathLike[str], state: TrainState, step: int |
     `state` is what `create_train_state` makes of the same model and optimizer; the mesh may be another. Raises
     CheckpointError where there is no such state, and where it does not fit.
     """
-    impl = jax.random.key_impl(state.dropout_key)
+    check_alive("state", state)
+    there = saved_steps(folder)
+    if not there or step not in (None, *there):
+        steps = f"only those of the steps {', '.join(map(str, there))}" if there else "none"
+        raise CheckpointError(f"{folder}: expected a saved state, found {steps}; save_state writes one")
+    step = there[-1] if step is None else step
+    what, wanted = f"{folder}: the state of step {step}", _arrays(state)
+    try:
+        found = _read(folder, step, what, wanted)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{what} is damaged ({_line(error)}); delete it to go on from the one before") from error
+    impl, structure = jax.random.key_impl(state.dropout_key), jax.tree.structure(state)
+    state = jax.tree.unflatten(structure, [found[name] for name in wanted])
+    return state.replace(dropout_key=jax.random.wrap_key_data(state.dropout_key, impl=impl))
+
+
+def saved_steps(folder: str | os.PathLike[str]) -> list[int]:
+    """The steps whose states a folder has."""
+    if not Path(folder).is_dir():
+        return []
     with _manager(folder, None) as manager:
-        there = sorted(manager.all_steps())
-        if not there or step not in (None, *there):
-            steps = f"only those of the steps {', '.join(map(str, there))}" if there else "none"
-            raise CheckpointError(f"{folder}: expected a saved state, found {steps}; save_state writes one")
-        step, wanted = there[-1] if step is None else step, _arrays(state)
-        _check_fit(f"{folder}: the state of step {step}", _shapes(dict(manager.item_metadata(step))), _shapes(wanted))
+        return sorted(manager.all_steps())
+
+
+def _read(folder: str | os.PathLike[str], step: int, what: str, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    with _manager(folder, None) as manager:
+        _check_fit(what, _shapes(dict(manager.item_metadata(step))), _shapes(wanted))
         target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
-        found = manager.restore(step, args=ocp.args.StandardRestore(target))
-    state = jax.tree.unflatten(jax.tree.structure(state), [found[name] for name in wanted])
-    key = jax.random.wrap_key_data(state.dropout_key, impl=impl)
-    return state.replace(dropout_key=key)
+        return manager.restore(step, args=ocp.args.StandardRestore(target))  # type: ignore[no-any-return]
 
 
 def _manager(folder: str | os.PathLike[str], keep: int | None) -> ocp.CheckpointManager:

@@ -40,16 +40,21 @@ class Options(NamedTuple):
         return cls(
             config.do_sample,
             float(config.temperature),
-            config.top_k or 0,
+            within(config.top_k or 0),
             float(config.top_p),
             float(config.repetition_penalty),
-            config.no_repeat_ngram_size,
-            config.min_length,
-            config.min_new_tokens or 0,
+            within(config.no_repeat_ngram_size),
+            within(config.min_length),
+            within(config.min_new_tokens or 0),
             np.array([config.seed & 0xFFFFFFFF, config.seed >> 32], np.uint32),
-            np.array(config.eos_token_ids or [-1], np.int32),
-            config.fill_token_id,
+            np.array([within(token) for token in config.eos_token_ids] or [-1], np.int32),
+            within(config.fill_token_id),
         )
+
+
+def within(number: int) -> int:
+    """A number that int32 holds; what is beyond it means what the greatest means: all, never, no token."""
+    return min(int(number), np.iinfo(np.int32).max)
 
 
 def choose(logits: Array, ids: Array, keep: Array, place: Array, step: Array, options: Options) -> Array:
@@ -113,7 +118,8 @@ def ban_repeats(logits: Array, ids: Array, keep: Array, length: Any, size: Any) 
         equal = ids[:, before] == ids[:, length - back][:, None]
         return repeats & equal & keep[:, before] & (place >= back)
 
-    return without(logits, mark(logits, ids, lax.fori_loop(1, size, narrowed, keep)))
+    longest = jnp.minimum(size, ids.shape[1] + 1)  # a longer one repeats nothing either
+    return without(logits, mark(logits, ids, lax.fori_loop(1, longest, narrowed, keep)))
 
 
 def keep_top_k(logits: Array, k: Any) -> Array:
@@ -152,7 +158,7 @@ def greatest(keys: Array, holds: Callable[[Array], Array]) -> Array:
     width = keys.dtype.itemsize * 8
 
     def lower(number: Array, found: Array) -> Array:
-        tried = found | jnp.left_shift(jnp.asarray(1, keys.dtype), (width - 1 - number).astype(keys.dtype))
+        tried = found | jnp.left_shift(jnp.asarray(1, keys.dtype), jnp.asarray(width - 1 - number, keys.dtype))
         return jnp.where(holds(tried), tried, found)
 
     return lax.fori_loop(0, width, lower, jnp.zeros((len(keys), 1), keys.dtype))
@@ -192,4 +198,4 @@ def four_rounds(words: Array, group: Array, state: tuple[Array, Array]) -> tuple
         x0 = x0 + x1
         x1 = x0 ^ (x1 << rotation | x1 >> 32 - rotation)
     group += 1
-    return x0 + words[group % 3], x1 + words[(group + 1) % 3] + group.astype(jnp.uint32)
+    return x0 + words[group % 3], x1 + words[(group + 1) % 3] + jnp.asarray(group, jnp.uint32)

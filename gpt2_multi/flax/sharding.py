@@ -15,13 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gpt2_multi import limits
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import InputError
+from gpt2_multi.flax.checks import on_host
 from gpt2_multi.flax.layers import ROW_AXES
 from gpt2_multi.flax.params import Leaf, Tree, check_tree, leaves
 from gpt2_multi.weights import sizes
@@ -29,7 +30,7 @@ from gpt2_multi.weights import sizes
 if TYPE_CHECKING:
     from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 
-Rules = Mapping[str, str]
+Rules = Mapping[str, str | None]  # None: whole, as without a rule
 
 MESH_AXES = ("data", "fsdp", "tensor")
 DATA: dict[str, str] = {}  # every device holds every parameter
@@ -87,8 +88,8 @@ def param_shardings(config: GPT2Config, mesh: Mesh, rules: Rules, head: str = "l
 
     Raises InputError too for a mesh axis that does not exist, and for parts that would not be equal.
     """
-    _check_mesh(mesh, rules)
     specs = flatten_dict(param_specs(config, rules, head, scan_layers))
+    _check_mesh(mesh, rules)
     for path, leaf in leaves(config, head, scan_layers).items():
         _check_divisible(leaf, mesh, specs[path])
     auto = Mesh(mesh.devices, mesh.axis_names)  # the compiler decides what the rules do not, whatever the mesh's types
@@ -117,14 +118,16 @@ def shard_batch(batch: Mapping[str, Any], mesh: Mesh, micro: bool = False) -> di
     """
     axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * micro, axes))
-    return {name: _rows_placed(name, value, sharding, int(micro)) for name, value in batch.items()}
+    given = {name: value for name, value in batch.items() if value is not None}
+    return {name: _rows_placed(name, value, sharding, int(micro)) for name, value in given.items()}
 
 
 def _rows_placed(name: str, value: Any, sharding: NamedSharding, dim: int) -> Array:
     if isinstance(value, jax.Array):
         return value
-    value = np.asarray(value)
+    value = on_host(name, value)
     parts = math.prod(sharding.mesh.shape[axis] for axis in sharding.spec[dim])
+    limits.check_shape(name, value.shape[: dim + 1], (None,) * (dim + 1))
     if value.shape[dim] % parts:
         raise InputError(
             f"{name}: expected a number of rows that {parts} devices share equally, found {value.shape[dim]}; change "
@@ -135,6 +138,11 @@ def _rows_placed(name: str, value: Any, sharding: NamedSharding, dim: int) -> Ar
 
 def check_rules(config: GPT2Config, rules: Rules, scan_layers: bool) -> None:
     """Rules have to name axes of the table."""
+    given: object = rules
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"rules: expected a dict such as sharding.FSDP, found {type(given).__name__}; dict(...) makes one"
+        )
     known = [*sizes(config), *["layer"] * scan_layers]
     for axis in rules:
         if axis not in known:
@@ -143,16 +151,21 @@ def check_rules(config: GPT2Config, rules: Rules, scan_layers: bool) -> None:
 
 
 def _check_mesh(mesh: Mesh, rules: Rules) -> None:
+    given: object = mesh
+    if not isinstance(getattr(given, "shape", None), Mapping):
+        raise InputError(
+            f"mesh: expected a jax.sharding.Mesh, found {type(given).__name__}; sharding.make_mesh makes one"
+        )
     for axis, over in rules.items():
-        if over not in mesh.shape:
+        if over is not None and over not in mesh.shape:
             raise InputError(
                 f"rules: '{axis}' is to be cut over the mesh axis '{over}', expected one of "
-                f"{', '.join(mesh.axis_names)}{nearest(over, mesh.axis_names)}"
+                f"{', '.join(mesh.axis_names)}{nearest(str(over), mesh.axis_names)}"
             )
 
 
 def _check_once(leaf: Leaf, rules: Rules) -> None:
-    cut = [axis for axis in leaf.axes if axis in rules]
+    cut = [axis for axis in leaf.axes if rules.get(axis) is not None]
     for i, axis in enumerate(cut):
         for other in cut[:i]:
             if rules[axis] == rules[other]:

@@ -8,8 +8,9 @@ model.params = state.params
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +26,17 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from gpt2_multi import limits
 from gpt2_multi.errors import InputError
-from gpt2_multi.flax.checks import extremes
+from gpt2_multi.flax.checks import check_alive, on_host
 from gpt2_multi.flax.params import Tree
 from gpt2_multi.flax.sharding import shard_batch
-from gpt2_multi.flax.training import IGNORED, shifted
+from gpt2_multi.flax.training import IGNORED, shifted, widened
 
 if TYPE_CHECKING:
     from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
+NO_INPUTS = ("return", "train", "past_key_values", "output_attentions", "output_hidden_states", "logits_to_keep")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +45,13 @@ class Loss:
 
     module: nn.Module
     head: str
+    check: Callable[[Batch], None] = field(repr=False)  # of the model
 
     def __call__(self, params: Tree, batch: Batch, dropout_key: Array | None = None) -> tuple[Array, Array]:
         """The loss, (), and how many labels it is the mean of, (); without a key there is no dropout."""
         train, rngs = dropout_key is not None, {} if dropout_key is None else {"dropout": dropout_key}
         output: Any = self.module.apply({"params": params}, **batch, train=train, rngs=rngs)
-        losses = [loss for loss in (output.loss, getattr(output, "mc_loss", None)) if loss is not None]
+        losses = [loss for loss in (getattr(output, name, None) for name in ("loss", "mc_loss")) if loss is not None]
         if not losses:
             raise InputError(f"batch: expected labels for the loss, found {', '.join(batch)}; give them by their name")
         return sum(losses), label_count(self.head, batch)
@@ -91,12 +94,25 @@ def create_train_state(
     """The state before the first step, with a copy of the model's parameters, or with `params` themselves.
 
     It lies where the parameters lie: the optimizer's state is sharded as they are. `seed` decides the dropout. `params`
-    are used up by the first step; with a model made by `_do_init=False` nothing is held twice.
+    are used up; with a model made by `_do_init=False` nothing is held twice. Raises InputError for parameters that do
+    not fit the model, and for what is no optimizer.
     """
-    source = model.params if params is None else params
-    first = partial(_first, Loss(model.module, model.head), optimizer, seed)
-    shardings, given = _shardings(jax.eval_shape(first, source), source), params is not None
-    return jax.jit(first, out_shardings=shardings, donate_argnums=0 if given else ())(source)
+    given: object = optimizer
+    if not isinstance(given, optax.GradientTransformation):
+        raise InputError(
+            f"optimizer: expected one of optax, found {type(given).__name__}; training.optimizer(5e-5) makes one"
+        )
+    source = jax.tree.map(lambda x: x if isinstance(x, Array) else jnp.array(x), model.fitting(params))
+    first = partial(_first, loss_of(model), optimizer, seed)
+    shardings, used = _shardings(jax.eval_shape(first, source), source), params is not None
+    return jax.jit(first, out_shardings=shardings, donate_argnums=0 if used else ())(source)
+
+
+def loss_of(model: FlaxGPT2PreTrainedModel) -> Loss:
+    """The loss of a model, without its parameters."""
+    bare = copy(model)
+    bare._params = None
+    return Loss(model.module, model.head, bare.check)
 
 
 def _first(loss: Loss, optimizer: optax.GradientTransformation, seed: int, params: Tree) -> TrainState:
@@ -105,12 +121,22 @@ def _first(loss: Loss, optimizer: optax.GradientTransformation, seed: int, param
 
 
 def _shardings(state: TrainState, params: Tree) -> TrainState:
-    """The sharding of each array of a state whose parameters lie as `params` do; what is no parameter is replicated."""
+    """The sharding of each array of a state whose parameters lie as `params` do.
+
+    What has not the shape of a parameter is replicated; what an optimizer leaves out stays out.
+    """
     by_leaf = jax.tree.map(lambda x: x.sharding, params)
     whole = replicated(jax.tree.leaves(params)[0].sharding)
+
+    def beside(moment: Any, param: Any) -> Any:
+        if isinstance(moment, optax.MaskedNode):
+            return moment
+        return param.sharding if moment.shape == param.shape else whole
+
     moments = optax.tree_map_params(
-        state.tx, lambda _, sharding: sharding, state.opt_state, by_leaf, transform_non_params=lambda _: whole
-    )
+        state.tx, beside, state.opt_state, params,
+        transform_non_params=lambda _: whole, is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )  # fmt: skip
     return state.replace(step=whole, params=by_leaf, opt_state=moments, dropout_key=whole)
 
 
@@ -135,13 +161,14 @@ def accumulated(state: TrainState, batches: Batch, key: Array) -> tuple[Array, T
     def one(total: Tree, numbered: Any) -> tuple[Tree, Any]:
         number, batch = numbered
         (loss, count), grads = gradients(state.params, batch, jax.random.fold_in(key, number))
-        return jax.tree.map(lambda t, x: t + count.astype(x.dtype) * x, total, grads), (loss, count)
+        return jax.tree.map(lambda t, x: t + count.astype(t.dtype) * x.astype(t.dtype), total, grads), (loss, count)
 
     numbers = jnp.arange(len(jax.tree.leaves(batches)[0]))
-    start = jax.tree.map(jnp.zeros_like, state.params)
+    start = jax.tree.map(lambda x: jnp.zeros_like(widened(x)), state.params)
     total, (losses, counts) = lax.scan(one, start, (numbers, dict(batches)))
     count = jnp.maximum(counts.sum(), 1)
-    return (losses * counts).sum() / count, jax.tree.map(lambda x: x / count.astype(x.dtype), total)
+    mean = jax.tree.map(lambda t, x: (t / count.astype(t.dtype)).astype(x.dtype), total, state.params)
+    return (losses * counts).sum() / count, mean
 
 
 def train_step(state: TrainState, batch: Batch, micro: bool = False) -> tuple[TrainState, Metrics]:
@@ -150,10 +177,10 @@ def train_step(state: TrainState, batch: Batch, micro: bool = False) -> tuple[Tr
     Compiled, with the shardings of the state, whose memory it takes: go on with the state that it returns. Arrays of
     NumPy are placed on the state's mesh by `shard_batch`. With `micro` the inputs have a first axis of micro-batches,
     (A, B, T) ids, whose gradients are accumulated: what one batch of A B rows gives in the memory of B rows. The
-    dropout of a step follows from the state's key and the step. Raises InputError for ids and labels outside the
-    vocabulary, and for a batch without labels.
+    dropout of a step follows from the state's key and the step. Raises InputError for what a call of the model refuses,
+    values being looked at where they are of NumPy, and for a batch without labels; TypeError for an unknown input.
     """
-    check_batch(state, batch)
+    batch = checked(state, batch, micro)
     leaves, tree = jax.tree.flatten(state)
     step = _compiled(tree, tuple(leaf.sharding for leaf in leaves), micro)
     return _on_mesh(step, state, batch, micro)
@@ -180,16 +207,41 @@ def _evaluated(state: TrainState, batch: Batch) -> tuple[Array, Array]:
 
 def eval_step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
     """The loss of a batch without dropout, (), and how many labels it is the mean of, ()."""
-    check_batch(state, batch)
+    batch = checked(state, batch, False)
     return _on_mesh(_evaluated, state, batch, False)
 
 
-def check_batch(state: TrainState, batch: Batch) -> None:
-    """Look at ids and labels that are on this host: on a device, JAX would take the nearest id that there is."""
-    config, head = state.apply_fn.module.config, state.apply_fn.head
-    host = {name: value for name, value in batch.items() if isinstance(value, np.ndarray)}
-    for name in host.keys() & {"input_ids", "token_type_ids"}:
-        limits.check_ids(name, *extremes(host[name]), config.vocab_size)
-        limits.check_positions(0, host[name].shape[-1] - 1, config.n_positions)
-    if "labels" in host and head in ("lm", "double_heads"):
-        limits.check_labels(*extremes(host["labels"]), config.vocab_size)
+def checked(state: TrainState, batch: Batch, micro: bool) -> Batch:
+    """A batch as arrays, without what is None: what a call of the model would take.
+
+    Values on a device are not looked at, which would wait for it: there, JAX takes no id that there is not.
+    """
+    check_alive("state", state)
+    loss, given = state.apply_fn, dict(arrays_of(batch))
+    known = [name for name in type(loss.module).__call__.__annotations__ if name not in NO_INPUTS]
+    limits.check_names("batch", [*given], known)
+    host = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
+
+    def look(device: Batch) -> None:
+        for part in micro_batches({**host, **device}) if micro else [{**host, **device}]:
+            loss.check(part)
+
+    jax.eval_shape(look, {name: value for name, value in given.items() if name not in host})
+    return given
+
+
+def arrays_of(batch: object) -> Iterator[tuple[str, Any]]:
+    """The inputs that a batch has, as arrays."""
+    if not isinstance(batch, Mapping) or not batch:
+        raise InputError(
+            f"batch: expected a dict of inputs and labels, found {batch if batch == {} else type(batch).__name__}"
+        )
+    return ((name, on_host(name, value)) for name, value in batch.items() if value is not None)
+
+
+def micro_batches(batch: Batch) -> list[Batch]:
+    """The micro-batches that are stacked in a batch."""
+    shapes = {name: tuple(value.shape) for name, value in batch.items()}
+    if len({shape[:1] for shape in shapes.values()}) > 1 or () in shapes.values():
+        raise InputError(f"batch: expected as many micro-batches, the first axis, in each input, found {shapes}")
+    return [{name: value[i] for name, value in batch.items()} for i in range(next(iter(shapes.values()))[0])]

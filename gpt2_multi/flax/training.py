@@ -23,6 +23,7 @@ def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> Ar
     A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0.
     """
     check_labels(labels, logits)
+    labels = labels.astype(jnp.int32)  # an unsigned dtype has no -100
     counted = labels != IGNORED if mask is None else (labels != IGNORED) & (mask != 0)
     each = optax.softmax_cross_entropy_with_integer_labels(widened(logits), jnp.where(counted, labels, 0))
     return jnp.where(counted, each, 0).sum() / jnp.maximum(counted.sum(), 1)
@@ -52,6 +53,7 @@ def lm_loss(logits: Array, labels: Array, mask: Array | None = None) -> Array:
 
 def shifted(labels: Array, mask: Array | None) -> Array:
     """What each position has to predict, (..., T), -100 where nothing counts; see `lm_loss`."""
+    labels = labels.astype(jnp.int32)  # an unsigned dtype has no -100
     following = jnp.concatenate([labels[..., 1:], jnp.full_like(labels[..., :1], IGNORED)], -1)
     if mask is None:
         return following
