@@ -227,7 +227,7 @@ class GPT2Config:
         """Make one from config.json's keys; keys that are not GPT-2's are kept in `extra`."""
         if (model_type := keys.get("model_type", "gpt2")) != "gpt2":
             raise ConfigError(
-                f"model_type must be 'gpt2'; found {model_type!r}: this is the configuration of another model"
+                f"model_type must be 'gpt2'; found {shortened(repr(model_type))}: that is another model"
             )
         known = {key: value for key, value in keys.items() if key in _KEYS}
         if keys and not known and "model_type" not in keys:

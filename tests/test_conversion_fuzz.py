@@ -69,6 +69,14 @@ def test_settings_that_are_none(whole, outcome, text):
         assert re.match("(ConfigError|CheckpointError): ", outcome({**files, file: text}))
 
 
+def test_names_without_end_are_cut(whole, outcome):
+    for format in ("keras-hub", "safetensors"):
+        found = outcome(
+            {**whole(format), "config.json": json.dumps({"class_name": 1, "gpt2_config": {"x" * 10**5: 1}}).encode()}
+        )
+        assert re.match(r"(ConfigError|CheckpointError): \S*(config\.json|case)\b", found), found[:300]
+
+
 def test_settings_nested_deeply(whole, outcome):
     files = whole("safetensors")
     config = json.loads(files["config.json"])
@@ -82,7 +90,7 @@ def test_absurd_settings_of_openai(whole, outcome, name, value):
     del files["config.json"]
     given = json.loads(files["hparams.json"])
     found = outcome({**files, "hparams.json": json.dumps({**given, name: value}).encode()})
-    assert re.match("(ConfigError|CheckpointError): ", found), found
+    assert re.match(r"(ConfigError|CheckpointError): \S*(hparams\.json|case)\b", found), found
 
 
 SHARDS = [

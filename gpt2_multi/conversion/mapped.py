@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.errors import CheckpointError, GPT2Error
+from gpt2_multi.errors import CheckpointError, ConfigError, shortened
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
@@ -28,8 +28,10 @@ def reading(path: Path, what: str) -> Iterator[None]:
     """Turn whatever a parser stumbles over into a CheckpointError that names the file."""
     try:
         yield
-    except GPT2Error:
+    except CheckpointError:
         raise
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {shortened(str(error), 600)}") from None
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; check the path, or fetch the model again") from None
     except (*_DAMAGE, OSError) as error:
