@@ -57,7 +57,10 @@ def give_away(tree):
         ({"past_key_values": {}}, "past_key_values: expected a cache of 1 layers from init_cache.*, found dict"),
         ({"past_key_values": ()}, "past_key_values: expected a cache of 1 layers from init_cache.*, found tuple"),
         ({"train": True, "dropout_rng": 0}, r"dropout_rng: expected one key, such as jax\.random\.key\(0\), found int"),
-        ({"train": True, "dropout_rng": jnp.ones(2)}, r"dropout_rng: expected one key, .*, found float32\[2\]"),
+        (
+            {"train": True, "dropout_rng": jnp.ones(2, "float32")},
+            r"dropout_rng: expected one key, .*, found float32\[2\]",
+        ),
         ({"dropout_rng": {"dropout": 1}}, "dropout_rng: expected one key, .*, found dict"),
         ({"output_attentions": np.array([1, 2])}, "output_attentions: expected True or False, found ndarray"),
         ({"params": 5}, "params: expected a nested dict, found int"),
