@@ -87,6 +87,16 @@ def flax(session: nox.Session) -> None:
 
 
 @nox.session
+def conversion_peers(session: nox.Session) -> None:
+    """Let transformers 4.57's TensorFlow and KerasHub read what the conversion wrote, besides all that `tests` runs."""
+    install(session, ".[pt,tf,flax]", *TOOLS, *PEERS)
+    pythons = {
+        f"GPT2_MULTI_PEER_TF_{name.upper()}": peer(session, name, packages) for name, packages in TF_PEERS.items()
+    }
+    session.run("python", "-m", "pytest", "tests/test_conversion_peers.py", *session.posargs, env=QUIET | pythons)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, formatting, and who imports whom."""
     install(session, ".", "ruff", "import-linter")

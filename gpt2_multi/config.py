@@ -226,9 +226,7 @@ class GPT2Config:
     def from_dict(cls, keys: Mapping[str, Any], **overrides: Any) -> GPT2Config:
         """Make one from config.json's keys; keys that are not GPT-2's are kept in `extra`."""
         if (model_type := keys.get("model_type", "gpt2")) != "gpt2":
-            raise ConfigError(
-                f"model_type must be 'gpt2'; found {shortened(repr(model_type))}: that is another model"
-            )
+            raise ConfigError(f"model_type must be 'gpt2'; found {shortened(repr(model_type))}: that is another model")
         known = {key: value for key, value in keys.items() if key in _KEYS}
         if keys and not known and "model_type" not in keys:
             raise ConfigError(f"none of these keys is one of a GPT-2 configuration: {', '.join(sorted(keys)[:5])}")

@@ -1,7 +1,7 @@
 """What the writers wrote is read by the programs that the formats belong to, and computes what it should there.
 
 KerasHub, and the last transformers with TensorFlow, need environments of their own: their tests are there where
-GPT2_MULTI_PEER_KERASHUB and GPT2_MULTI_PEER_TRANSFORMERS name the Pythons of them.
+GPT2_MULTI_PEER_TF_KERASHUB and GPT2_MULTI_PEER_TF_TRANSFORMERS name the Pythons of them.
 """
 
 import os
@@ -263,17 +263,17 @@ def _computes(tmp_path, variable, code, format, head):
         close(found[key], wanted[key])
 
 
-if "GPT2_MULTI_PEER_TRANSFORMERS" in os.environ:
+if "GPT2_MULTI_PEER_TF_TRANSFORMERS" in os.environ:
     WITH_TF = [head for head in ARCHITECTURES if head not in ("token_classification", "question_answering")]
 
     @pytest.mark.parametrize("head", WITH_TF)
     @pytest.mark.parametrize("format", ["tf-h5", "tf-safetensors"])
     def test_the_last_transformers_with_tensorflow(tmp_path, format, head):
         assert head in KINDS[format].heads
-        _computes(tmp_path, "GPT2_MULTI_PEER_TRANSFORMERS", TRANSFORMERS, format, head)
+        _computes(tmp_path, "GPT2_MULTI_PEER_TF_TRANSFORMERS", TRANSFORMERS, format, head)
 
 
-if "GPT2_MULTI_PEER_KERASHUB" in os.environ:
+if "GPT2_MULTI_PEER_TF_KERASHUB" in os.environ:
 
     def test_keras_hub(tmp_path):
-        _computes(tmp_path, "GPT2_MULTI_PEER_KERASHUB", KERAS_HUB, "keras-hub", "lm")
+        _computes(tmp_path, "GPT2_MULTI_PEER_TF_KERASHUB", KERAS_HUB, "keras-hub", "lm")
