@@ -151,7 +151,7 @@ def _fitting(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     if array.shape != tuple(shape):
         raise CheckpointError(
             f"{name} has shape {array.shape}, but the configuration makes it {tuple(shape)}; nothing was saved: change "
-            "configuration and the model together (resize_token_embeddings, prune_heads, or a new model)"
+            "configuration and the model together (by resize_token_embeddings, for one, or in a new model)"
         )
     return array
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,9 +175,10 @@ def sharding(weight: Weight, rules: Mapping[str, str]) -> tuple[str | None, ...]
 class Format:
     """How one format spells and stores the table: a root before the body's paths, a leaf name per kind, a layout.
 
-    `block` spells `h.{i}`, and `renamed` other paths, those of a block without it. Where that gives several names, each
-    has an equal part of the last dimension. The body's tensors of a kind in `widened` have a first dimension of 1; with
-    `unflattened` the named axes have dimensions of their own. With `always_rooted` the bare model has the root too.
+    `block` spells `h.{i}`, `first_block` that of layer 0 where it has no number, and `renamed` other paths, those of a
+    block without it. Where that gives several names, each has an equal part of the last dimension. The body's tensors
+    of a kind in `widened` have a first dimension of 1; with `unflattened` the named axes have dimensions of their own.
+    With `always_rooted` the bare model has the root too.
     """
 
     name: str
@@ -185,7 +186,8 @@ class Format:
     leaves: Mapping[str, str]
     transposed: frozenset[str] = frozenset()
     separator: str = "."
-    block: Callable[[int], str] = "h.{}".format
+    block: str = "h.{}"
+    first_block: str | None = None
     renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     suffix: str = ""
     widened: frozenset[str] = frozenset()
@@ -201,10 +203,13 @@ class Format:
         block = re.match(r"h\.(\d+)\.", weight.path)
         path = weight.path[block.end() :] if block else weight.path
         before = self.root if weight.in_body and (rooted or self.always_rooted) else ""
-        before += self.block(int(block[1])) + self.separator if block else ""
+        before += self._block(block[1]) + self.separator if block else ""
         leaf = self.leaves[weight.kind]
         after = (self.separator + leaf if leaf else "") + self.suffix
         return tuple(before + name + after for name in self.renamed.get(path, (path.replace(".", self.separator),)))
+
+    def _block(self, layer: str) -> str:
+        return self.first_block if self.first_block and layer == "0" else self.block.format(layer)
 
     def shape(self, weight: Weight) -> Shape:
         """The shape of `weight` as this format stores it, of each part of it where there are several."""

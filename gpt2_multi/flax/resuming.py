@@ -1,4 +1,4 @@
-"""Training that goes on where it stopped: batches that follow from the step, and states that Orbax saves and restores.
+"""Training that goes on where it stopped: batches that follow from the step, and states that Orbax saves and restores::
 
 data = Windows(ids, length=256, batch_size=8)
 state = restore_state("run", state)

@@ -1,4 +1,4 @@
-"""Sharding of the Flax model over a mesh of devices: plain dicts say which mesh axis cuts which named axis.
+"""Sharding of the Flax model over a mesh of devices: plain dicts say which mesh axis cuts which named axis::
 
     mesh, rules = make_mesh("data=2,fsdp=2,tensor=2"), FSDP | TENSOR
     model = FlaxGPT2LMHeadModel.from_pretrained("gpt2", mesh=mesh, rules=rules)

@@ -1,4 +1,4 @@
-"""The state of a training run, and the step that changes it: on one device, on a mesh, on several hosts.
+"""The state of a training run, and the step that changes it: on one device, on a mesh, on several hosts::
 
 model = FlaxGPT2LMHeadModel.from_pretrained("gpt2", mesh=mesh, rules=rules)
 state = create_train_state(model, optimizer(5e-5))
