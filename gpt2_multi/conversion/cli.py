@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,13 @@ def convert(source: str, target: str, as_json: bool, check: bool, **options: Any
 
 
 def _local(name: str) -> Path:
-    """The file or folder of this name, or a model of the hub."""
+    """The file or folder of this name, what the files of a TensorFlow checkpoint begin with, or a model of the hub."""
     from gpt2_multi.hub import resolve
 
-    return Path(name) if Path(name).is_file() else resolve(name)
+    with suppress(OSError, ValueError):  # longer than a path may be, or with a zero byte in it
+        if Path(name).is_file() or Path(f"{name}.index").is_file():
+            return Path(name)
+    return resolve(name)
 
 
 @contextmanager
@@ -113,8 +116,8 @@ def inspect(source: str, as_json: bool) -> None:
 
 
 def _show_inspection(found: inspection.Inspection) -> None:
+    from rich.markup import escape
     from rich.table import Table
-    from rich.text import Text
 
     console = _console()
     console.print(f"{found.path}: {found.title}, head: {found.head}", markup=False, soft_wrap=True)
@@ -125,9 +128,9 @@ def _show_inspection(found: inspection.Inspection) -> None:
     for tensor in found.tensors:
         bad = not tensor.ok and tensor.remark != "dropped when loaded"
         remark = " ".join(part for part in (tensor.row, tensor.remark) if part)
-        rows.add_row(tensor.name, str(tensor.shape), tensor.dtype, remark, style="red" if bad else None)
+        rows.add_row(escape(tensor.name), str(tensor.shape), tensor.dtype, remark, style="red" if bad else None)
     for name in found.missing:
-        rows.add_row(Text(name), "", "", "missing", style="red")
+        rows.add_row(escape(name), "", "", "missing", style="red")
     console.print(rows)
     size = f"{len(found.tensors)} tensors, {found.parameters:,} parameters, {found.bytes:,} bytes"
     console.print(size, markup=False)
@@ -158,12 +161,15 @@ def verify_command(a: str, b: str | None, backends: tuple[str, ...], as_json: bo
 
 
 def _show_verdict(verdict: verification.Verdict) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     rows = Table("what", "against", "greatest error", "relative", "result", box=None)
     for line in verdict.lines:
         result, style = ("ok", "green") if line.ok else ("differs", "red")
-        rows.add_row(line.what, line.against, f"{line.error:.1e}", f"{line.relative:.1e}", f"[{style}]{result}[/]")
+        rows.add_row(
+            line.what, escape(line.against), f"{line.error:.1e}", f"{line.relative:.1e}", f"[{style}]{result}[/]"
+        )
     console = _console()
     console.print(rows)
     for name, error in list(verdict.tensors.items())[:LISTED]:
