@@ -43,9 +43,11 @@ def write_whole(path: Path, text: str) -> None:
 def swapped(folder: Path, owned: Callable[[str], bool]) -> Iterator[Path]:
     """A folder to write into; when the block ends without an error it takes the place of `folder` in one step.
 
-    At any moment `folder` is the old one or the new one, whole. Files in it whose names are not `owned` stay in the new
-    one. Raises CheckpointError, and leaves what was there, where it cannot be written.
+    At any moment `folder` is the old one or the new one, whole. Folders in it, and files whose names are not `owned`,
+    stay in the new one; a link to a folder stays a link. Raises CheckpointError, and leaves what was there, where it
+    cannot be written.
     """
+    folder = _apart(folder)
     stage = _staged(folder)
     try:
         yield stage
@@ -57,6 +59,16 @@ def swapped(folder: Path, owned: Callable[[str], bool]) -> Iterator[Path]:
         raise CheckpointError(f"{folder}: could not be written ({error}); what was there is whole") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _apart(folder: Path) -> Path:
+    """Where a folder really is; the one that this process works in cannot change places under it."""
+    here, place = Path.cwd(), folder.resolve()
+    if place == here or place in here.parents:
+        raise CheckpointError(
+            f"{folder}: is the folder that you work in, or holds it; give another, such as {here / 'new'}"
+        )
+    return place
 
 
 def _staged(folder: Path) -> Path:
@@ -73,9 +85,10 @@ def _staged(folder: Path) -> Path:
 def _keep(folder: Path, stage: Path, owned: Callable[[str], bool]) -> None:
     """Link what belongs to others into the new folder; a file system without links gets copies."""
     for path in folder.iterdir():
-        if owned(path.name):
+        is_folder = path.is_dir() and not path.is_symlink()
+        if owned(path.name) and not is_folder:
             continue
-        if path.is_dir() and not path.is_symlink():
+        if is_folder:
             shutil.copytree(path, stage / path.name, symlinks=True, copy_function=_link)
         else:
             _link(path, stage / path.name)
@@ -89,7 +102,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
+    for path in [*filter(Path.is_file, folder.iterdir()), folder]:  # a pipe would wait for ever
         with suppress(OSError):  # a folder cannot be opened everywhere
             handle = os.open(path, os.O_RDONLY)
             try:

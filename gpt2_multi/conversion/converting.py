@@ -137,7 +137,8 @@ def _check_place(old: Checkpoint, place: Path, force: bool) -> None:
     here = old.path if old.path.is_dir() else old.path.parent
     if place.resolve() == here.resolve():
         raise CheckpointError(f"{place}: is the folder that is read; give another, and delete the old one after it")
-    there = sorted(file.name for file in place.iterdir() if _is_ours(file.name)) if place.exists() else []
+    files = [file.name for file in place.iterdir() if not file.is_dir()] if place.exists() else []
+    there = sorted(filter(_is_ours, files))
     if there and not force:
         raise CheckpointError(f"{place}: holds a model already ({', '.join(there[:4])}); give another, or force it")
 
