@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import tempfile
@@ -56,7 +57,8 @@ def swapped(folder: Path, owned: Callable[[str], bool]) -> Iterator[Path]:
         _sync(stage)
         _exchange(stage, folder)
     except OSError as error:
-        raise CheckpointError(f"{folder}: could not be written ({error}); what was there is whole") from error
+        way = "; it may be a mount point: write to a folder inside it" if error.errno == errno.EBUSY else ""
+        raise CheckpointError(f"{folder}: could not be written ({error}); what was there is whole{way}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

@@ -8,10 +8,13 @@ import pytest
 from click.testing import CliRunner
 
 from gpt2_multi import conversion
+from gpt2_multi.checkpoint import write_weights
 from gpt2_multi.config import GPT2Config
 from gpt2_multi.conversion import convert
 from gpt2_multi.conversion.cli import main
+from gpt2_multi.conversion.verification import check
 from gpt2_multi.errors import CheckpointError
+from gpt2_multi.weights import table
 from tests.fixtures import write_model
 
 SMALL = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -83,3 +86,35 @@ def test_brackets_in_a_name_are_printed(model, tmp_path):
     convert(model, tmp_path / "a [b]c[" / "d]")
     found = CliRunner().invoke(main, ["verify", str(model), str(tmp_path / "a [b]c[" / "d]")])
     assert found.exit_code == 0 and "[b]c[" in found.output
+
+
+def test_weights_that_are_not_finite_are_verified_too(model, tmp_path):
+    weights = dict(conversion.open(model))
+    weights["h.0.mlp.c_fc.bias"][:2] = np.nan, np.inf
+    config = conversion.read_config(model)
+    (tmp_path / "nan").mkdir()
+    config.save_pretrained(tmp_path / "nan")
+    rows = [(row, weights[row.name].dtype, lambda row=row: weights[row.name]) for row in table(config)]
+    write_weights(tmp_path / "nan", rows, "lm")
+    convert(tmp_path / "nan", tmp_path / "new", check=check)
+    assert conversion.verify(tmp_path / "nan", tmp_path / "new").ok
+    assert not conversion.verify(model, tmp_path / "new").ok
+
+
+def test_checkpoints_are_told_apart_and_shown(model):
+    one, other = conversion.open(model), conversion.open(model)
+    assert one == one and one != other and len({one, other}) == 2
+    assert repr(one).endswith("format='safetensors', head='lm', 28 tensors)")
+
+
+def test_a_head_that_differs_is_a_difference(tmp_path):
+    write_model(tmp_path / "a", SMALL, "sequence_classification", dtype=np.float32)
+    weights = dict(conversion.open(tmp_path / "a"))
+    convert(tmp_path / "a", tmp_path / "b")
+    assert conversion.verify(tmp_path / "a", tmp_path / "b").ok
+    rows = table(SMALL, "sequence_classification")
+    weights["score.weight"] = 2 * weights["score.weight"]
+    made = [(row, weights[row.name].dtype, lambda row=row: weights[row.name]) for row in rows]
+    write_weights(tmp_path / "b", made, "sequence_classification")
+    verdict = conversion.verify(tmp_path / "a", tmp_path / "b")
+    assert not verdict.ok and list(verdict.tensors) == ["score.weight"] and all(line.ok for line in verdict.lines)

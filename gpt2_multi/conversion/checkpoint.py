@@ -35,6 +35,12 @@ class Checkpoint(Mapping[str, Array]):
         self._check_dtypes()
         self._check_tie()
 
+    __eq__ = object.__eq__  # a Mapping would compare its arrays
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, format={self.format!r}, head={self.head!r}, {len(self)} tensors)"
+
     @property
     def kind(self) -> Kind:
         """How the format is read."""

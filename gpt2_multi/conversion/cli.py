@@ -150,7 +150,7 @@ def _console() -> Any:
 def verify_command(a: str, b: str | None, backends: tuple[str, ...], as_json: bool) -> int:
     """Compare the checkpoint A with B; or, without B, what every installed backend computes of A with NumPy.
 
-    The exit code is 1 where a hidden state or a logit differs by more than 1e-4 of the greatest.
+    The exit code is 1 where a hidden state, a logit or a tensor differs by more than 1e-4 of its greatest value.
     """
     verdict = verification.verify(_local(a), b and _local(b), backends or None)
     if as_json:
@@ -172,7 +172,7 @@ def _show_verdict(verdict: verification.Verdict) -> None:
         )
     console = _console()
     console.print(rows)
-    for name, error in list(verdict.tensors.items())[:LISTED]:
-        console.print(f"{name}: differs by {error:.1e}", markup=False)
+    for name, line in list(verdict.tensors.items())[:LISTED]:
+        console.print(f"{name}: differs by {line.error:.1e}", markup=False)
     if verdict.tensors:
         console.print(f"{len(verdict.tensors)} tensors are not bit for bit the same", markup=False)

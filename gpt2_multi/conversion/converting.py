@@ -27,6 +27,7 @@ FLOATS = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name in ("floa
 TOKENIZER = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # transformers' name -> OpenAI's
 COMPANIONS = (  # files that go along as they are
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
 )  # fmt: skip
 
 

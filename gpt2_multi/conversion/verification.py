@@ -23,7 +23,7 @@ LENGTH, SEED = 24, 0  # of the random ids that are computed
 class Line:
     """One comparison: the greatest difference, and the same relative to the greatest value."""
 
-    what: str  # "embeddings", "layer 0", ..., "logits"
+    what: str  # "embeddings", "layer 0", ..., "logits", or a tensor's name
     against: str
     error: float
     relative: float
@@ -36,15 +36,15 @@ class Line:
 
 @dataclass
 class Verdict:
-    """What `verify` found. `tensors` are those that differ between two checkpoints, with the greatest difference."""
+    """What `verify` found. `tensors` are those that differ between two checkpoints, by their canonical names."""
 
     lines: list[Line] = field(default_factory=list)
-    tensors: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, Line] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
         """Whether something was compared, and all of it is within the bound."""
-        return bool(self.lines) and all(line.ok for line in self.lines)
+        return bool(self.lines) and all(line.ok for line in (*self.lines, *self.tensors.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON."""
@@ -84,11 +84,16 @@ def compare(old: Checkpoint, new: Checkpoint) -> Verdict:
         raise CheckpointError(f"{new.path}: expected as many layers and tokens as {old.path} has, found others")
     verdict = Verdict(_lines(str(new.path), _oracle(old, ids), _oracle(new, ids)))
     for name in dict.fromkeys([*old, *new]):
-        if name not in old or name not in new:
-            verdict.tensors[name] = np.inf
-        elif old[name].shape != new[name].shape or not np.array_equal(old[name], new[name]):
-            verdict.tensors[name] = _difference(old[name], new[name])
+        line = _line(name, str(new.path), _tensor(old, name), _tensor(new, name))
+        if line.error:
+            verdict.tensors[name] = line
     return verdict
+
+
+def _tensor(checkpoint: Checkpoint, name: str) -> Array:
+    """A tensor, or one that is like no other where there is none; a tied head is the embedding."""
+    source = "wte.weight" if name == "lm_head.weight" and name not in checkpoint else name
+    return checkpoint[source] if source in checkpoint else np.zeros(0)
 
 
 def check(old: Checkpoint, new: Checkpoint) -> None:
@@ -110,7 +115,12 @@ def check(old: Checkpoint, new: Checkpoint) -> None:
 
 
 def _difference(a: Array, b: Array) -> float:
-    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) if a.shape == b.shape else np.inf
+    """The greatest difference; infinite between other shapes, and where one is no number."""
+    if a.shape != b.shape:
+        return np.inf
+    with np.errstate(all="ignore"):
+        error = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
+    return error if np.isfinite(error) else np.inf
 
 
 def _ids(checkpoint: Checkpoint) -> Array:
@@ -121,10 +131,11 @@ def _ids(checkpoint: Checkpoint) -> Array:
 
 def _oracle(checkpoint: Checkpoint, ids: Array) -> list[Array]:
     """The hidden states of the checkpoint, and its logits, from NumPy in float64."""
-    trace, config = forward(checkpoint.config, Wide(checkpoint), ids), checkpoint.config
-    if "lm_head.weight" not in checkpoint:
-        config = config.replace(tie_word_embeddings=True)
-    return [*trace.hidden_states, lm_logits(config, Wide(checkpoint), trace.last_hidden_state)]
+    config = checkpoint.config
+    tied = config if "lm_head.weight" in checkpoint else config.replace(tie_word_embeddings=True)
+    with np.errstate(all="ignore"):  # weights that are not finite are compared too
+        trace = forward(config, Wide(checkpoint), ids)
+        return [*trace.hidden_states, lm_logits(tied, Wide(checkpoint), trace.last_hidden_state)]
 
 
 def _against_backends(old: Checkpoint, names: Sequence[str] | None) -> Verdict:
@@ -149,6 +160,8 @@ def _lines(against: str, expected: Sequence[Array], found: Sequence[Array]) -> l
 
 
 def _line(what: str, against: str, expected: Array, found: Array) -> Line:
-    error = float(np.abs(expected - found).max())
-    relative = error / float(np.abs(expected).max() or 1)
+    if np.array_equal(expected, found, equal_nan=True):  # infinities and NaN too
+        return Line(what, against, 0.0, 0.0)
+    error = _difference(expected, found)
+    relative = error / float(np.abs(expected).max(initial=0) or 1)
     return Line(what, against, error, relative if np.isfinite(relative) else np.inf)
