@@ -37,4 +37,4 @@ def compile_loss(config: GPT2Config, scan: bool, change: Callable[..., Any], ids
     jax.clear_caches()
     model = FlaxGPT2LMHeadModel(config, _do_init=False, scan_layers=scan)
     batch = {"input_ids": ids, "labels": ids}
-    jax.jit(change(Loss(model.module, model.head))).lower(model.params_shape_tree, batch).compile()
+    jax.jit(change(Loss(model.module, model.head, model.check))).lower(model.params_shape_tree, batch).compile()
