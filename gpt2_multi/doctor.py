@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi import backends, hub
+from gpt2_multi import backends, conversion, hub
 from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion import read_weights
-from gpt2_multi.reference import forward, lm_logits
+from gpt2_multi.conversion.verification import oracle
 from gpt2_multi.tokenizer import GPT2Tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -71,7 +70,7 @@ def examine() -> Report:
     adapters = {name: backends.load(name) for name in there}
     devices = {name: list(adapter.devices()) for name, adapter in adapters.items()}
     ids = known_ids(hub.DEMO)
-    expected = oracle(hub.DEMO, ids)
+    expected = oracle(conversion.open(hub.DEMO), ids)[-1]
     findings = [
         finding for name in there for device in devices[name] for finding in _check(name, device, ids, expected)
     ]
@@ -90,13 +89,6 @@ def known_ids(folder: Path) -> Array:
     config = GPT2Config.from_pretrained(folder)
     ids = GPT2Tokenizer.from_pretrained(folder)(TEXT).input_ids
     return np.array([ids[: config.n_positions]], dtype=np.int64)
-
-
-def oracle(folder: Path, ids: Array) -> Array:
-    """The right logits (1, T, V), from NumPy in float64."""
-    config = GPT2Config.from_pretrained(folder)
-    weights = {name: array.astype(np.float64) for name, array in read_weights(folder, config, "lm").items()}
-    return lm_logits(config, weights, forward(config, weights, ids).last_hidden_state)
 
 
 def _check(name: str, device: str, ids: Array, expected: Array) -> Iterator[Finding]:

@@ -44,6 +44,18 @@ def cast(array: Array, dtype: np.dtype[Any], name: str) -> Array:
     return found
 
 
+def same(array: Array, other: Array, name: str) -> bool:
+    """Whether an array, cast to the dtype of another, has its shape and its bits; neither is copied as a whole."""
+    if array.shape != other.shape:
+        return False
+    start, rows = 0, np.atleast_1d(other)
+    for piece in pieces(array, other.dtype, name):
+        if piece.tobytes() != rows[start : start + len(piece)].tobytes():
+            return False
+        start += len(piece)
+    return True
+
+
 def _odd(array: Array) -> Array:
     """float64 as float32, rounded to odd: what is rounded again is as if it had been rounded once.
 

@@ -13,7 +13,7 @@ from gpt2_multi.conversion import spelling
 from gpt2_multi.conversion.formats import ARCHITECTURES, KINDS, Kind
 from gpt2_multi.conversion.mapped import Array, Shape
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.streams import mapping, release
+from gpt2_multi.streams import mapping, release, same
 from gpt2_multi.weights import HEADS, Weight, head_rows, match
 
 
@@ -87,7 +87,7 @@ class Checkpoint(Mapping[str, Array]):
         if stored is None or form.shape(head) != stored.shape:
             return
         tied, embedding = form.layout(head, stored), self["wte.weight"]
-        if tied.dtype != embedding.dtype or tied.tobytes() != embedding.tobytes():
+        if tied.dtype != embedding.dtype or not same(tied, embedding, form.spell(head)):
             raise CheckpointError(
                 f"{self.path}: {form.spell(head)} differs from {self.places['wte.weight'][0]}, although "
                 "tie_word_embeddings is true; set tie_word_embeddings to false in config.json to keep both"

@@ -13,7 +13,7 @@ from gpt2_multi.conversion.checkpoint import Checkpoint, open
 from gpt2_multi.conversion.mapped import Array
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.reference import forward, lm_logits
-from gpt2_multi.streams import cast
+from gpt2_multi.streams import same
 
 BOUND = 1e-4  # of the greatest value; float32 computed rightly stays well below
 LENGTH, SEED = 24, 0  # of the random ids that are computed
@@ -82,7 +82,7 @@ def compare(old: Checkpoint, new: Checkpoint) -> Verdict:
     ids = _ids(old)
     if old.config.vocab_size != new.config.vocab_size or old.config.n_layer != new.config.n_layer:
         raise CheckpointError(f"{new.path}: expected as many layers and tokens as {old.path} has, found others")
-    verdict = Verdict(_lines(str(new.path), _oracle(old, ids), _oracle(new, ids)))
+    verdict = Verdict(_lines(str(new.path), oracle(old, ids), oracle(new, ids)))
     for name in dict.fromkeys([*old, *new]):
         line = _line(name, str(new.path), _tensor(old, name), _tensor(new, name))
         if line.error:
@@ -102,8 +102,7 @@ def check(old: Checkpoint, new: Checkpoint) -> None:
     Raises CheckpointError where it is not.
     """
     for name in new:
-        array = np.ascontiguousarray(old[name if name in old else "wte.weight"])
-        if cast(array, new[name].dtype, name).tobytes() != new[name].tobytes():
+        if not same(_tensor(old, name), new[name], name):
             raise CheckpointError(f"{new.path.name}: {name} is not what {old.path} has; nothing was changed")
     verdict = compare(old, new)
     if not verdict.ok and old["wte.weight"].dtype == new["wte.weight"].dtype:
@@ -129,8 +128,8 @@ def _ids(checkpoint: Checkpoint) -> Array:
     return np.random.default_rng(SEED).integers(config.vocab_size, size=(1, length))
 
 
-def _oracle(checkpoint: Checkpoint, ids: Array) -> list[Array]:
-    """The hidden states of the checkpoint, and its logits, from NumPy in float64."""
+def oracle(checkpoint: Checkpoint, ids: Array) -> list[Array]:
+    """What goes into each layer of the checkpoint, what the last norm gives, and the logits, from NumPy in float64."""
     config = checkpoint.config
     tied = config if "lm_head.weight" in checkpoint else config.replace(tie_word_embeddings=True)
     with np.errstate(all="ignore"):  # weights that are not finite are compared too
@@ -142,7 +141,7 @@ def _against_backends(old: Checkpoint, names: Sequence[str] | None) -> Verdict:
     from gpt2_multi import backends
 
     ids, verdict = _ids(old), Verdict()
-    expected = _oracle(old, ids)
+    expected = oracle(old, ids)
     folder = old.path if old.path.is_dir() else old.path.parent
     for name in names or backends.installed():
         adapter = backends.load(name)
