@@ -13,7 +13,6 @@ import click
 
 from gpt2_multi.commands import Commands
 from gpt2_multi.conversion import converting, inspection, verification
-from gpt2_multi.conversion.checkpoint import open
 from gpt2_multi.conversion.formats import KINDS
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one object.")
@@ -42,7 +41,7 @@ def convert(source: str, target: str, as_json: bool, check: bool, **options: Any
     generation settings and tokenizer go along. TARGET/conversion.json says what was done.
     """
     path = _local(source)
-    with _progress(path) as watch:
+    with _progress() as watch:
         report = converting.convert(path, target, check=verification.check if check else None, watch=watch, **options)
     if as_json:
         _print_json(report.to_dict())
@@ -61,7 +60,7 @@ def _local(name: str) -> Path:
 
 
 @contextmanager
-def _progress(path: Path) -> Iterator[Callable[[str, int], None] | None]:
+def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar of the bytes that were converted, where somebody watches."""
     if not sys.stderr.isatty():
         yield None
@@ -70,10 +69,13 @@ def _progress(path: Path) -> Iterator[Callable[[str, int], None] | None]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    total = open(path).bytes
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Converting", total=total)
-        yield lambda name, size: progress.update(task, advance=size, description=f"Converting {name}")
+        task = progress.add_task("Converting", total=None)
+
+        def watch(name: str, size: int, total: int) -> None:
+            progress.update(task, advance=size, total=total, description=f"Converting {name}")
+
+        yield watch
 
 
 def _show_report(report: converting.Report) -> None:

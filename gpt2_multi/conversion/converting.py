@@ -64,14 +64,14 @@ def convert(
     untie: bool = False,
     force: bool = False,
     check: Callable[[Checkpoint, Checkpoint], None] | None = None,
-    watch: Callable[[str, int], None] | None = None,
+    watch: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """Write the checkpoint `source` to the folder `target` in the format `to`, a key of `formats.KINDS`.
 
     dtype: what the tensors are cast to, by default what they are. max_shard_size: of safetensors and pytorch_model.bin.
     untie: store the head of a tied model as a tensor of its own. force: replace a model that is there, and go on where
     the target's program would compute with another activation or epsilon. check: is given the old and the new one
-    before the new one takes its place, and may raise. watch: is told each tensor and its bytes when its turn comes.
+    before the new one takes its place, and may raise. watch: is told each tensor, its bytes and those of all.
     Memory is a few megabytes, or the largest tensor where a layout changes.
 
     Configuration, generation settings and tokenizer go along; `conversion.json` says what was done. `target` is the old
@@ -156,7 +156,7 @@ def _made(
     kind: Kind,
     dtype: str | None,
     report: Report,
-    watch: Callable[[str, int], None] | None,
+    watch: Callable[[str, int, int], None] | None,
 ) -> dict[str, Made]:
     """The tensors to write under their names in the new format."""
     made: dict[str, Made] = {}
@@ -184,7 +184,7 @@ def _part(old: Checkpoint, kind: Kind, row: Weight, source: str, number: int, wa
     old.release()
     array = old[source]
     if watch is not None and not number:
-        watch(row.name, array.nbytes)
+        watch(row.name, array.nbytes, old.bytes)
     return spelling.parts(kind.form, row, array)[number]
 
 
