@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt2_multi.errors import CheckpointError, shortened
-from gpt2_multi.files import LARGEST, read_small
+from gpt2_multi.files import LARGEST, link, read_small
 from gpt2_multi.streams import pieces
 from gpt2_multi.weights import TRANSFORMERS, Format, Weight
 
@@ -252,7 +252,7 @@ def _take_places(stage: Path, target: Path) -> None:
     old = [path.name for path in target.iterdir() if _is_model_file(path.name)]
     backup = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target))
     for name in old:
-        _link(target / name, backup / name)
+        link(target / name, backup / name)
     try:
         for name in new:
             (stage / name).replace(target / name)
@@ -268,10 +268,3 @@ def _take_places(stage: Path, target: Path) -> None:
 
 def _is_model_file(name: str) -> bool:
     return name in (SINGLE, INDEX, "config.json", "generation_config.json") or bool(SHARD.fullmatch(name))
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)

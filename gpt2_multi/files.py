@@ -85,18 +85,19 @@ def _staged(folder: Path) -> Path:
 
 
 def _keep(folder: Path, stage: Path, owned: Callable[[str], bool]) -> None:
-    """Link what belongs to others into the new folder; a file system without links gets copies."""
+    """Link what belongs to others into the new folder."""
     for path in folder.iterdir():
         is_folder = path.is_dir() and not path.is_symlink()
         if owned(path.name) and not is_folder:
             continue
         if is_folder:
-            shutil.copytree(path, stage / path.name, symlinks=True, copy_function=_link)
+            shutil.copytree(path, stage / path.name, symlinks=True, copy_function=link)
         else:
-            _link(path, stage / path.name)
+            link(path, stage / path.name)
 
 
-def _link(source: str | Path, target: str | Path) -> None:
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name; a file system without links gets a copy."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
