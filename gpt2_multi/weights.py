@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,13 +245,7 @@ def match(found: Mapping[str, Shape], config: GPT2Config, head: str, form: Forma
     with `wte`. The root prefix may be missing from all names, or be there although the model is the bare one. A task
     head that is missing as a whole is left out of the answer: fine-tuning starts so, and the caller initialises it.
     """
-    if config.n_layer > max(1000, len(found)):  # a table of which would be absurd
-        raise CheckpointError(
-            f"{source} has {len(found)} tensors, too few for the {shortened(str(config.n_layer))} layers of its "
-            "configuration; the weights and config.json belong to different models"
-        )
-    rooted = any(name.startswith(form.root) for name in found)
-    wanted = {name: weight for weight in table(config, head) for name in form.spellings(weight, rooted)}
+    wanted = named_rows(found, config, head, form, source)
     fresh = {name for name, weight in wanted.items() if not weight.in_body and weight.path != "lm_head"}
     if not fresh & set(found):
         wanted = {name: weight for name, weight in wanted.items() if name not in fresh}
@@ -266,6 +260,20 @@ def match(found: Mapping[str, Shape], config: GPT2Config, head: str, form: Forma
                 "config.json; the weights and config.json belong to different models"
             )
     return wanted
+
+
+def named_rows(found: Collection[str], config: GPT2Config, head: str, form: Format, source: str) -> dict[str, Weight]:
+    """The rows of the table by the names that a file in `form` has for them, with the root if any name there has it.
+
+    Raises CheckpointError for far more layers than the file can have, a table of which would be absurd.
+    """
+    if config.n_layer > max(1000, len(found)):
+        raise CheckpointError(
+            f"{source} has {len(found)} tensors, too few for the {shortened(str(config.n_layer))} layers of its "
+            "configuration; the weights and config.json belong to different models"
+        )
+    rooted = any(name.startswith(form.root) for name in found)
+    return {name: weight for weight in table(config, head) for name in form.spellings(weight, rooted)}
 
 
 def is_known_extra(name: str, config: GPT2Config, form: Format) -> bool:

@@ -118,3 +118,9 @@ def test_a_head_that_differs_is_a_difference(tmp_path):
     write_weights(tmp_path / "b", made, "sequence_classification")
     verdict = conversion.verify(tmp_path / "a", tmp_path / "b")
     assert not verdict.ok and list(verdict.tensors) == ["score.weight"] and all(line.ok for line in verdict.lines)
+
+
+def test_an_absurd_number_of_layers_is_refused_by_inspect_too(model):
+    SMALL.replace(n_layer=10**9).save_pretrained(model)
+    with pytest.raises(CheckpointError, match="too few for the 1000000000 layers"):
+        conversion.inspect(model)

@@ -11,7 +11,7 @@ from gpt2_multi.config import GPT2Config
 from gpt2_multi.conversion.checkpoint import head_of, recognised
 from gpt2_multi.conversion.formats import KINDS
 from gpt2_multi.conversion.mapped import Array, Shape
-from gpt2_multi.weights import Weight, is_known_extra, table
+from gpt2_multi.weights import Weight, is_known_extra, named_rows
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def inspect(path: PathLike) -> Inspection:
     kind = KINDS[format]
     arrays, config = kind.read(main), kind.config(main)
     head = head_of(kind, arrays, config)
-    rooted = any(name.startswith(kind.form.root) for name in arrays)
-    rows = {name: row for row in table(config, head) for name in kind.form.spellings(row, rooted)}
+    rows = named_rows(arrays, config, head, kind.form, str(path))
     found = Inspection(str(path), format, kind.title, head, config.to_dict())
     found.tensors = [_found(name, array, rows.get(name), config, format) for name, array in arrays.items()]
     found.missing = [name for name in rows if name not in arrays]
