@@ -12,8 +12,8 @@ import numpy as np
 
 from benchmarks import folders
 from benchmarks.harness import OURS, Row, compare, rounds
-from gpt2_multi import backends
-from gpt2_multi.config import GPT2Config
+from gpt2_multi.app import backends
+from gpt2_multi.model.config import GPT2Config
 
 
 def run(

@@ -18,8 +18,8 @@ from rich.progress import track
 from benchmarks import folders
 from benchmarks.harness import OURS, PeerError, Row, compare
 from benchmarks.peer_workers import FLAX, ROOT, TF, Framework, report
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.conversion import convert
+from gpt2_multi.model.config import GPT2Config
 
 PEERS: dict[str, tuple[str, Framework]] = {
     "tf-h5": ("transformers, TensorFlow", TF),

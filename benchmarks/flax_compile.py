@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from benchmarks import folders
 from benchmarks.harness import OURS, Row, compare, rounds
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
-from gpt2_multi.flax.train_state import Loss
+from gpt2_multi.flax.training.state import Loss
+from gpt2_multi.model.config import GPT2Config
 
 WAYS = {OURS: False, f"{OURS}, scan_layers": True}
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.checkpoint import write_weights
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.weights import Weight, table
+from gpt2_multi.files.containers.safetensors import write_weights
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import Weight, table
 
 
 def plain(config: GPT2Config | None = None) -> GPT2Config:

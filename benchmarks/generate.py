@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import folders, models
 from benchmarks.harness import OURS, Row, compare, rounds
-from gpt2_multi.config import GPT2Config
+from gpt2_multi.model.config import GPT2Config
 
 LOOKUP = {"prompt_lookup_num_tokens": 8, "max_matching_ngram_size": 2}
 

@@ -19,7 +19,7 @@ import transformers
 
 from benchmarks import folders, models
 from benchmarks.harness import OURS, Row, compare, rounds
-from gpt2_multi.config import GPT2Config
+from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt import GPT2LMHeadModel
 
 IDS = torch.arange(8)[None]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from gpt2_multi.config import GPT2Config
+from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt import GPT2LMHeadModel
 
 transformers.logging.set_verbosity_error()

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks import folders
 from benchmarks.harness import Row
 from benchmarks.peer_workers import Framework, Peer, measure, running
-from gpt2_multi.config import GPT2Config
+from gpt2_multi.model.config import GPT2Config
 
 
 def generate(

@@ -102,7 +102,7 @@ class Python(Peer):
     package = "gpt2_multi"
 
     def __init__(self, folder: Path, _: bool) -> None:
-        from gpt2_multi.tokenizer import GPT2Tokenizer
+        from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
         self.prepare(GPT2Tokenizer.from_pretrained(folder))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Row
-from gpt2_multi.tokenizer import GPT2Tokenizer
-from gpt2_multi.tokenizer_saving import to_tokenizer_json
+from gpt2_multi.tokenizer.saving import to_tokenizer_json
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Encode = Callable[[str], Any]
 RULE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -76,7 +76,7 @@ def _peers(ours: GPT2Tokenizer, folder: Path) -> dict[str, Encode]:
 
 
 def _add_fast(peers: dict[str, Encode], ours: GPT2Tokenizer, folder: Path) -> None:
-    from gpt2_multi.tokenizer_fast import GPT2TokenizerFast
+    from gpt2_multi.tokenizer.fast import GPT2TokenizerFast
 
     fast = GPT2TokenizerFast.from_pretrained(folder)
     peers["GPT2TokenizerFast"] = lambda text: fast.encode(text, truncation=False)

@@ -7,7 +7,7 @@ from torch import nn
 
 from benchmarks import folders, models
 from benchmarks.harness import OURS, Row, compare, rounds
-from gpt2_multi.config import GPT2Config
+from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt.training import train_step
 
 

@@ -26,12 +26,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import ConfigError
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import parameter_count
 from gpt2_multi.pt import GPT2LMHeadModel
 from gpt2_multi.pt.training import cosine_schedule, parameter_groups, train_step
-from gpt2_multi.tokenizer import GPT2Tokenizer
-from gpt2_multi.weights import parameter_count
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 END = "<|endoftext|>"
 TEXT = "text/tinyshakespeare.txt"  # of the shared data

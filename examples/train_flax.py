@@ -26,14 +26,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from gpt2_multi.checkpoint import read_json, write_json
 from gpt2_multi.errors import GPT2Error
+from gpt2_multi.files.containers.safetensors import read_json, write_json
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
-from gpt2_multi.flax.resuming import Windows, restore_state, save_state, saved_steps
 from gpt2_multi.flax.sharding import FSDP, TENSOR, make_mesh
-from gpt2_multi.flax.train_state import TrainState, create_train_state, eval_step, train_step
-from gpt2_multi.flax.training import cosine_rate, optimizer
-from gpt2_multi.tokenizer import GPT2Tokenizer
+from gpt2_multi.flax.training.losses import cosine_rate, optimizer
+from gpt2_multi.flax.training.resuming import Windows, restore_state, save_state, saved_steps
+from gpt2_multi.flax.training.state import TrainState, create_train_state, eval_step, train_step
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 HELD_OUT = 0.1  # of the text, its end
 

@@ -9,21 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt2_multi.config import GPT2Config
-    from gpt2_multi.generation_config import GenerationConfig
-    from gpt2_multi.pipelines import pipeline
-    from gpt2_multi.seeds import set_seed
-    from gpt2_multi.tokenizer import GPT2Tokenizer
+    from gpt2_multi.app.pipeline import pipeline
+    from gpt2_multi.generation.config import GenerationConfig
+    from gpt2_multi.generation.seeds import set_seed
+    from gpt2_multi.model.config import GPT2Config
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 __version__ = "0.1.0"
 __all__ = ["GPT2Config", "GPT2Tokenizer", "GenerationConfig", "__version__", "pipeline", "set_seed"]
 
 _PLACES = {
-    "GPT2Config": "gpt2_multi.config",
-    "GPT2Tokenizer": "gpt2_multi.tokenizer",
-    "GenerationConfig": "gpt2_multi.generation_config",
-    "pipeline": "gpt2_multi.pipelines",
-    "set_seed": "gpt2_multi.seeds",
+    "GPT2Config": "gpt2_multi.model.config",
+    "GPT2Tokenizer": "gpt2_multi.tokenizer.tokenizer",
+    "GenerationConfig": "gpt2_multi.generation.config",
+    "pipeline": "gpt2_multi.app.pipeline",
+    "set_seed": "gpt2_multi.generation.seeds",
 }
 
 

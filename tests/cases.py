@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.config_checks import ACTIVATIONS
 from gpt2_multi.errors import CheckpointError, ConfigError, GPT2Error
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.fields import ACTIVATIONS
 
 CHANGES = {  # settings that change the logits, by name or by name=value
     "scale_attn_weights": False,

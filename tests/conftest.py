@@ -46,7 +46,7 @@ def backend(request: pytest.FixtureRequest):
 @pytest.fixture(autouse=True)
 def no_seed_is_left():
     """What a test samples does not depend on whether another called `set_seed`."""
-    from gpt2_multi import seeds
+    from gpt2_multi.generation import seeds
 
     yield
     seeds._next = None
@@ -68,8 +68,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory):
     """The files of a small checkpoint in a format."""
     import numpy as np
 
-    from gpt2_multi.config import GPT2Config
     from gpt2_multi.conversion import convert
+    from gpt2_multi.model.config import GPT2Config
     from tests.fixtures import write_model
 
     root = tmp_path_factory.mktemp("whole")

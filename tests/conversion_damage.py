@@ -12,7 +12,7 @@ from typing import Any
 
 from google_crc32c import extend
 
-from gpt2_multi.conversion.tf_bundle import masked
+from gpt2_multi.files.containers.tf_bundle import masked
 
 Files = dict[str, bytes]
 Places = dict[str, list[int]]

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.conversion import convert
-from gpt2_multi.conversion import open as open_checkpoint
-from gpt2_multi.conversion.formats import KINDS
 from gpt2_multi.errors import CheckpointError, ConfigError
+from gpt2_multi.model.checkpoint import open as open_checkpoint
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.formats import KINDS
 from tests import conversion_damage
 from tests.fixtures import write_model
 

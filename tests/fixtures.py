@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.checkpoint import Array, read_safetensors, write_weights
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion import read_weights
-from gpt2_multi.weights import Weight, table
+from gpt2_multi.files.containers.safetensors import Array, read_safetensors, write_weights
+from gpt2_multi.model.checkpoint import read_weights
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import Weight, table
 from tests.shared_data import shared
 
 HERE = Path(__file__).parent / "data"

@@ -15,10 +15,10 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from gpt2_multi.flax import FlaxGPT2LMHeadModel, params
-from gpt2_multi.flax.resuming import Windows, restore_state, save_state
 from gpt2_multi.flax.sharding import FSDP, TENSOR, init_params, make_mesh, shard_batch, shard_params
-from gpt2_multi.flax.train_state import create_train_state, train_step, update
-from gpt2_multi.flax.training import optimizer
+from gpt2_multi.flax.training.losses import optimizer
+from gpt2_multi.flax.training.resuming import Windows, restore_state, save_state
+from gpt2_multi.flax.training.state import create_train_state, train_step, update
 
 RULES = {**FSDP, **TENSOR, "vocab": "tensor"}
 MESHES = {

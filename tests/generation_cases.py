@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_multi.bpe import byte_characters, spell
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.generation_config import GenerationConfig
-from gpt2_multi.reference_generation import generate
-from gpt2_multi.sampling import streams
-from gpt2_multi.stopping import stop_table
-from gpt2_multi.tokenizer import GPT2Tokenizer
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.reference import generate
+from gpt2_multi.generation.rules import streams
+from gpt2_multi.generation.stopping import stop_table
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.tokenizer.bpe import byte_characters, spell
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 from tests import fixtures
 
 MODELS = 3

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import flax_generate, flax_train, peer_workers, tf_generate, tf_tokenizer, tf_train
 from benchmarks.harness import OURS, Row, compare, draw, rounds
-from gpt2_multi import backends
-from gpt2_multi.config import GPT2Config
+from gpt2_multi.app import backends
+from gpt2_multi.model.config import GPT2Config
 from tests.shared_data import shared
 
 TINY = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)

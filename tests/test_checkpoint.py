@@ -13,11 +13,12 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_multi import checkpoint, conversion
-from gpt2_multi.checkpoint import parse_size, read_safetensors, replaced, write_safetensors
-from gpt2_multi.config import GPT2Config
+from gpt2_multi import conversion
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.weights import table
+from gpt2_multi.files.containers import safetensors as checkpoint
+from gpt2_multi.files.containers.safetensors import parse_size, read_safetensors, replaced, write_safetensors
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import table
 from tests.fixtures import write_model
 
 SMALL = GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
@@ -214,7 +215,7 @@ def test_an_error_while_files_change_places_puts_the_old_ones_back(tmp_path, mon
 def test_a_killed_process_leaves_a_whole_model(tmp_path):
     """Killed at every call that changes a name: what is there, or in the hidden folder, is the old model or the new."""
     script = (
-        "import os, sys; from pathlib import Path; from gpt2_multi import checkpoint; n = int(sys.argv[1])\n"
+        "import os, sys; from pathlib import Path; from gpt2_multi.files.containers import safetensors as checkpoint; n = int(sys.argv[1])\n"
         "real = Path.replace\n"
         "def replace(self, to):\n"
         "    global n\n"

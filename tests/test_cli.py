@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from gpt2_multi import __version__, backends, cli, doctor, hub, texts
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.generation_config import GenerationConfig
-from gpt2_multi.tokenizer import GPT2Tokenizer
+from gpt2_multi import __version__
+from gpt2_multi.app import backends, cli, doctor
+from gpt2_multi.files import hub
+from gpt2_multi.generation import texts
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 from tests.fixtures import write_model
 
 needs_pt = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
@@ -369,7 +372,7 @@ def test_closed_streams(args: str, name: str) -> None:
 
 
 def test_help_loads_no_framework() -> None:
-    code = "from gpt2_multi.cli import main\ntry: main(['generate', '-h'])\nexcept SystemExit: pass\n"
+    code = "from gpt2_multi.app.cli import main\ntry: main(['generate', '-h'])\nexcept SystemExit: pass\n"
     code += "import sys; sys.exit(sorted({'torch', 'tensorflow', 'jax', 'huggingface_hub', 'rich'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr == "[]\n"

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_multi.config import ALIASES, ARCHIVE, GPT2Config
-from gpt2_multi.config_checks import CHECKS
 from gpt2_multi.errors import CheckpointError, ConfigError
-from gpt2_multi.weights import parameter_count, table
+from gpt2_multi.model.config import ALIASES, ARCHIVE, GPT2Config
+from gpt2_multi.model.fields import CHECKS
+from gpt2_multi.model.weights import parameter_count, table
 from tests.fixtures import MODELS, folder
 
 # What GPT2Config and PretrainedConfig of transformers 4.57 document.

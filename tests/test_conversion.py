@@ -10,12 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gpt2_multi import conversion, reference
-from gpt2_multi.checkpoint import read_safetensors, write_weights
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion.formats import ARCHITECTURES, KINDS
+from gpt2_multi import conversion
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.weights import parameter_count, table
+from gpt2_multi.files.containers.safetensors import read_safetensors, write_weights
+from gpt2_multi.model import reference
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.formats import ARCHITECTURES, KINDS
+from gpt2_multi.model.weights import parameter_count, table
 from tests import fixtures
 from tests.fixtures import write_model
 from tests.shared_data import shared

@@ -8,13 +8,13 @@ import pytest
 from click.testing import CliRunner
 
 from gpt2_multi import conversion
-from gpt2_multi.checkpoint import write_weights
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.conversion import convert
 from gpt2_multi.conversion.cli import main
 from gpt2_multi.conversion.verification import check
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.weights import table
+from gpt2_multi.files.containers.safetensors import write_weights
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import table
 from tests.fixtures import write_model
 
 SMALL = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)

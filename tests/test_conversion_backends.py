@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpt2_multi.checkpoint import read_safetensors
+from gpt2_multi.files.containers.safetensors import read_safetensors
 from tests import fixtures
 from tests.shared_data import shared
 from tests.test_conversion import COARSE, LM_FORMATS, OTHERS, close

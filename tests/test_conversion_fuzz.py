@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from gpt2_multi.conversion import open as open_checkpoint
-from gpt2_multi.conversion.tf_bundle import MAGIC, _message, _packed, _table
 from gpt2_multi.errors import CheckpointError
+from gpt2_multi.files.containers.tf_bundle import MAGIC, _message, _packed, _table
+from gpt2_multi.model.checkpoint import open as open_checkpoint
 from tests.conversion_damage import sealed
 
 CASES = 1500

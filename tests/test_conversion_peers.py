@@ -12,9 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gpt2_multi import conversion, reference
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion.formats import ARCHITECTURES, KINDS
+from gpt2_multi import conversion
+from gpt2_multi.model import reference
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.formats import ARCHITECTURES, KINDS
 from tests.fixtures import write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2

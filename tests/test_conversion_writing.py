@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from gpt2_multi import conversion
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.conversion import convert
-from gpt2_multi.conversion.formats import KINDS
 from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.weights import parameter_count
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.formats import KINDS
+from gpt2_multi.model.weights import parameter_count
 from tests.fixtures import write_model
 
 SMALL = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)

@@ -13,12 +13,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from gpt2_multi import reference
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion import read_weights
-from gpt2_multi.hub import DEMO
-from gpt2_multi.tokenizer import GPT2Tokenizer
-from gpt2_multi.weights import parameter_count
+from gpt2_multi.files.hub import DEMO
+from gpt2_multi.model import reference
+from gpt2_multi.model.checkpoint import read_weights
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import parameter_count
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 from tests.shared_data import shared
 
 torch = pytest.importorskip("torch")

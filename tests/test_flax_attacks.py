@@ -11,18 +11,18 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 optax = pytest.importorskip("optax")
 
-import jax.numpy as jnp  # noqa: E402
-from flax.core import freeze  # noqa: E402
-from flax.traverse_util import flatten_dict, unflatten_dict  # noqa: E402
+import jax.numpy as jnp
+from flax.core import freeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import ConfigError, InputError  # noqa: E402
-from gpt2_multi.flax import FlaxGPT2LMHeadModel  # noqa: E402
-from gpt2_multi.flax.rules import Options, choose, process  # noqa: E402
-from gpt2_multi.flax.sharding import FSDP, make_mesh, shard_batch, shard_params  # noqa: E402
-from gpt2_multi.flax.train_state import create_train_state  # noqa: E402
-from gpt2_multi.flax.training import lm_loss  # noqa: E402
-from gpt2_multi.generation_config import GenerationConfig  # noqa: E402
+from gpt2_multi.errors import ConfigError, InputError
+from gpt2_multi.flax import FlaxGPT2LMHeadModel
+from gpt2_multi.flax.generation.rules import Options, choose, process
+from gpt2_multi.flax.sharding import FSDP, make_mesh, shard_batch, shard_params
+from gpt2_multi.flax.training.losses import lm_loss
+from gpt2_multi.flax.training.state import create_train_state
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.config import GPT2Config
 
 SMALL = GPT2Config(
     vocab_size=40, n_positions=24, n_embd=12, n_layer=1, n_head=3, eos_token_id=None, initializer_range=0.4,

@@ -12,15 +12,15 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 optax = pytest.importorskip("optax")
 
-import jax.numpy as jnp  # noqa: E402
-from flax.traverse_util import flatten_dict, unflatten_dict  # noqa: E402
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import CheckpointError, InputError  # noqa: E402
-from gpt2_multi.flax import FlaxGPT2ForSequenceClassification, FlaxGPT2LMHeadModel, FlaxGPT2Model  # noqa: E402
-from gpt2_multi.flax.resuming import Windows, restore_state, save_state  # noqa: E402
-from gpt2_multi.flax.train_state import accumulated, create_train_state, eval_step, train_step  # noqa: E402
-from gpt2_multi.flax.training import optimizer  # noqa: E402
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.flax import FlaxGPT2ForSequenceClassification, FlaxGPT2LMHeadModel, FlaxGPT2Model
+from gpt2_multi.flax.training.losses import optimizer
+from gpt2_multi.flax.training.resuming import Windows, restore_state, save_state
+from gpt2_multi.flax.training.state import accumulated, create_train_state, eval_step, train_step
+from gpt2_multi.model.config import GPT2Config
 
 SMALL = GPT2Config(
     vocab_size=40, n_positions=24, n_embd=12, n_layer=1, n_head=3, eos_token_id=None, initializer_range=0.4,

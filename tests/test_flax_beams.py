@@ -6,12 +6,13 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import InputError  # noqa: E402
-from gpt2_multi.flax import FlaxGPT2LMHeadModel, generation  # noqa: E402
-from gpt2_multi.sampling import window_start  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.generation_cases import tokenizer  # noqa: E402
+from gpt2_multi.errors import InputError
+from gpt2_multi.flax import FlaxGPT2LMHeadModel
+from gpt2_multi.flax.generation import generate
+from gpt2_multi.generation.rules import window_start
+from gpt2_multi.model.config import GPT2Config
+from tests import fixtures
+from tests.generation_cases import tokenizer
 
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
 RECORDED = fixtures.reference("lm")
@@ -91,8 +92,8 @@ def test_lookup_gives_the_greedy_tokens_in_fewer_steps(model):
     options = {"max_new_tokens": 30, "eos_token_id": None}
     greedy = model.generate(ids, **options)
     config = model.generation_config.with_options({**options, "prompt_lookup_num_tokens": 4})
-    prompt, rules, new = generation.prepare(model, config, ids, None, None, None, None)
-    given = (generation.bucketed(prompt), generation.planned(config, new), new, rules, 4)
+    prompt, rules, new = generate.prepare(model, config, ids, None, None, None, None)
+    given = (generate.bucketed(prompt), generate.planned(config, new), new, rules, 4)
     tokens, made, steps = model.decoders["lookup"](model.params, *given)
     assert equal(tokens[:, :30], greedy[:, 24:]) and made == 30 and steps < 30
     assert equal(model.generate(ids, prompt_lookup_num_tokens=4, **options), greedy)

@@ -6,15 +6,16 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 
-from flax.core import FrozenDict  # noqa: E402
+from flax.core import FrozenDict
 
-from gpt2_multi import sampling  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import InputError  # noqa: E402
-from gpt2_multi.flax import FlaxGPT2LMHeadModel, rules, turned  # noqa: E402
-from gpt2_multi.generation_config import GenerationConfig  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.cases import SAMPLING  # noqa: E402
+from gpt2_multi.errors import InputError
+from gpt2_multi.flax import FlaxGPT2LMHeadModel
+from gpt2_multi.flax.generation import cpu_kernels, rules
+from gpt2_multi.generation import rules as spec
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.config import GPT2Config
+from tests import fixtures
+from tests.cases import SAMPLING
 
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
 RECORDED = fixtures.reference("lm")
@@ -212,28 +213,28 @@ def test_rules_equal_the_specification(rule, dtype):
         rows = list(zip(logits, ids, mask, strict=True))
         if rule == "top_k":
             k = int(rng.integers(1, 60))
-            found, expected = rules.keep_top_k(jax.numpy.asarray(logits), k), sampling.keep_top_k(logits, k)
+            found, expected = rules.keep_top_k(jax.numpy.asarray(logits), k), spec.keep_top_k(logits, k)
         elif rule == "top_p":
             p = float(rng.uniform(0.01, 0.99))
-            found, expected = rules.keep_top_p(jax.numpy.asarray(logits), p), sampling.keep_top_p(logits, p)
+            found, expected = rules.keep_top_p(jax.numpy.asarray(logits), p), spec.keep_top_p(logits, p)
         elif rule == "penalty":
             found = rules.penalise(jax.numpy.asarray(logits), ids, mask, 1.7)
-            expected = [sampling.penalise(a, b[m], 1.7) for a, b, m in rows]
+            expected = [spec.penalise(a, b[m], 1.7) for a, b, m in rows]
         else:
             size = int(rng.integers(1, 4))
             found = rules.ban_repeats(*map(jax.numpy.asarray, (logits, ids, mask)), 12, size)
-            expected = [sampling.ban_repeats(a, b[m], size) for a, b, m in rows]
+            expected = [spec.ban_repeats(a, b[m], size) for a, b, m in rows]
         np.testing.assert_allclose(found, np.stack(list(expected)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**63 + 7, 2**64 - 1])
 def test_noise_equals_the_specification(seed):
     tokens = np.arange(5000)
-    words = np.array([[stream % 2**32, stream >> 32] for stream in sampling.streams(seed, 3, 1)], np.uint32)
+    words = np.array([[stream % 2**32, stream >> 32] for stream in spec.streams(seed, 3, 1)], np.uint32)
     for step in (0, 1, 1000):
         found = np.asarray(rules.gumbel(words, step, tokens, np.float64))
         for row in range(3):
-            expected = sampling.gumbel(seed, row, step, tokens)
+            expected = spec.gumbel(seed, row, step, tokens)
             np.testing.assert_allclose(found[row], expected, rtol=1e-12, atol=1e-15)
 
 
@@ -281,14 +282,14 @@ def test_turned_kernels_give_the_same_tokens(freeze, monkeypatch):
     config = GPT2Config(vocab_size=31, n_positions=64, n_embd=12, n_head=3, n_layer=2, tie_word_embeddings=False)
 
     def generate(pays):
-        monkeypatch.setattr(turned, "pays", lambda *_: pays)
+        monkeypatch.setattr(cpu_kernels, "pays", lambda *_: pays)
         model = FlaxGPT2LMHeadModel(config, seed=1)
         params = freeze(jax.tree.map(lambda x: 5 * x, model.params))
         return model.generate(IDS, params=params, max_new_tokens=20, eos_token_id=None, do_sample=False)
 
     plain = generate(False)
     assert equal(generate(True), plain)
-    monkeypatch.setattr(turned, "turned", lambda params: params)  # (in, out) taken for (out, in)
+    monkeypatch.setattr(cpu_kernels, "turned", lambda params: params)  # (in, out) taken for (out, in)
     with pytest.raises(TypeError):
         generate(True)
 
@@ -296,5 +297,5 @@ def test_turned_kernels_give_the_same_tokens(freeze, monkeypatch):
 def test_kernels_are_turned_where_it_pays(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     module = FlaxGPT2LMHeadModel(GPT2Config(n_embd=12, n_head=3, n_layer=1), _do_init=False).module
-    assert [turned.pays(module, rows, 64) for rows in (1, 2, 32, 33)] == [False, True, True, False]
-    assert not turned.pays(module, 8, 16)
+    assert [cpu_kernels.pays(module, rows, 64) for rows in (1, 2, 32, 33)] == [False, True, True, False]
+    assert not cpu_kernels.pays(module, 8, 16)

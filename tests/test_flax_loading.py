@@ -9,12 +9,13 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 
-from gpt2_multi import flax, reference  # noqa: E402
-from gpt2_multi.checkpoint import read_safetensors  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import CheckpointError, ConfigError, InputError  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.cases import BROKEN  # noqa: E402
+from gpt2_multi import flax
+from gpt2_multi.errors import CheckpointError, ConfigError, InputError
+from gpt2_multi.files.containers.safetensors import read_safetensors
+from gpt2_multi.model import reference
+from gpt2_multi.model.config import GPT2Config
+from tests import fixtures
+from tests.cases import BROKEN
 
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3, pad_token_id=0)

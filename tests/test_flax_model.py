@@ -10,18 +10,19 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-from jax import lax  # noqa: E402
+import jax.numpy as jnp
+import optax
+from jax import lax
 
-from gpt2_multi import flax, reference  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import InputError  # noqa: E402
-from gpt2_multi.flax import FlaxGPT2LMHeadModel, FlaxGPT2Model, GPT2LMHeadModule, KVCache  # noqa: E402
-from gpt2_multi.flax.params import rows_of  # noqa: E402
-from gpt2_multi.weights import TRANSFORMERS, table  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.cases import CHANGES  # noqa: E402
+from gpt2_multi import flax
+from gpt2_multi.errors import InputError
+from gpt2_multi.flax import FlaxGPT2LMHeadModel, FlaxGPT2Model, GPT2LMHeadModule, KVCache
+from gpt2_multi.flax.params import rows_of
+from gpt2_multi.model import reference
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import TRANSFORMERS, table
+from tests import fixtures
+from tests.cases import CHANGES
 
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, eos_token_id=None, bos_token_id=None)

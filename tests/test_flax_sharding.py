@@ -16,11 +16,11 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion import read_weights
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
 from gpt2_multi.flax.sharding import DATA, FSDP, TENSOR, make_mesh, param_specs, shard_batch, shard_params
+from gpt2_multi.model.checkpoint import read_weights
+from gpt2_multi.model.config import GPT2Config
 from tests import fixtures
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict
 
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.flax import FlaxGPT2DoubleHeadsModel, FlaxGPT2LMHeadModel
 from gpt2_multi.flax.params import rows_of
-from gpt2_multi.flax.resuming import Windows, restore_state, save_state
-from gpt2_multi.flax.train_state import create_train_state, eval_step, train_step, update
-from gpt2_multi.flax.training import cosine_rate, cosine_schedule, decay_mask, optimizer
-from gpt2_multi.weights import table
+from gpt2_multi.flax.training.losses import cosine_rate, cosine_schedule, decay_mask, optimizer
+from gpt2_multi.flax.training.resuming import Windows, restore_state, save_state
+from gpt2_multi.flax.training.state import create_train_state, eval_step, train_step, update
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import table
 from tests import fixtures
 
 OFF = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
@@ -170,15 +170,15 @@ def test_a_step_takes_the_state_but_not_the_model():
 
 
 def test_a_step_is_compiled_once():
-    from gpt2_multi.flax import train_state
+    from gpt2_multi.flax.training.state import _compiled
 
     state = state_of()
-    train_state._compiled.cache_clear()
+    _compiled.cache_clear()
     for _ in range(3):
         state, _ = train_step(state, BATCH)
     tree, leaves = jax.tree.structure(state), tuple(x.sharding for x in jax.tree.leaves(state))
-    assert train_state._compiled.cache_info().misses == 1
-    assert train_state._compiled(tree, leaves, False)._cache_size() == 1
+    assert _compiled.cache_info().misses == 1
+    assert _compiled(tree, leaves, False)._cache_size() == 1
 
 
 def test_both_losses_of_two_heads_are_learned():

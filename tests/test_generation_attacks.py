@@ -7,10 +7,11 @@ import pickle
 import numpy as np
 import pytest
 
-from gpt2_multi import GenerationConfig, GPT2Config, GPT2Tokenizer, pipeline, seeds, set_seed
+from gpt2_multi import GenerationConfig, GPT2Config, GPT2Tokenizer, pipeline, set_seed
 from gpt2_multi.errors import InputError
-from gpt2_multi.hub import DEMO
-from gpt2_multi.stopping import automaton, stop_table
+from gpt2_multi.files.hub import DEMO
+from gpt2_multi.generation import seeds
+from gpt2_multi.generation.stopping import automaton, stop_table
 from tests import adapters, fixtures
 from tests import generation_cases as cases
 
@@ -179,8 +180,8 @@ def test_pipelines_read_datasets_and_refuse_what_they_would_ignore():
 
 def test_a_score_is_one_of_the_whole_model_and_never_overflows():
     pytest.importorskip("torch")
+    from gpt2_multi.generation.scoring import TextScore
     from gpt2_multi.pt import GPT2LMHeadModel
-    from gpt2_multi.scoring import TextScore
 
     trained, tokenizer = GPT2LMHeadModel.from_pretrained(DEMO), GPT2Tokenizer.from_pretrained(DEMO)
     expected = trained.score("to be or not", tokenizer=tokenizer).log_prob

@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 
-from gpt2_multi import sampling
 from gpt2_multi.errors import InputError
-from gpt2_multi.generation_config import GenerationConfig
-from gpt2_multi.stopping import FOUND, stop_table, until_end
+from gpt2_multi.generation import rules
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.stopping import FOUND, stop_table, until_end
 from tests.generation_cases import VOCAB, tokenizer
 
 torch = pytest.importorskip("torch")
@@ -25,7 +25,7 @@ def of_row(rule):
 
 def config(**options):
     """A rule that `process` carries out for these options alone."""
-    return of_row(lambda logits, ids: sampling.process(logits, ids, 5, GenerationConfig(**{"top_k": 0, **options})))
+    return of_row(lambda logits, ids: rules.process(logits, ids, 5, GenerationConfig(**{"top_k": 0, **options})))
 
 
 PHRASES = [[7], [1, 2], [3, 1, 4]]
@@ -76,25 +76,25 @@ def test_rules_equal_transformers(name):
 
 def test_a_phrase_is_ruled_out_right_after_a_prompt_that_is_its_beginning():
     """transformers looks at phrases only where the text is as long as the whole phrase."""
-    found = sampling.add_biases(np.zeros(5), np.array([3, 1]), [((3, 1, 4), -math.inf)])
+    found = rules.add_biases(np.zeros(5), np.array([3, 1]), [((3, 1, 4), -math.inf)])
     assert np.isinf(found).tolist() == [False] * 4 + [True]
 
 
 def test_a_phrase_table_holds_the_phrases():
-    phrases, values = sampling.phrase_table([((3, 1, 4), -1.0), ((7,), 2.0)])
+    phrases, values = rules.phrase_table([((3, 1, 4), -1.0), ((7,), 2.0)])
     assert phrases.shape == (8, 8) and values.tolist() == [-1.0, 2.0, 0, 0, 0, 0, 0, 0]
     assert phrases[0].tolist() == [-1] * 5 + [3, 1, 4] and phrases[2].tolist() == [-1] * 7 + [0]
-    assert sampling.phrase_table([((1,) * 9, 1.0)] * 9)[0].shape == (16, 16)
+    assert rules.phrase_table([((1,) * 9, 1.0)] * 9)[0].shape == (16, 16)
 
 
 def test_streams():
-    assert sampling.streams(5, 2, 2) == [5, 6, 7, 8] and sampling.streams([5, 9], 2, 2) == [5, 6, 9, 10]
-    assert sampling.streams(2**64 - 1, 2, 1) == [2**64 - 1, 0]
+    assert rules.streams(5, 2, 2) == [5, 6, 7, 8] and rules.streams([5, 9], 2, 2) == [5, 6, 9, 10]
+    assert rules.streams(2**64 - 1, 2, 1) == [2**64 - 1, 0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 40])
 def test_windows_hold_more_than_half_a_context_and_move_by_half(size):
-    starts = [sampling.window_start(length, size) for length in range(1, 5 * size)]
+    starts = [rules.window_start(length, size) for length in range(1, 5 * size)]
     for length, start in enumerate(starts, 1):
         assert start % max(size // 2, 1) == 0 and length - start <= size
         assert length <= size or length - start > size - max(size // 2, 1)

@@ -6,8 +6,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from gpt2_multi.pt import GPT2LMHeadModel  # noqa: E402
-from tests import generation_cases as cases  # noqa: E402
+from gpt2_multi.pt import GPT2LMHeadModel
+from tests import generation_cases as cases
 
 SETS = 100
 

@@ -20,9 +20,9 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 import pytest
 
-from gpt2_multi import hub
-from gpt2_multi.config import ARCHIVE, GPT2Config
 from gpt2_multi.errors import CheckpointError
+from gpt2_multi.files import hub
+from gpt2_multi.model.config import ARCHIVE, GPT2Config
 
 CONFIG = json.dumps({"model_type": "gpt2", "n_layer": 3, "n_head": 2, "n_embd": 8}).encode()
 
@@ -306,7 +306,7 @@ def test_a_model_loads_through_the_hub(stub: StubHub, tmp_path: Path) -> None:
 
 
 def test_the_environment_s_settings_are_honoured(stub: StubHub, tmp_path: Path) -> None:
-    code = "import sys; from gpt2_multi.hub import resolve; print(resolve('stub/model'))"
+    code = "import sys; from gpt2_multi.files.hub import resolve; print(resolve('stub/model'))"
     env = {**os.environ, "HF_ENDPOINT": stub.url, "HF_HOME": str(tmp_path / "home")}
     env = {name: value for name, value in env.items() if name not in ("HF_HUB_CACHE", "HF_HUB_OFFLINE")}
     run = [sys.executable, "-c", code]

@@ -43,7 +43,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_walk_finds_the_package() -> None:
-    assert {"gpt2_multi.config", "gpt2_multi.hub", "gpt2_multi.pt"} <= set(modules())
+    assert {"gpt2_multi.model.config", "gpt2_multi.files.hub", "gpt2_multi.pt"} <= set(modules())
 
 
 @pytest.mark.parametrize("group", groups())

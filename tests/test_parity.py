@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpt2_multi import reference
+from gpt2_multi.model import reference
 from tests import fixtures
 
 ALL = {"output_hidden_states": True, "output_attentions": True}

@@ -8,10 +8,10 @@ import random
 
 import numpy as np
 
-from gpt2_multi import reference
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.config_checks import ACTIVATIONS, SUMMARY_TYPES
-from gpt2_multi.weights import HEADS
+from gpt2_multi.model import reference
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.fields import ACTIVATIONS, SUMMARY_TYPES
+from gpt2_multi.model.weights import HEADS
 from tests import fixtures
 from tests.test_parity import BOUND64, difference
 

@@ -8,10 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from gpt2_multi import pt  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import CheckpointError, InputError  # noqa: E402
-from gpt2_multi.generation_config import GenerationConfig  # noqa: E402
+from gpt2_multi import pt
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.config import GPT2Config
 
 SMALL = GPT2Config(
     vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=4, eos_token_id=None, initializer_range=0.4

@@ -4,10 +4,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch._dynamo.testing import CompileCounter  # noqa: E402
+from torch._dynamo.testing import CompileCounter
 
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.pt import GPT2LMHeadModel  # noqa: E402
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.pt import GPT2LMHeadModel
 
 TINY = GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
 

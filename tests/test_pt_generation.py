@@ -5,13 +5,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from gpt2_multi import sampling  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import InputError  # noqa: E402
-from gpt2_multi.generation_config import GenerationConfig  # noqa: E402
-from gpt2_multi.pt import GPT2LMHeadModel, rules  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.cases import SAMPLING  # noqa: E402
+from gpt2_multi.errors import InputError
+from gpt2_multi.generation import rules as spec
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.pt import GPT2LMHeadModel
+from gpt2_multi.pt.generation import rules
+from tests import fixtures
+from tests.cases import SAMPLING
 
 RECORDED = {key: torch.from_numpy(value.copy()) for key, value in fixtures.reference("lm").items()}
 SAMPLES = {
@@ -125,7 +126,7 @@ def test_a_sliding_window_shows_the_end_of_a_long_text(model):
         model.generate(ids, max_new_tokens=70)
     found = model.generate(ids, max_new_tokens=70, eos_token_id=None, sliding_window=True)
     for length in range(85, 155):
-        shown = found[:, sampling.window_start(length, 64) : length]
+        shown = found[:, spec.window_start(length, 64) : length]
         assert torch.equal(model(shown).logits[:, -1].argmax(-1), found[:, length])
     short = {"max_new_tokens": 20, "eos_token_id": None}
     prompt = RECORDED["gen.input_ids"]
@@ -243,32 +244,30 @@ def test_rules_equal_the_specification(rule):
         mask[:, -2:] = True
         t = torch.from_numpy(logits)
         if rule == "top_k":
-            found, expected = rules.keep_top_k(t, 5), sampling.keep_top_k(logits, 5)
+            found, expected = rules.keep_top_k(t, 5), spec.keep_top_k(logits, 5)
         elif rule == "top_p":
-            found, expected = rules.keep_top_p(t, 0.7), sampling.keep_top_p(logits, 0.7)
+            found, expected = rules.keep_top_p(t, 0.7), spec.keep_top_p(logits, 0.7)
         elif rule == "penalty":
             seen = np.zeros((4, 40), bool)
             for row in range(4):
                 seen[row, ids[row][mask[row]]] = True
             found = rules.penalise(t, torch.from_numpy(seen), 1.7)
-            expected = [sampling.penalise(a, b[m], 1.7) for a, b, m in zip(logits, ids, mask, strict=True)]
+            expected = [spec.penalise(a, b[m], 1.7) for a, b, m in zip(logits, ids, mask, strict=True)]
         else:
             size = int(rng.integers(1, 4))
             found = rules.ban_repeats(t, torch.from_numpy(ids), torch.from_numpy(mask), size)
-            expected = [sampling.ban_repeats(a, b[m], size) for a, b, m in zip(logits, ids, mask, strict=True)]
+            expected = [spec.ban_repeats(a, b[m], size) for a, b, m in zip(logits, ids, mask, strict=True)]
         np.testing.assert_allclose(found.numpy(), np.stack(list(expected)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**63 + 7, 2**64 - 1])
 def test_noise_equals_the_specification(seed):
     tokens = np.arange(5000)
-    keys = rules.stream_keys(sampling.streams(seed, 3, 1), torch.device("cpu"))
+    keys = rules.stream_keys(spec.streams(seed, 3, 1), torch.device("cpu"))
     for step in (0, 1, 1000):
         found = rules.gumbel(keys, step, torch.from_numpy(np.tile(tokens, (3, 1))), torch.float64)
         for row in range(3):
-            np.testing.assert_allclose(
-                found[row].numpy(), sampling.gumbel(seed, row, step, tokens), rtol=1e-12, atol=1e-15
-            )
+            np.testing.assert_allclose(found[row].numpy(), spec.gumbel(seed, row, step, tokens), rtol=1e-12, atol=1e-15)
 
 
 def test_decode_steps_compile_once(model):

@@ -7,13 +7,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from gpt2_multi import conversion, pt, reference  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.conversion import read_weights  # noqa: E402
-from gpt2_multi.errors import CheckpointError, ConfigError, InputError  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.cases import BROKEN  # noqa: E402
-from tests.shared_data import shared  # noqa: E402
+from gpt2_multi import conversion, pt
+from gpt2_multi.errors import CheckpointError, ConfigError, InputError
+from gpt2_multi.model import reference
+from gpt2_multi.model.checkpoint import read_weights
+from gpt2_multi.model.config import GPT2Config
+from tests import fixtures
+from tests.cases import BROKEN
+from tests.shared_data import shared
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=3, n_head=3, num_labels=3, pad_token_id=0)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])

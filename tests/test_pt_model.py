@@ -7,14 +7,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from gpt2_multi import reference  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import InputError  # noqa: E402
-from gpt2_multi.pt import GPT2LMHeadModel, GPT2Model, KVCache  # noqa: E402
-from gpt2_multi.pt.training import parameter_groups, train_step  # noqa: E402
-from gpt2_multi.weights import table  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.cases import CHANGES  # noqa: E402
+from gpt2_multi.errors import InputError
+from gpt2_multi.model import reference
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import table
+from gpt2_multi.pt import GPT2LMHeadModel, GPT2Model, KVCache
+from gpt2_multi.pt.training import parameter_groups, train_step
+from tests import fixtures
+from tests.cases import CHANGES
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=3, n_head=3, eos_token_id=None, bos_token_id=None)
 IDS = np.random.default_rng(5).integers(0, 31, (3, 9))

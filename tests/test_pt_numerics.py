@@ -5,9 +5,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from gpt2_multi.pt import GPT2LMHeadModel  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.test_parity import run_oracle  # noqa: E402
+from gpt2_multi.pt import GPT2LMHeadModel
+from tests import fixtures
+from tests.test_parity import run_oracle
 
 ORACLE_BOUNDS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 CACHE_BOUNDS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gpt2_multi import sampling
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import InputError
-from gpt2_multi.generation_config import GenerationConfig
+from gpt2_multi.generation import rules
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.config import GPT2Config
 from tests import fixtures
 
 NOISE = json.loads((fixtures.HERE / "lm" / "noise.json").read_text())
@@ -22,37 +22,37 @@ def words(texts):
 
 @pytest.mark.parametrize("answer", NOISE["known_answers"])
 def test_threefry_gives_the_known_answers(answer):
-    found = sampling.threefry2x32(words(answer["key"]), words(answer["counter"]))
+    found = rules.threefry2x32(words(answer["key"]), words(answer["counter"]))
     assert tuple(int(word) for word in found) == words(answer["out"])
 
 
 @pytest.mark.parametrize("value", NOISE["values"])
 def test_noise_equals_the_recorded(value):
     where = (value["seed"], value["row"], value["step"], np.arange(8))
-    assert sampling.uniform(*where).tolist() == value["u_of_tokens_0_to_7"]
-    np.testing.assert_allclose(sampling.gumbel(*where), value["gumbel"], rtol=1e-12)
+    assert rules.uniform(*where).tolist() == value["u_of_tokens_0_to_7"]
+    np.testing.assert_allclose(rules.gumbel(*where), value["gumbel"], rtol=1e-12)
 
 
 def test_noise_is_exact_in_float32_and_never_0_or_1():
-    u = sampling.uniform(7, 0, 3, np.arange(50257))
+    u = rules.uniform(7, 0, 3, np.arange(50257))
     assert np.array_equal(u.astype(np.float32), u) and 0 < u.min() and u.max() < 1
 
 
 def test_samples_follow_the_distribution():
     logits = np.log([0.5, 0.3, 0.15, 0.05])
-    drawn = [np.argmax(logits + sampling.gumbel(0, row, 0, np.arange(4))) for row in range(20000)]
+    drawn = [np.argmax(logits + rules.gumbel(0, row, 0, np.arange(4))) for row in range(20000)]
     np.testing.assert_allclose(np.bincount(drawn) / 20000, [0.5, 0.3, 0.15, 0.05], atol=0.015)
 
 
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
-        ("top_k_7", lambda logits, ids: sampling.keep_top_k(logits, 7)),
-        ("top_p_0.8", lambda logits, ids: sampling.keep_top_p(logits, 0.8)),
+        ("top_k_7", lambda logits, ids: rules.keep_top_k(logits, 7)),
+        ("top_p_0.8", lambda logits, ids: rules.keep_top_p(logits, 0.8)),
         ("temperature_0.7", lambda logits, ids: logits / 0.7),
         (
             "repetition_1.5",
-            lambda logits, ids: np.stack([sampling.penalise(a, b, 1.5) for a, b in zip(logits, ids, strict=True)]),
+            lambda logits, ids: np.stack([rules.penalise(a, b, 1.5) for a, b in zip(logits, ids, strict=True)]),
         ),
     ],
 )
@@ -67,16 +67,16 @@ def test_rules_equal_transformers(name, rule):
 
 def test_top_k_keeps_ties_and_top_p_takes_the_lowest_ids():
     logits = np.array([1.0, 2.0, 2.0, 2.0, 0.0])
-    assert np.isfinite(sampling.keep_top_k(logits, 2)).tolist() == [False, True, True, True, False]
-    assert np.isfinite(sampling.keep_top_p(logits, 0.5)).tolist() == [False, True, True, False, False]
-    assert np.isfinite(sampling.keep_top_p(logits, 1e-9)).tolist() == [False, True, False, False, False]
+    assert np.isfinite(rules.keep_top_k(logits, 2)).tolist() == [False, True, True, True, False]
+    assert np.isfinite(rules.keep_top_p(logits, 0.5)).tolist() == [False, True, True, False, False]
+    assert np.isfinite(rules.keep_top_p(logits, 1e-9)).tolist() == [False, True, False, False, False]
 
 
 def test_ban_repeats():
     ids = np.array([1, 2, 3, 1, 2])
-    assert np.isinf(sampling.ban_repeats(np.zeros(5), ids, 3)).tolist() == [False, False, False, True, False]
-    assert np.isinf(sampling.ban_repeats(np.zeros(5), ids, 1)).tolist() == [False, True, True, True, False]
-    assert np.isfinite(sampling.ban_repeats(np.zeros(5), ids[:1], 3)).all()
+    assert np.isinf(rules.ban_repeats(np.zeros(5), ids, 3)).tolist() == [False, False, False, True, False]
+    assert np.isinf(rules.ban_repeats(np.zeros(5), ids, 1)).tolist() == [False, True, True, True, False]
+    assert np.isfinite(rules.ban_repeats(np.zeros(5), ids[:1], 3)).all()
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,6 @@ def test_a_file_comes_back_with_every_key(tmp_path):
 
 
 def test_buckets_waste_less_than_half_and_are_few():
-    found = [sampling.bucket(length) for length in range(1, 1025)]
+    found = [rules.bucket(length) for length in range(1, 1025)]
     assert found == sorted(found) and len(set(found)) == 20
     assert all(length <= size < max(length + 16, 1.25 * length + 1) for length, size in enumerate(found, 1))

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from gpt2_multi import GPT2Tokenizer, backends, pipeline, set_seed
+from gpt2_multi import GPT2Tokenizer, pipeline, set_seed
+from gpt2_multi.app import backends
 from gpt2_multi.errors import InputError
-from gpt2_multi.hub import DEMO
+from gpt2_multi.files.hub import DEMO
 
 PROMPTS = ["ROMEO:", "What is the matter, my good lord and", "A"]
 OPTIONS = {"do_sample": True, "max_new_tokens": 12, "seed": 3}

@@ -9,9 +9,9 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
-from gpt2_multi import tf as tfm  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import CheckpointError, InputError  # noqa: E402
+from gpt2_multi import tf as tfm
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.model.config import GPT2Config
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
 

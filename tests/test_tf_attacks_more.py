@@ -9,12 +9,12 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
-from gpt2_multi import tf as tfm  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import CheckpointError, InputError  # noqa: E402
-from gpt2_multi.generation_config import GenerationConfig  # noqa: E402
-from gpt2_multi.stopping import stop_table  # noqa: E402
-from gpt2_multi.tf import rules  # noqa: E402
+from gpt2_multi import tf as tfm
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.stopping import stop_table
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.tf.generation import rules
 
 SMALL = GPT2Config(
     vocab_size=40, n_positions=24, n_embd=12, n_layer=2, n_head=3, eos_token_id=None, initializer_range=0.4
@@ -152,7 +152,7 @@ def test_another_number_of_end_tokens_traces_nothing_and_traces_warn_of_nothing(
 
 def test_a_row_in_which_every_token_is_banned_is_what_pytorch_makes_of_it():
     torch = pytest.importorskip("torch")
-    from gpt2_multi.pt import rules as pt_rules
+    from gpt2_multi.pt.generation import rules as pt_rules
 
     logits = np.full((2, 9), -np.inf)
     logits[1, 4:7] = 1.0

@@ -7,11 +7,12 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
-from gpt2_multi.errors import InputError  # noqa: E402
-from gpt2_multi.sampling import bucket, window_start  # noqa: E402
-from gpt2_multi.tf import TFGPT2LMHeadModel, decoding, lookup  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests import generation_cases as cases  # noqa: E402
+from gpt2_multi.errors import InputError
+from gpt2_multi.generation.rules import bucket, window_start
+from gpt2_multi.tf import TFGPT2LMHeadModel
+from gpt2_multi.tf.generation import decoding, lookup
+from tests import fixtures
+from tests import generation_cases as cases
 
 RECORDED = fixtures.reference("lm")
 IDS, MASK = RECORDED["gen.input_ids"], RECORDED["in.mask_left"]

@@ -10,10 +10,10 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
-from gpt2_multi import GPT2Config, GPT2Tokenizer, pipeline  # noqa: E402
-from gpt2_multi.errors import CheckpointError, InputError  # noqa: E402
-from gpt2_multi.tf import TFGPT2LMHeadModel, TFGPT2Tokenizer  # noqa: E402
-from tests import fixtures  # noqa: E402
+from gpt2_multi import GPT2Config, GPT2Tokenizer, pipeline
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.tf import TFGPT2LMHeadModel, TFGPT2Tokenizer
+from tests import fixtures
 
 LOADER = """
 import json, sys

@@ -9,10 +9,10 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
-from gpt2_multi import tf as tfm  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import InputError  # noqa: E402
-from gpt2_multi.tf.training import AdamW, CosineSchedule, cosine_schedule  # noqa: E402
+from gpt2_multi import tf as tfm
+from gpt2_multi.errors import InputError
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.tf.training import AdamW, CosineSchedule, cosine_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
 SMALL = GPT2Config(

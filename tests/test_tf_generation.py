@@ -5,13 +5,14 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
-from gpt2_multi import sampling  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import InputError  # noqa: E402
-from gpt2_multi.generation_config import GenerationConfig  # noqa: E402
-from gpt2_multi.tf import TFGPT2LMHeadModel, rules  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.cases import SAMPLING  # noqa: E402
+from gpt2_multi.errors import InputError
+from gpt2_multi.generation import rules as spec
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.tf import TFGPT2LMHeadModel
+from gpt2_multi.tf.generation import rules
+from tests import fixtures
+from tests.cases import SAMPLING
 
 RECORDED = {key: tf.constant(value) for key, value in fixtures.reference("lm").items()}
 SAMPLES = fixtures.read_safetensors(fixtures.HERE / "lm" / "sampling.safetensors")
@@ -213,27 +214,27 @@ def test_rules_equal_the_specification(rule, dtype):
         rows = list(zip(logits, ids, mask, strict=True))
         if rule == "top_k":
             k = int(rng.integers(1, 60))
-            found, expected = rules.keep_top_k(logits, k), sampling.keep_top_k(logits, k)
+            found, expected = rules.keep_top_k(logits, k), spec.keep_top_k(logits, k)
         elif rule == "top_p":
             p = float(rng.uniform(0.01, 0.99))
-            found, expected = rules.keep_top_p(logits, p), sampling.keep_top_p(logits, p)
+            found, expected = rules.keep_top_p(logits, p), spec.keep_top_p(logits, p)
         elif rule == "penalty":
             found = rules.penalise(*map(tf.constant, (logits, ids, mask)), 1.7)
-            expected = [sampling.penalise(a, b[m], 1.7) for a, b, m in rows]
+            expected = [spec.penalise(a, b[m], 1.7) for a, b, m in rows]
         else:
             size = int(rng.integers(1, 4))
             found = rules.ban_repeats(*map(tf.constant, (logits, ids, mask)), 12, size)
-            expected = [sampling.ban_repeats(a, b[m], size) for a, b, m in rows]
+            expected = [spec.ban_repeats(a, b[m], size) for a, b, m in rows]
         np.testing.assert_allclose(found.numpy(), np.stack(list(expected)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**63 + 7, 2**64 - 1])
 def test_noise_equals_the_specification(seed):
-    tokens, noise = np.arange(5000), tf.constant(np.array(sampling.streams(seed, 3, 1), np.uint64))
+    tokens, noise = np.arange(5000), tf.constant(np.array(spec.streams(seed, 3, 1), np.uint64))
     for step in (0, 1, 1000):
         found = rules.gumbel(noise, step, tokens, tf.float64).numpy()
         for row in range(3):
-            expected = sampling.gumbel(seed, row, step, tokens)
+            expected = spec.gumbel(seed, row, step, tokens)
             np.testing.assert_allclose(found[row], expected, rtol=1e-12, atol=1e-15)
 
 

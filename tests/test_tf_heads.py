@@ -6,12 +6,12 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
-from gpt2_multi import reference  # noqa: E402
-from gpt2_multi import tf as tfm  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.errors import InputError  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.cases import PROBLEMS  # noqa: E402
+from gpt2_multi import tf as tfm
+from gpt2_multi.errors import InputError
+from gpt2_multi.model import reference
+from gpt2_multi.model.config import GPT2Config
+from tests import fixtures
+from tests.cases import PROBLEMS
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3)
 RNG = np.random.default_rng(5)

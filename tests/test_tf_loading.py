@@ -12,14 +12,14 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
-from gpt2_multi import reference  # noqa: E402
-from gpt2_multi import tf as tfm  # noqa: E402
-from gpt2_multi.config import GPT2Config  # noqa: E402
-from gpt2_multi.conversion import read_weights  # noqa: E402
-from gpt2_multi.errors import CheckpointError, ConfigError, InputError  # noqa: E402
-from gpt2_multi.weights import table  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.cases import BROKEN  # noqa: E402
+from gpt2_multi import tf as tfm
+from gpt2_multi.errors import CheckpointError, ConfigError, InputError
+from gpt2_multi.model import reference
+from gpt2_multi.model.checkpoint import read_weights
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import table
+from tests import fixtures
+from tests.cases import BROKEN
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
 

@@ -5,9 +5,9 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
-from gpt2_multi.tf import TFGPT2LMHeadModel  # noqa: E402
-from tests import fixtures  # noqa: E402
-from tests.test_parity import run_oracle  # noqa: E402
+from gpt2_multi.tf import TFGPT2LMHeadModel
+from tests import fixtures
+from tests.test_parity import run_oracle
 
 BOUNDS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 

@@ -6,10 +6,10 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
-from gpt2_multi import tf as tfm  # noqa: E402
-from gpt2_multi.errors import CheckpointError  # noqa: E402
-from gpt2_multi.tf.training import AdamW  # noqa: E402
-from tests.test_tf_fit import IDS, LABELLED, fit, new  # noqa: E402
+from gpt2_multi import tf as tfm
+from gpt2_multi.errors import CheckpointError
+from gpt2_multi.tf.training import AdamW
+from tests.test_tf_fit import IDS, LABELLED, fit, new
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
 DEMO = np.random.default_rng(2).integers(0, 1000, (4, 32))

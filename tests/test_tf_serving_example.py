@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 tf = pytest.importorskip("tensorflow")
 
-from gpt2_multi import cli, pipeline  # noqa: E402
+from gpt2_multi import pipeline
+from gpt2_multi.app import cli
 
 PAGE = (Path(__file__).resolve().parents[1] / "examples" / "serve_savedmodel.md").read_text("utf-8")
 REQUESTS = re.findall(r"```sh\ncurl -d '(.+?)' -X POST http://localhost:8501/\S+\n```\n\n```json\n(.+?)```", PAGE, re.S)

@@ -63,7 +63,7 @@ CASES = ["equal parts", "smaller last batch", "smaller first batch", "other coun
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What the program found on one device, and on two, by case."""
-    from gpt2_multi.config import GPT2Config
+    from gpt2_multi.model.config import GPT2Config
     from tests import fixtures
 
     config = GPT2Config(

@@ -10,18 +10,18 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
-import keras  # noqa: E402
+import keras
 
-from gpt2_multi import GPT2Tokenizer  # noqa: E402
-from gpt2_multi.bpe import byte_characters  # noqa: E402
-from gpt2_multi.errors import InputError, TokenizerError  # noqa: E402
-from gpt2_multi.hub import DEMO  # noqa: E402
-from gpt2_multi.offsets import repair  # noqa: E402
-from gpt2_multi.splitting import code_point_classes  # noqa: E402
-from gpt2_multi.tf import TFGPT2LMHeadModel, TFGPT2Tokenizer  # noqa: E402
-from gpt2_multi.tf.encoding import by_bytes  # noqa: E402
-from gpt2_multi.vocabulary import AddedToken  # noqa: E402
-from tests import shared_data  # noqa: E402
+from gpt2_multi import GPT2Tokenizer
+from gpt2_multi.errors import InputError, TokenizerError
+from gpt2_multi.files.hub import DEMO
+from gpt2_multi.tf import TFGPT2LMHeadModel, TFGPT2Tokenizer
+from gpt2_multi.tf.serve.encoding import by_bytes
+from gpt2_multi.tokenizer.bpe import byte_characters
+from gpt2_multi.tokenizer.files import AddedToken
+from gpt2_multi.tokenizer.offsets import repair
+from gpt2_multi.tokenizer.words import code_point_classes
+from tests import shared_data
 
 NONCHARACTERS = [*range(0xFDD0, 0xFDF0), *(plane << 16 | low for plane in range(17) for low in (0xFFFE, 0xFFFF))]
 
@@ -151,7 +151,7 @@ def test_added_words_the_longest_first_and_from_the_left():
 
 def test_a_table_with_two_merges_of_one_token():
     vocab = {
-        **{char: at for at, char in enumerate(__import__("gpt2_multi.bpe").bpe.byte_characters())},
+        **{char: at for at, char in enumerate(__import__("gpt2_multi.tokenizer.bpe").bpe.byte_characters())},
         "ab": 256,
         "bc": 257,
         "abc": 258,

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_multi.bpe import byte_characters, spell
 from gpt2_multi.errors import TokenizerError
-from gpt2_multi.tokenizer import GPT2Tokenizer
-from gpt2_multi.vocabulary import AddedToken
+from gpt2_multi.tokenizer.bpe import byte_characters, spell
+from gpt2_multi.tokenizer.files import AddedToken
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 from tests.shared_data import shared
 
 END = "<|endoftext|>"
@@ -481,7 +481,7 @@ def test_pickling():
 
 
 def test_importing_takes_no_framework():
-    code = "import sys, gpt2_multi.tokenizer; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    code = "import sys, gpt2_multi.tokenizer.tokenizer; print(sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"numpy", "regex", "torch", "tensorflow", "jax", "transformers"} & set(eval(loaded))
 

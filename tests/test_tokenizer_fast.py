@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
-from gpt2_multi.bpe import BPE, byte_characters
-from gpt2_multi.splitting import code_point_classes
-from gpt2_multi.tokenizer import GPT2Tokenizer
+from gpt2_multi.tokenizer.bpe import BPE, byte_characters
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+from gpt2_multi.tokenizer.words import code_point_classes
 from tests.shared_data import shared
 from tests.test_tokenizer import TEXTS, small_files
 
 gigatoken = pytest.importorskip("gigatoken")
 
-from gpt2_multi.tokenizer_fast import PROBES, GPT2TokenizerFast, _probe, differing_code_points, knows  # noqa: E402
+from gpt2_multi.tokenizer.fast import PROBES, GPT2TokenizerFast, _probe, differing_code_points, knows
 
 PIECES = [
     *(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gpt2_multi import conversion
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.weights import TORCH, TRANSFORMERS, match, parameter_count, sharding, table
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import TORCH, TRANSFORMERS, match, parameter_count, sharding, table
 from tests import fixtures
 
 SMALL = GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from gpt2_multi.commands import Commands
+from gpt2_multi.app.terminal import Commands
 from gpt2_multi.conversion import converting, inspection, verification
-from gpt2_multi.conversion.formats import KINDS
+from gpt2_multi.model.formats import KINDS
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one object.")
 LISTED = 8  # lines of each kind in what is printed; the report file has all
@@ -51,7 +51,7 @@ def convert(source: str, target: str, as_json: bool, check: bool, **options: Any
 
 def _local(name: str) -> Path:
     """The file or folder of this name, what the files of a TensorFlow checkpoint begin with, or a model of the hub."""
-    from gpt2_multi.hub import resolve
+    from gpt2_multi.files.hub import resolve
 
     with suppress(OSError, ValueError):  # longer than a path may be, or with a zero byte in it
         if Path(name).is_file() or Path(f"{name}.index").is_file():

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.checkpoint import DTYPES, Made, PathLike, write_json
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion import spelling
-from gpt2_multi.conversion.checkpoint import Checkpoint, open
-from gpt2_multi.conversion.formats import ARCHITECTURES, KINDS, Kind
-from gpt2_multi.conversion.mapped import Array
 from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.files import swapped
-from gpt2_multi.weights import Weight, table
+from gpt2_multi.files.containers.safetensors import DTYPES, Made, PathLike, write_json
+from gpt2_multi.files.folders import swapped
+from gpt2_multi.files.mapped import Array
+from gpt2_multi.model import spelling
+from gpt2_multi.model.checkpoint import Checkpoint, open
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.formats import ARCHITECTURES, KINDS, Kind
+from gpt2_multi.model.weights import Weight, table
 
 REPORT = "conversion.json"
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name in ("float16", "bfloat16", "float32", "float64")}

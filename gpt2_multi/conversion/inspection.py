@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt2_multi.checkpoint import PathLike
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion.checkpoint import head_of, recognised
-from gpt2_multi.conversion.formats import KINDS
-from gpt2_multi.conversion.mapped import Array, Shape
-from gpt2_multi.weights import Weight, is_known_extra, named_rows
+from gpt2_multi.files.containers.safetensors import PathLike
+from gpt2_multi.files.mapped import Array, Shape
+from gpt2_multi.model.checkpoint import head_of, recognised
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.formats import KINDS
+from gpt2_multi.model.weights import Weight, is_known_extra, named_rows
 
 
 @dataclass(frozen=True)

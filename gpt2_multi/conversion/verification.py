@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.checkpoint import PathLike
-from gpt2_multi.conversion.checkpoint import Checkpoint, open
-from gpt2_multi.conversion.mapped import Array
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.reference import forward, lm_logits
-from gpt2_multi.streams import same
+from gpt2_multi.files.arrays import same
+from gpt2_multi.files.containers.safetensors import PathLike
+from gpt2_multi.files.mapped import Array
+from gpt2_multi.model.checkpoint import Checkpoint, open
+from gpt2_multi.model.reference import forward, lm_logits
 
 BOUND = 1e-4  # of the greatest value; float32 computed rightly stays well below
 LENGTH, SEED = 24, 0  # of the random ids that are computed
@@ -138,7 +138,7 @@ def oracle(checkpoint: Checkpoint, ids: Array) -> list[Array]:
 
 
 def _against_backends(old: Checkpoint, names: Sequence[str] | None) -> Verdict:
-    from gpt2_multi import backends
+    from gpt2_multi.app import backends
 
     ids, verdict = _ids(old), Verdict()
     expected = oracle(old, ids)

@@ -1,4 +1,4 @@
-"""JAX behind the calls that every backend has: see `gpt2_multi.backends.Adapter`."""
+"""JAX behind the calls that every backend has: see `gpt2_multi.app.backends.Adapter`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from gpt2_multi.flax.heads import FlaxGPT2LMHeadModel
-from gpt2_multi.generation_config import GenerationConfig
+from gpt2_multi.generation.config import GenerationConfig
 
 if TYPE_CHECKING:
-    from gpt2_multi.tokenizer import GPT2Tokenizer
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Array = np.ndarray[Any, Any]
 

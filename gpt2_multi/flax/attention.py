@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.flax.layers import dense
+from gpt2_multi.model.config import GPT2Config
 
 Pair = tuple[Array, Array]
 

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gpt2_multi import limits
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import KVCache
+from gpt2_multi.model import inputs
 
 if TYPE_CHECKING:
-    from gpt2_multi.config import GPT2Config
     from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
+    from gpt2_multi.model.config import GPT2Config
 
 POLICIES = (  # of jax.checkpoint_policies
     "everything_saveable",
@@ -89,12 +89,12 @@ def check_call(model: FlaxGPT2PreTrainedModel, given: Mapping[str, Any]) -> None
 
 def check_source(config: GPT2Config, input_ids: Array | None, inputs_embeds: Array | None) -> Array:
     """The ids (B, T) or the embeddings (B, T, E), whichever is given."""
-    limits.check_given(input_ids, inputs_embeds)
+    inputs.check_given(input_ids, inputs_embeds)
     if input_ids is not None:
-        limits.check_shape("input_ids", input_ids.shape, (None, None))
+        inputs.check_shape("input_ids", input_ids.shape, (None, None))
         return input_ids
     assert inputs_embeds is not None
-    limits.check_shape("inputs_embeds", inputs_embeds.shape, (None, None, config.n_embd))
+    inputs.check_shape("inputs_embeds", inputs_embeds.shape, (None, None, config.n_embd))
     if not jnp.issubdtype(inputs_embeds.dtype, jnp.floating):
         raise InputError(f"inputs_embeds: expected floats, found {inputs_embeds.dtype}; ids are input_ids")
     return inputs_embeds
@@ -105,14 +105,14 @@ def check_shapes(config: GPT2Config, source: Array, given: Mapping[str, Any], ca
     (batch, length), mask, head_mask = source.shape[:2], given.get("attention_mask"), given.get("head_mask")
     keys = length if cache is None else cache.capacity
     if mask is not None:
-        limits.check_mask(mask.shape, batch, config.n_head, length, keys)
+        inputs.check_mask(mask.shape, batch, config.n_head, length, keys)
     for name in ("token_type_ids", "position_ids"):
         if given.get(name) is not None:
             shape = given[name].shape
             rows = 1 if name == "position_ids" and shape[:1] == (1,) else batch
-            limits.check_shape(name, shape, (rows, length))
+            inputs.check_shape(name, shape, (rows, length))
     if head_mask is not None:
-        limits.check_head_mask(head_mask.shape, (config.n_layer, batch, config.n_head, length, keys))
+        inputs.check_head_mask(head_mask.shape, (config.n_layer, batch, config.n_head, length, keys))
 
 
 def check_cache(cache: object, batch: int, length: int, model: FlaxGPT2PreTrainedModel) -> None:
@@ -125,31 +125,31 @@ def check_cache(cache: object, batch: int, length: int, model: FlaxGPT2PreTraine
         )
     check_alive("past_key_values", cache)
     key = (cache.layers if cache.stacked else cache.layers[0])[0]
-    limits.check_cache(key.shape[-4], str(key.dtype), batch, str(jnp.dtype(model.dtype)))
+    inputs.check_cache(key.shape[-4], str(key.dtype), batch, str(jnp.dtype(model.dtype)))
     if is_concrete(cache.length):
-        limits.check_room(length, int(cache.length), cache.capacity)
+        inputs.check_room(length, int(cache.length), cache.capacity)
 
 
 def check_states(config: GPT2Config, batch: int, states: Array | None, mask: Array | None) -> None:
     """An encoder's states are (B, encoder length, E), their mask (B, encoder length)."""
     if states is not None:
-        limits.check_encoder(config.add_cross_attention)
-        limits.check_shape("encoder_hidden_states", states.shape, (batch, None, config.n_embd))
+        inputs.check_encoder(config.add_cross_attention)
+        inputs.check_shape("encoder_hidden_states", states.shape, (batch, None, config.n_embd))
     if mask is not None:
-        limits.check_shape("encoder_attention_mask", mask.shape, (batch, None) if states is None else states.shape[:2])
+        inputs.check_shape("encoder_attention_mask", mask.shape, (batch, None) if states is None else states.shape[:2])
 
 
 def check_values(config: GPT2Config, name: str, value: Array | None) -> None:
     """Every id has to be in the vocabulary, and every position among the positions."""
     if value is None:
         return
-    limits.check_integers(name, value.dtype, bool(jnp.issubdtype(value.dtype, jnp.integer)))
+    inputs.check_integers(name, value.dtype, bool(jnp.issubdtype(value.dtype, jnp.integer)))
     if not is_concrete(value):
         return
     if name == "position_ids":
-        limits.check_positions(*extremes(value), config.n_positions)
+        inputs.check_positions(*extremes(value), config.n_positions)
     else:
-        limits.check_ids(name, *extremes(value), config.vocab_size)
+        inputs.check_ids(name, *extremes(value), config.vocab_size)
 
 
 def check_end(config: GPT2Config, past: Array | int, length: int, mask: Array | None) -> None:
@@ -159,13 +159,13 @@ def check_end(config: GPT2Config, past: Array | int, length: int, mask: Array | 
     keys = int(past) + length
     if mask is not None and mask.ndim == 2:
         keys = int((np.asarray(mask)[:, :keys] != 0).sum(-1).max(initial=0))
-    limits.check_positions(0, keys - 1, config.n_positions)
+    inputs.check_positions(0, keys - 1, config.n_positions)
 
 
 def check_classes(labels: Array | None, number: int) -> None:
     """Labels have to be classes or -100; what is wrong in them but their values, the loss finds while it is traced."""
     if labels is not None and is_concrete(labels) and jnp.issubdtype(labels.dtype, jnp.integer):
-        limits.check_labels(*extremes(labels), number)
+        inputs.check_labels(*extremes(labels), number)
 
 
 def check_alive(name: str, tree: Any) -> None:

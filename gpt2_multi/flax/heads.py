@@ -14,17 +14,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from gpt2_multi import limits
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.flax import generation, scoring
 from gpt2_multi.flax.attention import KVCache
 from gpt2_multi.flax.checks import check_call, check_classes, extremes, is_concrete
+from gpt2_multi.flax.generation import generate as generation
+from gpt2_multi.flax.generation import scoring
 from gpt2_multi.flax.layers import dense
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel, empty_cache
 from gpt2_multi.flax.model import ACTIVATIONS, GPT2Module
-from gpt2_multi.flax.training import classification_loss, cross_entropy, lm_loss, span_loss
-from gpt2_multi.generation_config import GenerationConfig
-from gpt2_multi.outputs import (
+from gpt2_multi.flax.training.losses import classification_loss, cross_entropy, lm_loss, span_loss
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model import inputs
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.outputs import (
     CausalLMOutputWithCrossAttentions,
     GPT2DoubleHeadsModelOutput,
     QuestionAnsweringModelOutput,
@@ -82,7 +83,7 @@ class GPT2LMHeadModule(Headed):
 
         `logits_to_keep` n computes those of the last n positions only (0: of all).
         """
-        limits.check_kept(logits_to_keep)
+        inputs.check_kept(logits_to_keep)
         body = self.body()
         outputs = body(
             input_ids, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, past_key_values,
@@ -211,18 +212,18 @@ class FlaxGPT2DoubleHeadsModel(FlaxGPT2PreTrainedModel):
     def check(self, arrays: Mapping[str, Any]) -> None:
         """Look at what a call was given: choices, which are rows of the body's batch."""
         ids, embeds = arrays.get("input_ids"), arrays.get("inputs_embeds")
-        limits.check_given(ids, embeds)
+        inputs.check_given(ids, embeds)
         source: Any = embeds if ids is None else ids
-        limits.check_choices(source.shape, 4 if ids is None else 3)
+        inputs.check_choices(source.shape, 4 if ids is None else 3)
         whole = ("past_key_values", "head_mask")
         check_call(self, {name: x if name in whole else rows(x) for name, x in arrays.items()})
         check_classes(arrays.get("labels"), self.config.vocab_size)
         check_classes(arrays.get("mc_labels"), source.shape[1])
         if (index := arrays.get("mc_token_ids")) is not None:
-            limits.check_shape("mc_token_ids", index.shape, source.shape[:2])
-            limits.check_integers("mc_token_ids", index.dtype, bool(jnp.issubdtype(index.dtype, jnp.integer)))
+            inputs.check_shape("mc_token_ids", index.shape, source.shape[:2])
+            inputs.check_integers("mc_token_ids", index.dtype, bool(jnp.issubdtype(index.dtype, jnp.integer)))
             if is_concrete(index):
-                limits.check_choice_tokens(*extremes(index), source.shape[2])
+                inputs.check_choice_tokens(*extremes(index), source.shape[2])
 
 
 class GPT2ForSequenceClassificationModule(Headed):
@@ -265,7 +266,7 @@ class GPT2ForSequenceClassificationModule(Headed):
         if mask is not None and mask.ndim == 2:
             return mask[:, -hidden.shape[1] :]
         can_find_end = input_ids is not None and self.config.pad_token_id is not None
-        limits.check_pooling(len(hidden), can_find_end)
+        inputs.check_pooling(len(hidden), can_find_end)
         return input_ids != self.config.pad_token_id if can_find_end else jnp.ones(hidden.shape[:2], bool)  # type: ignore[return-value]
 
 
@@ -374,7 +375,7 @@ def present(mask: Array | None, labels: Array) -> Array | None:
 
 def last_tokens(mask: Array) -> Array:
     """The index of the last unmasked token of each row: (..., T) -> (...)"""
-    limits.check_pooled(mask.shape[-1])
+    inputs.check_pooled(mask.shape[-1])
     return mask.shape[-1] - 1 - jnp.argmax(mask[..., ::-1] != 0, -1)
 
 

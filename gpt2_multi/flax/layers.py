@@ -10,8 +10,8 @@ import jax
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.weights import table
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import table
 
 ROW_AXES = ("data", "fsdp")  # of a mesh, over which the rows of a batch are cut
 

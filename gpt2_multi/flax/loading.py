@@ -18,18 +18,18 @@ from jax import Array, lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from gpt2_multi import limits
-from gpt2_multi.checkpoint import Source, replaced, write_weights
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion import read_config, read_weights
 from gpt2_multi.errors import InputError
+from gpt2_multi.files.containers.safetensors import Source, replaced, write_weights
+from gpt2_multi.files.hub import resolve
 from gpt2_multi.flax.attention import KVCache
 from gpt2_multi.flax.checks import as_array, as_flag, check_alive, check_call, check_key, check_remat, is_concrete
 from gpt2_multi.flax.params import Tree, check_tree, dtypes_of, initial, leaves, placed, rows_of
 from gpt2_multi.flax.sharding import param_shardings
-from gpt2_multi.generation_config import GenerationConfig
-from gpt2_multi.hub import resolve
-from gpt2_multi.weights import table
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint import read_config, read_weights
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import table
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -139,7 +139,7 @@ class FlaxGPT2PreTrainedModel:
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **inputs: Any,
+        **others: Any,
     ) -> Any:
         """What the linen module gives, whose `__call__` says what the inputs are; `inputs` are its further ones.
 
@@ -150,10 +150,10 @@ class FlaxGPT2PreTrainedModel:
         config, given = self.config, {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
             "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
-            "past_key_values": past_key_values, **inputs,
+            "past_key_values": past_key_values, **others,
         }  # fmt: skip
         flags = {name: given.pop(name) for name in ("logits_to_keep",) if name in given}
-        limits.check_kept(flags.get("logits_to_keep", 0))
+        inputs.check_kept(flags.get("logits_to_keep", 0))
         wanted = {"train": train, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         flags |= {name: as_flag(name, getattr(config, name) if x is None else x) for name, x in wanted.items()}
         arrays = self._arrays(given, flags)
@@ -176,7 +176,7 @@ class FlaxGPT2PreTrainedModel:
         cache = given.get("past_key_values")
         arrays = {name: x if x is cache else as_array(name, x) for name, x in given.items() if x is not None}
         known = [name for name in self.module_class.__call__.__annotations__ if name != "return"]
-        limits.check_names(f"{type(self).__name__}()", [*arrays, *flags], known)
+        inputs.check_names(f"{type(self).__name__}()", [*arrays, *flags], known)
         mask = arrays.get("attention_mask")
         if isinstance(cache, KVCache) and mask is not None and mask.ndim and mask.shape[-1] < cache.capacity:
             room = cache.capacity - mask.shape[-1]  # of tokens to come, which no query sees yet
@@ -198,9 +198,9 @@ class FlaxGPT2PreTrainedModel:
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, in the dtype that it computes in."""
-        limits.check_size("batch_size", batch_size)
-        limits.check_size("max_length", max_length)
-        limits.check_positions(0, max_length - 1, self.config.n_positions)
+        inputs.check_size("batch_size", batch_size)
+        inputs.check_size("max_length", max_length)
+        inputs.check_positions(0, max_length - 1, self.config.n_positions)
         return empty_cache(self.config, batch_size, max_length, self.dtype, self.scan_layers)
 
     def to_bf16(self, params: Tree | None = None, mask: Any = None) -> Tree:

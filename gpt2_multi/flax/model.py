@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.flax.attention import (
     Attention,
     CrossAttention,
@@ -30,7 +29,8 @@ from gpt2_multi.flax.attention import (
 from gpt2_multi.flax.checks import check_remat
 from gpt2_multi.flax.layers import by_rows, dense, embed, norm
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
-from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
 
 for output_class in Output.__subclasses__():
     jax.tree_util.register_dataclass(output_class, [*output_class.__dataclass_fields__], [])  # type: ignore[attr-defined]

@@ -18,9 +18,9 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import ConfigError, InputError
-from gpt2_multi.weights import FLAX, Weight, sizes, table
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import FLAX, Weight, sizes, table
 
 Path = tuple[str, ...]
 Tree = dict[str, Any]

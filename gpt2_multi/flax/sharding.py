@@ -19,13 +19,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt2_multi import limits
-from gpt2_multi.config import GPT2Config
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.checks import on_host
 from gpt2_multi.flax.layers import ROW_AXES
 from gpt2_multi.flax.params import Leaf, Tree, check_tree, leaves
-from gpt2_multi.weights import sizes
+from gpt2_multi.model import inputs
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import sizes
 
 if TYPE_CHECKING:
     from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
@@ -127,7 +127,7 @@ def _rows_placed(name: str, value: Any, sharding: NamedSharding, dim: int) -> Ar
         return value
     value = on_host(name, value)
     parts = math.prod(sharding.mesh.shape[axis] for axis in sharding.spec[dim])
-    limits.check_shape(name, value.shape[: dim + 1], (None,) * (dim + 1))
+    inputs.check_shape(name, value.shape[: dim + 1], (None,) * (dim + 1))
     if value.shape[dim] % parts:
         raise InputError(
             f"{name}: expected a number of rows that {parts} devices share equally, found {value.shape[dim]}; change "

@@ -1,4 +1,4 @@
-"""PyTorch behind the calls that every backend has: see `gpt2_multi.backends.Adapter`."""
+"""PyTorch behind the calls that every backend has: see `gpt2_multi.app.backends.Adapter`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gpt2_multi.generation_config import GenerationConfig
+from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.pt.heads import GPT2LMHeadModel
 from gpt2_multi.pt.loading import to_numpy
 
 if TYPE_CHECKING:
-    from gpt2_multi.tokenizer import GPT2Tokenizer
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Array = np.ndarray[Any, Any]
 

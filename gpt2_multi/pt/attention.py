@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
-from gpt2_multi.config import GPT2Config
+from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt.loading import replace_parameter
 
 if TYPE_CHECKING:

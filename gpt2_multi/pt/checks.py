@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gpt2_multi import limits
 from gpt2_multi.errors import InputError
+from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import KVCache, Pair
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ def check_tensors(**inputs: object) -> None:
 
 def check_source(model: GPT2Model, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """The ids (B, T) or the embeddings (B, T, E), whichever is given."""
-    limits.check_given(input_ids, inputs_embeds)
+    inputs.check_given(input_ids, inputs_embeds)
     if input_ids is not None:
-        limits.check_shape("input_ids", input_ids.shape, (None, None))
+        inputs.check_shape("input_ids", input_ids.shape, (None, None))
         return input_ids
     assert inputs_embeds is not None
-    limits.check_shape("inputs_embeds", inputs_embeds.shape, (None, None, model.config.n_embd))
+    inputs.check_shape("inputs_embeds", inputs_embeds.shape, (None, None, model.config.n_embd))
     if not inputs_embeds.is_floating_point():
         raise InputError(f"inputs_embeds: expected floats, found {inputs_embeds.dtype}; ids are input_ids")
     return inputs_embeds
@@ -68,28 +68,28 @@ def check_shapes(
     past = cache.length if cache is not None else 0
     if cache is not None and cache.layers:
         key = cache.layers[0][0]
-        limits.check_cache(key.shape[0], str(key.dtype), batch, str(model.dtype))
+        inputs.check_cache(key.shape[0], str(key.dtype), batch, str(model.dtype))
         if cache.capacity is not None:
-            limits.check_room(length, past, cache.capacity)
+            inputs.check_room(length, past, cache.capacity)
     if mask is not None:
-        limits.check_mask(mask.shape, batch, model.config.n_head, length, past + length)
+        inputs.check_mask(mask.shape, batch, model.config.n_head, length, past + length)
     if types is not None:
-        limits.check_shape("token_type_ids", types.shape, (batch, length))
+        inputs.check_shape("token_type_ids", types.shape, (batch, length))
     if position_ids is not None:
         rows = 1 if len(position_ids) == 1 else batch
-        limits.check_shape("position_ids", position_ids.shape, (rows, length))
+        inputs.check_shape("position_ids", position_ids.shape, (rows, length))
     if head_mask is not None:
         sizes = (model.config.n_layer, batch, model.config.n_head, length, past + length)
-        limits.check_head_mask(head_mask.shape, sizes)
+        inputs.check_head_mask(head_mask.shape, sizes)
 
 
 def check_states(model: GPT2Model, batch: int, states: Tensor | None, mask: Tensor | None) -> None:
     """An encoder's states are (B, encoder length, E), their mask (B, encoder length)."""
     if states is not None:
-        limits.check_encoder(model.config.add_cross_attention)
-        limits.check_shape("encoder_hidden_states", states.shape, (batch, None, model.config.n_embd))
+        inputs.check_encoder(model.config.add_cross_attention)
+        inputs.check_shape("encoder_hidden_states", states.shape, (batch, None, model.config.n_embd))
         if mask is not None:
-            limits.check_shape("encoder_attention_mask", mask.shape, states.shape[:2])
+            inputs.check_shape("encoder_attention_mask", mask.shape, states.shape[:2])
 
 
 def check_values(model: GPT2Model, **ids: Tensor | None) -> None:
@@ -97,11 +97,11 @@ def check_values(model: GPT2Model, **ids: Tensor | None) -> None:
     for name, value in ids.items():
         if value is None:
             continue
-        limits.check_integers(name, value.dtype, value.dtype in (torch.int64, torch.int32))
+        inputs.check_integers(name, value.dtype, value.dtype in (torch.int64, torch.int32))
         if name == "position_ids":
-            limits.check_positions(*extremes(value), model.wpe.num_embeddings)
+            inputs.check_positions(*extremes(value), model.wpe.num_embeddings)
         else:
-            limits.check_ids(name, *extremes(value), model.wte.num_embeddings)
+            inputs.check_ids(name, *extremes(value), model.wte.num_embeddings)
 
 
 def extremes(ids: Tensor) -> tuple[int, int]:

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2_multi import limits
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.generation_config import GenerationConfig
-from gpt2_multi.outputs import (
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model import inputs
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.outputs import (
     CausalLMOutputWithCrossAttentions,
     GPT2DoubleHeadsModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from gpt2_multi.pt import generation, scoring
 from gpt2_multi.pt.attention import KVCache, Pair
 from gpt2_multi.pt.checks import extremes
+from gpt2_multi.pt.generation import generate as generation
+from gpt2_multi.pt.generation import scoring
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, call, give
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
@@ -94,7 +95,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
             encoder_hidden_states, encoder_attention_mask, use_cache, output_attentions, output_hidden_states, True,
         )  # fmt: skip
-        limits.check_kept(logits_to_keep)
+        inputs.check_kept(logits_to_keep)
         logits = self.logits(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
@@ -170,8 +171,8 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         shifted here. mc_labels: (B,), the right choice.
         """
         source = input_ids if input_ids is not None else inputs_embeds
-        limits.check_given(input_ids, inputs_embeds)
-        limits.check_choices(source.shape, 4 if input_ids is None else 3)  # type: ignore[union-attr]
+        inputs.check_given(input_ids, inputs_embeds)
+        inputs.check_choices(source.shape, 4 if input_ids is None else 3)  # type: ignore[union-attr]
         choices = source.shape[:3]  # type: ignore[union-attr]
         outputs = self.transformer(
             rows(input_ids), past_key_values, rows(attention_mask), rows(token_type_ids), rows(position_ids), head_mask,
@@ -180,8 +181,8 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         hidden = outputs.last_hidden_state.view(*choices, self.config.n_embd)  # (B, C, T, E)
         mask = hidden.new_ones(choices) if attention_mask is None else attention_mask[..., -choices[-1] :]
         if mc_token_ids is not None:
-            limits.check_shape("mc_token_ids", mc_token_ids.shape, choices[:2])
-            limits.check_choice_tokens(*extremes(mc_token_ids), choices[2])
+            inputs.check_shape("mc_token_ids", mc_token_ids.shape, choices[:2])
+            inputs.check_choice_tokens(*extremes(mc_token_ids), choices[2])
         logits = call(self.lm_head, self.transformer.compute_dtype, hidden)
         scores = call(self.multiple_choice_head, self.transformer.compute_dtype, hidden, mask, mc_token_ids).squeeze(-1)
         output = GPT2DoubleHeadsModelOutput(
@@ -242,7 +243,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         if mask is not None and mask.dim() == 2:
             return mask[:, -hidden.shape[1] :]
         can_find_end = input_ids is not None and self.config.pad_token_id is not None
-        limits.check_pooling(len(hidden), can_find_end)
+        inputs.check_pooling(len(hidden), can_find_end)
         return input_ids != self.config.pad_token_id if can_find_end else hidden.new_ones(hidden.shape[:2])  # type: ignore[return-value]
 
 
@@ -340,7 +341,7 @@ def present(mask: Tensor | None, labels: Tensor) -> Tensor | None:
 
 def last_tokens(mask: Tensor) -> Tensor:
     """The index of the last unmasked token of each row: (..., T) -> (...)"""
-    limits.check_pooled(mask.shape[-1])
+    inputs.check_pooled(mask.shape[-1])
     return mask.shape[-1] - 1 - (mask.flip(-1) != 0).int().argmax(-1)
 
 

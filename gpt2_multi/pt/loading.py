@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt2_multi.checkpoint import replaced, write_weights
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion import read_config, read_weights
 from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.generation_config import GenerationConfig
-from gpt2_multi.hub import resolve
-from gpt2_multi.weights import TORCH, Weight, table
+from gpt2_multi.files.containers.safetensors import replaced, write_weights
+from gpt2_multi.files.hub import resolve
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.checkpoint import read_config, read_weights
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import TORCH, Weight, table
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _NUMPY = {

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2_multi import limits
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
+from gpt2_multi.model import inputs
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
 from gpt2_multi.pt import checks
 from gpt2_multi.pt.attention import (
     Attention,
@@ -144,7 +144,7 @@ class GPT2Model(GPT2PreTrainedModel):
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
-        limits.check_positions(0, max_length - 1, self.wpe.num_embeddings)
+        inputs.check_positions(0, max_length - 1, self.wpe.num_embeddings)
         return KVCache.empty(self, batch_size, max_length)
 
     def forward(
@@ -234,7 +234,7 @@ class GPT2Model(GPT2PreTrainedModel):
 
     def _cache(self, past: KVCache | Sequence[Pair] | None, use_cache: bool | None) -> KVCache | None:
         if self.checkpointing:
-            limits.check_recomputed(past)
+            inputs.check_recomputed(past)
             if use_cache:
                 warnings.warn("use_cache is off: blocks recomputed by checkpointing cannot cache", stacklevel=4)
             return None

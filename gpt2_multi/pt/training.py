@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_multi import limits
+from gpt2_multi.model import inputs
 
 IGNORED = -100
 
@@ -36,10 +36,10 @@ def widened(logits: Tensor) -> Tensor:
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
     """Labels (...) have to fit logits (..., K) in shape, and be classes or -100."""
-    limits.check_shape("labels", labels.shape, logits.shape[:-1])
+    inputs.check_shape("labels", labels.shape, logits.shape[:-1])
     if labels.numel() and not torch.compiler.is_compiling():
         low, high = labels.aminmax()
-        limits.check_labels(int(low), int(high), logits.shape[-1])
+        inputs.check_labels(int(low), int(high), logits.shape[-1])
 
 
 def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -64,11 +64,11 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
         problem_type = "regression" if logits.shape[-1] == 1 else single
     if problem_type == "regression":
         flat = logits.squeeze(-1) if labels.dim() == 1 else logits
-        limits.check_shape("labels", labels.shape, flat.shape)
+        inputs.check_shape("labels", labels.shape, flat.shape)
         return F.mse_loss(flat, labels.to(logits.dtype))
     if problem_type == "single_label_classification":
         return cross_entropy(logits, labels)
-    limits.check_shape("labels", labels.shape, logits.shape)
+    inputs.check_shape("labels", labels.shape, logits.shape)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 

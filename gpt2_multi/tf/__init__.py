@@ -23,7 +23,7 @@ from gpt2_multi.tf.heads import (
     TFGPT2LMHeadModel,
 )
 from gpt2_multi.tf.model import TFGPT2Model
-from gpt2_multi.tf.tokenizer import TFGPT2Tokenizer
+from gpt2_multi.tf.serve.tokenizer import TFGPT2Tokenizer
 
 GPT2Error._keras_call_info_injected = True  # type: ignore[attr-defined]  # or Keras buries the sentence in a page
 GPT2Error.ag_pass_through = True  # type: ignore[attr-defined]  # or AutoGraph raises a page of its own in its place

@@ -1,4 +1,4 @@
-"""TensorFlow behind the calls that every backend has: see `gpt2_multi.backends.Adapter`."""
+"""TensorFlow behind the calls that every backend has: see `gpt2_multi.app.backends.Adapter`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from gpt2_multi.generation_config import GenerationConfig
+from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.tf.heads import TFGPT2LMHeadModel
 
 if TYPE_CHECKING:
-    from gpt2_multi.tokenizer import GPT2Tokenizer
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Array = np.ndarray[Any, Any]
 

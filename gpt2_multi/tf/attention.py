@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gpt2_multi.config import GPT2Config
+from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.tf.layers import dense, replace_variable
 from gpt2_multi.tf.trees import register
 

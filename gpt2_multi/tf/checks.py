@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from gpt2_multi import limits
 from gpt2_multi.errors import InputError
+from gpt2_multi.model import inputs
 from gpt2_multi.tf.attention import KVCache, Pair
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ def shape(x: tf.Tensor, *expected: int | None) -> tuple[int, ...]:
 
 def check_source(model: TFGPT2Model, input_ids: tf.Tensor | None, inputs_embeds: tf.Tensor | None) -> tf.Tensor:
     """The ids (B, T) or the embeddings (B, T, E), whichever is given."""
-    limits.check_given(input_ids, inputs_embeds)
+    inputs.check_given(input_ids, inputs_embeds)
     check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
     if input_ids is not None:
-        limits.check_shape("input_ids", shape(input_ids), (None, None))
+        inputs.check_shape("input_ids", shape(input_ids), (None, None))
         check_integers("input_ids", input_ids)
         return input_ids
     assert inputs_embeds is not None
-    limits.check_shape("inputs_embeds", shape(inputs_embeds), (None, None, model.config.n_embd))
+    inputs.check_shape("inputs_embeds", shape(inputs_embeds), (None, None, model.config.n_embd))
     if not inputs_embeds.dtype.is_floating:
         raise InputError(f"inputs_embeds: expected floats, found {inputs_embeds.dtype.name}; ids are input_ids")
     return inputs_embeds
@@ -91,25 +91,25 @@ def check_shapes(
     batch, length, past = source.shape[0], source.shape[1], cache.length
     counted = position_ids is None and (mask is None or mask.shape.rank != 2)  # positions are indices
     if counted and isinstance(length, int) and isinstance(past, int):
-        limits.check_positions(0, past + length - 1, model.wpe.input_dim)
+        inputs.check_positions(0, past + length - 1, model.wpe.input_dim)
     if batch is None or length is None or not isinstance(past, int):
         return
     if cache.layers:
         key = cache.layers[0][0]
-        limits.check_cache(shape(key, batch)[0], key.dtype.name, batch, model.compute_dtype)
+        inputs.check_cache(shape(key, batch)[0], key.dtype.name, batch, model.compute_dtype)
         if isinstance(cache.capacity, int):
-            limits.check_room(length, past, cache.capacity)
+            inputs.check_room(length, past, cache.capacity)
     keys, heads = past + length, model.config.n_head
     if mask is not None:
         known = shape(mask, batch, keys) if mask.shape.rank == 2 else shape(mask, batch, heads, length, keys)
-        limits.check_mask(known, batch, heads, length, keys)
+        inputs.check_mask(known, batch, heads, length, keys)
     if types is not None:
-        limits.check_shape("token_type_ids", shape(types, batch, length), (batch, length))
+        inputs.check_shape("token_type_ids", shape(types, batch, length), (batch, length))
     if position_ids is not None:
         rows = 1 if position_ids.shape.rank and position_ids.shape[0] == 1 else batch
-        limits.check_shape("position_ids", shape(position_ids, rows, length), (rows, length))
+        inputs.check_shape("position_ids", shape(position_ids, rows, length), (rows, length))
     if head_mask is not None:
-        limits.check_head_mask(shape(head_mask), (model.config.n_layer, batch, heads, length, keys))
+        inputs.check_head_mask(shape(head_mask), (model.config.n_layer, batch, heads, length, keys))
 
 
 def check_states(model: TFGPT2Model, batch: int | None, states: tf.Tensor | None, mask: tf.Tensor | None) -> None:
@@ -117,11 +117,11 @@ def check_states(model: TFGPT2Model, batch: int | None, states: tf.Tensor | None
     check_tensors(encoder_hidden_states=states, encoder_attention_mask=mask)
     check_numbers(encoder_hidden_states=states, encoder_attention_mask=mask)
     if states is not None:
-        limits.check_encoder(model.config.add_cross_attention)
+        inputs.check_encoder(model.config.add_cross_attention)
         known = shape(states, batch, None, None)
-        limits.check_shape("encoder_hidden_states", known, (batch, None, model.config.n_embd))
+        inputs.check_shape("encoder_hidden_states", known, (batch, None, model.config.n_embd))
         if mask is not None:
-            limits.check_shape("encoder_attention_mask", shape(mask, *known[:2]), known[:2])
+            inputs.check_shape("encoder_attention_mask", shape(mask, *known[:2]), known[:2])
 
 
 def check_values(model: TFGPT2Model, **ids: tf.Tensor | None) -> None:
@@ -133,14 +133,14 @@ def check_values(model: TFGPT2Model, **ids: tf.Tensor | None) -> None:
         if not is_concrete(value):
             continue
         if name == "position_ids":
-            limits.check_positions(*extremes(value), model.wpe.input_dim)
+            inputs.check_positions(*extremes(value), model.wpe.input_dim)
         else:
-            limits.check_ids(name, *extremes(value), model.wte.input_dim)
+            inputs.check_ids(name, *extremes(value), model.wte.input_dim)
 
 
 def check_integers(name: str, value: tf.Tensor) -> None:
     """Ids are integers."""
-    limits.check_integers(name, value.dtype.name, value.dtype in (tf.int64, tf.int32))
+    inputs.check_integers(name, value.dtype.name, value.dtype in (tf.int64, tf.int32))
 
 
 def is_concrete(value: Any) -> bool:

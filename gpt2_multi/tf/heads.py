@@ -12,23 +12,25 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from gpt2_multi import limits
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.generation_config import GenerationConfig
-from gpt2_multi.outputs import (
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model import inputs
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.outputs import (
     CausalLMOutputWithCrossAttentions,
     GPT2DoubleHeadsModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from gpt2_multi.tf import export, generation, scoring
 from gpt2_multi.tf.attention import KVCache, Pair, sizes
 from gpt2_multi.tf.checks import check_integers, extremes, is_concrete, shape
+from gpt2_multi.tf.fit.policies import Policy
+from gpt2_multi.tf.generation import generate as generation
+from gpt2_multi.tf.generation import scoring
 from gpt2_multi.tf.layers import dense
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 from gpt2_multi.tf.model import ACTIVATIONS, TFGPT2Model, give
-from gpt2_multi.tf.policies import Policy
+from gpt2_multi.tf.serve import export
 from gpt2_multi.tf.training import classification_loss, cross_entropy, lm_loss, span_loss
 
 
@@ -102,7 +104,7 @@ class TFGPT2LMHeadModel(TFGPT2PreTrainedModel):
             encoder_hidden_states, encoder_attention_mask, use_cache, output_attentions, output_hidden_states, True,
             training,
         )  # fmt: skip
-        limits.check_kept(logits_to_keep)
+        inputs.check_kept(logits_to_keep)
         logits = self.logits(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
@@ -183,8 +185,8 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         shifted here. mc_labels: (B,), the right choice.
         """
         source: Any = input_ids if input_ids is not None else inputs_embeds
-        limits.check_given(input_ids, inputs_embeds)
-        limits.check_choices(shape(source), 4 if input_ids is None else 3)
+        inputs.check_given(input_ids, inputs_embeds)
+        inputs.check_choices(shape(source), 4 if input_ids is None else 3)
         choices = sizes(source)[:3]
         outputs = self.transformer(
             rows(input_ids), past_key_values, rows(attention_mask), rows(token_type_ids), rows(position_ids), head_mask,
@@ -193,10 +195,10 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         hidden = tf.reshape(outputs.last_hidden_state, (*choices, self.config.n_embd))  # (B, C, T, E)
         mask = tf.ones(choices, tf.int32) if attention_mask is None else attention_mask[..., -choices[2] :]
         if mc_token_ids is not None:
-            limits.check_shape("mc_token_ids", shape(mc_token_ids, *source.shape[:2]), source.shape[:2])
+            inputs.check_shape("mc_token_ids", shape(mc_token_ids, *source.shape[:2]), source.shape[:2])
             check_integers("mc_token_ids", mc_token_ids)
             if is_concrete(mc_token_ids):
-                limits.check_choice_tokens(*extremes(mc_token_ids), choices[2])
+                inputs.check_choice_tokens(*extremes(mc_token_ids), choices[2])
         logits = lm_logits(self, hidden)
         scores = self.multiple_choice_head(hidden, keep=mask, mc_token_ids=mc_token_ids)
         scores = tf.squeeze(scores, -1) if scores.shape[-1] == 1 else scores
@@ -259,7 +261,7 @@ class TFGPT2ForSequenceClassification(TFGPT2PreTrainedModel):
         if mask is not None and mask.shape.rank == 2:
             return mask[:, -length:]
         can_find_end = input_ids is not None and self.config.pad_token_id is not None
-        limits.check_pooling(2 if hidden.shape[0] is None else hidden.shape[0], can_find_end)
+        inputs.check_pooling(2 if hidden.shape[0] is None else hidden.shape[0], can_find_end)
         return input_ids != self.config.pad_token_id if can_find_end else tf.ones((batch, length), tf.int32)
 
 
@@ -370,7 +372,7 @@ def present(mask: tf.Tensor | None, labels: tf.Tensor) -> tf.Tensor | None:
 
 def last_tokens(mask: tf.Tensor) -> tf.Tensor:
     """The index of the last unmasked token of each row: (..., T) -> (...)"""
-    limits.check_pooled(mask.shape[-1])
+    inputs.check_pooled(mask.shape[-1])
     kept = tf.cast(tf.cast(tf.reverse(mask, [-1]), tf.bool), tf.int32)
     return sizes(mask)[-1] - 1 - tf.argmax(kept, -1, output_type=tf.int32)
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from gpt2_multi.config import GPT2Config
+from gpt2_multi.model.config import GPT2Config
 
 
 def dense(inputs: int, outputs: int, name: str, policy: keras.DTypePolicy, use_bias: bool = True) -> keras.layers.Dense:

@@ -13,18 +13,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gpt2_multi.checkpoint import replaced, write_weights
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.conversion import read_config, read_weights
 from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.generation_config import GenerationConfig
-from gpt2_multi.hub import resolve
-from gpt2_multi.outputs import Output
-from gpt2_multi.tf import fitting, quantization
-from gpt2_multi.tf.arguments import as_keywords
+from gpt2_multi.files.containers.safetensors import replaced, write_weights
+from gpt2_multi.files.hub import resolve
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.checkpoint import read_config, read_weights
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.outputs import Output
+from gpt2_multi.model.weights import KERAS, Weight, table
+from gpt2_multi.tf.fit import fitting, quantization
+from gpt2_multi.tf.fit.arguments import as_keywords
+from gpt2_multi.tf.fit.policies import Policy, policy_of
 from gpt2_multi.tf.layers import replace_variable
-from gpt2_multi.tf.policies import Policy, policy_of
-from gpt2_multi.weights import KERAS, Weight, table
 
 _READING = ContextVar("_READING", default=False)  # a file's values will follow: random ones would cost half the time
 

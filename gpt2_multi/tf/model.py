@@ -12,9 +12,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from gpt2_multi import limits
-from gpt2_multi.config import GPT2Config
-from gpt2_multi.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
+from gpt2_multi.model import inputs
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
 from gpt2_multi.tf import checks
 from gpt2_multi.tf.attention import (
     Attention,
@@ -28,9 +28,9 @@ from gpt2_multi.tf.attention import (
     positions,
     sizes,
 )
+from gpt2_multi.tf.fit.policies import Policy
 from gpt2_multi.tf.layers import dense, lookup, norm
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
-from gpt2_multi.tf.policies import Policy
 from gpt2_multi.tf.trees import register
 
 for output_class in Output.__subclasses__():
@@ -144,7 +144,7 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows."""
-        limits.check_positions(0, max_length - 1, self.wpe.input_dim)
+        inputs.check_positions(0, max_length - 1, self.wpe.input_dim)
         return KVCache.empty(self, batch_size, max_length)
 
     def call(

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from gpt2_multi import limits
+from gpt2_multi.model import inputs
 from gpt2_multi.tf.checks import check_integers, extremes, is_concrete, shape
-from gpt2_multi.tf.sharding import over_replicas
+from gpt2_multi.tf.fit.strategy import over_replicas
 
 IGNORED = -100
 UNDECAYED = r"(^|/)(bias|gamma|beta)(/replica_\d+)?(:\d+)?$"  # as TensorFlow names its variables
@@ -45,10 +45,10 @@ def widened(logits: tf.Tensor) -> tf.Tensor:
 def check_labels(labels: tf.Tensor, logits: tf.Tensor) -> None:
     """Labels (...) have to fit logits (..., K) in shape, and be classes or -100."""
     expected = logits.shape[:-1]
-    limits.check_shape("labels", shape(labels, *expected), expected)
+    inputs.check_shape("labels", shape(labels, *expected), expected)
     check_integers("labels", labels)
     if is_concrete(labels):
-        limits.check_labels(*extremes(labels), logits.shape[-1])
+        inputs.check_labels(*extremes(labels), logits.shape[-1])
 
 
 def lm_loss(logits: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
@@ -89,7 +89,7 @@ def classification_loss(logits: tf.Tensor, labels: tf.Tensor, problem_type: str 
 
 def check_fit(labels: tf.Tensor, logits: tf.Tensor) -> None:
     """Labels that are numbers have to have the logits' shape."""
-    limits.check_shape("labels", shape(labels, *logits.shape), logits.shape)
+    inputs.check_shape("labels", shape(labels, *logits.shape), logits.shape)
 
 
 def span_loss(start_logits: tf.Tensor, end_logits: tf.Tensor, start: tf.Tensor, end: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,1 @@
+"""The programs: the command line, the pipeline, the check of a machine."""

@@ -1,0 +1,136 @@
+"""From a name or a path to a folder of files: a folder itself, the demo model, or a model of the Hugging Face hub.
+
+huggingface_hub does the fetching and keeps the cache; HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they
+mean there. It is imported when a name has to be fetched, not before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt2_multi.errors import CheckpointError
+from gpt2_multi.model.config import ARCHIVE
+
+DEMO = Path(__file__).parents[1] / "demo"
+TIMEOUT = 10.0  # seconds without an answer; the hub's own client would wait for ever
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+WEIGHTS = (  # of each format, the first that a model has is fetched
+    ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
+    ("tf_model.h5", "tf_model-*.h5", "tf_model.h5.index.json"),
+    ("flax_model.msgpack", "flax_model-*.msgpack", "flax_model.msgpack.index.json"),
+    ("model.weights.h5", "metadata.json"),
+    ("model.ckpt.*", "checkpoint", "hparams.json", "encoder.json", "vocab.bpe"),
+    ("ckpt.pt",),
+)
+
+
+def resolve(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    allow_patterns: Sequence[str] | None = None,
+) -> Path:
+    """The local folder of a model: a folder as it is, "demo", a published GPT-2's short name, or a name on the hub.
+
+    A folder that exists comes first, whatever its name. `allow_patterns` are the files to fetch, by default those of a
+    model and its tokenizer. Raises CheckpointError for whatever cannot be found or fetched.
+    """
+    name = os.fspath(name_or_path)
+    if (kind := _kind(name)) == "folder":
+        return Path(name)
+    if kind == "file":
+        raise CheckpointError(f"{name}: expected a model folder, found a file; give the folder that it lies in")
+    if name == "demo":
+        return DEMO
+    if not isinstance(name_or_path, str) or _looks_like_path(name):
+        raise CheckpointError(
+            f"{name!r}: there is no such folder; check the path, or give a name on the hub such as gpt2"
+        )
+    repo = ARCHIVE[name].hub_id if name in ARCHIVE else name
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    if allow_patterns is not None:
+        return _fetch(repo, options, local_files_only, list(allow_patterns))
+    for weights in WEIGHTS:
+        found = _fetch(repo, options, local_files_only, [*FILES, *weights])
+        if any(list(found.glob(pattern)) for pattern in weights):
+            break
+    return found
+
+
+def _kind(name: str) -> str:
+    try:
+        return "folder" if name and Path(name).is_dir() else "file" if name and Path(name).exists() else "nothing"
+    except (OSError, ValueError):  # longer than a path may be, or with a zero byte in it
+        return "nothing"
+
+
+def _looks_like_path(name: str) -> bool:
+    return not name or name[0] in "./~\\" or name.endswith(("/", "\\")) or name.count("/") > 1 or ":" in name
+
+
+def _fetch(repo: str, options: dict[str, Any], local: bool, patterns: list[str]) -> Path:
+    """Ask the hub first, within a time; where it does not answer, what the cache has will do."""
+    from huggingface_hub import snapshot_download
+
+    refusal = None if local else _ask(repo, options["revision"], options["token"])
+    options |= {"allow_patterns": patterns, "local_files_only": local or refusal is not None}
+    try:
+        found = snapshot_download(repo, **options)
+    except Exception as error:  # whatever lies between here and the hub has its own kinds
+        raise CheckpointError(_sentence(repo, options["revision"], refusal or error, local)) from error
+    if not Path(found).is_dir():
+        raise CheckpointError(f"{repo}: the hub has none of {', '.join(patterns)} there; it is not a model to load")
+    return Path(found)
+
+
+def _ask(repo: str, revision: str | None, token: str | bool | None) -> Exception | None:
+    """Why the hub will not give a model, or None; the reason, where the cache lacks it too, is the user's to read."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(token=token).model_info(repo, revision=revision, timeout=TIMEOUT)
+    except Exception as error:
+        return error
+    return None
+
+
+def _sentence(repo: str, revision: str | None, error: Exception, local: bool) -> str:
+    from huggingface_hub import errors
+
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r}: neither a folder here nor a name that the hub could have; expected owner/name"
+    if local or isinstance(error, errors.OfflineModeIsEnabled):
+        way = "without local_files_only" if local else "without HF_HUB_OFFLINE"
+        return f"{repo}: not (or not whole) in the cache, and the hub may not be asked; fetch it once {way}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo}: the hub has no revision {revision!r} of it; check the branch, tag or commit"
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return f"{repo}: the hub refuses access ({status}); ask for access on its page, and give a token that has it"
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+        return (
+            f"{repo}: neither a folder here nor a model on the hub that this token can see ({status}); check the name, "
+            "and give a token if it is private"
+        )
+    if status:
+        return f"{repo}: the hub answered with an error ({status}) and the cache lacks the model; try again later"
+    while error.__cause__ or error.__context__:  # the first of a chain of errors is what happened
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"{repo}: could not be fetched ({reason}); check the network, or give a folder that holds the model"

@@ -1,0 +1,1 @@
+"""Training in Flax: losses, the state of a run, and resuming it."""

@@ -1,0 +1,140 @@
+"""Training that goes on where it stopped: batches that follow from the step, and states that Orbax saves and restores::
+
+data = Windows(ids, length=256, batch_size=8)
+state = restore_state("run", state)
+for step in range(int(state.step), steps):
+    state, _ = train_step(state, data[step])
+save_state("run", state)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.flax.checks import check_alive
+from gpt2_multi.flax.training.state import TrainState
+from gpt2_multi.model import inputs
+
+
+class Windows:
+    """Batches of windows of a text: `data[step]` is the batch of a step, so that the step says where in the data it is.
+
+    Each epoch cuts the ids (N,) elsewhere, and takes all windows once, in an order that `seed` decides.
+    """
+
+    def __init__(self, ids: Any, length: int, batch_size: int, seed: int = 0) -> None:
+        inputs.check_size("length", length, 1)
+        inputs.check_size("batch_size", batch_size, 1)
+        inputs.check_size("seed", seed)
+        self.ids, self.length, self.batch_size, self.seed = np.asarray(ids), length, batch_size, seed  # or a file's map
+        inputs.check_shape("ids", self.ids.shape, (None,))
+        inputs.check_integers("ids", self.ids.dtype, not len(self.ids) or self.ids.dtype.kind in "iu")
+        self.steps_per_epoch = (len(self.ids) // length - 1) // batch_size
+        if self.steps_per_epoch < 1:
+            raise InputError(
+                f"ids: expected at least {(batch_size + 1) * length}, a batch of {batch_size} windows of {length} and "
+                f"one to spare, found {len(self.ids)}; give a longer text, shorter windows or a smaller batch"
+            )
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Ids and labels (B, T) of a step."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        rng = np.random.default_rng([self.seed, epoch])
+        offset, order = rng.integers(self.length), rng.permutation(len(self.ids) // self.length - 1)
+        starts = offset + self.length * order[number * self.batch_size :][: self.batch_size]
+        ids = self.ids[starts[:, None] + np.arange(self.length)].astype(np.int32)  # (B, T)
+        return {"input_ids": ids, "labels": ids}
+
+
+def save_state(folder: str | os.PathLike[str], state: TrainState, keep: int | None = 2) -> None:
+    """Write a state to `folder`, under its step, by Orbax; the last `keep` stay. Each host has to call it.
+
+    The folder of a step appears whole or not at all. Raises CheckpointError where it cannot be written.
+    """
+    if keep is not None:
+        inputs.check_size("keep", keep, 1)
+    check_alive("state", state)
+    try:
+        with _manager(folder, keep) as manager:
+            manager.save(int(state.step), args=ocp.args.StandardSave(_arrays(state)), force=True)
+            manager.wait_until_finished()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the state could not be saved ({_line(error)})") from error
+
+
+def restore_state(folder: str | os.PathLike[str], state: TrainState, step: int | None = None) -> TrainState:
+    """The last state of `folder`, or that of a step, bit by bit; it lies where `state` lies, whose memory is let go.
+
+    `state` is what `create_train_state` makes of the same model and optimizer; the mesh may be another. Raises
+    CheckpointError where there is no such state, and where it does not fit.
+    """
+    check_alive("state", state)
+    there = saved_steps(folder)
+    if not there or step not in (None, *there):
+        steps = f"only those of the steps {', '.join(map(str, there))}" if there else "none"
+        raise CheckpointError(f"{folder}: expected a saved state, found {steps}; save_state writes one")
+    step = there[-1] if step is None else step
+    what, wanted = f"{folder}: the state of step {step}", _arrays(state)
+    try:
+        found = _read(folder, step, what, wanted)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{what} is damaged ({_line(error)}); delete it to go on from the one before") from error
+    impl, structure = jax.random.key_impl(state.dropout_key), jax.tree.structure(state)
+    state = jax.tree.unflatten(structure, [found[name] for name in wanted])
+    return state.replace(dropout_key=jax.random.wrap_key_data(state.dropout_key, impl=impl))
+
+
+def saved_steps(folder: str | os.PathLike[str]) -> list[int]:
+    """The steps whose states a folder has."""
+    if not Path(folder).is_dir():
+        return []
+    with _manager(folder, None) as manager:
+        return sorted(manager.all_steps())
+
+
+def _read(folder: str | os.PathLike[str], step: int, what: str, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    with _manager(folder, None) as manager:
+        _check_fit(what, _shapes(dict(manager.item_metadata(step))), _shapes(wanted))
+        target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
+        return manager.restore(step, args=ocp.args.StandardRestore(target))  # type: ignore[no-any-return]
+
+
+def _manager(folder: str | os.PathLike[str], keep: int | None) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        Path(folder).resolve(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """Every array by its path, such as params.transformer.wte.embedding, in the order of the leaves."""
+    flat, _ = jax.tree.flatten_with_path(state.replace(dropout_key=jax.random.key_data(state.dropout_key)))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{np.dtype(x.dtype).name}{list(x.shape)}" for name, x in arrays.items()}
+
+
+def _check_fit(what: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    for name in {**expected, **found}:
+        if found.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"{what}: expected {name} to be {expected.get(name, 'absent')}, found {found.get(name, 'none')}; make "
+                "the model and the optimizer as they were when it was saved"
+            )
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,247 @@
+"""The state of a training run, and the step that changes it: on one device, on a mesh, on several hosts::
+
+model = FlaxGPT2LMHeadModel.from_pretrained("gpt2", mesh=mesh, rules=rules)
+state = create_train_state(model, optimizer(5e-5))
+state, metrics = train_step(state, {"input_ids": ids, "labels": ids})
+model.params = state.params
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from flax.training import train_state
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from gpt2_multi.errors import InputError
+from gpt2_multi.flax.checks import check_alive, on_host
+from gpt2_multi.flax.params import Tree
+from gpt2_multi.flax.sharding import shard_batch
+from gpt2_multi.flax.training.losses import IGNORED, shifted, widened
+from gpt2_multi.model import inputs
+
+if TYPE_CHECKING:
+    from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, Array]
+NO_INPUTS = ("return", "train", "past_key_values", "output_attentions", "output_hidden_states", "logits_to_keep")
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """The loss of a model, as a function that `jit` can compare: two of one module are equal."""
+
+    module: nn.Module
+    head: str
+    check: Callable[[Batch], None] = field(repr=False)  # of the model
+
+    def __call__(self, params: Tree, batch: Batch, dropout_key: Array | None = None) -> tuple[Array, Array]:
+        """The loss, (), and how many labels it is the mean of, (); without a key there is no dropout."""
+        train, rngs = dropout_key is not None, {} if dropout_key is None else {"dropout": dropout_key}
+        output: Any = self.module.apply({"params": params}, **batch, train=train, rngs=rngs)
+        losses = [loss for loss in (getattr(output, name, None) for name in ("loss", "mc_loss")) if loss is not None]
+        if not losses:
+            raise InputError(f"batch: expected labels for the loss, found {', '.join(batch)}; give them by their name")
+        return sum(losses), label_count(self.head, batch)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Loss) and self.module is other.module
+
+    def __hash__(self) -> int:
+        return id(self.module)
+
+
+def label_count(head: str, batch: Batch) -> Array:
+    """How many labels of tokens count, (); 1 for the other heads, whose micro-batches count alike."""
+    if head not in ("lm", "token_classification"):
+        return jnp.float32(1)
+    labels, mask = batch["labels"], batch.get("attention_mask")
+    mask = None if mask is None or mask.ndim != 2 else mask
+    if head == "lm":
+        labels = shifted(labels, mask)
+    elif mask is not None:
+        labels = jnp.where(mask != 0, labels, IGNORED)
+    return (labels != IGNORED).sum().astype(jnp.float32)
+
+
+class TrainState(train_state.TrainState):
+    """Step, parameters, the optimizer's state, and the key from which each step's dropout follows: a pytree."""
+
+    apply_fn: Loss = struct.field(pytree_node=False)
+    params: Any = struct.field(pytree_node=True)
+    dropout_key: Array
+
+
+def create_train_state(
+    model: FlaxGPT2PreTrainedModel,
+    optimizer: optax.GradientTransformation,
+    params: Tree | None = None,
+    *,
+    seed: int = 0,
+) -> TrainState:
+    """The state before the first step, with a copy of the model's parameters, or with `params` themselves.
+
+    It lies where the parameters lie: the optimizer's state is sharded as they are. `seed` decides the dropout. `params`
+    are used up; with a model made by `_do_init=False` nothing is held twice. Raises InputError for parameters that do
+    not fit the model, and for what is no optimizer.
+    """
+    given: object = optimizer
+    if not isinstance(given, optax.GradientTransformation):
+        raise InputError(
+            f"optimizer: expected one of optax, found {type(given).__name__}; training.optimizer(5e-5) makes one"
+        )
+    source = jax.tree.map(lambda x: x if isinstance(x, Array) else jnp.array(x), model.fitting(params))
+    first = partial(_first, loss_of(model), optimizer, seed)
+    shardings, used = _shardings(jax.eval_shape(first, source), source), params is not None
+    return jax.jit(first, out_shardings=shardings, donate_argnums=0 if used else ())(source)
+
+
+def loss_of(model: FlaxGPT2PreTrainedModel) -> Loss:
+    """The loss of a model, without its parameters."""
+    bare = copy(model)
+    bare._params = None
+    return Loss(model.module, model.head, bare.check)
+
+
+def _first(loss: Loss, optimizer: optax.GradientTransformation, seed: int, params: Tree) -> TrainState:
+    params = jax.tree.map(jnp.copy, params)  # otherwise they would share memory that the first step gives away
+    return TrainState(jnp.int32(0), loss, params, optimizer, optimizer.init(params), jax.random.key(seed))
+
+
+def _shardings(state: TrainState, params: Tree) -> TrainState:
+    """The sharding of each array of a state whose parameters lie as `params` do.
+
+    What has not the shape of a parameter is replicated; what an optimizer leaves out stays out.
+    """
+    by_leaf = jax.tree.map(lambda x: x.sharding, params)
+    whole = replicated(jax.tree.leaves(params)[0].sharding)
+
+    def beside(moment: Any, param: Any) -> Any:
+        if isinstance(moment, optax.MaskedNode):
+            return moment
+        return param.sharding if moment.shape == param.shape else whole
+
+    moments = optax.tree_map_params(
+        state.tx, beside, state.opt_state, params,
+        transform_non_params=lambda _: whole, is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )  # fmt: skip
+    return state.replace(step=whole, params=by_leaf, opt_state=moments, dropout_key=whole)
+
+
+def replicated(sharding: Sharding) -> Sharding:
+    """The same devices, each with the whole."""
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+
+
+def update(state: TrainState, batch: Batch, micro: bool = False) -> tuple[TrainState, Metrics]:
+    """What `train_step` compiles, for a `jit` of your own."""
+    key = jax.random.fold_in(state.dropout_key, state.step)
+    batches = batch if micro else {name: value[None] for name, value in batch.items()}
+    loss, grads = accumulated(state, batches, key)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return state.apply_gradients(grads=grads), metrics
+
+
+def accumulated(state: TrainState, batches: Batch, key: Array) -> tuple[Array, Tree]:
+    """The loss and gradients of micro-batches that are stacked, one after the other: those of one batch of all rows."""
+    gradients = jax.value_and_grad(state.apply_fn, has_aux=True)
+
+    def one(total: Tree, numbered: Any) -> tuple[Tree, Any]:
+        number, batch = numbered
+        (loss, count), grads = gradients(state.params, batch, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda t, x: t + count.astype(t.dtype) * x.astype(t.dtype), total, grads), (loss, count)
+
+    numbers = jnp.arange(len(jax.tree.leaves(batches)[0]))
+    start = jax.tree.map(lambda x: jnp.zeros_like(widened(x)), state.params)
+    total, (losses, counts) = lax.scan(one, start, (numbers, dict(batches)))
+    count = jnp.maximum(counts.sum(), 1)
+    mean = jax.tree.map(lambda t, x: (t / count.astype(t.dtype)).astype(x.dtype), total, state.params)
+    return (losses * counts).sum() / count, mean
+
+
+def train_step(state: TrainState, batch: Batch, micro: bool = False) -> tuple[TrainState, Metrics]:
+    """One update by a batch with labels: the next state, and `loss` and `grad_norm`, (), before it.
+
+    Compiled, with the shardings of the state, whose memory it takes: go on with the state that it returns. Arrays of
+    NumPy are placed on the state's mesh by `shard_batch`. With `micro` the inputs have a first axis of micro-batches,
+    (A, B, T) ids, whose gradients are accumulated: what one batch of A B rows gives in the memory of B rows. The
+    dropout of a step follows from the state's key and the step. Raises InputError for what a call of the model refuses,
+    values being looked at where they are of NumPy, and for a batch without labels; TypeError for an unknown input.
+    """
+    batch = checked(state, batch, micro)
+    leaves, tree = jax.tree.flatten(state)
+    step = _compiled(tree, tuple(leaf.sharding for leaf in leaves), micro)
+    return _on_mesh(step, state, batch, micro)
+
+
+def _on_mesh(call: Callable[..., Any], state: TrainState, batch: Batch, micro: bool) -> Any:
+    mesh: Any = getattr(jax.tree.leaves(state)[0].sharding, "mesh", None)
+    if mesh is None:
+        return call(state, dict(batch))
+    with jax.set_mesh(mesh):
+        return call(state, shard_batch(batch, mesh, micro))
+
+
+@lru_cache(maxsize=16)
+def _compiled(tree: Any, shardings: tuple[Sharding, ...], micro: bool) -> Callable[..., tuple[TrainState, Metrics]]:
+    out = (jax.tree.unflatten(tree, shardings), replicated(shardings[0]))
+    return jax.jit(partial(update, micro=micro), out_shardings=out, donate_argnums=0)
+
+
+@jax.jit
+def _evaluated(state: TrainState, batch: Batch) -> tuple[Array, Array]:
+    return state.apply_fn(state.params, batch)
+
+
+def eval_step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
+    """The loss of a batch without dropout, (), and how many labels it is the mean of, ()."""
+    batch = checked(state, batch, False)
+    return _on_mesh(_evaluated, state, batch, False)
+
+
+def checked(state: TrainState, batch: Batch, micro: bool) -> Batch:
+    """A batch as arrays, without what is None: what a call of the model would take.
+
+    Values on a device are not looked at, which would wait for it: there, JAX takes no id that there is not.
+    """
+    check_alive("state", state)
+    loss, given = state.apply_fn, dict(arrays_of(batch))
+    known = [name for name in type(loss.module).__call__.__annotations__ if name not in NO_INPUTS]
+    inputs.check_names("batch", [*given], known)
+    host = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
+
+    def look(device: Batch) -> None:
+        for part in micro_batches({**host, **device}) if micro else [{**host, **device}]:
+            loss.check(part)
+
+    jax.eval_shape(look, {name: value for name, value in given.items() if name not in host})
+    return given
+
+
+def arrays_of(batch: object) -> Iterator[tuple[str, Any]]:
+    """The inputs that a batch has, as arrays."""
+    if not isinstance(batch, Mapping) or not batch:
+        raise InputError(
+            f"batch: expected a dict of inputs and labels, found {batch if batch == {} else type(batch).__name__}"
+        )
+    return ((name, on_host(name, value)) for name, value in batch.items() if value is not None)
+
+
+def micro_batches(batch: Batch) -> list[Batch]:
+    """The micro-batches that are stacked in a batch."""
+    shapes = {name: tuple(value.shape) for name, value in batch.items()}
+    if len({shape[:1] for shape in shapes.values()}) > 1 or () in shapes.values():
+        raise InputError(f"batch: expected as many micro-batches, the first axis, in each input, found {shapes}")
+    return [{name: value[i] for name, value in batch.items()} for i in range(next(iter(shapes.values()))[0])]

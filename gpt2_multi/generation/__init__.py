@@ -1,0 +1,1 @@
+"""All of generation that has no tensor: options, rules, texts, and the specification in NumPy."""

@@ -1,0 +1,275 @@
+"""GenerationConfig: the options of `generate`, checked when they are made, and generation_config.json."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from gpt2_multi.errors import InputError
+from gpt2_multi.files.containers.safetensors import read_json, write_json
+from gpt2_multi.generation.options import OPTIONS, UNSUPPORTED, plain
+from gpt2_multi.generation.rules import Bias
+from gpt2_multi.model import inputs
+from gpt2_multi.model.config import GPT2Config
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TASK = "text-generation"
+
+
+@dataclass
+class GenerationConfig:
+    """The options of `generate`, with the names and defaults of transformers 4.57; docs/generation.md explains each.
+
+    They are checked together when a configuration is made; to change one, make another by `with_options`.
+
+    Without `max_new_tokens` and `max_length` (prompt included), 20 new tokens are made. `top_k` 0 and `top_p` 1.0 are
+    off; `top_k` is 50 unless it is set. `seed`, one number or one for each prompt, plus the row's number decides every
+    sample. Ids in `eos_token_id` end a row, which is then filled with `pad_token_id` (the end token where that is
+    None). Raises InputError for a value that cannot be used and TypeError for an unknown option.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int | None = None
+    min_length: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    logit_bias: Mapping[Any, float] | Sequence[tuple[Sequence[int], float]] | None = None
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
+    sliding_window: bool = False
+    seed: int | Sequence[int] | None = None
+    stop_strings: str | Sequence[str] | None = None
+    cache_implementation: str | None = None
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)  # keys of a file that are not options here
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            setattr(self, option.name, plain(getattr(self, option.name)))
+        self.top_k = self.top_k or 0
+        for name, (fits, expected) in OPTIONS.items():
+            if not fits(getattr(self, name)):
+                raise InputError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+        for wrong, sentence in self._conflicts():
+            if wrong:
+                raise InputError(sentence)
+
+    def _conflicts(self) -> list[tuple[bool, str]]:
+        beams, lookup = self.num_beams > 1, self.prompt_lookup_num_tokens is not None
+        several, detailed = self.num_return_sequences > 1, self.output_scores or self.output_logits
+        return [
+            (
+                several and not self.do_sample and not beams,
+                "num_return_sequences: greedy choice gives one text only; set do_sample=True, or num_beams, or 1",
+            ),
+            (
+                beams and self.num_return_sequences > self.num_beams,
+                f"num_return_sequences: {self.num_return_sequences} texts need as many beams; raise num_beams",
+            ),
+            (
+                lookup and (self.do_sample or beams or self.sliding_window),
+                "prompt_lookup_num_tokens: is for greedy choice; leave out do_sample, num_beams and sliding_window",
+            ),
+            (beams and self.sliding_window, "sliding_window: cannot be used with num_beams; leave out one of the two"),
+            (
+                detailed and not self.return_dict_in_generate,
+                "output_scores, output_logits: there is no place for them in ids; set return_dict_in_generate=True",
+            ),
+            (
+                lookup and self.return_dict_in_generate,
+                "return_dict_in_generate: cannot be used with prompt_lookup_num_tokens; leave out one of the two",
+            ),
+        ]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end tokens: none, one or several."""
+        if self.eos_token_id is None:
+            return ()
+        return tuple(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else (self.eos_token_id,)  # type: ignore[return-value]
+
+    @property
+    def fill_token_id(self) -> int:
+        """What a finished row is filled with."""
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        return self.eos_token_ids[0] if self.eos_token_ids else 0
+
+    @property
+    def biases(self) -> list[Bias]:
+        """`logit_bias` and `bad_words_ids`, which are ruled out, as (phrase, bias) pairs."""
+        return [*_pairs(self.logit_bias), *((tuple(phrase), -math.inf) for phrase in self.bad_words_ids or ())]
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings: none, one or several."""
+        return [self.stop_strings] if isinstance(self.stop_strings, str) else list(self.stop_strings or ())
+
+    @property
+    def rows(self) -> int:
+        """How many rows each prompt is read in: one per text to return, or one per beam."""
+        return self.num_beams if self.num_beams > 1 else self.num_return_sequences
+
+    @property
+    def candidates(self) -> int:
+        """Of how many continuations beam search chooses: so many that enough of them cannot be at their end."""
+        return self.least_kept * self.num_beams
+
+    @property
+    def least_kept(self) -> int:
+        """How many tokens top-k, top-p and min-p leave at least: beams need one that is no end token."""
+        return max(2, 1 + len(self.eos_token_ids)) if self.num_beams > 1 else 1
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        """What is kept of each step for the caller."""
+        wanted = {"scores": self.output_scores, "logits": self.output_logits, "log_probs": self.return_dict_in_generate}
+        return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+    def settled(self, given: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+        """What a call of a model with this configuration does: `given` with the special tokens of this one, or this.
+
+        `options` come on top. Raises InputError and TypeError for what cannot be used.
+        """
+        if given is None:
+            return self.with_options(options)
+        if not isinstance(given, GenerationConfig):
+            raise InputError(f"generation_config: expected a GenerationConfig, found {type(given).__name__}")
+        tokens = {name: getattr(self, name) for name in TOKENS if getattr(given, name) is None}
+        return replace(given, **tokens).with_options(options)
+
+    def with_options(self, options: dict[str, Any]) -> Self:
+        """A copy with these options changed; TypeError, with the nearest name, for one that does not exist.
+
+        One that changes nothing beside the others is warned about.
+        """
+        self.check_names(options)
+        if options.get("eos_token_id", 0) is None:  # no end, which is not the same as the model's
+            options = {**options, "eos_token_id": []}
+        if options.get("max_length") is not None:  # the length of the call wins, whichever way it is given
+            options = {"max_new_tokens": None, **options}
+        changed = replace(self, **options)
+        for name, needed in changed._useless(options):
+            warnings.warn(f"{name} changes nothing without {needed}", stacklevel=3)
+        return changed
+
+    @staticmethod
+    def check_names(options: Iterable[str]) -> None:
+        """TypeError, with the nearest name, for an option that does not exist."""
+        known = [option.name for option in fields(GenerationConfig) if option.name != "extra"]
+        inputs.check_names("generate()", list(options), known, "option")
+
+    def _useless(self, options: dict[str, Any]) -> list[tuple[str, str]]:
+        needs = {
+            "do_sample=True": (self.do_sample, ("temperature", "top_k", "top_p", "min_p", "seed")),
+            "num_beams above 1": (self.num_beams > 1, ("length_penalty", "early_stopping")),
+            "prompt_lookup_num_tokens": (self.prompt_lookup_num_tokens is not None, ("max_matching_ngram_size",)),
+        }
+        default = {f.name: f.default for f in fields(self)}
+        off = {"top_k": (50, 0, None)}  # what is the default, or switched off, is no mistake
+        return [
+            (name, needed)
+            for needed, (there, names) in needs.items()
+            for name in names
+            if not there and name in options and options[name] not in off.get(name, (default[name],))
+        ]
+
+    def check_streaming(self) -> None:
+        """What is streamed is not known better later."""
+        if self.num_beams > 1:
+            raise InputError("num_beams: beams are not known before the end; leave it out, or call generate")
+        if self.return_dict_in_generate:
+            raise InputError("return_dict_in_generate: a stream gives tokens only; leave it out, or call generate")
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Every id of a phrase has to lie in the vocabulary."""
+        for phrase, bias in self.biases:
+            name = "bad_words_ids" if bias == -math.inf else "logit_bias"
+            inputs.check_ids(name, min(phrase), max(phrase), vocab_size)
+
+    def total_length(self, prompt: int) -> int:
+        """How long the longest row may become from a prompt of this length, in tokens."""
+        if self.max_new_tokens is None and self.max_length is not None:
+            if self.max_length <= prompt:
+                raise InputError(f"max_length: {self.max_length} leaves no room after {prompt} prompt tokens; raise it")
+            return self.max_length
+        return prompt + (20 if self.max_new_tokens is None else self.max_new_tokens)
+
+    def check_context(self, longest: int, new: int, n_positions: int) -> None:
+        """The longest prompt and what is to follow have to fit the context, unless it slides."""
+        if not self.sliding_window:
+            inputs.check_context(longest, new, n_positions)
+
+    def longest_minimum(self) -> int:
+        """From this step on no row is too short to end, however much of the prompt is padding."""
+        return max(self.min_length, self.min_new_tokens or 0)
+
+    @classmethod
+    def of(cls, config: GPT2Config) -> Self:
+        """The defaults, with the special tokens of a model."""
+        tokens = {name: getattr(config, name) for name in TOKENS}
+        return cls(**{name: token for name, token in tokens.items() if token != -1})  # as old files say "none"
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], config: GPT2Config) -> Self:
+        """Read generation_config.json; what it leaves open is taken from the model's configuration."""
+        path = Path(folder) / "generation_config.json"
+        keys = read_json(path) if path.exists() else {}
+        known = {f.name for f in fields(cls)} - {"extra"}
+        given = {name: value for name, value in keys.items() if name in known and value is not None}
+        given = {name: value for name, value in given.items() if not (name in TOKENS and value == -1)}
+        extra = {name: value for name, value in keys.items() if name not in known}
+        ignored = [name for name, value in extra.items() if value not in (None, UNSUPPORTED.get(name, value))]
+        if ignored:
+            warnings.warn(f"{path}: {', '.join(ignored)} is not an option here, and is ignored", stacklevel=3)
+        try:
+            return replace(cls.of(config), **given, extra=extra)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write generation_config.json: what differs from the defaults, and the keys that a file brought."""
+        default = GenerationConfig()
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        if self.logit_bias is not None:  # JSON's keys are strings, and it has no infinity
+            own["logit_bias"] = [[list(phrase), bias] for phrase, bias in self.biases if bias != -math.inf]
+            own["bad_words_ids"] = [list(phrase) for phrase, bias in self.biases if bias == -math.inf] or None
+        keys = {name: value for name, value in own.items() if value != getattr(default, name)}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / "generation_config.json", {**self.extra, **keys})
+
+
+def task_options(model: GPT2Config) -> dict[str, Any]:
+    """What config.json says of `generate` where texts are continued, under `task_specific_params`."""
+    tasks = model.extra.get("task_specific_params")
+    own = tasks.get(TASK) if isinstance(tasks, dict) else None
+    if not isinstance(own, dict):
+        return {}
+    known = {option.name for option in fields(GenerationConfig)} - {"extra"}
+    return {name: value for name, value in own.items() if name in known and value is not None}
+
+
+def _pairs(given: Any) -> list[Bias]:
+    pairs = given.items() if isinstance(given, Mapping) else given or ()
+    return [(tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),), float(bias)) for ids, bias in pairs]

@@ -1,0 +1,161 @@
+"""The specification of generation: its noise, and its rules on logits, in NumPy.
+
+Each backend carries these rules out on its own tensors and is held to the functions here. A sample is the argmax of
+logits + Gumbel noise (Maddison et al. 2014), and the noise comes from a counter: threefry2x32 with 20 rounds (Salmon
+et al. 2011) under the key `seed + row` at (step, token). It needs no state, is the same in every framework, and a row's
+text depends neither on the other rows nor on how they are batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpt2_multi.errors import InputError
+
+if TYPE_CHECKING:
+    from gpt2_multi.generation.config import GenerationConfig
+
+Array = np.ndarray[Any, Any]
+Bias = tuple[tuple[int, ...], float]  # a phrase of ids, and what its last id's logit gets after the others
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
+
+
+def bucket(length: int) -> int:
+    """The length that is compiled for this one: a multiple of 16, and of a quarter of the power of two below it."""
+    size = 1 << (length - 1).bit_length() - 3 if length > 64 else 16
+    return max(-(-length // size), 1) * size
+
+
+def window_start(length: int, n_positions: int) -> int:
+    """Where the part of a text begins that a sliding window shows the model: 0, then half a context further each time.
+
+    So the model reads the last n_positions tokens or fewer, but more than half as many, and what it reads depends on
+    the length of the text alone.
+    """
+    half = max(n_positions // 2, 1)
+    return max(-(-(length - n_positions) // half), 0) * half
+
+
+def streams(seed: int | Sequence[int], prompts: int, rows: int) -> list[int]:
+    """The 64-bit stream of noise of each row: `rows` rows for each prompt, a seed for all of them or one per prompt."""
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != prompts:
+            raise InputError(f"seed: expected one number, or one for each of {prompts} prompts, found {len(seed)}")
+        return [(start + row) % 2**64 for start in seed for row in range(rows)]
+    return [(seed + row) % 2**64 for row in range(prompts * rows)]  # type: ignore[operator]
+
+
+def phrase_table(biases: Sequence[Bias]) -> tuple[Array, Array]:
+    """The phrases, (N, L) int32, filled up with -1 on the left, and their biases, (N,) float32.
+
+    N and L are powers of two from 8 on, so that few shapes are compiled; what was added to N has bias 0.
+    """
+    sizes = len(biases), max([len(phrase) for phrase, _ in biases], default=0)
+    count, longest = (1 << max(size - 1, 7).bit_length() for size in sizes)
+    phrases, values = np.full((count, longest), -1, np.int32), np.zeros(count, np.float32)
+    phrases[:, -1] = 0
+    for row, (phrase, bias) in enumerate(biases):
+        phrases[row, longest - len(phrase) :], values[row] = phrase, bias
+    return phrases, values
+
+
+def threefry2x32(key: tuple[int, int], counter: tuple[Any, Any]) -> tuple[Array, Array]:
+    """The 20-round threefry2x32 of Salmon et al. 2011: two 32-bit words from a two-word key and a two-word counter."""
+    keys = [np.uint32(word) for word in (key[0], key[1], key[0] ^ key[1] ^ PARITY)]
+    with np.errstate(over="ignore"):
+        x0, x1 = (np.asarray(word, np.uint32) + keys[i] for i, word in enumerate(counter))
+        for group in range(5):
+            for rotation in ROTATIONS[group % 2]:
+                x0 = x0 + x1
+                x1 = x0 ^ (x1 << np.uint32(rotation) | x1 >> np.uint32(32 - rotation))
+            x0 = x0 + keys[(group + 1) % 3]
+            x1 = x1 + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return x0, x1
+
+
+def uniform(seed: int, row: int, step: int, tokens: Array) -> Array:
+    """The uniform numbers of one row's step, for these token ids: float64 in (0, 1), exact in float32 too."""
+    stream = (seed + row) % 2**64
+    x0, _ = threefry2x32((stream & 0xFFFFFFFF, stream >> 32), (np.uint32(step), tokens))
+    return np.asarray(((x0 >> np.uint32(9)) + 0.5) * 2.0**-23)
+
+
+def gumbel(seed: int, row: int, step: int, tokens: Array) -> Array:
+    """Gumbel noise: argmax(logits + noise) is a sample of softmax(logits)."""
+    return np.asarray(-np.log(-np.log(uniform(seed, row, step, tokens))))
+
+
+def add_biases(logits: Array, ids: Array, biases: Sequence[Bias]) -> Array:
+    """Add to the last id of each phrase that a row's unmasked ids have begun: (V,) logits, (T,) ids."""
+    out = logits.copy()
+    for phrase, bias in biases:
+        if tuple(ids[len(ids) - len(phrase) + 1 :] if len(phrase) > 1 else ()) == phrase[:-1]:
+            out[phrase[-1]] += bias
+    return out
+
+
+def penalise(logits: Array, ids: Array, penalty: float) -> Array:
+    """Make each distinct id of a row less likely (Keskar et al. 2019, section 4.1): (V,) logits, (T,) unmasked ids."""
+    out, seen = logits.copy(), np.unique(ids)
+    out[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    return out
+
+
+def ban_repeats(logits: Array, ids: Array, size: int) -> Array:
+    """Rule out every token that would repeat an n-gram of the row's unmasked ids: (V,) logits, (T,) ids."""
+    out, prefix = logits.copy(), tuple(ids[len(ids) - size + 1 :])
+    for start in range(len(ids) - size + 1):
+        if tuple(ids[start : start + size - 1]) == prefix:
+            out[ids[start + size - 1]] = -np.inf
+    return out
+
+
+def keep_top_k(logits: Array, k: int) -> Array:
+    """Keep the k greatest logits, and what ties with the k-th."""
+    k = min(k, logits.shape[-1])
+    return np.where(logits < np.sort(logits, axis=-1)[..., -k, None], -np.inf, logits)
+
+
+def keep_top_p(logits: Array, p: float) -> Array:
+    """Keep the fewest most likely tokens that reach probability p (Holtzman et al. 2020), at least one; low ids."""
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    probs = np.exp(np.take_along_axis(logits, order, -1) - logits.max(-1, keepdims=True))
+    probs = probs / probs.sum(-1, keepdims=True)
+    dropped = np.zeros(logits.shape, bool)
+    np.put_along_axis(dropped, order, np.cumsum(probs, -1) - probs >= p, -1)
+    return np.where(dropped, -np.inf, logits)
+
+
+def keep_min_p(logits: Array, p: float) -> Array:
+    """Keep what is at least p times as likely as the likeliest token (Nguyen et al. 2024)."""
+    return np.where(logits < logits.max(-1, keepdims=True) + np.log(p), -np.inf, logits)
+
+
+def process(logits: Array, ids: Array, made: int, config: GenerationConfig) -> Array:
+    """All rules of a step on a row: (V,) logits after (T,) unmasked ids, of which the last `made` are new."""
+    logits = add_biases(logits, ids, config.biases)
+    logits = penalise(logits, ids, config.repetition_penalty)
+    if config.no_repeat_ngram_size:
+        logits = ban_repeats(logits, ids, config.no_repeat_ngram_size)
+    if len(ids) < config.min_length or made < (config.min_new_tokens or 0):
+        logits = logits.copy()
+        logits[[end for end in config.eos_token_ids if end < len(logits)]] = -np.inf
+    return warp(logits, config) if config.do_sample else logits
+
+
+def warp(logits: Array, config: GenerationConfig) -> Array:
+    """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
+    logits = kept = logits / config.temperature
+    if config.top_k:
+        kept = keep_top_k(kept, max(config.top_k, config.least_kept))
+    if config.top_p < 1:
+        kept = keep_top_p(kept, config.top_p)
+    if config.min_p:
+        kept = keep_min_p(kept, config.min_p)
+    if config.least_kept == 1:
+        return kept
+    return np.where(np.isfinite(keep_top_k(logits, config.least_kept)), logits, kept)

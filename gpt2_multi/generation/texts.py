@@ -1,0 +1,115 @@
+"""Texts in, texts out: what `generate`, `stream` and `score` of every backend do with strings.
+
+The model sees ids in NumPy, padded on the left under a mask; nobody has to care for a pad token.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from gpt2_multi.errors import InputError
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.stopping import spelling, stop_table, until_end
+from gpt2_multi.model import inputs
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.outputs import GenerateOutput
+
+if TYPE_CHECKING:
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+
+Array = np.ndarray[Any, Any]
+
+
+def are_texts(given: Any) -> bool:
+    """Whether an input is a text or a list of texts, and not ids; InputError where it is nothing."""
+    if given is None:
+        raise InputError("input_ids: expected ids or texts, found None; give at least the bos_token_id")
+    return isinstance(given, str) or (isinstance(given, (list, tuple)) and all(isinstance(text, str) for text in given))
+
+
+def generate(
+    run: Callable[[Array, Array], Any],
+    given: str | Sequence[str],
+    mask: Any,
+    tokenizer: GPT2Tokenizer | None,
+    config: GenerationConfig,
+    model: GPT2Config,
+    to_numpy: Callable[[Any], Array],
+) -> Any:
+    """Continue texts: `run` does it for ids and mask (B, T), and gives what `config` asks for."""
+    inputs.check_text_input(mask is not None, tokenizer)
+    tokenizer = cast("GPT2Tokenizer", tokenizer)
+    prompts = [given] if isinstance(given, str) else list(given)
+    rows = [encoded(prompt, tokenizer, model) for prompt in prompts]
+    output: Any = GenerateOutput(np.zeros((0, 0), np.int64))
+    if rows:
+        output = run(*padded(rows))
+    ids = to_numpy(output.sequences if isinstance(output, GenerateOutput) else output) if rows else output.sequences
+    width, several, alone = max(map(len, rows), default=0), config.num_return_sequences, isinstance(given, str)
+    made = ended(ids[:, width:].tolist(), tokenizer, config, model)
+    texts = [prompts[i // several] + "".join(pieces(tokenizer, row, config)) for i, row in enumerate(made)]
+    if not config.return_dict_in_generate:
+        return grouped(texts, alone, several)
+    output.texts = grouped(texts, alone, several)
+    output.token_ids = grouped([rows[i // several] + row for i, row in enumerate(made)], alone, several)
+    return output
+
+
+def encoded(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
+    """The ids of a prompt; an empty one is begun by the model's `bos_token_id`."""
+    inputs.check_text("text", text)
+    inputs.check_tokenizer(tokenizer)
+    if ids := list(tokenizer(text).input_ids):
+        return ids
+    inputs.check_start(model.bos_token_id, model.vocab_size)
+    return [cast(int, model.bos_token_id)]
+
+
+def streamed(text: str, tokenizer: GPT2Tokenizer, config: GenerationConfig, model: GPT2Config) -> list[int]:
+    """The ids of a prompt whose text is streamed, and is one."""
+    if config.num_return_sequences > 1:
+        raise InputError("num_return_sequences: one text is streamed; leave it out, or call generate")
+    return encoded(text, tokenizer, model)
+
+
+def padded(rows: Sequence[Sequence[int]], side: str = "left") -> tuple[Array, Array]:
+    """Rows as ids and mask, (B, T) int64; what the mask hides is 0."""
+    ids, mask = np.zeros((2, len(rows), max(map(len, rows))), np.int64)
+    width = ids.shape[1]
+    for row, given in enumerate(rows):
+        place = slice(width - len(given), None) if side == "left" else slice(len(given))
+        ids[row, place], mask[row, place] = given, 1
+    return ids, mask
+
+
+def ended(
+    rows: Sequence[Sequence[int]], tokenizer: GPT2Tokenizer, config: GenerationConfig, model: GPT2Config
+) -> list[list[int]]:
+    """New tokens up to the end of each row, without what it is filled with."""
+    table = stop_table(config.stops, tokenizer, model.vocab_size)
+    return [list(until_end(row, table, config.eos_token_ids)) for row in rows]
+
+
+def grouped(texts: list[Any], alone: bool, several: int) -> Any:
+    """One for each prompt, or a list of `several`; for a prompt alone that, otherwise a list of them."""
+    each = [texts[i : i + several] for i in range(0, len(texts), several)] if several > 1 else texts
+    return each[0] if alone else each
+
+
+def pieces(tokenizer: GPT2Tokenizer, ids: Iterable[int], config: GenerationConfig) -> Iterator[str]:
+    """The text of each id up to an end token; a character that several ids share waits for its last byte.
+
+    An id that the tokenizer does not know, as of a vocabulary that was filled up, has no text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        if token in config.eos_token_ids:
+            break
+        if piece := decoder.decode(spelling(tokenizer, token)):
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest

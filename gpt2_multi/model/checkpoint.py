@@ -1,0 +1,177 @@
+"""A checkpoint in any format: `open` finds out which, and gives its tensors as the table has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2_multi.errors import CheckpointError
+from gpt2_multi.files.arrays import mapping, release, same
+from gpt2_multi.files.containers.safetensors import PathLike, read_json
+from gpt2_multi.files.mapped import Array, Shape
+from gpt2_multi.model import spelling
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.formats import ARCHITECTURES, KINDS, Kind
+from gpt2_multi.model.weights import HEADS, Weight, head_rows, match
+
+
+class Checkpoint(Mapping[str, Array]):
+    """The tensors of a checkpoint: canonical name -> array in the table's layout, mapped from its file as a rule.
+
+    `format` is a key of `formats.KINDS`, `head` one of `weights.HEADS`, `found` every tensor as the file has it, and
+    `places` the names there of each row of the table.
+    """
+
+    def __init__(self, path: Path, format: str, found: dict[str, Array], config: GPT2Config, head: str) -> None:
+        self.path, self.format, self.found, self.config, self.head = path, format, found, config, head
+        shapes = {name: array.shape for name, array in found.items()}
+        self.weights: dict[str, Weight] = {}
+        self.places: dict[str, list[str]] = {}
+        for name, weight in match(shapes, config, head, self.kind.form, str(path)).items():
+            self.weights[weight.name] = weight
+            self.places.setdefault(weight.name, []).append(name)
+        self._check_dtypes()
+        self._check_tie()
+
+    __eq__ = object.__eq__  # a Mapping would compare its arrays
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, format={self.format!r}, head={self.head!r}, {len(self)} tensors)"
+
+    @property
+    def kind(self) -> Kind:
+        """How the format is read."""
+        return KINDS[self.format]
+
+    @property
+    def dropped(self) -> list[str]:
+        """What the file holds beside the model: masks of old versions, and a head that is tied."""
+        used = {name for names in self.places.values() for name in names}
+        return [name for name in self.found if name not in used]
+
+    @property
+    def bytes(self) -> int:
+        """How much its tensors take up in their files."""
+        return sum(self.found[name].nbytes for names in self.places.values() for name in names)
+
+    def release(self) -> None:
+        """Give the memory of what was read back to the system; only where nobody has written to an array."""
+        for array in {id(mapping(array)): array for array in self.found.values()}.values():
+            release(array)
+
+    def __getitem__(self, name: str) -> Array:
+        return spelling.row(self.kind.form, self.weights[name], [self.found[place] for place in self.places[name]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def _check_dtypes(self) -> None:
+        """The parts of one tensor have to be of one type."""
+        for name, places in self.places.items():
+            if len({self.found[place].dtype for place in places}) > 1:
+                raise CheckpointError(f"{self.path}: the parts of {name}, {', '.join(places)}, are of different types")
+
+    def _check_tie(self) -> None:
+        """A head that is stored although it is tied has to be the embedding."""
+        form, config = self.kind.form, self.config
+        if not config.tie_word_embeddings or self.head not in ("lm", "double_heads", "base"):
+            return
+        (head,) = head_rows(config.replace(tie_word_embeddings=False), "lm")
+        stored = self.found.get(form.spell(head))
+        if stored is None or form.shape(head) != stored.shape:
+            return
+        tied, embedding = form.layout(head, stored), self["wte.weight"]
+        if tied.dtype != embedding.dtype or not same(tied, embedding, form.spell(head)):
+            raise CheckpointError(
+                f"{self.path}: {form.spell(head)} differs from {self.places['wte.weight'][0]}, although "
+                "tie_word_embeddings is true; set tie_word_embeddings to false in config.json to keep both"
+            )
+
+
+def open(path: PathLike, config: GPT2Config | None = None, head: str | None = None) -> Checkpoint:
+    """Open a folder, or the main file of a checkpoint, in any of the formats of `formats.KINDS`.
+
+    config and head, by default, are what the files say. Nothing but names and shapes is read before it is used, apart
+    from checksums where a format has them. Raises CheckpointError or ConfigError for whatever is missing, damaged, or
+    does not fit.
+    """
+    format, main = recognised(Path(path))
+    kind = KINDS[format]
+    found = kind.read(main)
+    config = config or kind.config(main)
+    return Checkpoint(Path(path), format, found, config, head or head_of(kind, found, config))
+
+
+def read_config(path: PathLike, **overrides: Any) -> GPT2Config:
+    """The configuration of a checkpoint in any format, with changes."""
+    format, main = recognised(Path(path))
+    config = KINDS[format].config(main)
+    return config.replace(**overrides) if overrides else config
+
+
+def read_weights(path: PathLike, config: GPT2Config, head: str) -> dict[str, Array]:
+    """The tensors of a checkpoint in any format for a model with this head, under the table's names and in its layout.
+
+    A task head that the files lack as a whole is missing from the answer too.
+    """
+    return dict(open(path, config, head))
+
+
+def recognised(path: Path) -> tuple[str, Path]:
+    """The format of a folder or of a file, and its main file."""
+    there = _files(path)
+    for format, kind in KINDS.items():
+        for file in there:
+            if re.fullmatch(kind.main, file.name) and _is(format, file):
+                return format, file
+    names = ", ".join(file.name for file in there[:8]) or "nothing"
+    raise CheckpointError(
+        f"{path}: expected the weights of a GPT-2, such as model.safetensors, pytorch_model.bin, tf_model.h5, "
+        f"flax_model.msgpack, model.ckpt.index, ckpt.pt or model.weights.h5; found no weights, but {names}"
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, or the files in a folder, that with the shortest name first."""
+    try:
+        if path.is_dir():
+            files = [file for file in path.iterdir() if file.is_file()]
+        else:  # TensorFlow names a checkpoint by what its files begin with
+            files = [next(file for file in (path, Path(f"{path}.index")) if file.is_file())]
+    except (OSError, ValueError, StopIteration):  # longer than a path may be, with a zero byte in it, or nothing
+        raise CheckpointError(f"{path}: no such file or folder; check the path") from None
+    return sorted(files, key=lambda path: (len(path.name), path.name))
+
+
+def _is(format: str, file: Path) -> bool:
+    """Whether a file is of this format, where two formats give it one name."""
+    if format == "keras-hub":
+        config = file.with_name("config.json")
+        return config.exists() and "class_name" in read_json(config)
+    if format == "safetensors":
+        return not any("/" in name for name in KINDS[format].read(file))
+    return True
+
+
+def head_of(kind: Kind, found: Mapping[str, Array], config: GPT2Config) -> str:
+    """The head that a checkpoint has: the one whose tensors are there, or else what config.json names."""
+    shapes: dict[str, Shape] = {name: array.shape for name, array in found.items()}
+    heads = {architecture: head for head, architecture in ARCHITECTURES.items()}
+    architecture = re.sub("^(TF|Flax)", "", (config.architectures or [""])[0])
+    named = heads.get(architecture, "lm")
+    fitting = [head for head in HEADS if (rows := _own(config, head)) and _are_there(kind, rows, shapes)]
+    return fitting[0] if fitting and named not in fitting else named
+
+
+def _own(config: GPT2Config, head: str) -> list[Weight]:
+    return [row for row in head_rows(config, head) if row.path != "lm_head"]
+
+
+def _are_there(kind: Kind, rows: list[Weight], shapes: Mapping[str, Shape]) -> bool:
+    return all(shapes.get(kind.form.spell(row)) == kind.form.shape(row) for row in rows)

@@ -1,0 +1,311 @@
+"""`GPT2Config`: every setting of a GPT-2, checked when made and when changed; its fields are config.json's keys.
+
+What a file holds beyond the fields is kept in `extra` and written back: reading and writing a config.json loses no key.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from gpt2_multi.errors import CheckpointError, ConfigError, shortened
+from gpt2_multi.files.folders import read_small, write_whole
+from gpt2_multi.model.fields import CHECKS, check_together, count, wrong
+
+ALIASES = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+    "n_ctx": "n_positions",
+    "torch_dtype": "dtype",
+}
+_NAMES = CHECKS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor takes
+MOST_LABELS = 1 << 16  # that are numbered without being named: a file with a few digits would make a dict of them
+_KEYS = _NAMES - {"extra", "from_file"}  # what a file may set
+
+
+class Archived(NamedTuple):
+    """A published GPT-2: where the hub keeps it, and its size."""
+
+    hub_id: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
+ARCHIVE = {
+    "gpt2": Archived("openai-community/gpt2", 12, 12, 768),
+    "gpt2-medium": Archived("openai-community/gpt2-medium", 24, 16, 1024),
+    "gpt2-large": Archived("openai-community/gpt2-large", 36, 20, 1280),
+    "gpt2-xl": Archived("openai-community/gpt2-xl", 48, 25, 1600),
+    "distilgpt2": Archived("distilbert/distilgpt2", 6, 12, 768),
+}
+
+
+def _label_count(number: Any) -> int:
+    """How many labels to number."""
+    if (found := count("num_labels", number)) > MOST_LABELS:
+        raise wrong("num_labels", f"at most {MOST_LABELS} where id2label does not name them", number)
+    return found
+
+
+def _numbered_labels(number: int) -> dict[int, str]:
+    return {i: f"LABEL_{i}" for i in range(number)}
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, _KEYS, n=1)
+    return f"GPT2Config has no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments, or a file's keys, spelled as fields; two spellings of one setting must agree."""
+    for name in given:
+        if name not in _NAMES:
+            raise TypeError(_unknown(name))
+    values = {name: value for name, value in given.items() if name in CHECKS}
+    for alias, name in ALIASES.items():
+        if given.get(alias) is not None and values.setdefault(name, given[alias]) != given[alias]:
+            raise ConfigError(
+                f"{alias} is {given[alias]!r} but {name} is {values[name]!r}: one setting, give one value"
+            )
+    if "num_labels" in given:
+        number = _label_count(given["num_labels"])
+        labels = CHECKS["id2label"]("id2label", values.setdefault("id2label", _numbered_labels(number)))
+        if len(labels) != number:
+            raise ConfigError(f"num_labels is {number} but id2label has {len(labels)} labels: give one of the two")
+    return values
+
+
+def _check_all(values: Mapping[str, Any]) -> None:
+    check_together(values)
+    if taken := values["extra"].keys() & (_KEYS | {"model_type"}):
+        raise ConfigError(f"extra is for keys that are not GPT-2's; {min(taken)!r} is a setting of its own")
+
+
+def _settled(known: dict[str, Any]) -> dict[str, Any]:
+    """A file's keys, its contradictions decided as transformers does: files of 2019 and 2020 are full of them.
+
+    Changing `n_positions` left `n_ctx` behind, and the double-heads model set `num_labels` to 1 beside two labels.
+    """
+    labels = ("id2label", "label2id", "num_labels")
+    known = {key: value for key, value in known.items() if value is not None or key not in labels}
+    outdated = {"n_ctx": "n_positions", "num_labels": "id2label"}
+    return {key: value for key, value in known.items() if outdated.get(key) not in known}
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def _takes_aliases(cls: _Class) -> _Class:
+    """Let the constructor that `dataclass` wrote take the aliases too, and suggest a name for one that it lacks."""
+    plain = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(plain)
+    def init(self: Any, *args: Any, **given: Any) -> None:
+        plain(self, *args, **_as_fields(given))
+
+    cls.__init__ = init  # type: ignore[misc]
+    return cls
+
+
+def _alias(name: str) -> property:
+    return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
+
+
+@_takes_aliases
+@dataclass
+class GPT2Config:
+    """The settings of a GPT-2, under the names of config.json; the defaults are those of the smallest GPT-2.
+
+    Every value is checked, at construction and at assignment (`config.pad_token_id = 0`); fields that depend on each
+    other change together through `replace`. `hidden_size`, `num_attention_heads`, `num_hidden_layers`,
+    `max_position_embeddings`, `n_ctx`, `torch_dtype` and `num_labels` are other spellings, read and written alike.
+    """
+
+    model_type: ClassVar[str] = "gpt2"  # other libraries ask for it
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    summary_type: str = "cls_index"
+    summary_use_proj: bool = True
+    summary_activation: str | None = None
+    summary_proj_to_labels: bool = True
+    summary_first_dropout: float = 0.1
+    scale_attn_weights: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    # Files hold the fields above always, those below where they are not the default (and any that the file had).
+    pad_token_id: int | None = None
+    add_cross_attention: bool = False
+    is_decoder: bool = False  # GPT-2 is causal either way
+    tie_word_embeddings: bool = True
+    id2label: dict[int, str] = field(default_factory=lambda: _numbered_labels(2))
+    label2id: dict[str, int] = field(default_factory=dict)  # empty: the inverse of id2label
+    problem_type: str | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
+    pruned_heads: dict[int, list[int]] = field(default_factory=dict)  # layer -> its heads that are cut away
+    architectures: list[str] | None = None
+    dtype: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # keys of a file that are not GPT-2's
+    from_file: frozenset[str] = field(default=frozenset(), repr=False, compare=False)  # the keys that the file had
+
+    hidden_size = _alias("n_embd")
+    num_attention_heads = _alias("n_head")
+    num_hidden_layers = _alias("n_layer")
+    max_position_embeddings = _alias("n_positions")
+    n_ctx = _alias("n_positions")
+    torch_dtype = _alias("dtype")
+
+    @property
+    def num_labels(self) -> int:
+        """The number of classes; setting it numbers the labels anew."""
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, number: int) -> None:
+        self.id2label = _numbered_labels(_label_count(number))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _NAMES:
+            raise AttributeError(_unknown(name))
+        if name not in CHECKS:
+            return super().__setattr__(name, value)  # a property, which sets its field
+        values = {**vars(self), name: CHECKS[name](name, value)}
+        if name == "id2label" or not values.get("label2id", True):
+            values["label2id"] = {label: i for i, label in values["id2label"].items()}
+        if len(values) == len(CHECKS):  # the constructor comes here once per field
+            _check_all(values)
+        vars(self).update(values)
+
+    @property
+    def use_return_dict(self) -> bool:
+        """transformers' name for `return_dict`, to be read only."""
+        return self.return_dict
+
+    def replace(self, **changes: Any) -> GPT2Config:
+        """A new configuration with these settings changed at once; aliases and `num_labels` are understood."""
+        changes = _as_fields(changes)
+        if "id2label" in changes:
+            changes.setdefault("label2id", {})
+        return type(self)(**{**vars(self), **changes})
+
+    @classmethod
+    def from_archive(cls, name: str) -> GPT2Config:
+        """The configuration of a published GPT-2 (`gpt2`, `gpt2-medium`, `gpt2-xl`, ...), without a network."""
+        for short, known in ARCHIVE.items():
+            if name in (short, known.hub_id):
+                _, n_layer, n_head, n_embd = known
+                return cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd, architectures=["GPT2LMHeadModel"])
+        raise ConfigError(f"{name!r} is not a published GPT-2 that is known here; those are {', '.join(ARCHIVE)}")
+
+    @classmethod
+    def from_dict(cls, keys: Mapping[str, Any], **overrides: Any) -> GPT2Config:
+        """Make one from config.json's keys; keys that are not GPT-2's are kept in `extra`."""
+        if (model_type := keys.get("model_type", "gpt2")) != "gpt2":
+            raise ConfigError(f"model_type must be 'gpt2'; found {shortened(repr(model_type))}: that is another model")
+        known = {key: value for key, value in keys.items() if key in _KEYS}
+        if keys and not known and "model_type" not in keys:
+            raise ConfigError(f"none of these keys is one of a GPT-2 configuration: {', '.join(sorted(keys)[:5])}")
+        extra = {key: value for key, value in keys.items() if key not in known and key != "model_type"}
+        config = cls(**_settled(known), extra=extra, from_file=frozenset(keys))
+        return config.replace(**overrides) if overrides else config
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPT2Config:
+        """Read a config.json."""
+        try:
+            keys = json.loads(read_small(Path(path)))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{os.fspath(path)}: there is no such file; a model folder has a config.json"
+            ) from None
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"{os.fspath(path)}: could not be read ({error.strerror}); check the path") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{os.fspath(path)}: not valid JSON ({error}); it may be damaged") from None
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{os.fspath(path)}: expected a JSON object; found {type(keys).__name__}")
+        try:
+            config = cls.from_dict(keys)
+        except ConfigError as error:
+            raise ConfigError(f"{os.fspath(path)}: {shortened(str(error), 600)}") from None
+        except RecursionError:
+            raise ConfigError(f"{os.fspath(path)}: nested too deeply; it may be damaged") from None
+        return config.replace(**overrides) if overrides else config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> GPT2Config:
+        """Read the config.json of a model folder, or of a model on the hub; then change the settings in `overrides`."""
+        from gpt2_multi.files.hub import resolve  # which takes the archive's names from here
+
+        folder = resolve(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=["config.json"],
+        )
+        return cls.from_json_file(folder / "config.json", **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, under config.json's keys, with the keys and the spellings that a file brought."""
+        values = {name: value for name, value in vars(self).items() if name in _KEYS}
+        values |= {name: getattr(self, name) for name in self.from_file & _KEYS}
+        return copy.deepcopy({**self.extra, **values, "model_type": "gpt2"})
+
+    def to_json_string(self) -> str:
+        """The text of config.json."""
+        default = GPT2Config()
+        optional = {f.name for f in fields(self)[_ALWAYS_WRITTEN:]} - self.from_file
+        keys = {
+            key: value for key, value in self.to_dict().items() if key not in optional or value != getattr(default, key)
+        }
+        return json.dumps(keys, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json: whole, or not at all."""
+        write_whole(Path(path), self.to_json_string())
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json into a folder, which is made where it is missing."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.to_json_file(Path(folder) / "config.json")
+
+
+_ALWAYS_WRITTEN = [f.name for f in fields(GPT2Config)].index("pad_token_id")

@@ -1,0 +1,1 @@
+"""What Keras asks of a model that it trains: arguments, steps, dtypes, replicas, quantization."""

@@ -1,0 +1,81 @@
+"""The ways to give a call its arguments, and what becomes of them: tensors by name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from gpt2_multi.errors import InputError
+from gpt2_multi.model import inputs
+
+NO_TENSORS = (
+    "past_key_values", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "training",
+    "logits_to_keep",
+)  # fmt: skip
+
+
+@functools.cache
+def names_of(cls: Any) -> tuple[str, ...]:
+    """The arguments of a class's `call`, in their order; a subclass may leave them to `**kwargs`."""
+    parameters = list(inspect.signature(cls.call).parameters.values())[1:]
+    own = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    inherited = names_of(cls.__base__) if len(own) < len(parameters) else ()
+    return (*own, *(name for name in inherited if name not in own))
+
+
+def as_keywords(cls: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, without those that are None.
+
+    The first may hold others: in a mapping, as a tokenizer returns it, or in a list of tensors in their order.
+    """
+    call, names = f"{cls.__name__}()", names_of(cls)
+    held = by_name(call, names, args[0]) if args else {}
+    parts = [held, in_order(call, names, (None, *args[1:])), kwargs]
+    given = [(name, value) for part in parts for name, value in part.items() if value is not None]
+    inputs.check_names(call, [name for name, _ in given], names)
+    return {name: as_tensor(name, value) for name, value in given}
+
+
+def by_name(call: str, names: Sequence[str], first: Any) -> Mapping[str, Any]:
+    """What the first argument holds."""
+    if hasattr(first, "keys"):
+        return dict(first)
+    if isinstance(first, (list, tuple)) and any(hasattr(x, "shape") for x in first):
+        return in_order(call, names, first)
+    return {names[0]: first}
+
+
+def in_order(call: str, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """Arguments without names."""
+    inputs.check_count(call, len(values), len(names))
+    return dict(zip(names, values, strict=False))
+
+
+def as_tensor(name: str, value: Any) -> Any:
+    """Nested lists as an array; what has a shape as it is, for Keras to convert."""
+    if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
+        kind = type(value).__name__
+        raise InputError(f"{name}: expected a tensor, found {kind}; make it dense, and give attention_mask")
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        value = value.tolist()
+    if name in NO_TENSORS or hasattr(value, "shape"):
+        return value
+    if isinstance(value, (list, tuple)):
+        return from_lists(name, value)
+    raise InputError(f"{name}: expected a tensor, found {type(value).__name__}; the tokenizer makes one of texts")
+
+
+def from_lists(name: str, value: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """Rows of numbers as an array; integers where there are none."""
+    try:
+        array = np.array(value)
+    except (ValueError, TypeError, NotImplementedError):  # the last two of tensors without values
+        array = np.array(None)
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{name}: expected rows of numbers, all of one length; pad them, and give attention_mask")
+    return array if array.size else array.astype(np.int64)

@@ -1,0 +1,279 @@
+"""The rules that turn logits into the next token, in TensorFlow: those of `gpt2_multi.generation.rules`, on batches.
+
+Every option is a tensor, so that another value traces and compiles nothing. B rows, S keys (prompt and room), V
+vocabulary, K tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.rules import PARITY, ROTATIONS, phrase_table
+from gpt2_multi.generation.stopping import FOUND
+from gpt2_multi.tf.attention import sizes
+
+GREATEST = 2**31 - 1
+
+
+def whole(number: int) -> tf.Tensor:
+    """A number as int32; TensorFlow would let a greater one wrap around."""
+    return tf.constant(min(number, GREATEST), tf.int32)
+
+
+class Options(NamedTuple):
+    """The options of `GenerationConfig` as tensors."""
+
+    do_sample: tf.Tensor  # () bool
+    temperature: tf.Tensor  # () float64
+    top_k: tf.Tensor  # () int32; 0 is off
+    top_p: tf.Tensor  # () float64
+    min_p: tf.Tensor  # () float64; 0 is off
+    least_kept: tf.Tensor  # () int32
+    repetition_penalty: tf.Tensor  # () float64
+    no_repeat_ngram_size: tf.Tensor  # () int32
+    phrases: tf.Tensor  # (N, L) int32, and biases: see `sampling.phrase_table`
+    biases: tf.Tensor  # (N,) float32
+    min_length: tf.Tensor  # () int32
+    min_new_tokens: tf.Tensor  # () int32
+    length_penalty: tf.Tensor  # () float64
+    early_stopping: tf.Tensor  # () int32: 0 is False, 1 True, 2 "never"
+    candidates: tf.Tensor  # () int32
+    longest_match: tf.Tensor  # () int32, of prompt lookup
+    streams: tf.Tensor  # (B,) uint64, of each row's noise
+    table: tf.Tensor  # (S, V) int32, of the stop strings
+    ends: tf.Tensor  # (a multiple of 4,) int32; -1 is none
+    fill: tf.Tensor  # () int32
+
+    @classmethod
+    def of(cls, config: GenerationConfig, streams: tf.Tensor, table: Any) -> Options:
+        """The tensors of a configuration, of its rows' noise and of its stop strings."""
+        real, ends = partial(tf.constant, dtype=tf.float64), [min(end, GREATEST) for end in config.eos_token_ids]
+        phrases, biases = phrase_table(config.biases)
+        return cls(
+            do_sample=tf.constant(config.do_sample),
+            temperature=real(config.temperature),
+            top_k=whole(config.top_k or 0),
+            top_p=real(config.top_p),
+            min_p=real(config.min_p or 0),
+            least_kept=whole(config.least_kept),
+            repetition_penalty=real(config.repetition_penalty),
+            no_repeat_ngram_size=whole(config.no_repeat_ngram_size),
+            phrases=tf.constant(phrases),
+            biases=tf.constant(biases),
+            min_length=whole(config.min_length),
+            min_new_tokens=whole(config.min_new_tokens or 0),
+            length_penalty=real(config.length_penalty),
+            early_stopping=tf.constant([False, True, "never"].index(config.early_stopping)),
+            candidates=whole(config.candidates),
+            longest_match=whole(config.max_matching_ngram_size),
+            streams=streams,
+            table=tf.constant(table),
+            ends=tf.constant(ends + [-1] * (4 - len(ends) % 4), tf.int32),  # or each number of them would be traced
+            fill=whole(config.fill_token_id),
+        )
+
+    def row(self, row: int) -> Options:
+        """Those of one row alone."""
+        return self._replace(streams=self.streams[row : row + 1])
+
+
+def process(
+    logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, place: tf.Tensor, step: tf.Tensor, options: Options
+) -> tf.Tensor:
+    """What the next token, which will stand at `place`, is chosen by: -> (B, V)
+
+    logits: (B, V), the model's, or a beam's log-probabilities. ids: (B, S), of which those count that `keep` (B, S)
+    marks. step: how many tokens were made.
+    """
+    lengths = tf.math.count_nonzero(keep, -1, keepdims=True, dtype=tf.int32)  # (B, 1); padding does not count
+    penalty, size = options.repetition_penalty, options.no_repeat_ngram_size
+    biased = tf.reduce_any(options.biases != 0)
+    logits = when(biased, lambda x: add_biases(x, ids, keep, place, options.phrases, options.biases), logits)
+    logits = when(penalty != 1, lambda x: penalise(x, ids, keep, penalty), logits)
+    logits = when(size > 0, lambda x: ban_repeats(x, ids, keep, place, size), logits)
+    short = (lengths < options.min_length) | (step < options.min_new_tokens)
+    logits = without(logits, short & is_end(logits, options))
+    return when(options.do_sample, lambda x: warp(x, options), logits)
+
+
+def choose(processed: tf.Tensor, step: tf.Tensor, options: Options) -> tf.Tensor:
+    """The next token of each row: (B, V) -> (B,)"""
+    return tf.cond(
+        options.do_sample,
+        lambda: sample(processed, options.streams, step),
+        lambda: tf.argmax(processed, -1, output_type=tf.int32),
+    )
+
+
+def over(chosen: tf.Tensor, state: tf.Tensor, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
+    """Which tokens end their rows, and the states of the stop strings after them; all of one shape."""
+    state = tf.gather_nd(options.table, tf.stack([state, chosen], -1))
+    ended = tf.reduce_any(chosen[..., None] == options.ends, -1)
+    return ended | (state == FOUND), tf.maximum(state, 0)
+
+
+def when(condition: tf.Tensor, change: Callable[[tf.Tensor], tf.Tensor], logits: tf.Tensor) -> tf.Tensor:
+    """The logits, changed if the condition holds; what is not needed is not computed."""
+    return tf.cond(condition, lambda: change(logits), lambda: logits)
+
+
+def without(logits: tf.Tensor, gone: tf.Tensor) -> tf.Tensor:
+    """The logits with some tokens ruled out."""
+    return tf.where(gone, tf.constant(-float("inf"), logits.dtype), logits)
+
+
+def is_end(logits: tf.Tensor, options: Options) -> tf.Tensor:
+    """Which ids of the vocabulary are end tokens, (V,)."""
+    return tf.reduce_any(tf.range(sizes(logits)[1])[:, None] == options.ends, -1)
+
+
+def warp(logits: tf.Tensor, options: Options) -> tf.Tensor:
+    """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
+    logits = logits / tf.cast(options.temperature, logits.dtype)
+    least = options.least_kept
+    kept = when(options.top_k > 0, lambda x: keep_top_k(x, tf.maximum(options.top_k, least)), logits)
+    kept = when(options.top_p < 1, lambda x: keep_top_p(x, options.top_p), kept)
+    kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
+    return when(least > 1, lambda x: tf.maximum(keep_top_k(logits, least), x), kept)
+
+
+def add_biases(
+    logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, place: tf.Tensor, phrases: tf.Tensor, biases: tf.Tensor
+) -> tf.Tensor:
+    """Add to the last id of each phrase that a row's ids (B, S) before `place` have begun; padding begins none."""
+    (batch, vocab), length = sizes(logits), sizes(phrases)[1]
+    back = place - length + 1 + tf.range(length - 1)  # (L - 1,)
+    before = tf.maximum(back, 0)
+    counts = tf.gather(keep, before, axis=1) & (back >= 0)
+    same = (tf.gather(ids, before, axis=1) == phrases[:, None, :-1]) & counts  # (N, B, L - 1)
+    begun = tf.reduce_all(same | (phrases[:, None, :-1] == -1), -1)  # (N, B)
+    added = tf.where(begun, tf.cast(biases, logits.dtype)[:, None], 0)
+    return logits + tf.transpose(tf.scatter_nd(phrases[:, -1:], added, (vocab, batch)))
+
+
+def mark(logits: tf.Tensor, ids: tf.Tensor, marked: tf.Tensor) -> tf.Tensor:
+    """Which tokens (B, V) are marked somewhere in a row: ids (B, S), marked (B, S) -> booleans."""
+    batch, length = sizes(ids)
+    row = tf.repeat(tf.range(batch), length)
+    index = tf.stack([row, tf.reshape(ids, [-1])], -1)
+    return tf.scatter_nd(index, tf.cast(tf.reshape(marked, [-1]), tf.int32), tf.shape(logits)) > 0
+
+
+def penalise(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, penalty: tf.Tensor) -> tf.Tensor:
+    """Make each token that a row has seen less likely (Keskar et al. 2019, section 4.1)."""
+    penalty = tf.cast(penalty, logits.dtype)
+    return tf.where(mark(logits, ids, keep), tf.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def ban_repeats(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, length: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """Rule out every token that would repeat an n-gram of its row's ids (B, S); windows over padding do not count."""
+    place = tf.range(sizes(ids)[1])
+    size = tf.minimum(size, length + 1)  # which repeats nothing, as no longer one does
+
+    def narrowed(back: tf.Tensor, repeats: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        before = tf.maximum(place - back, 0)
+        equal = tf.gather(ids, before, axis=1) == tf.gather(ids, length - back, axis=1)[:, None]
+        return back + 1, repeats & equal & tf.gather(keep, before, axis=1) & (place >= back)
+
+    _, repeats = tf.while_loop(lambda back, _: back < size, narrowed, (tf.constant(1), keep))
+    return without(logits, mark(logits, ids, repeats))
+
+
+def keep_top_k(logits: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
+    """Keep the k greatest logits, and what ties with the k-th."""
+    keys = ordered(logits)
+    least = greatest(keys, lambda key: tf.math.count_nonzero(keys >= key, -1, keepdims=True, dtype=tf.int32) >= k)
+    return without(logits, keys < least)
+
+
+def keep_top_p(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
+    """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first."""
+    keys, probs, p = ordered(logits), tf.nn.softmax(logits), tf.cast(p, logits.dtype)
+
+    def mass(where: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(tf.where(where, probs, 0), -1, keepdims=True)
+
+    last = greatest(keys, lambda key: mass(keys >= key) >= p)  # what reaches p
+    tied = keys == last
+    before = mass(keys > last) + tf.cumsum(tf.where(tied, probs, 0), axis=-1, exclusive=True)
+    return without(logits, (keys < last) | (tied & (before >= p)))
+
+
+def keep_min_p(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
+    """Keep what is at least p times as likely as the likeliest token."""
+    least = tf.reduce_max(logits, -1, keepdims=True) + tf.cast(tf.math.log(p), logits.dtype)
+    return without(logits, logits < least)
+
+
+def ordered(logits: tf.Tensor) -> tf.Tensor:
+    """Unsigned integers in the order of these floats: the bits, all flipped where the sign is set, else the sign."""
+    kind = tf.uint64 if logits.dtype == tf.float64 else tf.uint32
+    bits = tf.bitcast(logits + 0, kind)  # + 0: the two zeros are one
+    sign = tf.constant(1 << kind.size * 8 - 1, kind)
+    return tf.where(bits >= sign, ~bits, bits | sign)
+
+
+def greatest(keys: tf.Tensor, holds: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """The greatest key of each row for which a condition holds that holds for all lower ones, bit by bit: (B, 1).
+
+    It needs no sort, which XLA does by one comparison after the other.
+    """
+    width, one = keys.dtype.size * 8, tf.constant(1, keys.dtype)
+
+    def lower(bit: tf.Tensor, found: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        tried = found | tf.bitwise.left_shift(one, tf.cast(bit, keys.dtype))
+        return bit - 1, tf.where(holds(tried), tried, found)
+
+    start = tf.zeros((sizes(keys)[0], 1), keys.dtype)
+    return tf.while_loop(lambda bit, _: bit >= 0, lower, (tf.constant(width - 1), start))[1]
+
+
+def sample(logits: tf.Tensor, streams: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+    """Draw from softmax(logits) by Gumbel noise (Maddison et al. 2014): (B, V) -> (B,)"""
+    noise = gumbel(streams, step, tf.range(sizes(logits)[1]), logits.dtype)
+    return tf.argmax(logits + noise, -1, output_type=tf.int32)
+
+
+def gumbel(streams: tf.Tensor, step: tf.Tensor, tokens: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """The Gumbel noise of these tokens (K,) at a step, for rows with these streams (B,): (B, K)"""
+    words = (tf.bitwise.right_shift(streams[:, None], tf.constant(s, tf.uint64)) for s in (0, 32))
+    low, high = (tf.cast(word, tf.uint32) for word in words)
+    x0, _ = threefry2x32((low, high), (tf.cast(step, tf.uint32), tf.cast(tokens, tf.uint32)))
+    uniform = (tf.cast(tf.bitwise.right_shift(x0, tf.constant(9, tf.uint32)), dtype) + 0.5) * 2.0**-23
+    return -tf.math.log(-tf.math.log(uniform))
+
+
+def threefry2x32(
+    keys: tuple[tf.Tensor, tf.Tensor], counter: tuple[tf.Tensor, tf.Tensor]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`sampling.threefry2x32` on uint32 tensors, which wrap around.
+
+    The groups of rounds are a loop: XLA compiles all twenty rounds as one expression, and does not come to an end on a
+    CPU where there are as many words as a multiple of 8.
+    """
+    words = tf.stack([*keys, keys[0] ^ keys[1] ^ tf.constant(PARITY, tf.uint32)])
+    shape = tf.broadcast_dynamic_shape(tf.shape(keys[0]), tf.shape(counter[1]))
+    start = (tf.broadcast_to(word + key, shape) for word, key in zip(counter, keys, strict=True))
+    _, x0, x1 = tf.while_loop(lambda group, *_: group < 5, partial(four_rounds, words), (tf.constant(0), *start))
+    return x0, x1
+
+
+def four_rounds(
+    words: tf.Tensor, group: tf.Tensor, x0: tf.Tensor, x1: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """A group of rounds and the words of the key, (3, ...), that follow it; the next group."""
+    for rotation in tf.unstack(tf.gather(tf.constant(ROTATIONS, tf.uint32), group % 2)):
+        x0 = x0 + x1
+        x1 = x0 ^ rotated(x1, rotation)
+    group += 1
+    return group, x0 + words[group % 3], x1 + words[(group + 1) % 3] + tf.cast(group, tf.uint32)
+
+
+def rotated(word: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
+    """32-bit words rotated to the left."""
+    return tf.bitwise.left_shift(word, by) | tf.bitwise.right_shift(word, 32 - by)

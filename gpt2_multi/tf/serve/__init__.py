@@ -1,0 +1,1 @@
+"""From texts to texts in TensorFlow's graph: the tokenizer, and the SavedModel."""

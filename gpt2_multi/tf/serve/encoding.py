@@ -1,0 +1,144 @@
+"""Texts to ids in TensorFlow: code points, words, each different word once, and the words of each text put together.
+
+B texts, N code points of all of them, W words, U different words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import tensorflow as tf
+
+from gpt2_multi.tf.serve.merging import Merges
+from gpt2_multi.tf.serve.splitting import among, class_table, word_starts
+from gpt2_multi.tokenizer.bpe import BPE
+
+UNKNOWN = -1
+
+
+class Encoder(tf.Module):
+    """What turns texts into ids: the merges, the words that are one token, and tokens that stand outside the merges."""
+
+    def __init__(self, bpe: BPE, outside: Mapping[str, int]) -> None:
+        """outside: tokens that are found in texts before words are, the longest first where several begin."""
+        super().__init__()
+        table = bpe.table()
+        self.merges, self.classes = Merges(table), tf.constant(class_table())
+        known = {b"": UNKNOWN}  # a table may not be empty
+        known |= {
+            raw: at for raw, at, whole in zip(table.raw, table.ids, table.whole, strict=True) if whole and at >= 0
+        }
+        others = {token.encode(): at for token, at in outside.items()}
+        self.words, self.outside = look_up(known | others), look_up({b"": UNKNOWN} | others)
+        self.firsts = "".join(sorted({token[0] for token in outside}))
+        self.sizes = sorted({len(token) for token in outside}, reverse=True)
+
+    def encode(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """The ids of texts (B,) of bytes, which are UTF-8 but for what becomes U+FFFD: (B, None) int32"""
+        points = tf.strings.unicode_decode(texts, "UTF-8", errors="replace")
+        return self.encode_points(points.flat_values, points.row_splits)
+
+    def encode_points(self, points: tf.Tensor, splits: tf.Tensor) -> tf.RaggedTensor:
+        """The ids of texts as code points (N,) int32, which begin and end at `splits` (B + 1,) int64."""
+        size = tf.shape(points, tf.int64)[0]
+        breaks = marks(splits[:-1], size)
+        begins, ends = self.find(points, breaks) if self.sizes else (tf.zeros_like(breaks), tf.zeros_like(breaks))
+        starts = word_starts(points, breaks | begins | ends, self.classes)
+        inside = tf.cumsum(tf.cast(begins, tf.int32)) > tf.cumsum(tf.cast(ends, tf.int32))
+        places = tf.where(starts & (begins | ~inside))[:, 0]  # (W,)
+        words = spelled(tf.RaggedTensor.from_row_splits(points, tf.concat([places, [size]], 0), validate=False))
+        ids = self.encode_words(words)
+        first = tf.searchsorted(places, splits)  # the word that each text begins with, (B + 1,)
+        return tf.RaggedTensor.from_row_splits(ids.flat_values, tf.gather(ids.row_splits, first), validate=False)
+
+    def find(self, points: tf.Tensor, breaks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Where a token from outside begins, and where the text goes on after one: (N,) each."""
+        size = tf.shape(points, tf.int64)[0]
+        places = tf.where(among(points, self.firsts))[:, 0]
+        text, length = tf.cumsum(tf.cast(breaks, tf.int32)), tf.zeros_like(places)
+        for count in self.sizes:
+            here = places[:, None] + tf.range(count, dtype=tf.int64)  # (M, count)
+            inside, here = here[:, -1] < size, tf.minimum(here, size - 1)
+            inside &= tf.gather(text, here[:, -1]) == tf.gather(text, places)
+            windows = spelled(tf.RaggedTensor.from_tensor(tf.gather(points, here)))
+            hit = (length == 0) & inside & (self.outside.lookup(windows) != UNKNOWN)
+            length = tf.where(hit, tf.constant(count, tf.int64), length)
+        places, length = tf.boolean_mask(places, length > 0), tf.boolean_mask(length, length > 0)
+        chosen = apart(places, length)
+        ends = chosen + tf.gather(length, tf.searchsorted(places, chosen))
+        return marks(chosen, size), marks(ends, size)
+
+    def encode_words(self, words: tf.Tensor) -> tf.RaggedTensor:
+        """The ids of words (W,) of bytes: (W, None)"""
+        different, which = tf.unique(words)
+        ids = self.words.lookup(different)  # (U,)
+        missing = tf.where(ids == UNKNOWN)[:, 0]
+        parts = tf.strings.bytes_split(tf.gather(different, missing))
+        bytes_of = tf.reshape(tf.io.decode_raw(parts.flat_values, tf.uint8), [-1])
+        symbols, owners = self.merges.joined(tf.cast(bytes_of, tf.int32), tf.cast(parts.value_rowids(), tf.int32))
+        owners = tf.gather(missing, owners)
+        every = tf.concat([tf.where(ids != UNKNOWN)[:, 0], owners], 0)
+        values = tf.concat([tf.boolean_mask(ids, ids != UNKNOWN), tf.gather(self.merges.ids, symbols)], 0)
+        order = tf.argsort(every, stable=True)
+        count = tf.shape(ids, tf.int64)[0]
+        rows = tf.RaggedTensor.from_value_rowids(
+            tf.gather(values, order), tf.gather(every, order), count, validate=False
+        )
+        return tf.gather(rows, which)
+
+
+def look_up(known: Mapping[bytes, int]) -> tf.lookup.StaticHashTable:
+    """A table in the graph from strings to ids; UNKNOWN for others."""
+    keys, values = tf.constant(list(known), tf.string), tf.constant(list(known.values()), tf.int32)
+    return tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, values), UNKNOWN)
+
+
+def marks(places: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """Which of so many places (size,) are among these; some may lie at the end."""
+    here = tf.ones_like(places, tf.bool)
+    return tf.tensor_scatter_nd_update(tf.zeros([size + 1], tf.bool), places[:, None], here)[:size]
+
+
+def apart(places: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+    """The places (M,) int64 from the left that no place before reaches into."""
+
+    def leftmost() -> tf.Tensor:
+        after = tf.searchsorted(places, places + lengths)  # the next that may follow each
+        chosen = tf.TensorArray(tf.int64, 0, dynamic_size=True)
+        count = tf.shape(places)[0]
+        _, chosen = tf.while_loop(
+            lambda at, chosen: at < count,
+            lambda at, chosen: (after[at], chosen.write(chosen.size(), places[at])),
+            (0, chosen),
+        )
+        return chosen.stack()
+
+    overlap = tf.reduce_any(places[1:] < (places + lengths)[:-1])
+    return tf.cond(overlap, leftmost, lambda: places)
+
+
+def spelled(words: tf.RaggedTensor) -> tf.Tensor:
+    """Words as code points (W, None) in UTF-8: (W,) strings"""
+    points = words.flat_values
+    nothing = ((points & 0xFFFE) == 0xFFFE) | ((points >= 0xFDD0) & (points <= 0xFDEF))
+    # TensorFlow before 2.20 makes U+FFFD of noncharacters
+    return tf.cond(tf.reduce_any(nothing), lambda: by_bytes(words), lambda: tf.strings.unicode_encode(words, "UTF-8"))
+
+
+def repaired(texts: tf.Tensor) -> tf.Tensor:
+    """Texts, (B,) bytes, as UTF-8: what is none becomes U+FFFD."""
+    return spelled(tf.strings.unicode_decode(texts, "UTF-8", errors="replace"))
+
+
+def by_bytes(words: tf.RaggedTensor) -> tf.Tensor:
+    """The same, each byte by itself."""
+    points = words.flat_values[:, None]  # (N, 1)
+    size = 1 + tf.reduce_sum(tf.cast(points >= tf.constant([0x80, 0x800, 0x10000]), tf.int32), -1)  # bytes of each
+    shift = 6 * (size[:, None] - 1 - tf.range(4))  # of the bits in each byte, (N, 4)
+    bits = tf.bitwise.right_shift(points, tf.maximum(shift, 0))
+    lead = tf.gather(tf.constant([0, 0, 0xC0, 0xE0, 0xF0]), size)[:, None]
+    is_first = tf.range(4) == 0
+    value = tf.where(is_first, lead | bits, 0x80 | (bits & 0x3F))
+    single = tf.gather(tf.constant([bytes([byte]) for byte in range(256)]), value)
+    characters = tf.strings.reduce_join(tf.where(shift >= 0, single, b""), -1)  # (N,)
+    return tf.strings.reduce_join(words.with_flat_values(characters), -1)

@@ -1,0 +1,298 @@
+"""TFGPT2Tokenizer: GPT-2's tokenizer as a Keras layer of core TensorFlow operations, which a SavedModel takes along."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Self
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from gpt2_multi.errors import TokenizerError
+from gpt2_multi.model import inputs
+from gpt2_multi.tf.serve.encoding import Encoder, repaired
+from gpt2_multi.tf.serve.splitting import among
+from gpt2_multi.tokenizer.batching import check_size, choose
+from gpt2_multi.tokenizer.files import AddedToken
+from gpt2_multi.tokenizer.offsets import repair
+from gpt2_multi.tokenizer.special import ROLES
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+
+MOST_IDS = 1 << 24
+PADDINGS = {"longest": "longest", "max_length": "max_length", None: ""}
+
+
+@keras.saving.register_keras_serializable("gpt2_multi")
+class TFGPT2Tokenizer(keras.layers.Layer):
+    """Texts to ids and back, in the graph: the ids are those of `GPT2Tokenizer`, for every text.
+
+    Called on strings it gives {"input_ids", "attention_mask"}, int32: (B, T) of texts (B,), (T,) of one text, or
+    RaggedTensors without padding. Bytes that are not UTF-8 become U+FFFD, as Python replaces them.
+
+    Args:
+        vocab: token -> id, as in vocab.json. merges: pairs of tokens, as in merges.txt.
+        max_length: how many tokens a row may have; longer ones are cut, unless `truncation` is False.
+        pad_token_id: fills rows, under a mask of 0; by default the pad token's, or else the end token's.
+        padding: "longest", "max_length", or None.
+        padding_side, truncation_side: "right" or "left", where rows are filled and cut.
+        add_bos_token: put the bos token before each text.
+        add_prefix_space: put a space before each text that does not begin with white space.
+        allowed_special: the control tokens that texts may contain, or "all"; others are ordinary text.
+        tokens: other arguments of `GPT2Tokenizer`: unk_token, bos_token, eos_token, pad_token,
+            additional_special_tokens; and added_tokens, pairs of a token as a dict and its id.
+
+    Raises TokenizerError for what cannot be used.
+    """
+
+    supports_jit = False  # XLA has no strings
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[Sequence[str]],
+        max_length: int | None = None,
+        pad_token_id: int | None = None,
+        padding: str | None = "longest",
+        padding_side: str = "right",
+        truncation: bool = True,
+        truncation_side: str = "right",
+        add_bos_token: bool = False,
+        add_prefix_space: bool = False,
+        allowed_special: Sequence[str] | str = (),
+        tokens: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(trainable=False, dtype="int32", **options)
+        self.settings: dict[str, Any] = {
+            "max_length": max_length, "padding": padding, "truncation": truncation,
+            "allowed_special": allowed_special if isinstance(allowed_special, str) else sorted(allowed_special),
+            "padding_side": padding_side, "truncation_side": truncation_side, "add_bos_token": add_bos_token,
+            "add_prefix_space": add_prefix_space,
+        }  # fmt: skip
+        check_lengths(max_length, padding)
+        choose("truncation", truncation, {True: "", False: ""})
+        given: dict[str, Any] = {"padding_side": padding_side, "truncation_side": truncation_side}
+        self.python = in_python(vocab, merges, add_bos_token=add_bos_token, **given | dict(tokens or {}))
+        self.pad_token_id = fill_of(self.python) if pad_token_id is None else pad_token_id
+        check_size("pad_token_id", self.pad_token_id)
+        check_room("pad_token_id", self.pad_token_id)
+        self.first = self.python._prefix()
+        self.encoder = Encoder(self.python._bpe, recognised(self.python, allowed_special))
+        self.spelling = tf.constant(spellings(self.python))  # (V,) bytes
+        self.control = tf.constant(sorted(self.python.all_special_ids), tf.int64)
+        texts = [tf.TensorSpec([None], tf.string)]
+        self.encode = tf.function(self._encode, input_signature=texts, autograph=False)
+        self.batch = tf.function(self._batch, input_signature=texts, autograph=False)
+        for function in (self.encode, self.batch):
+            function._omit_frequent_tracing_warning = True  # five tokenizers are no mistake
+        self.built = True
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: GPT2Tokenizer, **options: Any) -> Self:
+        """The same tokenizer in the graph; `options` are arguments of the constructor."""
+        inputs.check_tokenizer(tokenizer)
+        given: dict[str, Any] = {"add_bos_token": tokenizer.add_bos_token, "padding_side": tokenizer.padding_side}
+        given |= {"add_prefix_space": tokenizer.add_prefix_space, "truncation_side": tokenizer.truncation_side}
+        return cls(**arguments(tokenizer) | given | options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Load from a folder, or from the Hugging Face hub by name; `options` are arguments of the constructor."""
+        tokenizer = GPT2Tokenizer.from_pretrained(
+            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        return cls.from_tokenizer(tokenizer, **options)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, in types of JSON."""
+        config = {"name": self.name, "pad_token_id": self.pad_token_id}
+        return config | dict(self.settings) | arguments(self.python)
+
+    def __call__(self, inputs: Any, **options: Any) -> Any:
+        """Strings, as a tensor, a list or a symbolic input, to {"input_ids", "attention_mask"}."""
+        if isinstance(inputs, (str, bytes, list, tuple, np.ndarray)):
+            inputs = tf.convert_to_tensor(
+                tf.nest.map_structure(sound, inputs) if len(inputs) else tf.zeros(0, tf.string)
+            )
+        check_texts(inputs)
+        return super().__call__(inputs, **options)
+
+    def call(self, inputs: tf.Tensor) -> dict[str, Any]:
+        """The ids and the mask of texts (B,), of (B, 1) as Keras feeds columns, or of one text ()."""
+        if inputs.shape.rank == 2 and inputs.shape[1] is None:
+            sentence = "inputs: expected one text in each row"
+            with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(inputs)[1], 1, sentence)]):
+                inputs = tf.identity(inputs)
+        output = self.batch(tf.reshape(inputs, [-1]))
+        return {name: row[0] for name, row in output.items()} if inputs.shape.rank == 0 else output
+
+    def compute_output_spec(self, inputs: Any, **options: Any) -> dict[str, Any]:
+        """What Keras is told of the output of a symbolic input."""
+        width = self.width if self.settings["truncation"] else None
+        shape = (width,) if len(inputs.shape) == 0 else (inputs.shape[0], width)
+        return {name: keras.KerasTensor(shape, "int32", name=name) for name in ("input_ids", "attention_mask")}
+
+    def _batch(self, texts: tf.Tensor) -> dict[str, Any]:
+        """The ids and the mask of texts (B,), padded unless they are to be ragged."""
+        rows = self.encode(texts)
+        if self.settings["padding"] is None:
+            return {"input_ids": rows, "attention_mask": tf.ones_like(rows)}
+        return self.pad(rows)
+
+    def _encode(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """The ids of texts (B,), cut and begun as the options say: (B, None) int32"""
+        rows = self.encoder.encode(self.prefixed(texts) if self.settings["add_prefix_space"] else texts)
+        if self.settings["max_length"] is not None and self.settings["truncation"]:
+            room = max(self.settings["max_length"] - len(self.first), 0)
+            rows = rows[:, :room] if self.settings["truncation_side"] == "right" or not room else rows[:, -room:]
+        first = tf.tile(tf.constant(self.first, tf.int32, [1, len(self.first)]), [rows.nrows(), 1])
+        return tf.concat([tf.RaggedTensor.from_tensor(first), rows], 1) if self.first else rows
+
+    def prefixed(self, texts: tf.Tensor) -> tf.Tensor:
+        """Texts with a space before those that begin with something else than white space."""
+        first = tf.strings.unicode_decode(tf.strings.substr(texts, 0, 4), "UTF-8", errors="replace")
+        point = first[:, :1].to_tensor(0, shape=[None, 1])[:, 0]
+        return tf.where(among(point, white_space()) | (texts == b""), texts, b" " + texts)
+
+    @property
+    def width(self) -> int | None:
+        """How long all rows are at least."""
+        return self.settings["max_length"] if self.settings["padding"] == "max_length" else None
+
+    def pad(self, rows: tf.RaggedTensor) -> dict[str, tf.Tensor]:
+        """Rows as dense ids and mask, (B, T) int32."""
+        ids = rows.to_tensor(self.pad_token_id, shape=[None, self.width if self.settings["truncation"] else None])
+        if self.width and not self.settings["truncation"]:  # a row may be longer
+            more = tf.maximum(self.width - tf.shape(ids)[1], 0)
+            ids = tf.pad(ids, [(0, 0), (0, more)], constant_values=self.pad_token_id)
+        lengths, size = tf.cast(rows.row_lengths(), tf.int32)[:, None], tf.shape(ids)[1]
+        place = tf.range(size)
+        mask = place < lengths
+        if self.settings["padding_side"] == "left":
+            order = (place - (size - lengths)) % tf.maximum(size, 1)
+            ids, mask = (tf.gather(x, order, batch_dims=1) for x in (ids, mask))
+        return {"input_ids": ids, "attention_mask": tf.cast(mask, tf.int32)}
+
+    def id_to_bytes(self, ids: Any) -> tf.Tensor:
+        """The bytes of each id, as strings of the shape of `ids`; none for an id that is not known."""
+        ids = tf.cast(whole_numbers(ids), tf.int64)
+        known = (ids >= 0) & (ids < tf.shape(self.spelling, tf.int64)[0])
+        return tf.where(known, tf.gather(self.spelling, tf.where(known, ids, 0)), b"")
+
+    def detokenize(self, ids: Any, skip_special_tokens: bool = False) -> tf.Tensor:
+        """The texts (B,) of ids (B, T), dense or ragged, or one of (T,); bytes that are not UTF-8 become U+FFFD."""
+        if isinstance(ids, tf.RaggedTensor):
+            parts = ids.with_flat_values(self.shown(ids.flat_values, skip_special_tokens))
+        else:
+            parts = self.shown(whole_numbers(ids), skip_special_tokens)
+        raw = tf.strings.reduce_join(parts, -1)
+        return tf.reshape(repaired(tf.reshape(raw, [-1])), tf.shape(raw))
+
+    def shown(self, ids: tf.Tensor, skip_special_tokens: bool) -> tf.Tensor:
+        """The bytes of each id, or none where it is a control token that is not wanted."""
+        parts = self.id_to_bytes(ids)
+        hidden = tf.reduce_any(tf.cast(ids, tf.int64)[..., None] == self.control, -1)
+        return tf.where(hidden & skip_special_tokens, b"", parts)
+
+
+def in_python(
+    vocab: Mapping[str, int], merges: Sequence[Sequence[str]], added_tokens: Sequence[Any] = (), **options: Any
+) -> GPT2Tokenizer:
+    """The tokenizer in Python, from what a configuration says in types of JSON."""
+    added = {AddedToken(**token): at for token, at in added_tokens}
+    tokenizer = GPT2Tokenizer(dict(vocab), [(a, b) for a, b in merges], added_tokens=added, **options)
+    for token, at in added.items():  # with the flags that the tokens of roles have lost
+        tokenizer._control.add(token, at)
+    return tokenizer
+
+
+def check_lengths(max_length: Any, padding: Any) -> None:
+    """Padding to a length needs one."""
+    choose("padding", padding, PADDINGS)
+    if max_length is not None:
+        check_size("max_length", max_length, 1)
+    if padding == "max_length" and max_length is None:
+        raise TokenizerError('padding: "max_length" needs max_length; give it, or take "longest"')
+
+
+def sound(text: Any) -> Any:
+    """A text as UTF-8 can hold it."""
+    return repair(text) if isinstance(text, str) else text
+
+
+def check_texts(inputs: Any) -> None:
+    """Texts are one, or a row of them."""
+    if not isinstance(inputs, (tf.Tensor, keras.KerasTensor)):
+        raise TokenizerError(f"inputs: expected texts, as a tensor or a list, found {type(inputs).__name__}")
+    if inputs.dtype != "string":
+        raise TokenizerError(f"inputs: expected texts, found numbers of {tf.as_dtype(inputs.dtype).name}")
+    shape = tf.TensorShape(inputs.shape)
+    if shape.rank is None or shape.rank > 2 or (shape.rank == 2 and shape[1] not in (None, 1)):
+        raise TokenizerError(f"inputs: expected a text or texts of shape (batch,), found shape {shape}")
+
+
+def whole_numbers(ids: Any) -> tf.Tensor:
+    """Ids as a tensor of integers; where there are none, of any type."""
+    ids = tf.convert_to_tensor(ids)
+    if not ids.dtype.is_integer and ids.shape.num_elements() != 0:
+        raise TokenizerError(f"ids: expected whole numbers, found {ids.dtype.name}")
+    return ids if ids.dtype.is_integer else tf.zeros(ids.shape, tf.int32)
+
+
+def fill_of(tokenizer: GPT2Tokenizer) -> int:
+    """What rows are filled with: the pad token, or else the end token, or 0."""
+    return next((at for at in (tokenizer.pad_token_id, tokenizer.eos_token_id) if at is not None), 0)
+
+
+def recognised(tokenizer: GPT2Tokenizer, allowed_special: Any) -> dict[str, int]:
+    """The tokens that are found in texts before words are: added words, and the control tokens that are allowed."""
+    allowed = tokenizer._control.select("allowed_special", allowed_special)
+    special = set(tokenizer.all_special_tokens)
+    tokens = {
+        name: token for name, token in tokenizer._control.tokens.items() if name in allowed or name not in special
+    }
+    for token in tokens.values():
+        if token.lstrip or token.rstrip:
+            raise TokenizerError(f"added token {token.content!r}: lstrip and rstrip are not there in a graph")
+    if not tokenizer._bpe.complete and tokenizer.unk_token_id is None:
+        raise TokenizerError("vocab: lacks a byte, and there is no unk_token; add the byte, or name an unk_token")
+    return {name: tokenizer._control.ids[name] for name in tokens}
+
+
+def check_room(name: str, at: int) -> None:
+    """Tables have room for every id up to the greatest."""
+    if at >= MOST_IDS:
+        raise TokenizerError(f"{name}: expected an id below {MOST_IDS}, found {at}")
+
+
+def spellings(tokenizer: GPT2Tokenizer) -> list[bytes]:
+    """The bytes of every id from 0 on."""
+    raw, last = tokenizer._bytes, max(tokenizer._bytes, default=0)
+    check_room("vocab", last)
+    return [raw.get(at, b"") for at in range(last + 1)]
+
+
+def white_space() -> str:
+    """The characters that Python counts as white space."""
+    return "".join(char for char in map(chr, range(0x110000)) if char.isspace())
+
+
+def arguments(tokenizer: GPT2Tokenizer) -> dict[str, Any]:
+    """A tokenizer as the constructor's arguments, in types of JSON."""
+    roles = {role: getattr(tokenizer, role) for role in ROLES}
+    added = [[asdict(token), at] for at, token in tokenizer.added_tokens_decoder.items()]
+    tokens = {**roles, "additional_special_tokens": tokenizer.additional_special_tokens, "added_tokens": added}
+    merges = [list(pair) for pair in tokenizer._bpe.merges]
+    return {"vocab": dict(tokenizer._vocab), "merges": merges, "tokens": tokens}

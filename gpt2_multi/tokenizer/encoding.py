@@ -1,0 +1,169 @@
+"""What a call of the tokenizer returns: rows of lists, or the arrays of a framework."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpt2_multi.errors import TokenizerError
+from gpt2_multi.tokenizer.batching import choose
+
+Span = tuple[int, int]
+FRAMEWORKS = {"np": "numpy", "pt": "torch", "tf": "tensorflow", "jax": "jax"}
+
+
+class BatchEncoding(dict[str, Any]):
+    """What a tokenizer returns: a dict whose entries are attributes too.
+
+    `word_ids` and `sequence_ids` say where each token came from, for a call with `return_offsets_mapping` or
+    `is_split_into_words`.
+    """
+
+    _words: Sequence[Sequence[int | None]] | None = None
+    _sequences: Sequence[Sequence[int | None]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{name!r} is not among the entries {list(self)}") from None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The entries as a plain dict."""
+        return dict(self)
+
+    def to(self, device: Any) -> "BatchEncoding":
+        """Move PyTorch or JAX arrays to a device, in place; whole numbers stay so where a dtype is given.
+
+        Raises:
+            TokenizerError: an entry is something else; ask for return_tensors="pt" or "jax".
+        """
+        for name, value in self.items():
+            if type(value).__module__.partition(".")[0] == "jaxlib":
+                import jax
+
+                self[name] = jax.device_put(value, device)
+            elif hasattr(value, "to"):
+                keep = type(device).__name__ == "dtype" and not value.is_floating_point()
+                self[name] = value if keep else value.to(device)
+            else:
+                raise TokenizerError(f'{name!r} is a {type(value).__name__}; .to() needs return_tensors="pt" or "jax"')
+        return self
+
+    def word_ids(self, batch_index: int = 0) -> list[int | None]:
+        """For each token of a row the index of its word; None for tokens that were added.
+
+        Raises:
+            TokenizerError: the call kept no record of words.
+        """
+        return self._recorded(self._words, batch_index)
+
+    def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
+        """For each token of a row 0 (the text) or 1 (its pair); None for tokens that were added.
+
+        Raises:
+            TokenizerError: the call kept no record of sequences.
+        """
+        return self._recorded(self._sequences, batch_index)
+
+    def record(self, rows: "Sequence[Row]", side: str) -> None:
+        """Keep where the tokens of each row came from, padded as its `input_ids` are."""
+
+        def column(name: str) -> list[list[int | None]]:
+            lists = [row.entry(name) for row in rows]
+            pad = [[None] * (len(ids) - len(row)) for ids, row in zip(self["input_ids"], lists, strict=True)]
+            return [row + fill if side == "right" else fill + row for row, fill in zip(lists, pad, strict=True)]
+
+        self._words, self._sequences = column("words"), column("sequences")
+
+    def _recorded(self, rows: Sequence[Sequence[int | None]] | None, at: int) -> list[int | None]:
+        if rows is None:
+            raise TokenizerError("no record of words was kept; call with return_offsets_mapping=True")
+        return list(rows[at])
+
+
+@dataclass
+class Tokens:
+    """The tokens of one text; spans and words only where they are asked for."""
+
+    ids: list[int]
+    spans: list[Span] | None = None
+    words: list[int | None] | None = None
+
+
+@dataclass
+class Row:
+    """One row of a batch: its sequences cut to size, with the tokens that the tokenizer adds."""
+
+    sequences: list[Tokens]
+    parts: list[range]
+    prefix: list[int]
+
+    def entry(self, name: str) -> list[Any]:
+        """One of the lists that a call may return, or "words" or "sequences"; all are of equal length."""
+        out: list[Any] = []
+        for at, (tokens, part) in enumerate(zip(self.sequences, self.parts, strict=True)):
+            extra, cut, size = len(self.prefix), slice(part.start, part.stop), len(part)
+            if name == "input_ids":
+                out += self.prefix + tokens.ids[cut]
+            elif name == "offset_mapping":
+                out += [(0, 0)] * extra + (tokens.spans or [])[cut]
+            elif name == "words":
+                out += [None] * extra + (tokens.words or [])[cut]
+            else:
+                first, rest = {
+                    "attention_mask": (1, 1),
+                    "token_type_ids": (at, at),
+                    "special_tokens_mask": (1, 0),
+                    "sequences": (None, at),
+                }[name]
+                out += [first] * extra + [rest] * size
+        return out
+
+
+def to_arrays(encoding: dict[str, Any], framework: str | None) -> None:
+    """Turn every list into an array of the framework, in place; only that framework is imported.
+
+    Raises:
+        TokenizerError: the framework is not known, or rows differ in length.
+        ImportError: the framework is not installed.
+    """
+    if framework is None:
+        return
+    choose("return_tensors", framework, FRAMEWORKS)
+    make = _maker(framework)
+    for name, value in encoding.items():
+        encoding[name] = make(_rectangle(name, value))
+
+
+def _rectangle(name: str, value: Any) -> Any:
+    import numpy as np
+
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise TokenizerError(
+            f"return_tensors: the rows of {name!r} differ in length; use padding=True, and truncation=True if needed"
+        ) from None
+    return array.astype(np.int64) if array.dtype.kind in "iub" or not array.size else array
+
+
+def _maker(framework: str) -> Any:
+    """What makes the framework's array; whole numbers are int64 in NumPy and PyTorch, int32 in TensorFlow and JAX."""
+    if framework == "pt":
+        import torch
+
+        return torch.from_numpy
+    if framework == "tf":
+        import tensorflow as tf
+
+        return lambda array: tf.constant(_narrow(array))
+    if framework == "jax":
+        import jax.numpy as jnp
+
+        return lambda array: jnp.asarray(_narrow(array))
+    return lambda array: array
+
+
+def _narrow(array: Any) -> Any:
+    return array.astype("int32" if array.dtype.kind == "i" else "float32")

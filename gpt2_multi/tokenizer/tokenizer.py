@@ -1,0 +1,487 @@
+"""GPT2Tokenizer: GPT-2's byte-level BPE in pure Python, with the calls that transformers' users know."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from inspect import signature
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+from gpt2_multi.errors import TokenizerError
+from gpt2_multi.tokenizer.batching import (
+    PADDINGS,
+    TRUNCATIONS,
+    as_batch,
+    check_size,
+    choose,
+    cut,
+    merge_encodings,
+    pad_rows,
+    width_of,
+)
+from gpt2_multi.tokenizer.bpe import BPE
+from gpt2_multi.tokenizer.encoding import BatchEncoding, Row, Span, Tokens, to_arrays
+from gpt2_multi.tokenizer.files import (
+    FILE_PATTERNS,
+    AddedToken,
+    Vocabulary,
+    check_merges,
+    check_vocab,
+    read_folder,
+    read_merges,
+    read_vocab,
+)
+from gpt2_multi.tokenizer.offsets import char_spans, repair, unrepaired
+from gpt2_multi.tokenizer.saving import write_folder, write_vocabulary
+from gpt2_multi.tokenizer.special import ROLES, Choice
+from gpt2_multi.tokenizer.tokens import TokenTable
+
+END_OF_TEXT = "<|endoftext|>"
+SIDES = {"right": "right", "left": "left"}
+LARGEST_WIDTH = 10**9  # transformers writes 10**30 where a tokenizer has no limit
+LEFTOVERS = ("use_fast", "verbose")
+NOTHING: frozenset[str] = frozenset()
+File = str | PathLike[str]
+
+
+class GPT2Tokenizer(TokenTable):
+    """GPT-2's tokenizer: text to ids, and back without any loss.
+
+    Text never turns into control tokens by itself: `<|endoftext|>` in a text, or any token that was registered with
+    `add_special_tokens`, is encoded as ordinary text unless a call names it in `allowed_special`. Words that were added
+    with `add_tokens` are always recognised. Decoding never cleans up spaces.
+
+    Where padding is asked for and there is no pad token, rows are filled with the end token under a mask of 0.
+
+    Args:
+        vocab_file: vocab.json, or the mapping from tokens to ids itself.
+        merges_file: merges.txt, or the list of pairs itself.
+        errors: how `decode` treats bytes that are not UTF-8: "replace", "strict" or "ignore".
+        unk_token, bos_token, eos_token, pad_token: added to the vocabulary where it does not hold them.
+        add_prefix_space: put a space before each text that does not begin with white space.
+        add_bos_token: put the bos token before each text; may be changed later.
+        additional_special_tokens: more control tokens, added to the vocabulary where it does not hold them.
+        padding_side, truncation_side: "right" or "left".
+        model_max_length: the limit for truncation without `max_length`.
+        added_tokens: tokens outside the merges, with their ids.
+
+    Raises:
+        TokenizerError: a file is missing or damaged, or a value is not one of those above.
+        TypeError: an argument is not known.
+    """
+
+    is_fast = True  # as transformers has it: offsets and word_ids are there
+    model_input_names = ("input_ids", "attention_mask")
+
+    def __init__(
+        self,
+        vocab_file: File | Mapping[str, int],
+        merges_file: File | Sequence[tuple[str, str]],
+        errors: str = "replace",
+        unk_token: Any = END_OF_TEXT,
+        bos_token: Any = END_OF_TEXT,
+        eos_token: Any = END_OF_TEXT,
+        pad_token: Any = None,
+        add_prefix_space: bool = False,
+        add_bos_token: bool = False,
+        *,
+        additional_special_tokens: Sequence[Any] = (),
+        padding_side: str = "right",
+        truncation_side: str = "right",
+        model_max_length: int = 1024,
+        added_tokens: Mapping[AddedToken, int] | None = None,
+        **unknown: Any,
+    ) -> None:
+        _refuse_unknown("GPT2Tokenizer", unknown, GPT2Tokenizer.__init__)
+        vocab = _read(vocab_file, Mapping, dict, check_vocab, read_vocab)
+        merges = _read(merges_file, Sequence, list, check_merges, read_merges)
+        self.add_prefix_space, self.add_bos_token = bool(add_prefix_space), bool(add_bos_token)
+        self.padding_side = choose("padding_side", padding_side, SIDES)
+        self.truncation_side = choose("truncation_side", truncation_side, SIDES)
+        self.model_max_length = model_max_length
+        self.name_or_path = ""
+        self._kept: dict[str, Any] = {}  # entries of tokenizer_config.json that mean nothing here, written back
+        super().__init__(vocab, added_tokens or {}, errors)
+        roles = dict(zip(ROLES, (bos_token, eos_token, unk_token, pad_token), strict=True))
+        self.add_special_tokens({role: token for role, token in roles.items() if token is not None})
+        self.add_special_tokens({"additional_special_tokens": additional_special_tokens})
+        self._engine_in_python = BPE(self._vocab, merges, self.unk_token_id)
+
+    @property
+    def _bpe(self) -> BPE:
+        """The engine, with the unknown token that there is now."""
+        if self._engine_in_python.unk_id != self.unk_token_id:
+            self._engine_in_python = BPE(self._vocab, self._engine_in_python.merges, self.unk_token_id)
+        return self._engine_in_python
+
+    # --- loading and saving ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: File,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: File | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Load a tokenizer from a folder, or from the Hugging Face hub by name.
+
+        Of the files in the folder the first of these is taken: tokenizer.json; vocab.json with merges.txt; encoder.json
+        with vocab.bpe. Settings in tokenizer_config.json win over those in special_tokens_map.json, and these over
+        those in tokenizer.json. `overrides` are arguments of the constructor and win over all.
+
+        Raises:
+            TokenizerError: no tokenizer is there, or it is damaged, or it is not of GPT-2's kind.
+            TypeError: an override is not an argument of the constructor.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            from gpt2_multi.files.hub import resolve
+
+            folder = resolve(
+                str(name_or_path),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=FILE_PATTERNS,
+            )
+        tokenizer = cls._from_vocabulary(read_folder(folder), overrides)
+        tokenizer.name_or_path = str(name_or_path)
+        return tokenizer
+
+    @classmethod
+    def _from_vocabulary(cls, found: Vocabulary, overrides: Mapping[str, Any]) -> Self:
+        more = found.settings.pop("extra_special_tokens", None) or []
+        more = list(more.values()) if isinstance(more, dict) else more
+        if more:
+            found.settings["additional_special_tokens"] = [
+                *(found.settings.get("additional_special_tokens") or []),
+                *more,
+            ]
+        known = set(signature(GPT2Tokenizer.__init__).parameters) - {"self", "unknown", "added_tokens"}
+        settings = {name: value for name, value in found.settings.items() if name in known}
+        settings = {name: value for name, value in settings.items() if value is not None or name in ROLES}
+        tokenizer = cls(found.vocab, found.merges, added_tokens=found.added, **(settings | dict(overrides)))
+        tokenizer._kept = {name: value for name, value in found.settings.items() if name not in known}
+        return tokenizer
+
+    def save_vocabulary(self, save_directory: File, filename_prefix: str | None = None) -> tuple[str, str]:
+        """Write vocab.json and merges.txt; returns their paths."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        return write_vocabulary(Path(save_directory), self._vocab, self._bpe.merges, prefix)
+
+    def save_pretrained(self, save_directory: File) -> tuple[str, ...]:
+        """Write the tokenizer as transformers does, for either library to load; returns the files' paths."""
+        added = {token: self._known_id(name) for name, token in self._control.tokens.items()}
+        settings = {
+            **self._kept,
+            "tokenizer_class": "GPT2Tokenizer",
+            **self._control.roles,
+            "bos_token_id": self.bos_token_id,
+            "additional_special_tokens": list(self._control.additional),
+            **{
+                name: getattr(self, name)
+                for name in ("add_prefix_space", "add_bos_token", "errors", "model_max_length")
+            },
+            "padding_side": self.padding_side,
+            "truncation_side": self.truncation_side,
+        }
+        return write_folder(Path(save_directory), Vocabulary(self._vocab, list(self._bpe.merges), added, settings))
+
+    # --- one text ----------------------------------------------------------------------------------------------------
+
+    def encode(self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **options: Any) -> Any:
+        """The ids of one text: the `input_ids` that calling the tokenizer gives, with the same options."""
+        return self(text, text_pair, add_special_tokens, **options)["input_ids"]
+
+    def tokenize(
+        self,
+        text: str,
+        pair: str | None = None,
+        add_special_tokens: bool = False,
+        allowed_special: Choice = NOTHING,
+        disallowed_special: Choice = NOTHING,
+    ) -> list[str]:
+        """The tokens of one text (and its pair), spelled as in vocab.json."""
+        ids = self.encode(
+            text,
+            pair,
+            add_special_tokens,
+            allowed_special=allowed_special,
+            disallowed_special=disallowed_special,
+            truncation=False,
+        )
+        tokens: list[str] = self.convert_ids_to_tokens(ids)
+        return tokens
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        """The ids of a text that holds no added token and no lone surrogate."""
+        return self._bpe.encode(text)
+
+    def _plain(self, text: str, allowed: frozenset[str]) -> Tokens:
+        text = repair(text)
+        text = " " + text if self.add_prefix_space and text and not text[0].isspace() else text
+        ids: list[int] = []
+        for part, at in self._control.split(text, allowed):
+            ids += self._encode_ordinary(part) if at is None else [at]
+        return Tokens(ids)
+
+    def _detailed(self, text: str, allowed: frozenset[str], prefix_space: bool) -> Tokens:
+        """The same, with the span in the user's text and the number of the word for each token."""
+        fixed = repair(text)
+        prefix = " " if prefix_space and fixed and not fixed[0].isspace() else ""
+        ids: list[int] = []
+        words: list[int | None] = []
+        spans: list[Span] = []
+        position = -len(prefix)
+        for number, (word, found) in enumerate(self._parts(prefix + fixed, allowed)):
+            spans += self._spans(word, found, position)
+            ids += found
+            words += [number] * len(found)
+            position += len(word)
+        spans = [(max(first, 0), max(last, 0)) for first, last in spans] if prefix else spans
+        return Tokens(ids, unrepaired(text, spans), words)
+
+    def _spans(self, word: str, ids: Sequence[int], start: int) -> list[Span]:
+        sizes = [len(self._bytes[at]) for at in ids]
+        if len(ids) == 1 or sum(sizes) != len(word.encode()):  # an unknown byte has the unknown token's size
+            return [(start, start + len(word))] * len(ids)
+        return char_spans(word, sizes, start)
+
+    def _parts(self, text: str, allowed: frozenset[str]) -> Iterable[tuple[str, Sequence[int]]]:
+        for part, at in self._control.split(text, allowed):
+            if at is None:
+                yield from self._bpe.words(part)
+            else:
+                yield part, [at]
+
+    def _split_words(self, words: Sequence[str], allowed: frozenset[str]) -> Tokens:
+        """A text that is already split: each word gets a space before it; spans count from the word's beginning."""
+        ids: list[int] = []
+        spans: list[Span] = []
+        numbers: list[int | None] = []
+        for at, word in enumerate(words):
+            tokens = self._detailed(word, allowed, prefix_space=True)
+            ids += tokens.ids
+            spans += tokens.spans or []
+            numbers += [at] * len(tokens.ids)
+        return Tokens(ids, spans, numbers)
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        return_token_type_ids: bool | None = None,
+        *,
+        allowed_special: Choice = NOTHING,
+        disallowed_special: Choice = NOTHING,
+        **unknown: Any,
+    ) -> BatchEncoding:
+        """Encode a text or a list of texts, alone or in pairs.
+
+        Args:
+            text: a str, a list of them, or a list of pairs; with `is_split_into_words` a list of words or a list of
+                such lists.
+            text_pair: as `text`, to be encoded after it.
+            add_special_tokens: whether `add_bos_token` has an effect.
+            padding: True or "longest" pads to the longest row, "max_length" to `max_length`.
+            truncation: True or "longest_first", "only_first", "only_second". None truncates where `max_length` is given
+                and `padding` is not asked for.
+            max_length: the limit in tokens, added ones included; without it that of `model_max_length`.
+            stride: how many tokens a further window repeats, with `return_overflowing_tokens`.
+            is_split_into_words: the text is a list of words; each gets a space before it.
+            pad_to_multiple_of: pad to the next multiple.
+            padding_side: "right" or "left" for this call.
+            return_tensors: "np", "pt", "tf" or "jax"; without it lists.
+            return_attention_mask: False leaves out the mask.
+            return_overflowing_tokens: return what truncation cuts off as further rows, and
+                `overflow_to_sample_mapping`, the text that each row belongs to.
+            return_special_tokens_mask: mark tokens that were added.
+            return_offsets_mapping: for each token the span of characters in the text that it stands for. A token that
+                is a part of a character has the character's span.
+            return_length: the number of tokens in each row, padding included.
+            return_token_type_ids: 0 for the text, 1 for its pair.
+            allowed_special: the control tokens, or "all", that become one token where a text contains them.
+            disallowed_special: the control tokens, or "all" others, that a text may not contain.
+
+        Raises:
+            TokenizerError: an argument is none of these, or the text contains a token that is not allowed.
+            TypeError: an argument is not known.
+        """
+        _refuse_unknown("a call of the tokenizer", unknown, GPT2Tokenizer.__call__)
+        check_size("stride", stride)
+        texts, pairs, batched = as_batch(text, text_pair, is_split_into_words)
+        control = self._choose_control(allowed_special, disallowed_special)
+        detailed = return_offsets_mapping or is_split_into_words
+        columns = [
+            [self._sequence(item, *control, detailed, is_split_into_words) for item in column]
+            for column in (texts, pairs)
+            if column is not None
+        ]
+        prefix = self._prefix() if add_special_tokens else []
+        overlap = stride if return_overflowing_tokens else None
+        rows, owners = self._cut_rows(columns, prefix, overlap, *self._limit(truncation, max_length, padding))
+        wanted = {
+            "input_ids": True,
+            "token_type_ids": return_token_type_ids,
+            "attention_mask": return_attention_mask is not False,
+            "special_tokens_mask": return_special_tokens_mask,
+            "offset_mapping": return_offsets_mapping,
+        }
+        lists = {name: [row.entry(name) for row in rows] for name, asked in wanted.items() if asked}
+        self._pad_lists(lists, padding, max_length, pad_to_multiple_of, padding_side)
+        encoding = BatchEncoding(lists)
+        if detailed:
+            encoding.record(rows, self._side(padding_side))
+        if return_length:
+            encoding["length"] = [len(ids) for ids in lists["input_ids"]]
+        if return_overflowing_tokens:
+            encoding["overflow_to_sample_mapping"] = owners
+        if not batched and return_tensors is None and not return_overflowing_tokens:
+            encoding.update({name: value[0] for name, value in encoding.items() if name != "length"})
+        to_arrays(encoding, return_tensors)
+        return encoding
+
+    encode_plus = batch_encode_plus = __call__
+
+    def _sequence(
+        self, text: Any, allowed: frozenset[str], disallowed: frozenset[str], detailed: bool, split: bool
+    ) -> Tokens:
+        for token in disallowed:
+            for part in text if split else [text]:
+                self._control.refuse(part, frozenset([token]))
+        if split:
+            return self._split_words(text, allowed)
+        return self._detailed(text, allowed, self.add_prefix_space) if detailed else self._plain(text, allowed)
+
+    def _cut_rows(
+        self, columns: list[list[Tokens]], prefix: list[int], stride: int | None, limit: int, strategy: str
+    ) -> tuple[list[Row], list[int]]:
+        """The rows of a batch, and for each row the number of the text that it comes from."""
+        rows: list[Row] = []
+        owners: list[int] = []
+        for owner, sequences in enumerate(zip(*columns, strict=True)):
+            room = limit - len(prefix) * len(sequences)
+            if strategy and room < 0:
+                raise TokenizerError(f"max_length: expected room for {limit - room} added tokens, found {limit}")
+            for parts in cut([len(tokens.ids) for tokens in sequences], room, strategy, stride, self.truncation_side):
+                rows.append(Row(list(sequences), parts, prefix))
+                owners.append(owner)
+        return rows, owners
+
+    def _choose_control(self, allowed: Choice, disallowed: Choice) -> tuple[frozenset[str], frozenset[str]]:
+        chosen = self._control.select("allowed_special", allowed)
+        refused = self._control.select("disallowed_special", disallowed)
+        return chosen, refused - chosen if disallowed == "all" else refused
+
+    def _limit(self, truncation: Any, max_length: Any, padding: Any) -> tuple[int, str]:
+        """The most tokens that a row may have, and how to get there ("" for not at all)."""
+        check_size("max_length", max_length)
+        strategy = choose("truncation", truncation, TRUNCATIONS)
+        if truncation is None and max_length is not None and not choose("padding", padding, PADDINGS):
+            strategy = "longest_first"
+        return (self.model_max_length if max_length is None else max_length), strategy
+
+    def _prefix(self) -> list[int]:
+        if not self.add_bos_token:
+            return []
+        if self.bos_token_id is None:
+            raise TokenizerError("add_bos_token: expected a bos_token, found None; set it, or unset add_bos_token")
+        return [self.bos_token_id]
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """How many tokens a call adds to a text, or to a pair."""
+        return len(self._prefix()) * (2 if pair else 1)
+
+    # --- padding -----------------------------------------------------------------------------------------------------
+
+    def pad(
+        self,
+        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Pad what calls returned: one encoding, a batch, or a list of encodings.
+
+        Without a pad token the end token fills up; its mask is 0. Entries other than those of a call keep their length.
+
+        Raises:
+            TokenizerError: there are no `input_ids`, or an argument is not known.
+        """
+        lists, batched = merge_encodings(encoded_inputs)
+        if "attention_mask" not in lists and return_attention_mask is not False:
+            lists["attention_mask"] = [[1] * len(ids) for ids in lists["input_ids"]]
+        self._pad_lists(lists, padding, max_length, pad_to_multiple_of, padding_side)
+        encoding = BatchEncoding(lists)
+        if not batched and return_tensors is None:
+            encoding.update({name: rows[0] for name, rows in lists.items()})
+        to_arrays(encoding, return_tensors)
+        return encoding
+
+    def _pad_lists(
+        self,
+        lists: dict[str, list[list[Any]]],
+        padding: Any,
+        max_length: int | None,
+        multiple: int | None,
+        side: str | None,
+    ) -> None:
+        kind = choose("padding", padding, PADDINGS)
+        check_size("pad_to_multiple_of", multiple, least=1)
+        check_size("max_length", max_length)
+        most = self.model_max_length if max_length is None else max_length
+        if kind == "max_length" and most > LARGEST_WIDTH:
+            raise TokenizerError('max_length: padding="max_length" needs one, found None and no model_max_length')
+        if kind:
+            pad_id = self.eos_token_id if self.pad_token_id is None else self.pad_token_id
+            if pad_id is None:
+                raise TokenizerError("padding: expected a pad_token or an eos_token, found None; set one of them")
+            pad_rows(lists, width_of(lists["input_ids"], kind, most, multiple), self._side(side), pad_id)
+
+    def _side(self, side: str | None) -> str:
+        return choose("padding_side", side or self.padding_side, SIDES)
+
+
+def _read(source: Any, kind: type, copy: Any, check: Any, read: Any) -> Any:
+    """A vocabulary or merges, given as they are or as a file's path."""
+    if isinstance(source, str | PathLike):
+        return read(Path(source))
+    if isinstance(source, kind):
+        return check(copy(source), "argument")
+    raise TokenizerError(
+        f"vocab_file, merges_file: expected a path or the content itself, found {type(source).__name__}"
+    )
+
+
+def _refuse_unknown(where: str, unknown: Mapping[str, Any], function: Any) -> None:
+    """Raise TypeError for the first argument that is not known, with a name that is and resembles it."""
+    for name in unknown:
+        if name in LEFTOVERS:
+            raise TypeError(f"{where} has no argument {name!r}, which only transformers' AutoTokenizer needs; drop it")
+        known = [item for item in signature(function).parameters if item not in ("self", "unknown")]
+        near = get_close_matches(name, known, n=1)
+        raise TypeError(f"{where} has no argument {name!r}; {f'did you mean {near[0]!r}?' if near else 'leave it out'}")

@@ -1,0 +1,283 @@
+"""The tokens of a tokenizer: ids, texts and bytes, added tokens, and the roles that some of them play."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, TypeVar, overload
+
+from gpt2_multi.errors import TokenizerError
+from gpt2_multi.tokenizer.batching import choose
+from gpt2_multi.tokenizer.bpe import unspell
+from gpt2_multi.tokenizer.files import AddedToken
+from gpt2_multi.tokenizer.special import ROLES, ControlTokens, as_token
+
+T = TypeVar("T")
+ERRORS = {name: name for name in ("strict", "replace", "ignore", "backslashreplace", "surrogateescape")}
+
+
+def _role(name: str) -> property:
+    """A role's token, as transformers has it: `bos_token` and so on; assignable."""
+
+    def get(self: "TokenTable") -> str | None:
+        return self._control.roles[name]
+
+    def assign(self: "TokenTable", token: Any) -> None:
+        self._assign_role(name, token)
+
+    return property(get, assign, doc=f"The {name}; assigning a token that the tokenizer does not know is an error.")
+
+
+def _role_id(name: str) -> property:
+    def get(self: "TokenTable") -> int | None:
+        token = self._control.roles[name]
+        return None if token is None else self._known_id(token)
+
+    def assign(self: "TokenTable", at: int | None) -> None:
+        self._assign_role(name, None if at is None else self.convert_ids_to_tokens(at))
+
+    return property(get, assign, doc=f"The id of the {name}, or None; assignable.")
+
+
+class TokenTable:
+    """A vocabulary, what was added to it, and the conversions between ids, tokens and bytes.
+
+    Args:
+        vocab: token -> id, tokens spelled as in vocab.json.
+        added_tokens: tokens outside the merges, with their ids.
+        errors: how bytes that are not UTF-8 are decoded.
+    """
+
+    bos_token, bos_token_id = _role("bos_token"), _role_id("bos_token")
+    eos_token, eos_token_id = _role("eos_token"), _role_id("eos_token")
+    unk_token, unk_token_id = _role("unk_token"), _role_id("unk_token")
+    pad_token, pad_token_id = _role("pad_token"), _role_id("pad_token")
+
+    def __init__(self, vocab: Mapping[str, int], added_tokens: Mapping[AddedToken, int], errors: str) -> None:
+        self._vocab = dict(vocab)
+        self.errors = choose("errors", errors, ERRORS)
+        self._bytes = {at: unspell(token) for token, at in vocab.items()}
+        self._spelled = {at: token for token, at in vocab.items()}
+        self._control = ControlTokens()
+        for token, at in added_tokens.items():
+            self._register(token, at)
+
+    @property
+    def vocab_size(self) -> int:
+        """The size of the vocabulary without added tokens."""
+        return len(self._vocab)
+
+    def __len__(self) -> int:
+        return len(self._spelled)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token with its id, added ones too."""
+        return self._vocab | self._control.ids
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """The tokens outside the merges with their ids, control tokens too."""
+        return self.added_tokens_encoder
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """The tokens outside the merges with their ids, control tokens too."""
+        return dict(self._control.ids)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """The tokens outside the merges by id."""
+        return {at: self._control.tokens[name] for name, at in self._control.ids.items()}
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """All control tokens, each once."""
+        return self._control.special()
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of all control tokens."""
+        return [self._known_id(token) for token in self.all_special_tokens]
+
+    @property
+    def additional_special_tokens(self) -> list[str]:
+        """The control tokens without a role."""
+        return list(self._control.additional)
+
+    @property
+    def special_tokens_map(self) -> dict[str, Any]:
+        """The roles that are set, with their tokens."""
+        roles: dict[str, Any] = {role: token for role, token in self._control.roles.items() if token is not None}
+        more = {"additional_special_tokens": self.additional_special_tokens} if self._control.additional else {}
+        return roles | more
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Add words that are always one token wherever a text contains them; control tokens with `special_tokens`.
+
+        Returns:
+            How many of them the tokenizer did not know before.
+        """
+        tokens = [new_tokens] if isinstance(new_tokens, str) or hasattr(new_tokens, "content") else new_tokens
+        before = len(self)
+        for token in tokens:
+            self._register(as_token(token, special_tokens or bool(getattr(token, "special", False))))
+        return len(self) - before
+
+    def add_special_tokens(self, special_tokens_dict: Mapping[str, Any]) -> int:
+        """Register control tokens: {"pad_token": "<pad>", "additional_special_tokens": ["<user>"]}.
+
+        They get ids, and `decode(skip_special_tokens=True)` skips them. A text that contains one keeps it as ordinary
+        text unless the call names it in `allowed_special`; to have words recognised always, use `add_tokens`.
+
+        Returns:
+            How many of them the tokenizer did not know before.
+        """
+        before = len(self)
+        for role, value in special_tokens_dict.items():
+            if role == "additional_special_tokens":
+                names = [self._register(as_token(token, True)) for token in _listed(value)]
+                self._control.additional = list(dict.fromkeys([*self._control.additional, *names]))
+            elif role in ROLES:
+                self._control.roles[role] = self._register(as_token(value, True))
+            else:
+                expected = [*ROLES, "additional_special_tokens"]
+                raise TokenizerError(f"add_special_tokens: expected some of {expected}, found {role!r}")
+        return len(self) - before
+
+    def _register(self, token: AddedToken, at: int | None = None) -> str:
+        """Give a token an id if it has none, and remember it."""
+        known = self._control.ids.get(token.content, self._vocab.get(token.content))
+        if at is None:
+            at = known if known is not None else max(self._spelled, default=-1) + 1
+        if at != known and (known is not None or at in self._spelled):
+            wanted = "an id of its own" if known is None else f"the id {known}"
+            raise TokenizerError(
+                f"added token {token.content!r}: expected {wanted}, found {at}; take the files from one tokenizer"
+            )
+        if known is None:
+            self._spelled[at], self._bytes[at] = token.content, token.content.encode("utf-8", "replace")
+        self._control.add(token, at)
+        return token.content
+
+    def _assign_role(self, role: str, token: Any) -> None:
+        if token is not None:
+            token = as_token(token, True)
+            if token.content not in self._vocab and token.content not in self._control.ids:
+                raise TokenizerError(
+                    f"{role}: expected a token of the vocabulary, found {token.content!r}; "
+                    f"add_special_tokens({{{role!r}: {token.content!r}}}) gives it an id"
+                )
+            self._register(token)
+        self._control.roles[role] = token and token.content
+
+    def _known_id(self, token: str) -> int:
+        at = self._control.ids.get(token)
+        return self._vocab[token] if at is None else at
+
+    # --- conversions -------------------------------------------------------------------------------------------------
+
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
+        """The id of a token, or of each: that of the unknown token where the vocabulary does not hold it."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        known = self._control.ids.get(tokens, self._vocab.get(tokens))
+        return self.unk_token_id if known is None else known
+
+    @overload
+    def convert_ids_to_tokens(self, ids: int, skip_special_tokens: bool = False) -> str: ...
+    @overload
+    def convert_ids_to_tokens(self, ids: Iterable[int], skip_special_tokens: bool = False) -> list[str]: ...
+    def convert_ids_to_tokens(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str | list[str]:
+        """The token of an id, or of each, spelled as in vocab.json.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+        """
+        tokens = [self._lookup(self._spelled, at) for at in self._wanted(ids, skip_special_tokens)]
+        return tokens if isinstance(to_list(ids), list) else tokens[0]
+
+    def decode_bytes(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> bytes:
+        """The bytes that ids stand for, which need not be whole characters.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+        """
+        wanted = self._wanted(ids, skip_special_tokens)
+        try:
+            return b"".join(map(self._bytes.__getitem__, wanted))
+        except KeyError as error:
+            self._refuse(error.args[0])
+
+    def decode(
+        self, token_ids: Any, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None
+    ) -> str:
+        """The text of ids: exactly what was encoded, with no space taken away.
+
+        Args:
+            token_ids: ids in a list or in an array of any framework, or one id.
+            skip_special_tokens: leave control tokens out.
+            clean_up_tokenization_spaces: known for old calls' sake; True is refused.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+            UnicodeDecodeError: the bytes are not UTF-8 and `errors` is "strict".
+        """
+        if clean_up_tokenization_spaces:
+            raise TokenizerError(
+                "clean_up_tokenization_spaces: expected False or None, found True; it would alter the text"
+            )
+        return self.decode_bytes(token_ids, skip_special_tokens).decode("utf-8", self.errors)
+
+    def batch_decode(
+        self, sequences: Any, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None
+    ) -> list[str]:
+        """The text of each row of ids; see `decode`."""
+        clean = clean_up_tokenization_spaces
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces=clean) for row in sequences]
+
+    def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
+        """The text of tokens that are spelled as in vocab.json.
+
+        Raises:
+            TokenizerError: a token is not in the vocabulary.
+        """
+        known = self.get_vocab()
+        if unknown := [token for token in tokens if token not in known]:
+            raise TokenizerError(
+                f"tokens: expected tokens of the vocabulary, found {unknown[0]!r}; use tokenize() to get them"
+            )
+        return self.decode([known[token] for token in tokens])
+
+    def _wanted(self, ids: Any, skip_special_tokens: bool) -> list[Any]:
+        ids = to_list(ids)
+        ids = ids if isinstance(ids, list) else [ids]
+        ids = ids if set(map(type, ids)) <= {int} else [self._number(at) for at in ids]
+        skipped = set(self.all_special_ids) if skip_special_tokens else ()
+        return [at for at in ids if at not in skipped] if skipped else ids
+
+    def _number(self, at: Any) -> int:
+        """An id as an int, which an array of any framework may hold."""
+        number = to_list(at)
+        return int(number) if isinstance(number, int) and not isinstance(number, bool) else self._refuse(at)
+
+    def _lookup(self, table: Mapping[int, T], at: int) -> T:
+        return table[at] if at in table else self._refuse(at)
+
+    def _refuse(self, at: Any) -> NoReturn:
+        raise TokenizerError(
+            f"ids: expected whole numbers from 0 to {max(self._spelled)} that the vocabulary holds, found {at!r}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def _listed(tokens: Any) -> list[Any]:
+    if isinstance(tokens, str | Mapping) or not isinstance(tokens, Iterable):
+        raise TokenizerError(
+            f"additional_special_tokens: expected a list of tokens, found {tokens!r}; put it in a list"
+        )
+    return list(tokens)
+
+
+def to_list(ids: Any) -> Any:
+    """Lists from the arrays of any framework, from tuples and other iterables; a single number stays one."""
+    if hasattr(ids, "tolist"):
+        return ids.tolist()
+    if hasattr(ids, "numpy"):
+        return ids.numpy().tolist()
+    return ids if isinstance(ids, int | str) or not isinstance(ids, Iterable) else list(ids)
