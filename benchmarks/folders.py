@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.files.containers.safetensors import write_weights
+from gpt2_multi.model.checkpoint import write_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import Weight, table
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Row
-from gpt2_multi.tokenizer.saving import to_tokenizer_json
+from gpt2_multi.tokenizer.files import to_tokenizer_json
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Encode = Callable[[str], Any]

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from gpt2_multi.errors import GPT2Error
-from gpt2_multi.files.containers.safetensors import read_json, write_json
+from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
 from gpt2_multi.flax.sharding import FSDP, TENSOR, make_mesh
 from gpt2_multi.flax.training.losses import cosine_rate, optimizer

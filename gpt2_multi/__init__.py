@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpt2_multi.app.pipeline import pipeline
     from gpt2_multi.generation.config import GenerationConfig
-    from gpt2_multi.generation.seeds import set_seed
+    from gpt2_multi.generation.request import set_seed
     from gpt2_multi.model.config import GPT2Config
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
@@ -23,7 +23,7 @@ _PLACES = {
     "GPT2Tokenizer": "gpt2_multi.tokenizer.tokenizer",
     "GenerationConfig": "gpt2_multi.generation.config",
     "pipeline": "gpt2_multi.app.pipeline",
-    "set_seed": "gpt2_multi.generation.seeds",
+    "set_seed": "gpt2_multi.generation.request",
 }
 
 

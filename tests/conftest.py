@@ -46,10 +46,10 @@ def backend(request: pytest.FixtureRequest):
 @pytest.fixture(autouse=True)
 def no_seed_is_left():
     """What a test samples does not depend on whether another called `set_seed`."""
-    from gpt2_multi.generation import seeds
+    from gpt2_multi.generation import request
 
     yield
-    seeds._next = None
+    request._next = None
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.files.containers.safetensors import Array, read_safetensors, write_weights
-from gpt2_multi.model.checkpoint import read_weights
+from gpt2_multi.files.containers.safetensors import Array, read_safetensors
+from gpt2_multi.model.checkpoint import read_weights, write_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import Weight, table
 from tests.shared_data import shared

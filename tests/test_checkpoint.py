@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -15,14 +16,18 @@ from hypothesis import strategies as st
 
 from gpt2_multi import conversion
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.files.containers import safetensors as checkpoint
-from gpt2_multi.files.containers.safetensors import parse_size, read_safetensors, replaced, write_safetensors
+from gpt2_multi.files import folders
+from gpt2_multi.files.containers.safetensors import parse_size, read_safetensors, write_safetensors
+from gpt2_multi.model import checkpoint
+from gpt2_multi.model.checkpoint import is_model_file
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import table
 from tests.fixtures import write_model
 
 SMALL = GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
 DTYPES = [np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
+
+replaced = partial(folders.replaced, owned=is_model_file)
 
 
 def source(array):
@@ -215,7 +220,8 @@ def test_an_error_while_files_change_places_puts_the_old_ones_back(tmp_path, mon
 def test_a_killed_process_leaves_a_whole_model(tmp_path):
     """Killed at every call that changes a name: what is there, or in the hidden folder, is the old model or the new."""
     script = (
-        "import os, sys; from pathlib import Path; from gpt2_multi.files.containers import safetensors as checkpoint; n = int(sys.argv[1])\n"
+        "import os, sys; from pathlib import Path; n = int(sys.argv[1])\n"
+        "from gpt2_multi.files.folders import replaced; from gpt2_multi.model.checkpoint import is_model_file\n"
         "real = Path.replace\n"
         "def replace(self, to):\n"
         "    global n\n"
@@ -223,7 +229,7 @@ def test_a_killed_process_leaves_a_whole_model(tmp_path):
         "    os._exit(9) if n < 0 else None\n"
         "    return real(self, to)\n"
         "Path.replace = replace\n"
-        "with checkpoint.replaced(sys.argv[2]) as stage:\n"
+        "with replaced(sys.argv[2], is_model_file) as stage:\n"
         "    [(stage / name).write_text('new') for name in ('config.json', 'model.safetensors')]\n"
     )
     for n in range(3):

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_multi.errors import CheckpointError, ConfigError
-from gpt2_multi.model.config import ALIASES, ARCHIVE, GPT2Config
+from gpt2_multi.files.hub import ARCHIVE
+from gpt2_multi.model.config import ALIASES, GPT2Config
 from gpt2_multi.model.fields import CHECKS
 from gpt2_multi.model.weights import parameter_count, table
 from tests.fixtures import MODELS, folder

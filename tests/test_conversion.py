@@ -12,8 +12,9 @@ import pytest
 
 from gpt2_multi import conversion
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.files.containers.safetensors import read_safetensors, write_weights
+from gpt2_multi.files.containers.safetensors import read_safetensors
 from gpt2_multi.model import reference
+from gpt2_multi.model.checkpoint import write_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats import ARCHITECTURES, KINDS
 from gpt2_multi.model.weights import parameter_count, table

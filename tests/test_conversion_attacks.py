@@ -12,7 +12,7 @@ from gpt2_multi.conversion import convert
 from gpt2_multi.conversion.cli import main
 from gpt2_multi.conversion.verification import check
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.files.containers.safetensors import write_weights
+from gpt2_multi.model.checkpoint import write_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import table
 from tests.fixtures import write_model

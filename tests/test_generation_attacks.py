@@ -10,7 +10,7 @@ import pytest
 from gpt2_multi import GenerationConfig, GPT2Config, GPT2Tokenizer, pipeline, set_seed
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.hub import DEMO
-from gpt2_multi.generation import seeds
+from gpt2_multi.generation import request
 from gpt2_multi.generation.stopping import automaton, stop_table
 from tests import adapters, fixtures
 from tests import generation_cases as cases
@@ -113,8 +113,8 @@ def test_numpy_s_numbers_are_python_s(tmp_path):
     config.save_pretrained(tmp_path / "new" / "folder")
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
     set_seed(np.int64(7))
-    assert seeds._next == 7
-    seeds._next = None
+    assert request._next == 7
+    request._next = None
 
 
 @pytest.mark.parametrize(

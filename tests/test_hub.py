@@ -22,7 +22,8 @@ import pytest
 
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files import hub
-from gpt2_multi.model.config import ARCHIVE, GPT2Config
+from gpt2_multi.files.hub import ARCHIVE
+from gpt2_multi.model.config import GPT2Config
 
 CONFIG = json.dumps({"model_type": "gpt2", "n_layer": 3, "n_head": 2, "n_embd": 8}).encode()
 

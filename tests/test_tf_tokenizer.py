@@ -18,8 +18,8 @@ from gpt2_multi.files.hub import DEMO
 from gpt2_multi.tf import TFGPT2LMHeadModel, TFGPT2Tokenizer
 from gpt2_multi.tf.serve.encoding import by_bytes
 from gpt2_multi.tokenizer.bpe import byte_characters
+from gpt2_multi.tokenizer.encoding import repair
 from gpt2_multi.tokenizer.files import AddedToken
-from gpt2_multi.tokenizer.offsets import repair
 from gpt2_multi.tokenizer.words import code_point_classes
 from tests import shared_data
 

@@ -6,7 +6,7 @@ On randomised weights, in float64: at fresh initialisation two of them would cha
 import numpy as np
 import pytest
 
-from gpt2_multi.files.containers.safetensors import write_weights
+from gpt2_multi.model.checkpoint import write_weights
 from gpt2_multi.model.weights import table
 from tests import fixtures
 from tests.test_parity import BOUND64

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from gpt2_multi.app import backends
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.hub import DEMO, resolve
-from gpt2_multi.generation import seeds
 from gpt2_multi.generation.config import TASK, GenerationConfig, task_options
 from gpt2_multi.generation.progress import watched
+from gpt2_multi.generation.request import seed_of
 from gpt2_multi.generation.rules import streams
 from gpt2_multi.model import inputs
 
@@ -156,7 +156,7 @@ class Maker:
         if isinstance(seed, (list, tuple)):
             self.check_seeds(max(len(seed), done + count))
             return list(seed[done : done + count])
-        first = seeds.chosen(self.config, count) if seed is None else seed + done * rows  # type: ignore[operator]
+        first = seed_of(self.config, count) if seed is None else seed + done * rows  # type: ignore[operator]
         return streams(first, count, rows)[::rows]
 
     def batch(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Result]:

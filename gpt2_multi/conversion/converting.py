@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.files.containers.safetensors import DTYPES, Made, PathLike, write_json
-from gpt2_multi.files.folders import swapped
-from gpt2_multi.files.mapped import Array
+from gpt2_multi.files.arrays import Array, Made
+from gpt2_multi.files.containers.safetensors import DTYPES
+from gpt2_multi.files.folders import PathLike, swapped
+from gpt2_multi.files.json_files import write_json
 from gpt2_multi.model import spelling
 from gpt2_multi.model.checkpoint import Checkpoint, open
 from gpt2_multi.model.config import GPT2Config

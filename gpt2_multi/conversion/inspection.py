@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt2_multi.files.containers.safetensors import PathLike
-from gpt2_multi.files.mapped import Array, Shape
+from gpt2_multi.files.arrays import Array, Shape
+from gpt2_multi.files.folders import PathLike
 from gpt2_multi.model.checkpoint import head_of, recognised
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats import KINDS

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.files.arrays import same
-from gpt2_multi.files.containers.safetensors import PathLike
-from gpt2_multi.files.mapped import Array
+from gpt2_multi.files.arrays import Array, same
+from gpt2_multi.files.folders import PathLike
 from gpt2_multi.model.checkpoint import Checkpoint, open
 from gpt2_multi.model.reference import forward, lm_logits
 

@@ -13,31 +13,7 @@ from pathlib import Path
 
 from gpt2_multi.errors import CheckpointError
 
-LARGEST = 1 << 22  # bytes of JSON: what is made of them can be seventy times as large
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-
-
-def read_small(path: Path) -> bytes:
-    """The bytes of a JSON file. CheckpointError for a pipe, which would be read for ever, and for a giant."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: expected a file, found something else; check the path")
-    if (size := path.stat().st_size) > LARGEST:
-        raise CheckpointError(f"{path}: has {size} bytes, more than such a file of a model ({LARGEST}); fetch it again")
-    return path.read_bytes()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write UTF-8 text beside the old file, sync it, and put it in its place: a crash leaves one or the other."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -126,3 +102,49 @@ def _exchange(new: Path, old: Path) -> None:
     old.rename(aside)
     new.rename(old)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def replaced(folder: PathLike, owned: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder to write a model into; when the block ends without an error its files take their place in `folder`.
+
+    Everything is written and synced before the first old file goes, and old weights that the new model lacks go last.
+    What `folder` holds besides files whose names are `owned` is not touched. While files change places, the old ones
+    are kept in a hidden folder inside: an error puts them back, and after a crash they are there, whole. Raises
+    CheckpointError where nothing can be written.
+    """
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    except OSError as error:
+        raise CheckpointError(f"{target}: expected a folder to save the model in, found none ({error})") from None
+    try:
+        yield stage
+        _take_places(stage, target, owned)
+    except OSError as error:
+        raise CheckpointError(f"{target}: the model could not be saved ({error}); what was there is whole") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _take_places(stage: Path, target: Path, owned: Callable[[str], bool]) -> None:
+    new = [path.name for path in stage.iterdir()]
+    old = [path.name for path in target.iterdir() if owned(path.name)]
+    backup = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target))
+    for name in old:
+        link(target / name, backup / name)
+    try:
+        for name in new:
+            (stage / name).replace(target / name)
+        for name in set(old) - set(new):
+            (target / name).unlink(missing_ok=True)
+    except OSError:
+        for name in old:
+            (backup / name).replace(target / name)
+        raise
+    finally:
+        shutil.rmtree(backup, ignore_errors=True)
+
+
+PathLike = str | os.PathLike[str]

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.model.config import ARCHIVE
 
 DEMO = Path(__file__).parents[1] / "demo"
 TIMEOUT = 10.0  # seconds without an answer; the hub's own client would wait for ever
@@ -134,3 +133,21 @@ def _sentence(repo: str, revision: str | None, error: Exception, local: bool) ->
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"{repo}: could not be fetched ({reason}); check the network, or give a folder that holds the model"
+
+
+class Archived(NamedTuple):
+    """A published GPT-2: where the hub keeps it, and its size."""
+
+    hub_id: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
+ARCHIVE = {
+    "gpt2": Archived("openai-community/gpt2", 12, 12, 768),
+    "gpt2-medium": Archived("openai-community/gpt2-medium", 24, 16, 1024),
+    "gpt2-large": Archived("openai-community/gpt2-large", 36, 20, 1280),
+    "gpt2-xl": Archived("openai-community/gpt2-xl", 48, 25, 1600),
+    "distilgpt2": Archived("distilbert/distilgpt2", 6, 12, 768),
+}

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.files.containers.safetensors import Source, replaced, write_weights
+from gpt2_multi.files.folders import replaced
 from gpt2_multi.files.hub import resolve
 from gpt2_multi.flax.attention import KVCache
 from gpt2_multi.flax.checks import as_array, as_flag, check_alive, check_call, check_key, check_remat, is_concrete
@@ -27,7 +27,7 @@ from gpt2_multi.flax.params import Tree, check_tree, dtypes_of, initial, leaves,
 from gpt2_multi.flax.sharding import param_shardings
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
-from gpt2_multi.model.checkpoint import read_config, read_weights
+from gpt2_multi.model.checkpoint import Source, is_model_file, read_config, read_weights, write_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import table
 
@@ -309,7 +309,7 @@ class FlaxGPT2PreTrainedModel:
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
 
         The parameters are gathered one after the other. On several hosts each has to call it, and the first one writes.
-        The model's files are replaced together, other files of the folder stay: see `checkpoint.replaced`. Raises
+        The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`. Raises
         CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
         """
         params = self.fitting(params)
@@ -329,7 +329,7 @@ class FlaxGPT2PreTrainedModel:
     def _write(
         self, folder: str | os.PathLike[str], config: GPT2Config, sources: list[Source], max_shard_size: int | str
     ) -> None:
-        with replaced(folder) as stage:
+        with replaced(folder, is_model_file) as stage:
             config.save_pretrained(stage)
             if self.generation_config is not None:
                 self.generation_config.save_pretrained(stage)

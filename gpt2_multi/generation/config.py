@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.files.containers.safetensors import read_json, write_json
+from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.generation.options import OPTIONS, UNSUPPORTED, plain
-from gpt2_multi.generation.rules import Bias
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TASK = "text-generation"
+Bias = tuple[tuple[int, ...], float]  # a phrase of ids, and what its last id's logit gets after the others
 
 
 @dataclass

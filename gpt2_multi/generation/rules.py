@@ -9,17 +9,14 @@ text depends neither on the other rows nor on how they are batched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gpt2_multi.errors import InputError
-
-if TYPE_CHECKING:
-    from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.config import Bias, GenerationConfig
 
 Array = np.ndarray[Any, Any]
-Bias = tuple[tuple[int, ...], float]  # a phrase of ids, and what its last id's logit gets after the others
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 

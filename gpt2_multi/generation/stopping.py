@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt2_multi.errors import InputError, TokenizerError
 from gpt2_multi.model import inputs
-from gpt2_multi.tokenizer.offsets import repair
+from gpt2_multi.tokenizer.encoding import repair
 
 if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer

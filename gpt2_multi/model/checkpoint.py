@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.files.arrays import mapping, release, same
-from gpt2_multi.files.containers.safetensors import PathLike, read_json
-from gpt2_multi.files.mapped import Array, Shape
+from gpt2_multi.files.arrays import Array, Shape, mapping, release, same
+from gpt2_multi.files.containers.safetensors import write_safetensors, write_shards
+from gpt2_multi.files.folders import PathLike
+from gpt2_multi.files.json_files import read_json
 from gpt2_multi.model import spelling
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats import ARCHITECTURES, KINDS, Kind
-from gpt2_multi.model.weights import HEADS, Weight, head_rows, match
+from gpt2_multi.model.weights import HEADS, TRANSFORMERS, Format, Weight, head_rows, match
 
 
 class Checkpoint(Mapping[str, Array]):
@@ -175,3 +178,29 @@ def _own(config: GPT2Config, head: str) -> list[Weight]:
 
 def _are_there(kind: Kind, rows: list[Weight], shapes: Mapping[str, Shape]) -> bool:
     return all(shapes.get(kind.form.spell(row)) == kind.form.shape(row) for row in rows)
+
+
+Source = tuple[Weight, np.dtype[Any], Callable[[], Array]]
+
+
+def write_weights(
+    folder: Path, sources: Iterable[Source], head: str, form: Format = TRANSFORMERS, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write rows of the table, each with its dtype and a function that makes its array in the table's layout."""
+    rooted = head != "base"
+    tensors = {
+        form.spell(weight, rooted): (dtype, form.shape(weight), lambda w=weight, make=make: form.layout(w, make()))
+        for weight, dtype, make in sources
+    }
+    write_shards(folder / SINGLE, tensors, write_safetensors, max_shard_size)
+
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of a folder is one of those that save_pretrained writes."""
+    return name in (SINGLE, INDEX, "config.json", "generation_config.json") or bool(SHARD.fullmatch(name))

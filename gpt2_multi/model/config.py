@@ -13,10 +13,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from gpt2_multi.errors import CheckpointError, ConfigError, shortened
-from gpt2_multi.files.folders import read_small, write_whole
+from gpt2_multi.files.hub import ARCHIVE, resolve
+from gpt2_multi.files.json_files import read_small, write_whole
 from gpt2_multi.model.fields import CHECKS, check_together, count, wrong
 
 ALIASES = {
@@ -30,24 +31,6 @@ ALIASES = {
 _NAMES = CHECKS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor takes
 MOST_LABELS = 1 << 16  # that are numbered without being named: a file with a few digits would make a dict of them
 _KEYS = _NAMES - {"extra", "from_file"}  # what a file may set
-
-
-class Archived(NamedTuple):
-    """A published GPT-2: where the hub keeps it, and its size."""
-
-    hub_id: str
-    n_layer: int
-    n_head: int
-    n_embd: int
-
-
-ARCHIVE = {
-    "gpt2": Archived("openai-community/gpt2", 12, 12, 768),
-    "gpt2-medium": Archived("openai-community/gpt2-medium", 24, 16, 1024),
-    "gpt2-large": Archived("openai-community/gpt2-large", 36, 20, 1280),
-    "gpt2-xl": Archived("openai-community/gpt2-xl", 48, 25, 1600),
-    "distilgpt2": Archived("distilbert/distilgpt2", 6, 12, 768),
-}
 
 
 def _label_count(number: Any) -> int:
@@ -271,8 +254,6 @@ class GPT2Config:
         **overrides: Any,
     ) -> GPT2Config:
         """Read the config.json of a model folder, or of a model on the hub; then change the settings in `overrides`."""
-        from gpt2_multi.files.hub import resolve  # which takes the archive's names from here
-
         folder = resolve(
             name_or_path,
             revision=revision,

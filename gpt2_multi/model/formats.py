@@ -11,20 +11,13 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.errors import CheckpointError, shortened
+from gpt2_multi.files.arrays import Array, Made, reading
 from gpt2_multi.files.containers.hdf5 import read_hdf5, write_hdf5
 from gpt2_multi.files.containers.msgpack_files import read_msgpack, write_msgpack
-from gpt2_multi.files.containers.safetensors import (
-    Made,
-    read_json,
-    read_safetensors,
-    read_shards,
-    write_json,
-    write_safetensors,
-    write_shards,
-)
+from gpt2_multi.files.containers.safetensors import read_safetensors, read_shards, write_safetensors, write_shards
 from gpt2_multi.files.containers.tf_bundle import read_bundle, write_bundle
 from gpt2_multi.files.containers.torch_save import read_torch, write_torch
-from gpt2_multi.files.mapped import Array, reading
+from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import FLAX_FILE, KERAS_HUB, KERAS_WEIGHTS, NANOGPT, OPENAI, TF
 from gpt2_multi.model.weights import TRANSFORMERS, Format, table

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.files.containers.safetensors import replaced, write_weights
+from gpt2_multi.files.folders import replaced
 from gpt2_multi.files.hub import resolve
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.model.checkpoint import read_config, read_weights
+from gpt2_multi.model.checkpoint import is_model_file, read_config, read_weights, write_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import TORCH, Weight, table
 
@@ -162,14 +162,14 @@ class GPT2PreTrainedModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
 
-        The model's files are replaced together, other files of the folder stay: see `checkpoint.replaced`.
+        The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`.
         Raises CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
         """
         self._check_tie()
         config = self.config.replace(
             architectures=[type(self).__name__], dtype=str(self.parameter(table(self.config, self.head)[0]).dtype)
         )
-        with replaced(folder) as stage:
+        with replaced(folder, is_model_file) as stage:
             config.save_pretrained(stage)
             if self.generation_config is not None:
                 self.generation_config.save_pretrained(stage)

@@ -14,8 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.tf.layers import dense, replace_variable
-from gpt2_multi.tf.trees import register
+from gpt2_multi.tf.layers import dense, register, replace_variable
 
 if TYPE_CHECKING:
     from gpt2_multi.tf.model import TFGPT2Model

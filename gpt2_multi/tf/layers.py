@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import keras
+import optree
 import tensorflow as tf
 
 from gpt2_multi.model.config import GPT2Config
@@ -54,3 +56,22 @@ def replace_variable(layer: keras.layers.Layer, leaf: str, value: tf.Tensor) -> 
     layer._tracker.lock()
     new.assign(value)
     new.trainable, new._path = old.trainable, old.path
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def register(cls: _Class) -> _Class:
+    """Let `tf.function`, `tf.while_loop` and Keras look into a dataclass; a field that is None does not count."""
+
+    def parts(value: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        names = tuple(field.name for field in fields(cls) if getattr(value, field.name) is not None)
+        return names, tuple(getattr(value, name) for name in names)
+
+    def whole(names: Any, values: Any) -> Any:
+        return cls(**dict(zip(names, values, strict=True)))
+
+    cls.__tf_flatten__ = parts  # type: ignore[attr-defined]
+    cls.__tf_unflatten__ = staticmethod(whole)  # type: ignore[attr-defined]
+    optree.register_pytree_node(cls, lambda value: parts(value)[::-1], whole, namespace="keras")  # Keras' own
+    return cls

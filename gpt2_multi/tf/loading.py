@@ -14,10 +14,10 @@ import numpy as np
 import tensorflow as tf
 
 from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.files.containers.safetensors import replaced, write_weights
+from gpt2_multi.files.folders import replaced
 from gpt2_multi.files.hub import resolve
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.model.checkpoint import read_config, read_weights
+from gpt2_multi.model.checkpoint import is_model_file, read_config, read_weights, write_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.model.weights import KERAS, Weight, table
@@ -180,13 +180,13 @@ class TFGPT2PreTrainedModel(keras.Model):
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
 
-        The model's files are replaced together, other files of the folder stay: see `checkpoint.replaced`. LoRA's
+        The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`. LoRA's
         updates are merged in. Raises CheckpointError, and leaves what was there, where a tensor is not what the
         configuration says, or the model is quantized.
         """
         refuse_quantized(self, "saved as safetensors; save it as .keras, or save it before you quantize it")
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("TF")], dtype=self.variable_dtype)
-        with replaced(folder) as stage:
+        with replaced(folder, is_model_file) as stage:
             config.save_pretrained(stage)
             if self.generation_config is not None:
                 self.generation_config.save_pretrained(stage)

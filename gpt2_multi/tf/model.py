@@ -29,9 +29,8 @@ from gpt2_multi.tf.attention import (
     sizes,
 )
 from gpt2_multi.tf.fit.policies import Policy
-from gpt2_multi.tf.layers import dense, lookup, norm
+from gpt2_multi.tf.layers import dense, lookup, norm, register
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
-from gpt2_multi.tf.trees import register
 
 for output_class in Output.__subclasses__():
     register(output_class)

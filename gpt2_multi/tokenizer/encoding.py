@@ -1,7 +1,9 @@
 """What a call of the tokenizer returns: rows of lists, or the arrays of a framework."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
@@ -167,3 +169,44 @@ def _maker(framework: str) -> Any:
 
 def _narrow(array: Any) -> Any:
     return array.astype("int32" if array.dtype.kind == "i" else "float32")
+
+
+_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]|[\ud800-\udfff]")
+
+
+def repair(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD, so that it has an encoding."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def unrepaired(text: str, spans: list[Span]) -> list[Span]:
+    """Spans in `repair(text)` as spans in `text`, where a surrogate pair is two characters."""
+    pairs = [match.start() for match in _SURROGATES.finditer(text) if len(match[0]) == 2]
+    if not pairs:
+        return spans
+    joined, start = [0], 0
+    paired = set(pairs)
+    while start < len(text):
+        start += 2 if start in paired else 1
+        joined.append(start)
+    return [(joined[first], joined[last]) for first, last in spans]
+
+
+def char_spans(word: str, sizes: Iterable[int], start: int) -> list[Span]:
+    """The characters that tokens of the given sizes in bytes stand for, in a word that begins at `start`.
+
+    A token that holds a part of a character has the whole character's span.
+    """
+    ends = list(accumulate(sizes))
+    starts = [0, *ends[:-1]]
+    if not word.isascii():
+        owner = [at for at, char in enumerate(word) for _ in char.encode()]  # byte -> character
+        starts = [owner[first] for first in starts]
+        ends = [owner[last - 1] + 1 for last in ends]
+    return [(start + first, start + last) for first, last in zip(starts, ends, strict=True)]

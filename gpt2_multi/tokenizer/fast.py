@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from gpt2_multi.tokenizer.bpe import byte_characters
-from gpt2_multi.tokenizer.saving import to_tokenizer_json
+from gpt2_multi.tokenizer.files import to_tokenizer_json
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 from gpt2_multi.tokenizer.words import ABOVE_BMP, Ranges, code_point_classes, spell_ranges, windows
 

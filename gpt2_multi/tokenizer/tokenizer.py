@@ -20,7 +20,7 @@ from gpt2_multi.tokenizer.batching import (
     width_of,
 )
 from gpt2_multi.tokenizer.bpe import BPE
-from gpt2_multi.tokenizer.encoding import BatchEncoding, Row, Span, Tokens, to_arrays
+from gpt2_multi.tokenizer.encoding import BatchEncoding, Row, Span, Tokens, char_spans, repair, to_arrays, unrepaired
 from gpt2_multi.tokenizer.files import (
     FILE_PATTERNS,
     AddedToken,
@@ -30,9 +30,9 @@ from gpt2_multi.tokenizer.files import (
     read_folder,
     read_merges,
     read_vocab,
+    write_folder,
+    write_vocabulary,
 )
-from gpt2_multi.tokenizer.offsets import char_spans, repair, unrepaired
-from gpt2_multi.tokenizer.saving import write_folder, write_vocabulary
 from gpt2_multi.tokenizer.special import ROLES, Choice
 from gpt2_multi.tokenizer.tokens import TokenTable
 

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_multi.files.arrays import pieces, release
-from gpt2_multi.files.mapped import MOST, Array, tensor
+from gpt2_multi.files.arrays import MOST, Array, pieces, release, tensor
 
 START = b"PK\x03\x04"
 ZIP64 = 1  # the extra field of lengths beyond 4 GB

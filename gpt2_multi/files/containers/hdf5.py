@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from gpt2_multi.files.arrays import pieces
-from gpt2_multi.files.containers.safetensors import Made
-from gpt2_multi.files.mapped import LONGEST, MOST, Array, Shape, mapped, reading, tensor
+from gpt2_multi.files.arrays import LONGEST, MOST, Array, Made, Shape, mapped, pieces, reading, tensor
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 DATASPACE, DATATYPE, EXTERNAL, LAYOUT, FILTERS, CONTINUED, GROUP = 1, 3, 7, 8, 11, 16, 17  # types of messages

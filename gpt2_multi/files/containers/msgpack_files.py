@@ -17,9 +17,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
-from gpt2_multi.files.arrays import pieces
-from gpt2_multi.files.containers.safetensors import Made
-from gpt2_multi.files.mapped import LONGEST, MOST, Array, mapped, reading, tensor
+from gpt2_multi.files.arrays import LONGEST, MOST, Array, Made, mapped, pieces, reading, tensor
 
 DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16", "int32", "int64", "uint8", "bool")}
 DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)

@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from gpt2_multi.files.mapped import LONGEST, Shape
+from gpt2_multi.files.arrays import LONGEST, Shape
 
 STORAGES: Mapping[str, np.dtype[Any]] = {
     "DoubleStorage": np.dtype("<f8"),

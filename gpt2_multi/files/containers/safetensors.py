@@ -7,30 +7,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt2_multi.errors import CheckpointError, shortened
-from gpt2_multi.files.arrays import pieces
-from gpt2_multi.files.folders import LARGEST, link, read_small
-from gpt2_multi.model.weights import TRANSFORMERS, Format, Weight
+from gpt2_multi.files.arrays import Made, pieces
+from gpt2_multi.files.folders import PathLike
+from gpt2_multi.files.json_files import LARGEST, read_json, sync, write_json
 
 Array = np.ndarray[Any, Any]
-Made = tuple[np.dtype[Any], tuple[int, ...], Callable[[], Array]]  # a tensor to write: its dtype, shape, and maker
-PathLike = str | os.PathLike[str]
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -109,21 +101,6 @@ def _beside(index: Path, name: str) -> Path:
     return index.with_name(name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError where there is none."""
-    try:
-        value = json.loads(read_small(path).decode())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a model folder holds it beside the weights") from None
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch or save it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; fetch or save it again")
-    return value
-
-
 def write_safetensors(path: PathLike, tensors: Mapping[str, Made], framework: str = "pt") -> None:
     """Write tensors given as name -> (dtype, shape, function that makes the array), one in memory at a time."""
     spelled = {dtype: name for name, dtype in DTYPES.items()}
@@ -140,7 +117,7 @@ def write_safetensors(path: PathLike, tensors: Mapping[str, Made], framework: st
         for name, (dtype, shape, make) in tensors.items():
             for piece in pieces(_fitting(name, make(), shape), dtype, name):
                 file.write(piece.reshape(-1).view(np.uint8).data)
-        _sync(file)
+        sync(file)
 
 
 def _size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
@@ -154,26 +131,6 @@ def _fitting(name: str, array: Array, shape: tuple[int, ...]) -> Array:
             "configuration and the model together (by resize_token_embeddings, for one, or in a new model)"
         )
     return array
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-Source = tuple[Weight, np.dtype[Any], Callable[[], Array]]
-
-
-def write_weights(
-    folder: Path, sources: Iterable[Source], head: str, form: Format = TRANSFORMERS, max_shard_size: int | str = "5GB"
-) -> None:
-    """Write rows of the table, each with its dtype and a function that makes its array in the table's layout."""
-    rooted = head != "base"
-    tensors = {
-        form.spell(weight, rooted): (dtype, form.shape(weight), lambda w=weight, make=make: form.layout(w, make()))
-        for weight, dtype, make in sources
-    }
-    write_shards(folder / SINGLE, tensors, write_safetensors, max_shard_size)
 
 
 def write_shards(
@@ -214,57 +171,3 @@ def parse_size(size: int | str) -> int:
     if not parts or not int(parts[1]):
         raise CheckpointError(f'max_shard_size: expected bytes or a size such as "5GB", found {size!r}')
     return int(parts[1]) * units[(parts[2] or "").removeprefix("B")]
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write one JSON file, synced."""
-    with path.open("wb") as file:
-        file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-        _sync(file)
-
-
-@contextmanager
-def replaced(folder: PathLike) -> Iterator[Path]:
-    """A folder to write a model into; when the block ends without an error its files take their place in `folder`.
-
-    Everything is written and synced before the first old file goes, and old weights that the new model lacks go last.
-    What `folder` holds besides a model's files is not touched. While files change places, the old ones are kept in a
-    hidden folder inside: an error puts them back, and after a crash they are there, whole. Raises CheckpointError where
-    nothing can be written.
-    """
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    except OSError as error:
-        raise CheckpointError(f"{target}: expected a folder to save the model in, found none ({error})") from None
-    try:
-        yield stage
-        _take_places(stage, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: the model could not be saved ({error}); what was there is whole") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _take_places(stage: Path, target: Path) -> None:
-    new = [path.name for path in stage.iterdir()]
-    old = [path.name for path in target.iterdir() if _is_model_file(path.name)]
-    backup = Path(tempfile.mkdtemp(prefix=".replaced-", dir=target))
-    for name in old:
-        link(target / name, backup / name)
-    try:
-        for name in new:
-            (stage / name).replace(target / name)
-        for name in set(old) - set(new):
-            (target / name).unlink(missing_ok=True)
-    except OSError:
-        for name in old:
-            (backup / name).replace(target / name)
-        raise
-    finally:
-        shutil.rmtree(backup, ignore_errors=True)
-
-
-def _is_model_file(name: str) -> bool:
-    return name in (SINGLE, INDEX, "config.json", "generation_config.json") or bool(SHARD.fullmatch(name))

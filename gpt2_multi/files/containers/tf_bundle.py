@@ -16,9 +16,7 @@ import ml_dtypes
 import numpy as np
 from google_crc32c import extend
 
-from gpt2_multi.files.arrays import pieces, release
-from gpt2_multi.files.containers.safetensors import Made
-from gpt2_multi.files.mapped import LONGEST, MOST, Array, Shape, mapped, reading, tensor
+from gpt2_multi.files.arrays import LONGEST, MOST, Array, Made, Shape, mapped, pieces, reading, release, tensor
 
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {  # numbers of tensorflow/core/framework/types.proto

@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.files.arrays import mapping, pieces
+from gpt2_multi.files.arrays import MOST, Array, Made, mapped, mapping, pieces, reading, tensor
 from gpt2_multi.files.containers import archive
 from gpt2_multi.files.containers.pickles import STORAGES, Machine, Storage, Stored
-from gpt2_multi.files.containers.safetensors import Made
-from gpt2_multi.files.mapped import MOST, Array, mapped, reading, tensor
 
 OLD_MAGIC = 0x1950A86A20F9469CFC6C
 ALIGNMENT = 64  # bytes, as torch aligns storages

@@ -35,8 +35,9 @@ from gpt2_multi.flax.generation.decoding import (
 )
 from gpt2_multi.flax.generation.rules import Options
 from gpt2_multi.flax.params import Tree
-from gpt2_multi.generation import seeds, texts
+from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.request import seed_of
 from gpt2_multi.generation.rules import bucket, streams
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model import inputs
@@ -183,7 +184,7 @@ def prepare(
         check_values(model, config, ids, mask, new)
     config.check_vocabulary(model.config.vocab_size)
     table = stop_table(config.stops, tokenizer, model.config.vocab_size)
-    noise = streams(seeds.chosen(config, len(ids)), len(ids), config.rows)
+    noise = streams(seed_of(config, len(ids)), len(ids), config.rows)
     prompt = Prompt(*aligned(ids.astype(np.int32), mask), states, states_mask)
     return prompt, Options.of(config, table, noise), new
 

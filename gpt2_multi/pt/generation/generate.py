@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gpt2_multi.generation import seeds, texts
+from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.request import seed_of
 from gpt2_multi.generation.rules import streams
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model import inputs
@@ -129,7 +130,7 @@ def prepare(
     config.check_vocabulary(vocab_size)
     table = torch.from_numpy(stop_table(config.stops, tokenizer, vocab_size)).to(ids.device)
     prompt = Prompt(*aligned(ids.long(), mask), states, states_mask)
-    noise = stream_keys(streams(seeds.chosen(config, len(ids)), len(ids), config.rows), ids.device)
+    noise = stream_keys(streams(seed_of(config, len(ids)), len(ids), config.rows), ids.device)
     wide = prompt.repeated(config.rows)
     return prompt, Rules(config, wide.ids, wide.mask, new, table, noise), new
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.rules import PARITY, ROTATIONS, Bias
+from gpt2_multi.generation.config import Bias, GenerationConfig
+from gpt2_multi.generation.rules import PARITY, ROTATIONS
 from gpt2_multi.generation.stopping import FOUND
 
 

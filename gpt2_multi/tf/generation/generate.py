@@ -15,8 +15,9 @@ import numpy as np
 import tensorflow as tf
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.generation import seeds, texts
+from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.request import seed_of
 from gpt2_multi.generation.rules import bucket, streams
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model import inputs
@@ -188,7 +189,7 @@ def aligned(ids: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 def noise(config: GenerationConfig, ids: tf.Tensor) -> tf.Tensor:
     """The streams of noise of all rows, (B * rows,); of a number of prompts that is not known yet they are counted."""
     batch, rows = ids.shape[0], config.rows
-    seed = seeds.chosen(config, batch or 1)
+    seed = seed_of(config, batch or 1)
     if batch is not None or not isinstance(seed, int):
         return tf.constant(np.array(streams(seed, len(seed) if batch is None else batch, rows), np.uint64))  # type: ignore[arg-type]
     return tf.constant(seed, tf.uint64) + tf.cast(tf.range(tf.shape(ids)[0] * rows), tf.uint64)

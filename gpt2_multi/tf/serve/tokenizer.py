@@ -16,8 +16,8 @@ from gpt2_multi.model import inputs
 from gpt2_multi.tf.serve.encoding import Encoder, repaired
 from gpt2_multi.tf.serve.splitting import among
 from gpt2_multi.tokenizer.batching import check_size, choose
+from gpt2_multi.tokenizer.encoding import repair
 from gpt2_multi.tokenizer.files import AddedToken
-from gpt2_multi.tokenizer.offsets import repair
 from gpt2_multi.tokenizer.special import ROLES
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 

@@ -1,4 +1,4 @@
-"""The seed of a process: what `set_seed` sets, and what sampling without a seed of its own begins with."""
+"""What a call of `generate` asks for: here, the seed that its sampling begins with."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
 
 _lock = Lock()
+
+
 _next: int | None = None  # the first stream of noise that no text has had since set_seed
 
 
@@ -35,7 +37,7 @@ def set_seed(seed: int) -> None:
         sys.modules["tensorflow"].random.set_seed(seed)
 
 
-def chosen(config: GenerationConfig, prompts: int) -> int | Sequence[int]:
+def seed_of(config: GenerationConfig, prompts: int) -> int | Sequence[int]:
     """The seed of a call: its own, or where `set_seed` left off, or 0."""
     global _next
     if config.seed is not None:

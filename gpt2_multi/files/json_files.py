@@ -1,0 +1,64 @@
+"""JSON files: what is read is small, what is written is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gpt2_multi.errors import CheckpointError
+
+LARGEST = 1 << 22  # bytes of JSON: what is made of them can be seventy times as large
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a JSON file. CheckpointError for a pipe, which would be read for ever, and for a giant."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, found something else; check the path")
+    if (size := path.stat().st_size) > LARGEST:
+        raise CheckpointError(f"{path}: has {size} bytes, more than such a file of a model ({LARGEST}); fetch it again")
+    return path.read_bytes()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write UTF-8 text beside the old file, sync it, and put it in its place: a crash leaves one or the other."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError where there is none."""
+    try:
+        value = json.loads(read_small(path).decode())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a model folder holds it beside the weights") from None
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch or save it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; fetch or save it again")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON file, synced."""
+    with path.open("wb") as file:
+        file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+        sync(file)
+
+
+def sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
