@@ -8,6 +8,7 @@ import nox
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "types", "tests"]
 
+CORE = [f"tests/{room}" for room in ("core", "tokenizer", "generation", "app", "conversion")]  # of no framework, or of any
 TOOLS = ["hypothesis", "pytest", "pytest-xdist"]
 PEERS = [
     "accelerate",
@@ -63,21 +64,21 @@ def tests(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """Run the tests of the core, without any framework."""
     install(session, ".", *TOOLS)
-    pytest(session, "--backends=", *(f"--ignore-glob=*test_{name}_*" for name in ("pt", "tf", "flax")))
+    pytest(session, "--backends=", *CORE)
 
 
 @nox.session
 def pt(session: nox.Session) -> None:
     """Run the tests of the core and of PyTorch."""
     install(session, ".[pt]", *TOOLS, *PEERS)
-    pytest(session, "--backends=pt", "--ignore-glob=*test_tf_*", "--ignore-glob=*test_flax_*")
+    pytest(session, "--backends=pt", *CORE, "tests/pt")
 
 
 @nox.session
 def tf(session: nox.Session) -> None:
     """Run the tests of the core and of TensorFlow, without any other framework."""
     install(session, ".[tf,examples]", *TOOLS)
-    pytest(session, "--backends=tf", "--ignore-glob=*test_pt_*", "--ignore-glob=*test_flax_*")
+    pytest(session, "--backends=tf", *CORE, "tests/tf")
 
 
 @nox.session
@@ -86,14 +87,14 @@ def tf_oldest(session: nox.Session) -> None:
     project = nox.project.load_toml("pyproject.toml")["project"]
     oldest = [requirement.replace(">=", "==") for requirement in project["optional-dependencies"]["tf"]]
     session.install("--quiet", ".[tf]", *oldest, *TOOLS)
-    pytest(session, "--backends=tf", *map(str, sorted(Path("tests").glob("test_tf_*.py"))))
+    pytest(session, "--backends=tf", "tests/tf")
 
 
 @nox.session
 def flax(session: nox.Session) -> None:
     """Run the tests of the core and of Flax, without any other framework."""
     install(session, ".[flax,examples]", *TOOLS)
-    pytest(session, "--backends=flax", "--ignore-glob=*test_pt_*", "--ignore-glob=*test_tf_*")
+    pytest(session, "--backends=flax", *CORE, "tests/flax")
 
 
 @nox.session
@@ -103,7 +104,7 @@ def conversion_peers(session: nox.Session) -> None:
     pythons = {
         f"GPT2_MULTI_PEER_TF_{name.upper()}": peer(session, name, packages) for name, packages in TF_PEERS.items()
     }
-    session.run("python", "-m", "pytest", "tests/test_conversion_peers.py", *session.posargs, env=QUIET | pythons)
+    session.run("python", "-m", "pytest", "tests/conversion/test_peers.py", *session.posargs, env=QUIET | pythons)
 
 
 @nox.session

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for a second thread
-# LLVM's optimisations take longer than all that these models compute; tests/test_optimised.py lets it have them.
+# LLVM's optimisations take longer than all that these models compute; tests/core/test_optimised.py lets it have them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
-from tests.adapters import BACKENDS
+from tests.support.adapters import BACKENDS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +36,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest):
-    """The function of tests/adapters.py that runs this backend."""
+    """The function of tests/support/adapters.py that runs this backend."""
     module, run = BACKENDS[request.param]
     if not importlib.util.find_spec(module):
         pytest.fail(f"the backend {request.param} was asked for, but {module} is not installed")
@@ -55,7 +55,7 @@ def no_seed_is_left():
 @pytest.fixture(autouse=True)
 def collections_are_quick(request: pytest.FixtureRequest):
     """Keras collects garbage for every variable that is deleted, which takes long where other tests have left much."""
-    if not request.path.name.startswith("test_tf"):
+    if "tf" not in request.path.parts:
         yield
         return
     gc.freeze()
@@ -70,7 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory):
 
     from gpt2_multi.conversion import convert
     from gpt2_multi.model.config import GPT2Config
-    from tests.fixtures import write_model
+    from tests.support.fixtures import write_model
 
     root = tmp_path_factory.mktemp("whole")
     config = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2)
@@ -87,7 +87,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def outcome(tmp_path: Path):
     """Opens files as the fuzzer does, and says what comes of it."""
-    from tests.conversion_fuzz import attempt, timed
+    from tests.support.fuzz import attempt, timed
 
     with timed():
         yield lambda files: attempt(tmp_path / "case", files)

@@ -1,0 +1,30 @@
+"""Every backend loads every example of every format, and computes what the program that wrote it computed."""
+
+import numpy as np
+import pytest
+
+from gpt2_multi.files.containers.safetensors import read_safetensors
+from tests.conversion.test_conversion import COARSE, LM_FORMATS, OTHERS, close
+from tests.support import fixtures
+from tests.support.shared_data import shared
+
+CASES = {"sequence_classification": "single", "double_heads": "double"}
+
+
+@pytest.mark.parametrize("name", LM_FORMATS)
+def test_what_transformers_wrote_is_computed(backend, name):
+    _, model, head = LM_FORMATS[name]
+    case = CASES.get(model, "plain")
+    found = backend(head, shared("fixtures", "lm_formats", name), "float32", fixtures.cases(model)[case])
+    keys = {"logits", "mc_logits", "last_hidden_state"} & found.keys()
+    assert keys
+    for key in keys:
+        close(np.asarray(found[key]), fixtures.reference(model)[f"{case}.{key}"], COARSE.get(name, 1e-4))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_others_wrote_is_computed(backend, name):
+    folder = shared("fixtures", name)
+    expected = read_safetensors(folder / "reference.safetensors")
+    (ids,) = [array for array in expected.values() if array.dtype.kind == "i"]
+    close(np.asarray(backend("lm", folder, "float32", {"input_ids": ids})["logits"]), expected["logits"])

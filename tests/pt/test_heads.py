@@ -1,0 +1,161 @@
+"""The heads in PyTorch beyond parity: padding and pooling, losses, kinds of summary and of problems."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from gpt2_multi import pt
+from gpt2_multi.errors import InputError
+from gpt2_multi.model import reference
+from gpt2_multi.model.config import GPT2Config
+from tests.support import fixtures
+from tests.support.cases import PROBLEMS
+
+SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3)
+RNG = np.random.default_rng(5)
+IDS = RNG.integers(2, 31, (3, 9))
+MASK = np.array([[1] * 9, [1] * 5 + [0] * 4, [0] * 3 + [1] * 6])
+CLASSES = {
+    "lm": pt.GPT2LMHeadModel,
+    "double_heads": pt.GPT2DoubleHeadsModel,
+    "sequence_classification": pt.GPT2ForSequenceClassification,
+    "token_classification": pt.GPT2ForTokenClassification,
+    "question_answering": pt.GPT2ForQuestionAnswering,
+}
+
+
+@pytest.fixture
+def both(tmp_path):
+    """A function that gives the output of a head in float64, and the oracle's."""
+
+    def run(head, inputs, config=SMALL):
+        arrays = fixtures.write_model(tmp_path / "m", config, head)
+        model = CLASSES[head].from_pretrained(tmp_path / "m", param_dtype="float64")
+        with torch.no_grad():
+            found = model(**{key: torch.as_tensor(value) for key, value in inputs.items()})
+        return found, reference.outputs(config, arrays, head, inputs)
+
+    return run
+
+
+def assert_same(found, expected, keys):
+    for key in keys:
+        np.testing.assert_allclose(found[key].numpy(), expected[key], rtol=0, atol=1e-9, err_msg=key)
+
+
+def test_padding_counts_neither_as_label_nor_as_predictor(both):
+    labels = IDS.copy()
+    found, expected = both("lm", {"input_ids": IDS, "attention_mask": MASK, "labels": labels})
+    assert_same(found, expected, ["loss"])
+    labels[MASK == 0] = -100
+    labels[2, 3] = -100  # the first real token: what predicts it is padding
+    assert float(both("lm", {"input_ids": IDS, "attention_mask": MASK, "labels": labels})[0].loss) == float(found.loss)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_rows_alone(both):
+    rows = [IDS[0], IDS[1, :5], IDS[2, 3:]]
+    losses = [float(both("lm", {"input_ids": r[None], "labels": r[None]})[0].loss) for r in rows]
+    counts = [len(r) - 1 for r in rows]
+    together = both("lm", {"input_ids": IDS, "attention_mask": MASK, "labels": IDS})[0].loss
+    assert float(together) == pytest.approx(np.average(losses, weights=counts), abs=1e-9)
+
+
+def test_no_counted_label_is_a_loss_of_zero(both):
+    assert float(both("lm", {"input_ids": IDS, "labels": np.full_like(IDS, -100)})[0].loss) == 0
+
+
+def test_token_labels_under_padding_do_not_count(both):
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS % 3}
+    assert_same(*both("token_classification", inputs), ["loss"])
+
+
+@pytest.mark.parametrize("pad", [None, 0])
+def test_sequences_are_pooled_at_the_last_token_that_the_mask_keeps(both, pad):
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "labels": np.array([0, 2, 1])}
+    found, expected = both("sequence_classification", inputs, SMALL.replace(pad_token_id=pad))
+    assert_same(found, expected, ["logits", "loss"])
+    alone, _ = both("sequence_classification", {"input_ids": IDS[1:2, :5]})
+    np.testing.assert_allclose(found.logits[1:2], alone.logits, rtol=0, atol=1e-9)
+
+
+def test_without_a_mask_the_pad_token_finds_the_end(both):
+    ids = IDS.copy()
+    ids[1, 5:] = 0
+    config = SMALL.replace(pad_token_id=0)
+    found, expected = both("sequence_classification", {"input_ids": ids}, config)
+    assert_same(found, expected, ["logits"])
+    with pytest.raises(InputError, match=r"cannot tell where each of 3 rows ends: give attention_mask, or set"):
+        both("sequence_classification", {"input_ids": ids})
+
+
+@pytest.mark.parametrize(("problem", "number", "labels"), PROBLEMS)
+def test_kinds_of_problems(both, problem, number, labels):
+    config = SMALL.replace(problem_type=problem, num_labels=number)
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
+    assert_same(*both("sequence_classification", inputs, config), ["logits", "loss"])
+
+
+@pytest.mark.parametrize("kind", ["cls_index", "last", "first", "mean"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_kinds_of_summary(both, kind, padded):
+    config = SMALL.replace(summary_type=kind, summary_activation="tanh")
+    inputs = {"input_ids": IDS.reshape(1, 3, 9), "mc_labels": np.array([2]), "labels": IDS.reshape(1, 3, 9)}
+    if padded:
+        inputs["attention_mask"] = MASK.reshape(1, 3, 9)
+    assert_same(*both("double_heads", inputs, config), ["logits", "mc_logits", "loss", "mc_loss"])
+
+
+def test_summaries_without_a_projection(tmp_path):
+    for change in ({"summary_use_proj": False}, {"summary_proj_to_labels": False}):
+        config = SMALL.replace(**change)
+        fixtures.write_model(tmp_path / "m", config, "double_heads")
+        model = pt.GPT2DoubleHeadsModel.from_pretrained(tmp_path / "m")
+        assert model(torch.as_tensor(IDS[None])).mc_logits.shape == (1, 3, 12)
+
+
+def test_summary_dropout_acts_in_training_alone():
+    torch.manual_seed(0)
+    off = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    model = pt.GPT2DoubleHeadsModel(SMALL.replace(summary_first_dropout=0.5, **off))
+    ids = torch.as_tensor(IDS[None])
+    assert not torch.equal(model(ids).mc_logits, model(ids).mc_logits)
+    assert torch.equal(model.eval()(ids).mc_logits, model(ids).mc_logits)
+
+
+def test_answers_beyond_the_text_do_not_count(both):
+    inputs = {"input_ids": IDS, "start_positions": np.array([1, 99, 3]), "end_positions": np.array([9, 2, -1])}
+    assert_same(*both("question_answering", inputs), ["start_logits", "end_logits", "loss"])
+
+
+def test_double_heads_ask_for_choices():
+    model = pt.GPT2DoubleHeadsModel(SMALL)
+    with pytest.raises(InputError, match=r"expected 3 dimensions \(batch, choices, length\), found shape \(3, 9\)"):
+        model(torch.as_tensor(IDS))
+    with pytest.raises(InputError, match=r"mc_token_ids: expected shape \(1, 3\)"):
+        model(torch.as_tensor(IDS[None]), mc_token_ids=torch.tensor([1, 2, 3]))
+    with pytest.raises(InputError, match=r"mc_token_ids: the index 9 is outside the text \(0 to 8\)"):
+        model(torch.as_tensor(IDS[None]), mc_token_ids=torch.tensor([[1, 2, 9]]))
+
+
+@pytest.mark.parametrize(
+    ("head", "inputs", "sentence"),
+    [
+        ("token_classification", {"labels": IDS[:, :4]}, r"labels: expected shape \(3, 9\)"),
+        ("token_classification", {"labels": IDS + 5}, r"labels: \d+ is not a class \(0 to 2, or -100\)"),
+        ("lm", {"labels": IDS + 31}, r"labels: \d+ is not a class \(0 to 30, or -100\)"),
+        (
+            "sequence_classification",
+            {"labels": np.array([0, 1, 3]), "attention_mask": MASK},
+            "labels: 3 is not a class",
+        ),
+        (
+            "sequence_classification",
+            {"labels": np.array([0, 1]), "attention_mask": MASK},
+            r"labels: expected shape \(3,\)",
+        ),
+    ],
+)
+def test_bad_labels_are_one_sentence(both, head, inputs, sentence):
+    with pytest.raises(InputError, match=sentence):
+        both(head, {"input_ids": IDS} | inputs)

@@ -1,0 +1,127 @@
+"""What tests/flax/test_sharding.py runs in a process of its own, on 8 virtual devices: prints JSON.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.support.flax_devices MODEL_FOLDER OUTPUT
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+
+from gpt2_multi.flax import FlaxGPT2LMHeadModel, params
+from gpt2_multi.flax.sharding import FSDP, TENSOR, init_params, make_mesh, shard_batch, shard_params
+from gpt2_multi.flax.training.losses import optimizer
+from gpt2_multi.flax.training.resuming import Windows, restore_state, save_state
+from gpt2_multi.flax.training.state import create_train_state, train_step, update
+
+RULES = {**FSDP, **TENSOR, "vocab": "tensor"}
+MESHES = {
+    "data": "data=8",
+    "fsdp": "fsdp=8",
+    "tensor": "data=2,tensor=4",
+    "mixed": "data=2,fsdp=2,tensor=2",
+    "mixed scan": "data=2,fsdp=2,tensor=2",
+}
+DATA = Windows(np.random.default_rng(0).integers(0, 32, 300), length=12, batch_size=8)
+ADAMW = optimizer(1e-2)
+Shapes = dict[str, Any]
+
+
+def losses(state: Any, steps: int = 5) -> tuple[Any, list[float]]:
+    """The state after some steps, and their losses."""
+    found = []
+    for _ in range(steps):
+        state, metrics = train_step(state, DATA[int(state.step)])
+        found.append(float(metrics["loss"]))
+    return state, found
+
+
+def shapes(tree: Any) -> Shapes:
+    """The shapes of the parts on each device, of every leaf."""
+    return {
+        "/".join(path): [list(s.data.shape) for s in x.addressable_shards] for path, x in flatten_dict(tree).items()
+    }
+
+
+def watched(folder: str, **options: Any) -> tuple[Any, Any, dict[str, list[list[int]]]]:
+    """A model and its parameters, and the shapes of what was read at a time."""
+    read: dict[str, list[list[int]]] = {}
+    value = params.Leaf.value
+
+    def watch(leaf: Any, *args: Any) -> Any:
+        found = value(leaf, *args)
+        read.setdefault(leaf.rows[0].name, []).append(list(found.shape))
+        return found
+
+    params.Leaf.value = watch
+    model, tree = FlaxGPT2LMHeadModel.from_pretrained(folder, _do_init=False, **options)
+    params.Leaf.value = value
+    return model, tree, read
+
+
+def gathered(state: Any, mesh: Any) -> list[str]:
+    """The shapes of the floats that a step gathers from all devices, such as "16,64"."""
+    whole = jax.tree.map(lambda x: x.sharding, state)
+    with jax.set_mesh(mesh):
+        step = jax.jit(update, out_shardings=(whole, None)).lower(state, shard_batch(DATA[0], mesh)).compile()
+    return re.findall(r"f32\[([\d,]*)\][^=]* all-gather", step.as_text())
+
+
+def on_mesh(folder: str, output: Path, name: str) -> dict[str, Any]:
+    """Train on a mesh, and write the model."""
+    mesh, scan_layers = make_mesh(MESHES[name]), "scan" in name
+    model, tree, read = watched(folder, mesh=mesh, rules=RULES, scan_layers=scan_layers)
+    placed = shapes(tree)
+    state = create_train_state(model, ADAMW, tree)
+    gathers = gathered(state, mesh) if name == "fsdp" else []
+    state, found = losses(state)
+    model.save_pretrained(output / name, state.params)
+    moments = [shapes(optax.tree_utils.tree_get(state.opt_state, name)) for name in ("mu", "nu")]
+    if name == "mixed":
+        save_state(output / "states", state)
+    after = shapes(state.params)
+    return dict(losses=found, read=read, placed=placed, after=after, moments=moments, gathers=gathers)
+
+
+def on_one_device(folder: str, output: Path, scan_layers: bool) -> dict[str, Any]:
+    """Train on one device; `mixed` once more from the state that the mesh has saved."""
+    model = FlaxGPT2LMHeadModel.from_pretrained(folder, scan_layers=scan_layers)
+    state, found = losses(create_train_state(model, ADAMW))
+    model.save_pretrained(output / f"one {scan_layers}", state.params)
+    answer: dict[str, Any] = {"losses": found, "shapes": {k: v[0] for k, v in shapes(state.params).items()}}
+    if not scan_layers:
+        answer["after mesh"] = losses(restore_state(output / "states", create_train_state(model, ADAMW)), 2)[1]
+        answer["after one"] = losses(state, 2)[1]
+    return answer
+
+
+def made_and_moved(folder: str) -> dict[str, float]:
+    """How far first parameters made on a mesh, and parameters moved to it, are from those of one device."""
+    model = FlaxGPT2LMHeadModel.from_pretrained(folder)
+    mesh = make_mesh(MESHES["mixed"])
+    moved = shard_params(model.params, model.config, mesh, RULES)
+    made, first = init_params(model, mesh, RULES, seed=3), model.init_weights(jax.random.key(3))
+
+    def distance(a: Any, b: Any) -> float:
+        return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
+
+    same = shapes(moved) == shapes(made)
+    return {"moved": distance(moved, model.params), "made": distance(made, first), "same shapes": same}
+
+
+def main() -> None:
+    """Everything, as one JSON object on stdout."""
+    folder, output = sys.argv[1], Path(sys.argv[2])
+    found: dict[str, Any] = {name: on_mesh(folder, output, name) for name in MESHES}
+    found |= {f"one {scan}": on_one_device(folder, output, scan) for scan in (False, True)}
+    print(json.dumps(found | {"others": made_and_moved(folder)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Random models, prompts and options for generation, and what the NumPy loop on the oracle makes of them."""
+
+import functools
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.reference import generate
+from gpt2_multi.generation.rules import streams
+from gpt2_multi.generation.stopping import stop_table
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.tokenizer.bpe import byte_characters, spell
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+from tests.support import fixtures
+
+MODELS = 3
+OPTION_SETS = 102  # of each model
+STOPS = (["\u00e9", "on", "3", "#"], "e", ["a", "th"])
+VOCAB = 300
+POSITIONS = 40
+
+
+class Case(NamedTuple):
+    """A prompt batch and options."""
+
+    ids: Any  # (B, T)
+    mask: Any
+    options: dict[str, Any]
+
+
+@functools.cache
+def tokenizer() -> GPT2Tokenizer:
+    """All bytes, some pairs of letters, and an end token."""
+    rng = random.Random(0)
+    letters = "etaoinshrdlu "
+    pairs = sorted({(spell(a.encode()), spell(b.encode())) for a, b in (rng.choices(letters, k=2) for _ in range(40))})
+    tokens = [*byte_characters(), *(a + b for a, b in pairs), "<|endoftext|>"]
+    return GPT2Tokenizer({token: i for i, token in enumerate(tokens)}, pairs)
+
+
+def write(folder: Path, seed: int) -> GPT2Config:
+    """A model folder."""
+    rng = random.Random(seed)
+    heads = rng.choice([2, 3])
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=POSITIONS, n_embd=heads * rng.choice([4, 8]), n_layer=2, n_head=heads,
+        activation_function=rng.choice(["gelu_new", "relu"]), tie_word_embeddings=rng.random() < 0.7,
+        scale_attn_by_inverse_layer_idx=rng.random() < 0.5, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    fixtures.write_model(folder, config, "lm", seed)
+    return config
+
+
+def draw(seed: int) -> Case:
+    """A prompt batch of some rows, padded on either side, and options; what makes shapes is the same for a model."""
+    rng, model = random.Random(seed), seed // OPTION_SETS % MODELS
+    mode = rng.choice(["greedy", "sample", "sample", "beams", "beam_sample", "lookup", "slide"])
+    rows, width, several = [(3, 2, 2), (1, 3, 2), (2, 4, 1)][model]
+    options = common(rng, STOPS[model])
+    if mode in ("sample", "beam_sample") or (mode == "slide" and rng.random() < 0.5):
+        options |= {"do_sample": True, **sampling(rng, rows)}
+    if mode in ("beams", "beam_sample"):
+        options |= {"num_beams": width, "length_penalty": rng.choice([-1.0, 0.0, 0.8, 1.0, 2.0])}
+        options |= {"early_stopping": rng.choice([False, True, "never"])}
+    if options.get("num_beams") or mode == "sample":
+        options["num_return_sequences"] = several
+    if mode == "lookup":
+        options |= {"prompt_lookup_num_tokens": width, "max_matching_ngram_size": rng.choice([1, 2, 3])}
+    if mode == "slide":
+        options |= {"sliding_window": True, "max_new_tokens": 40}
+    return Case(*prompts(rng, rows, 60 if mode == "slide" else 14), options)
+
+
+def prompts(rng: random.Random, rows: int, longest: int) -> tuple[Any, Any]:
+    """Ids and a mask that hides some on either side; words are repeated, so that there is something to look up."""
+    words = [rng.randrange(VOCAB) for _ in range(8)]
+    ids = np.array([[rng.choice(words) for _ in range(longest)] for _ in range(rows)])
+    mask = np.ones_like(ids)
+    for row in range(rows):
+        hidden = rng.randrange(longest - 2)
+        left = rng.choice([0, hidden])
+        mask[row, :left] = 0
+        mask[row, longest - (hidden - left) :] = 0
+    return ids, mask
+
+
+def common(rng: random.Random, stops: Any) -> dict[str, Any]:
+    """Options that every way of choosing has."""
+    few = functools.partial(rng.sample, range(VOCAB))
+    every: dict[str, Any] = {
+        "repetition_penalty": rng.choice([0.8, 1.3, 3.0]),
+        "no_repeat_ngram_size": rng.choice([1, 2, 3]),
+        "bad_words_ids": [[t] for t in few(40)] + [few(2) for _ in range(40)],
+        "logit_bias": {t: rng.choice([-3.0, 5.0, -float("inf")]) for t in few(20)},
+        "min_new_tokens": rng.choice([2, 6]),
+        "min_length": rng.choice([5, 12]),
+        "stop_strings": stops,
+    }
+    options = {name: value for name, value in every.items() if rng.random() < 0.3}
+    ends = rng.choice([None, 1, few(20)])
+    return options | {"max_new_tokens": 12, "eos_token_id": ends, "pad_token_id": rng.choice([None, 7])}
+
+
+def sampling(rng: random.Random, rows: int) -> dict[str, Any]:
+    """Options that only sampling has."""
+    every = {
+        "temperature": rng.choice([0.5, 0.9, 2.0]),
+        "top_p": rng.choice([0.3, 0.8, 0.95]),
+        "min_p": rng.choice([0.01, 0.1, 0.5]),
+        "seed": rng.choice([rng.getrandbits(64), [rng.getrandbits(64) for _ in range(rows)]]),
+    }
+    return {name: value for name, value in every.items() if rng.random() < 0.5} | {"top_k": rng.choice([0, 1, 5, 50])}
+
+
+@functools.cache
+def weights(folder: Path) -> Any:
+    """The oracle's weights, in float64."""
+    return fixtures.read_weights(folder, GPT2Config.from_json_file(folder / "config.json"), "lm")
+
+
+@functools.cache
+def expected(folder: Path, seed: int) -> Any:
+    """The new tokens of each text (B * n, N), filled up, by the loop in NumPy."""
+    case, model = draw(seed), GPT2Config.from_json_file(folder / "config.json")
+    config = GenerationConfig.of(model).with_options(case.options)
+    table = stop_table(config.stops, tokenizer(), VOCAB)
+    noise = streams(config.seed or 0, len(case.ids), config.rows)
+    rows = [
+        made
+        for row, (ids, mask) in enumerate(zip(case.ids, case.mask, strict=True))
+        for made in generate(model, weights(folder), ids[mask != 0].tolist(), config, noise[row * config.rows], table)
+    ]
+    width = max(map(len, rows))
+    return np.array([row + [config.fill_token_id] * (width - len(row)) for row in rows])

@@ -1,0 +1,184 @@
+"""Keras' quantization and LoRA on these models: logits, training, and files of both."""
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+
+from gpt2_multi import tf as tfm
+from gpt2_multi.errors import CheckpointError
+from gpt2_multi.tf.training import AdamW
+from tests.tf.fit.test_fit import IDS, LABELLED, fit, new
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
+DEMO = np.random.default_rng(2).integers(0, 1000, (4, 32))
+
+
+def relative(found, expected):
+    """The root mean square of the difference, relative to that of the expected."""
+    return np.sqrt(np.mean(np.square(found - expected)) / np.mean(np.square(expected)))
+
+
+# Bounds are twice what was measured: 0.0141, 0.0146, 0.156 and 0.0645.
+@pytest.mark.parametrize(
+    ("mode", "tied", "bound"),
+    [("int8", True, 0.03), ("int8", False, 0.03), ("int4", True, 0.3), ("float8", True, 0.13)],
+)
+def test_a_quantized_model_is_close_and_survives_a_file(mode, tied, bound, tmp_path):
+    model = new(tie_word_embeddings=tied)
+    exact = model(IDS).logits
+    model.quantize(mode)
+    found = model(IDS).logits
+    assert 1e-4 < relative(found, exact) < bound
+    np.testing.assert_allclose(model.predict(IDS, verbose=0).logits, found, atol=1e-5)
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(again(IDS).logits, found)
+    assert modes_of(again) == modes_of(model)
+
+
+def modes_of(model):
+    return {name: layer.dtype_policy.name for name, layer in model.owners().items()}
+
+
+def test_int8_of_the_demo_model_keeps_its_loss():
+    model = tfm.TFGPT2LMHeadModel.from_pretrained("demo")
+    exact, loss = model(DEMO, labels=DEMO), None
+    model.quantize("int8")
+    found = model(DEMO, labels=DEMO)
+    loss = float(found.loss)
+    assert relative(found.logits, exact.logits) < 0.03
+    assert loss == pytest.approx(float(exact.loss), rel=0.005)
+    assert np.mean(np.argmax(found.logits, -1) == np.argmax(exact.logits, -1)) > 0.9
+    kinds = {name: layer.quantization_mode for name, layer in model.owners().items() if "ln" not in name}
+    assert set(kinds.values()) == {"int8"}
+
+
+def test_some_layers_alone_are_quantized_and_stay_so(tmp_path):
+    model = new()
+    model.quantize("int8", filters=["c_fc"])
+    assert [name for name, policy in modes_of(model).items() if "int8" in policy] == ["h.0.mlp.c_fc"]
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(again(IDS).logits, model(IDS).logits)
+    assert modes_of(again) == modes_of(model)
+
+
+def test_a_configuration_of_quantization_stays(tmp_path):
+    model = new()
+    model.quantize(config=keras.quantizers.Int4QuantizationConfig(block_size=8), filters=["c_fc"])
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_quantized_model_is_no_safetensors_file(tmp_path):
+    model = new()
+    model.quantize("int8")
+    with pytest.raises(CheckpointError, match=r"a quantized model cannot be saved as safetensors; save it as \.keras"):
+        model.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def with_lora(**changes):
+    """A model that trains LoRA in every attention, and nothing else, as the module's text says."""
+    model = new(n_layer=2, **changes)
+    for block in model.transformer.h:
+        block.attn.c_attn.enable_lora(4)
+    for variable in model.variables:
+        variable.trainable = variable.trainable and "lora" in variable.name
+    return model
+
+
+def test_lora_alone_trains_and_is_merged_into_files(tmp_path):
+    model = with_lora()
+    np.testing.assert_array_equal(model(IDS).logits, new(n_layer=2)(IDS).logits)
+    assert len(model.trainable_variables) == 4 and all("lora" in v.name for v in model.trainable_variables)
+    frozen = [variable.numpy() for variable in model.non_trainable_variables]
+    model.compile(AdamW(1e-2))
+    losses = fit(model, LABELLED, batch_size=7, epochs=8)
+    assert losses[-1] < losses[0] - 0.02
+    for variable, old in zip(model.non_trainable_variables, frozen, strict=True):
+        np.testing.assert_array_equal(variable, old)
+    model.save_pretrained(tmp_path / "m")
+    model.save(tmp_path / "m.keras")
+    plain = tfm.TFGPT2LMHeadModel.from_pretrained(tmp_path / "m")
+    np.testing.assert_allclose(plain(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert not any(block.attn.c_attn.lora_enabled for block in plain.transformer.h)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")  # its moments are of LoRA's factors
+def test_a_keras_file_of_lora_is_merged(tmp_path):
+    model = with_lora()
+    model.compile(AdamW(1e-2), run_eagerly=True)
+    fit(model, LABELLED)
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_allclose(again(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert not any(block.attn.c_attn.lora_enabled for block in again.transformer.h)
+
+
+def test_lora_learns_on_after_weights_are_loaded(tmp_path):
+    model = with_lora()
+    model.compile(AdamW(1e-2), run_eagerly=True)
+    fit(model, LABELLED, epochs=2)
+    model.save_weights(tmp_path / "m.weights.h5")
+    again = with_lora()
+    again.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_allclose(again(IDS).logits, model(IDS).logits, atol=1e-5)
+    again.compile(AdamW(1e-2), run_eagerly=True)
+    losses = fit(again, LABELLED, batch_size=7, epochs=4)
+    assert losses[-1] < losses[0] - 0.01
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_of_the_token_embedding(tied, tmp_path):
+    model = new(tie_word_embeddings=tied)
+    model.transformer.wte.enable_lora(4)
+    np.testing.assert_array_equal(model(IDS).logits, new(tie_word_embeddings=tied)(IDS).logits)
+    names = [variable.name for variable in model.transformer.wte.trainable_variables]
+    assert names == ["lora_embeddings_a", "lora_embeddings_b"]
+    model.compile(AdamW(1e-2), run_eagerly=True)
+    losses = fit(model, LABELLED, batch_size=7, epochs=4)
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "m")
+    again = tfm.TFGPT2LMHeadModel.from_pretrained(tmp_path / "m")
+    np.testing.assert_allclose(again(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+def test_lora_trains_on_top_of_int8(tmp_path):
+    model = new(n_layer=2)
+    model.quantize("int8", filters=["c_attn", "c_proj", "c_fc"])
+    before = model(IDS).logits
+    for block in model.transformer.h:
+        block.attn.c_attn.enable_lora(4)
+    np.testing.assert_allclose(model(IDS).logits, before, atol=1e-5)
+    model.compile(AdamW(1e-2))
+    losses = fit(model, LABELLED, batch_size=7, epochs=6)
+    assert losses[-1] < losses[0] - 0.02
+    found = model(IDS).logits
+    model.save(tmp_path / "m.keras")
+    assert relative(keras.saving.load_model(tmp_path / "m.keras")(IDS).logits, found) < 0.03  # merged, rounded again
+
+
+def test_generation_follows_quantization_and_lora():
+    model, options = with_lora(), {"max_new_tokens": 8, "jit_compile": False}
+    first = model.generate(IDS[:, :4], **options)
+    model.compile(AdamW(0.1), run_eagerly=True)
+    fit(model, LABELLED, epochs=10)
+    trained = model.generate(IDS[:, :4], **options)
+    logits = model(trained[:, :-1]).logits
+    np.testing.assert_array_equal(np.argmax(logits, -1)[:, 3:], trained[:, 4:])
+    assert np.any(trained != first)
+    model.quantize("int8")
+    quantized = model.generate(IDS[:, :4], **options)
+    np.testing.assert_array_equal(np.argmax(model(quantized[:, :-1]).logits, -1)[:, 3:], quantized[:, 4:])
+
+
+def test_get_config_says_nothing_of_a_model_that_is_not_quantized():
+    model = new()
+    assert "quantized" not in model.get_config()
+    model.quantize("int8", filters=["c_fc"])
+    assert list(model.get_config()["quantized"]) == ["h.0.mlp.c_fc"]

@@ -1,0 +1,622 @@
+import json
+import pickle
+import random
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2_multi.errors import TokenizerError
+from gpt2_multi.tokenizer.bpe import byte_characters, spell
+from gpt2_multi.tokenizer.files import AddedToken
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+from tests.support.shared_data import shared
+
+END = "<|endoftext|>"
+WORDS = [" hello", " world", " the", "hello", "é", "中", "😀", "12", "''"]
+TEXTS = ["hello world, the world", "", "12 中中 é😀\n\nhello  the", "a", "the <|endoftext|> hello é"]
+
+
+def small_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary by hand: each word grows byte by byte from the left."""
+    merges = []
+    for word in (spell(text.encode()) for text in WORDS):
+        merges += [(word[:size], word[size]) for size in range(1, len(word))]
+    merges = list(dict.fromkeys(merges))
+    tokens = dict.fromkeys([*byte_characters(), *(left + right for left, right in merges), END])
+    return {token: at for at, token in enumerate(tokens)}, merges
+
+
+def small(**options) -> GPT2Tokenizer:
+    return GPT2Tokenizer(*small_files(), **options)
+
+
+def write_small(folder, names=("vocab.json", "merges.txt")):
+    vocab, merges = small_files()
+    (folder / names[0]).write_text(json.dumps(vocab), "utf-8")
+    (folder / names[1]).write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return GPT2Tokenizer.from_pretrained(shared("vocab", "gpt2"))
+
+
+# --- ids and texts ---------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_those_of_gpt2(gpt2):
+    for line in shared("fixtures", "tokens.jsonl").read_text("utf-8").splitlines():
+        case = json.loads(line)
+        text, ids = case["text"], case["ids"]
+        assert gpt2.encode(text) == ids
+        assert gpt2.encode(text, allowed_special="all") == case.get("ids_special", ids)
+        assert gpt2(text, return_offsets_mapping=True).input_ids == ids
+        assert gpt2.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_every_text_comes_back(text):
+    tokenizer = small()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
+
+
+def test_no_space_is_cleaned_up():
+    tokenizer = small()
+    text = "y is ? do n't , it 's  ."
+    assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
+    with pytest.raises(TokenizerError, match="would alter the text"):
+        tokenizer.decode([1], clean_up_tokenization_spaces=True)
+
+
+def test_errors_are_honoured():
+    half = small().encode("ü")[:1]
+    assert small().decode(half) == "\ufffd"
+    assert small(errors="ignore").decode(half) == ""
+    assert small().decode_bytes(half) == b"\xc3"
+    with pytest.raises(UnicodeDecodeError):
+        small(errors="strict").decode(half)
+
+
+def test_lone_surrogates_are_replaced_and_pairs_joined():
+    tokenizer = small()
+    assert tokenizer.decode(tokenizer.encode("a\ud800b\ud83d\ude00")) == "a\ufffdb😀"
+    encoding = tokenizer("\udfffé\ud83d\ude00 hello", return_offsets_mapping=True)
+    assert encoding.offset_mapping[-2:] == [(2, 4), (4, 10)]
+    assert encoding.input_ids == tokenizer.encode("\ufffdé😀 hello")
+
+
+def test_a_million_characters():
+    tokenizer = small()
+    for text in ("a" * 10**6, " " * 10**6, "😀" * 250_000, "".join(random.Random(0).choices("abcdefgh ", k=10**6))):
+        assert tokenizer.decode(tokenizer.encode(text, truncation=False)) == text
+
+
+def test_decode_takes_arrays_tuples_and_single_ids():
+    tokenizer = small()
+    ids = tokenizer.encode("hello world")
+    assert tokenizer.decode(np.array(ids)) == tokenizer.decode(tuple(ids)) == "hello world"
+    assert tokenizer.decode(ids[0]) == "hello"
+    assert tokenizer.decode(np.int64(ids[0])) == "hello"
+    assert tokenizer.batch_decode([ids, ids[:1]], clean_up_tokenization_spaces=False) == ["hello world", "hello"]
+    assert tokenizer.batch_decode(np.array([ids, ids])) == ["hello world"] * 2
+    numbers = [ids[0], np.int32(ids[1]), np.array(ids[1])]
+    assert tokenizer.decode(numbers) == tokenizer.batch_decode([numbers])[0] == "hello world world"
+    assert tokenizer.convert_ids_to_tokens(numbers[:2]) == tokenizer.convert_ids_to_tokens(ids)
+    assert tokenizer.decode(numbers, skip_special_tokens=True) == "hello world world"
+
+
+# --- control tokens --------------------------------------------------------------------------------------------------
+
+
+def test_text_never_becomes_a_control_token_unasked():
+    tokenizer = small()
+    end = tokenizer.eos_token_id
+    assert end not in tokenizer.encode(f"hello{END}")
+    assert tokenizer.encode(f"hello{END}", allowed_special="all")[-1] == end
+    assert tokenizer.encode(f"hello{END}", allowed_special={END})[-1] == end
+    assert tokenizer.decode(tokenizer.encode(f"hello{END}")) == f"hello{END}"
+    with pytest.raises(TokenizerError, match="at character 5"):
+        tokenizer(f"hello{END}", disallowed_special="all")
+    assert tokenizer.encode(f"hello{END}", allowed_special={END}, disallowed_special="all")[-1] == end
+    with pytest.raises(TokenizerError, match="allowed_special: expected some of"):
+        tokenizer("hello", allowed_special={"<unheard>"})
+    with pytest.raises(TokenizerError, match="allowed_special"):
+        tokenizer("hello", allowed_special=END)
+
+
+def test_added_words_are_always_recognised_and_control_tokens_on_request():
+    tokenizer = small()
+    size = len(tokenizer)
+    assert tokenizer.add_tokens(["<word>", "<word>", "hello"]) == 1
+    assert tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<user>"]}) == 2
+    assert (len(tokenizer), tokenizer.vocab_size) == (size + 3, size)
+    text = "<user> the<word>hello<pad>"
+    plain, special = tokenizer.encode(text), tokenizer.encode(text, allowed_special={"<user>", "<pad>"})
+    word, user, pad = tokenizer.convert_tokens_to_ids(["<word>", "<user>", "<pad>"])
+    assert word in plain and user not in plain and pad not in plain
+    assert [at for at in special if at in (word, user, pad)] == [user, word, pad]
+    assert tokenizer.decode(special) == text
+    assert tokenizer.decode(special, skip_special_tokens=True) == " the<word>hello"
+    assert tokenizer.all_special_tokens == [END, "<pad>", "<user>"]
+    assert tokenizer.added_tokens_encoder["<word>"] == word
+    assert tokenizer.get_vocab()["<user>"] == user
+
+
+def test_added_tokens_may_take_white_space():
+    tokenizer = small()
+    tokenizer.add_tokens([AddedToken("<l>", lstrip=True), AddedToken("<r>", rstrip=True)])
+    encoding = tokenizer("a  <l> b <r>  c", return_offsets_mapping=True)
+    text = [tokenizer.decode(at) for at in encoding.input_ids]
+    assert text == ["a", "<l>", " ", "b", " ", "<r>", "c"]
+    assert encoding.offset_mapping[1] == (1, 6)
+
+
+def test_added_tokens_come_in_a_list_and_hold_no_lone_surrogate():
+    tokenizer = small()
+    with pytest.raises(TokenizerError, match="expected a list of tokens"):
+        tokenizer.add_special_tokens({"additional_special_tokens": "<x>"})
+    for name in ("a\ud800", AddedToken("\udfff")):
+        with pytest.raises(TokenizerError, match="lone surrogate"):
+            tokenizer.add_tokens([name])
+
+
+def test_longer_added_words_come_first():
+    tokenizer = small()
+    tokenizer.add_tokens(["<a", "<a>"])
+    assert tokenizer.tokenize("<a><a") == ["<a>", "<a"]
+
+
+def test_roles_are_assignable():
+    tokenizer = small()
+    tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer.unk_token_id
+    tokenizer.pad_token_id = 0
+    assert tokenizer.pad_token == "Ā"
+    tokenizer.pad_token = None
+    assert tokenizer.pad_token_id is None
+    with pytest.raises(TokenizerError, match="add_special_tokens"):
+        tokenizer.pad_token = "<pad>"
+    with pytest.raises(TokenizerError, match="expected some of"):
+        tokenizer.add_special_tokens({"cls_token": "x"})
+
+
+def test_bos_is_added_on_request():
+    tokenizer = small(add_bos_token=True)
+    bos, ids = tokenizer.bos_token_id, small().encode("hello")
+    assert tokenizer.encode("hello") == [bos, *ids]
+    assert tokenizer.encode("hello", "hello") == [bos, *ids, bos, *ids]
+    assert tokenizer.encode("hello", add_special_tokens=False) == ids
+    assert tokenizer("hello", return_special_tokens_mask=True).special_tokens_mask == [1, 0]
+    assert (tokenizer.num_special_tokens_to_add(), tokenizer.num_special_tokens_to_add(pair=True)) == (1, 2)
+    tokenizer.add_bos_token = False
+    assert tokenizer.encode("hello") == ids
+    tokenizer.add_bos_token, tokenizer.bos_token = True, None
+    with pytest.raises(TokenizerError, match="add_bos_token"):
+        tokenizer("hello")
+
+
+# --- tokens and ids --------------------------------------------------------------------------------------------------
+
+
+def test_tokens_and_ids():
+    tokenizer = small()
+    tokens = tokenizer.tokenize("hello world中")
+    assert tokens == ["hello", "Ġworld", spell("中".encode())]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.convert_tokens_to_ids(tokens)) == tokens
+    assert tokenizer.convert_tokens_to_string(tokens) == "hello world中"
+    assert tokenizer.convert_tokens_to_ids("no token") == tokenizer.unk_token_id
+    assert tokenizer.convert_ids_to_tokens([tokenizer.eos_token_id, 0], skip_special_tokens=True) == ["Ā"]
+    with pytest.raises(TokenizerError, match="'no token'"):
+        tokenizer.convert_tokens_to_string(["no token"])
+
+
+# --- offsets ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(st.sampled_from("helo wrd\n中é😀1'\ud800<|>"), max_size=30), st.booleans())
+def test_offsets_slice_the_users_text(text, prefix):
+    tokenizer = small(add_prefix_space=prefix)
+    encoding = tokenizer(text, return_offsets_mapping=True, allowed_special="all")
+    assert encoding.input_ids == tokenizer(text, allowed_special="all").input_ids
+    covered = 0
+    for at, (start, stop) in zip(encoding.input_ids, encoding.offset_mapping, strict=True):
+        raw, part = tokenizer.decode_bytes(at), text[start:stop].encode("utf-16", "surrogatepass")
+        part = part.decode("utf-16", "replace").encode()
+        assert raw in part or raw == b" " + part
+        assert start <= covered
+        covered = max(covered, stop)
+    assert covered == len(text)
+
+
+def test_offsets_of_split_words_count_from_the_word():
+    tokenizer = small()
+    encoding = tokenizer([["hello", "world12"], ["é"]], is_split_into_words=True, return_offsets_mapping=True)
+    assert encoding.word_ids(0) == [0, 1, 1]
+    assert encoding.offset_mapping[0] == [(0, 5), (0, 5), (5, 7)]
+    assert tokenizer.decode(encoding.input_ids[0]) == " hello world12"
+    assert tokenizer(["hello", "world"], is_split_into_words=True).input_ids == tokenizer.encode(" hello world")
+
+
+def test_word_ids_and_sequence_ids_follow_padding_and_bos():
+    tokenizer = small(add_bos_token=True, padding_side="left")
+    encoding = tokenizer(
+        ["hello", "a"], ["the", " world hello"], padding=True, return_offsets_mapping=True, return_tensors="np"
+    )
+    assert encoding.input_ids.shape[1] == len(encoding.word_ids(0)) == len(encoding.sequence_ids(1))
+    assert encoding.sequence_ids(1) == [None, 0, None, 1, 1]
+    with pytest.raises(TokenizerError, match="return_offsets_mapping"):
+        tokenizer("hello").word_ids()
+
+
+# --- calls, against transformers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("peer")
+    small(model_max_length=1024).save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = transformers.GPT2Tokenizer.from_pretrained(folder)
+    tokenizer.pad_token = END
+    return tokenizer
+
+
+CALLS = [
+    {},
+    {"padding": True},
+    {"padding": "max_length", "max_length": 9, "truncation": True},
+    {"padding": "longest", "pad_to_multiple_of": 8, "padding_side": "left"},
+    {"truncation": True, "max_length": 3, "return_offsets_mapping": True},
+    {"truncation": True, "max_length": 0},
+    {"truncation": True, "max_length": 4, "stride": 2, "return_overflowing_tokens": True, "return_length": True},
+    {"return_special_tokens_mask": True, "return_attention_mask": False, "padding": True},
+    {"return_token_type_ids": True},
+]
+
+
+@pytest.mark.parametrize("options", CALLS, ids=str)
+@pytest.mark.parametrize("batched", [True, False], ids=["batch", "single"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_calls_give_what_transformers_gives(peer, options, batched, side):
+    tokenizer = small()
+    tokenizer.truncation_side = peer.truncation_side = side
+    for text in [TEXTS] if batched else TEXTS:
+        assert dict(tokenizer(text, allowed_special="all", **options)) == dict(peer(text, **options))
+
+
+@pytest.mark.parametrize("strategy", ["longest_first", "only_first", "only_second", True])
+@pytest.mark.parametrize("limit", range(10))
+def test_pairs_give_what_transformers_gives(peer, strategy, limit):
+    tokenizer, peer.truncation_side = small(), "right"
+    options = {"truncation": strategy, "max_length": limit}
+    for first, second in (("hello" * 3, "12" * 4), ("12" * 6, "hello"), ("é", "中" * 5), ("the" * 2, "12" * 6)):
+        try:
+            want = dict(peer(first, second, return_token_type_ids=True, **options))
+        except (Exception, BaseException) as error:
+            assert "too short" in str(error)
+            with pytest.raises(TokenizerError, match="max_length"):
+                tokenizer(first, second, **options)
+        else:
+            assert dict(tokenizer(first, second, return_token_type_ids=True, **options)) == want
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_windows_over_pairs_give_what_transformers_gives(peer, side):
+    tokenizer = small(truncation_side=side)
+    peer.truncation_side = side
+    options = {"max_length": 8, "stride": 2, "return_overflowing_tokens": True, "return_offsets_mapping": True}
+    for strategy, first, second in (("only_first", "ab c" * 9, " world"), ("only_second", "hello 12", "x y" * 9)):
+        ours = tokenizer([first] * 2, [second] * 2, truncation=strategy, padding=True, **options)
+        theirs = peer([first] * 2, [second] * 2, truncation=strategy, padding=True, **options)
+        assert dict(ours) == {name: theirs[name] for name in ours}
+        assert [ours.sequence_ids(at) for at in range(3)] == [theirs.sequence_ids(at) for at in range(3)]
+    with pytest.raises(TokenizerError, match="windows over a pair"):
+        tokenizer("ab c" * 9, "d", truncation=True, **options)
+
+
+def test_transformers_reads_what_is_saved(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = small(add_bos_token=True, pad_token="<pad>", additional_special_tokens=["<user>"], model_max_length=77)
+    tokenizer.add_tokens(["<word>"])
+    tokenizer.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind in (transformers.GPT2Tokenizer, transformers.AutoTokenizer):
+            theirs = kind.from_pretrained(tmp_path)
+            text = "<user> hello<word>中<pad>é"
+            assert theirs(text)["input_ids"] == tokenizer(text, allowed_special="all").input_ids
+            assert (theirs.pad_token_id, theirs.model_max_length) == (tokenizer.pad_token_id, 77)
+            assert len(theirs) == len(tokenizer)
+
+
+def test_reads_what_transformers_saved(tmp_path, peer):
+    peer.save_pretrained(tmp_path)
+    tokenizer = GPT2Tokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert tokenizer.encode(text, allowed_special="all") == peer(text)["input_ids"]
+    assert tokenizer.pad_token == END
+
+
+# --- padding ---------------------------------------------------------------------------------------------------------
+
+
+def test_padding_without_a_pad_token_takes_the_end_token():
+    tokenizer = small()
+    encoding = tokenizer(["hello", "the world"], padding=True)
+    assert encoding.input_ids[0][-1] == tokenizer.eos_token_id
+    assert encoding.attention_mask[0][-1] == 0
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer(["hello", "the world"], padding=True).input_ids[0][-1] == tokenizer.pad_token_id
+
+
+def test_pad():
+    tokenizer = small(padding_side="left")
+    rows = [tokenizer("hello"), tokenizer("the world")]
+    together = tokenizer(["hello", "the world"], padding=True)
+    assert tokenizer.pad(rows) == together
+    assert tokenizer.pad(tokenizer(["hello", "the world"])) == together
+    assert tokenizer.pad({"input_ids": [np.array([1]), np.array([2, 3])]}, return_tensors="np").input_ids[0, 1] == 1
+    assert tokenizer.pad(rows[0], padding="max_length", max_length=3).attention_mask == [0, 0, 1]
+    assert len(tokenizer.pad({"input_ids": [1, 2, 3], "other": "x"}, pad_to_multiple_of=4).input_ids) == 4
+    with pytest.raises(TokenizerError, match="input_ids"):
+        tokenizer.pad({"labels": [1]})
+
+
+@pytest.mark.parametrize("framework", ["np", "pt", "tf", "jax"])
+def test_arrays_of_each_framework(framework):
+    pytest.importorskip({"np": "numpy", "pt": "torch", "tf": "tensorflow", "jax": "jax"}[framework])
+    tokenizer = small()
+    encoding = tokenizer(["hello", "the world"], padding=True, return_tensors=framework)
+    assert tuple(encoding.input_ids.shape) == tuple(encoding["attention_mask"].shape)
+    assert str(encoding.input_ids.dtype).rpartition(".")[2].strip("<>'") in (
+        "int64" if framework in ("np", "pt") else "int32",
+        "dtype: 'int32",
+    )
+    assert tokenizer.batch_decode(encoding.input_ids, skip_special_tokens=True) == ["hello", "the world"]
+    assert tuple(tokenizer("hello", return_tensors=framework).input_ids.shape) == (1, 1)
+    assert tuple(tokenizer([""], return_tensors=framework).input_ids.shape) == (1, 0)
+    with pytest.raises(TokenizerError, match="differ in length"):
+        tokenizer(["hello", "the world"], return_tensors=framework)
+
+
+def test_encodings_move_to_a_device():
+    torch = pytest.importorskip("torch")
+    encoding = small()("hello", return_tensors="pt").to("meta")
+    assert encoding.input_ids.device == torch.device("meta")
+    with pytest.raises(TokenizerError, match="return_tensors"):
+        small()("hello").to("cpu")
+    with pytest.raises(AttributeError, match="not among the entries"):
+        encoding.token_type_ids  # noqa: B018
+
+
+def test_ids_stay_whole_numbers_where_a_dtype_is_given():
+    torch = pytest.importorskip("torch")
+    encoding = small()("hello", return_tensors="pt").to(torch.float16)
+    assert {value.dtype for value in encoding.values()} == {torch.int64}
+
+
+def test_what_transformers_users_call():
+    tokenizer = small()
+    expected = tokenizer(["hello", "a"], ["world", "b"])
+    assert tokenizer([("hello", "world"), ("a", "b")]) == tokenizer.batch_encode_plus([["hello", "world"], ["a", "b"]])
+    assert tokenizer([("hello", "world"), ("a", "b")]).data == expected
+    assert tokenizer.encode_plus("hello") == tokenizer("hello")
+    assert tokenizer.is_fast and list(tokenizer("hello")) == list(tokenizer.model_input_names)
+    assert tokenizer.get_added_vocab() == {END: tokenizer.eos_token_id}
+
+
+def test_jax_encodings_move_to_a_device():
+    jax = pytest.importorskip("jax")
+    device = jax.devices()[0]
+    assert small()("hello", return_tensors="jax").to(device).input_ids.devices() == {device}
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_both_pairs_of_files(tmp_path, names):
+    tokenizer = GPT2Tokenizer.from_pretrained(write_small(tmp_path, names))
+    assert [tokenizer.encode(text) for text in TEXTS] == [small().encode(text) for text in TEXTS]
+
+
+def test_saved_tokenizers_come_back(tmp_path):
+    tokenizer = small(padding_side="left", add_prefix_space=True, errors="strict", model_max_length=5)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<user>"]})
+    tokenizer.add_tokens([AddedToken("<word>", lstrip=True)])
+    paths = tokenizer.save_pretrained(tmp_path / "new")
+    names = {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == names | {"added_tokens.json"}
+    assert len(paths) == 6
+    for leave_out in ((), ("tokenizer.json",), ("vocab.json",), ("tokenizer_config.json", "special_tokens_map.json")):
+        for name in leave_out:
+            (tmp_path / "new" / name).unlink()
+        again = GPT2Tokenizer.from_pretrained(tmp_path / "new")
+        text = "hello  <word> <user>"
+        assert again.encode(text, allowed_special={"<user>"}) == tokenizer.encode(text, allowed_special={"<user>"})
+        assert again.get_vocab() == tokenizer.get_vocab()
+        if "tokenizer_config.json" not in leave_out:
+            assert (again.padding_side, again.errors, again.model_max_length) == ("left", "strict", 5)
+            assert again.pad_token == "<pad>"
+        tokenizer.save_pretrained(tmp_path / "new")
+
+
+def test_unknown_entries_of_the_config_are_written_back(tmp_path):
+    write_small(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x", "pad_token": {"content": "<p>"}}')
+    tokenizer = GPT2Tokenizer.from_pretrained(tmp_path, padding_side="left")
+    assert (tokenizer.pad_token, tokenizer.padding_side) == ("<p>", "left")
+    tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == "x"
+
+
+def test_tokenizer_json_comes_first(tmp_path):
+    write_small(tmp_path)
+    other = GPT2Tokenizer({**{char: at for at, char in enumerate(byte_characters())}, END: 256}, [])
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert len(GPT2Tokenizer.from_pretrained(tmp_path).encode("hello")) == 5
+
+
+def test_save_vocabulary(tmp_path):
+    vocab, merges = small().save_vocabulary(tmp_path, "my")
+    assert vocab.endswith("my-vocab.json") and merges.endswith("my-merges.txt")
+    assert GPT2Tokenizer(vocab, merges).encode("hello world") == small().encode("hello world")
+
+
+def test_pickling():
+    tokenizer = small(pad_token="<pad>")
+    tokenizer.add_tokens(["<word>"])
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again("hello<word>", padding=True) == tokenizer("hello<word>", padding=True)
+
+
+def test_importing_takes_no_framework():
+    code = "import sys, gpt2_multi.tokenizer.tokenizer; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"numpy", "regex", "torch", "tensorflow", "jax", "transformers"} & set(eval(loaded))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": -1}, "max_length: expected a whole number of at least 0, found -1"),
+        ({"max_length": 2.5, "truncation": True}, "max_length: expected a whole number"),
+        ({"padding": "widest"}, "padding: expected one of"),
+        ({"truncation": "some"}, "truncation: expected one of"),
+        ({"truncation": []}, "truncation: expected one of"),
+        ({"truncation": "only_second", "max_length": 0}, "needs a text_pair"),
+        ({"padding_side": "top", "padding": True}, "padding_side: expected one of"),
+        ({"pad_to_multiple_of": 0, "padding": True}, "pad_to_multiple_of"),
+        ({"return_tensors": "mlx"}, "return_tensors: expected one of"),
+        (
+            {"stride": 3, "max_length": 1, "truncation": True, "return_overflowing_tokens": True},
+            "stride: expected less",
+        ),
+        ({"stride": -1}, "stride"),
+        ({"text_pair": ["a"]}, "text_pair: expected one per text"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(TokenizerError, match=message):
+        small()("hello world", **options)
+
+
+def test_padding_to_no_length():
+    with pytest.raises(TokenizerError, match="needs one"):
+        small(model_max_length=10**30)("hello", padding="max_length")
+    with pytest.raises(TokenizerError, match="pad_token or an eos_token"):
+        small(eos_token=None)("hello", padding=True)
+
+
+@pytest.mark.parametrize("text", [None, 3, b"bytes", ["a", None], [["a"]], {"a": 1}])
+def test_what_is_not_a_text(text):
+    with pytest.raises(TokenizerError, match="text: expected a str"):
+        small()(text)
+
+
+def test_words_that_are_not_split():
+    with pytest.raises(TokenizerError, match="expected a list of words"):
+        small()("hello world", is_split_into_words=True)
+
+
+@pytest.mark.parametrize(
+    "ids", [[10**9], [-1], ["hello"], [1.5], [1.0], [True], True, 1.0, [[1]], np.array([1.0]), [None], 10**9]
+)
+def test_ids_outside_the_vocabulary(ids):
+    for method in (small().decode, small().decode_bytes, small().convert_ids_to_tokens):
+        with pytest.raises(TokenizerError, match="ids: expected whole numbers"):
+            method(ids)
+
+
+def test_unknown_arguments_that_resemble_none():
+    with pytest.raises(TypeError, match="'zzz'; leave it out"):
+        small(zzz=1)
+    for name in ("use_fast", "verbose"):
+        with pytest.raises(TypeError, match="AutoTokenizer needs; drop it"):
+            small(**{name: True})
+
+
+def test_a_row_longer_than_max_length_keeps_its_length():
+    encoding = small()(["aaaaaa", "a"], padding="max_length", max_length=3, truncation=False)
+    assert list(map(len, encoding.input_ids)) == [6, 3]
+
+
+def test_unknown_arguments_name_the_nearest():
+    with pytest.raises(TypeError, match="did you mean 'truncation'"):
+        small()("hello", truncate=True)
+    with pytest.raises(TypeError, match="did you mean 'padding_side'"):
+        small(pading_side="left")
+    with pytest.raises(TypeError, match="did you mean 'text'"):
+        small()("hello", text_=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.json", None, "vocab.json: there is no such file"),
+        ("vocab.json", "{", "vocab.json: expected JSON"),
+        ("vocab.json", "[" * 10**5, "vocab.json: expected JSON"),
+        ("vocab.json", "[]", "vocab.json: expected an object"),
+        ("vocab.json", '{"a": "b"}', "expected a whole number as the id of 'a', found 'b'"),
+        ("vocab.json", '{"a": 1, "b": 1}', "expected each id once"),
+        ("vocab.json", '{"a": 1}', "merge 0"),
+        ("merges.txt", None, "merges.txt: there is no such file"),
+        ("merges.txt", "a b c\n", "merges.txt, merge 0: expected two tokens"),
+        ("merges.txt", "x yz\n", "merge 0.*names 'yz'"),
+        ("merges.txt", "\u0120 \u0121\n", "merge 0.*makes"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected an object"),
+        ("tokenizer_config.json", '{"padding_side": "top"}', "padding_side"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 3}', "added_tokens_decoder"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"0": {"content": "zz"}}}',
+            "'zz': expected an id of its own",
+        ),
+        ("tokenizer.json", "{}", "tokenizer.json: expected a tokenizer.json"),
+        ("tokenizer.json", '{"model": {"type": "WordPiece"}}', "expected model.type to be 'BPE'"),
+        ("tokenizer.json", '{"model": {}, "normalizer": {"type": "NFC"}}', "expected normalizer to be None"),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, message):
+    write_small(tmp_path)
+    path = tmp_path / name
+    path.unlink() if content is None else path.write_text(content, "utf-8")
+    with pytest.raises(TokenizerError, match=message):
+        GPT2Tokenizer.from_pretrained(tmp_path)
+
+
+def test_files_that_are_not_text(tmp_path):
+    write_small(tmp_path)
+    (tmp_path / "merges.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TokenizerError, match="expected UTF-8"):
+        GPT2Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(TokenizerError, match="found none of them"):
+        (tmp_path / "empty").mkdir()
+        GPT2Tokenizer.from_pretrained(tmp_path / "empty")
+    with pytest.raises(TokenizerError, match="cannot be written"):
+        small().save_pretrained(tmp_path / "merges.txt" / "below")
+    with pytest.raises(TokenizerError, match="expected a path or the content"):
+        GPT2Tokenizer(3, 4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_record_of_words_is_as_long_as_its_row(side):
+    options = {"padding": "max_length", "max_length": 4, "truncation": False, "padding_side": side}
+    encoding = small()(["a", "a b c d e f"], return_offsets_mapping=True, **options)
+    assert len(encoding.input_ids[0]) == 4 < len(encoding.input_ids[1])
+    for row in (0, 1):
+        assert len(encoding.word_ids(row)) == len(encoding.sequence_ids(row)) == len(encoding.input_ids[row])
+    assert encoding.word_ids(0).count(None) == 3 and (encoding.word_ids(0)[0] is None) == (side == "left")
