@@ -8,7 +8,7 @@ import nox
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "types", "tests"]
 
-CORE = [f"tests/{room}" for room in ("core", "tokenizer", "generation", "app", "conversion")]  # of no framework, or of any
+CORE = [f"tests/{room}" for room in ("core", "tokenizer", "generation", "app", "conversion")]  # whatever the framework
 TOOLS = ["hypothesis", "pytest", "pytest-xdist"]
 PEERS = [
     "accelerate",

@@ -13,12 +13,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from gpt2_multi_conversion import convert
 from rich.progress import track
 
 from benchmarks import folders
 from benchmarks.harness import OURS, PeerError, Row, compare
 from benchmarks.peer_workers import FLAX, ROOT, TF, Framework, report
-from gpt2_multi.conversion import convert
 from gpt2_multi.model.config import GPT2Config
 
 PEERS: dict[str, tuple[str, Framework]] = {
@@ -49,7 +49,7 @@ def run(config: GPT2Config | None = None, count: int = 3) -> list[Row]:
 
 def ours(source: Path, target: Path) -> list[str]:
     """The command of this library."""
-    return [sys.executable, "-m", "gpt2_multi.conversion", "convert", str(source), str(target), "--force"]
+    return [sys.executable, "-m", "gpt2_multi_conversion", "convert", str(source), str(target), "--force"]
 
 
 def measured(what: str, commands: dict[str, list[str]], count: int) -> list[Row]:

@@ -67,8 +67,8 @@ def collections_are_quick(request: pytest.FixtureRequest):
 def whole(tmp_path_factory: pytest.TempPathFactory):
     """The files of a small checkpoint in a format."""
     import numpy as np
+    from gpt2_multi_conversion import convert
 
-    from gpt2_multi.conversion import convert
     from gpt2_multi.model.config import GPT2Config
     from tests.support.fixtures import write_model
 

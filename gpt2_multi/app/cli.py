@@ -1,4 +1,4 @@
-"""The command `gpt2-multi`, with the commands of the conversion package.
+"""The command `gpt2-multi`, with the commands that other packages bring as entry points.
 
 Text goes to standard output, all else to standard error.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ import click
 from gpt2_multi import __version__
 from gpt2_multi.app import backends
 from gpt2_multi.app.terminal import Commands
-from gpt2_multi.conversion.cli import main as conversions
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.hub import DEMO, resolve
 from gpt2_multi.generation import texts
@@ -36,8 +36,8 @@ def main() -> None:
     """GPT-2 for PyTorch, TensorFlow and JAX."""
 
 
-for command in conversions.commands.values():
-    main.add_command(command)
+for command in entry_points(group="gpt2_multi.commands"):  # of the packages that are installed beside this one
+    main.add_command(command.load(), command.name)
 
 
 MODEL = click.option(

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi import conversion
 from gpt2_multi.app import backends
-from gpt2_multi.conversion.verification import oracle
 from gpt2_multi.files import hub
+from gpt2_multi.model import checkpoint
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.reference import oracle
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -72,7 +72,8 @@ def examine() -> Report:
     adapters = {name: backends.load(name) for name in there}
     devices = {name: list(adapter.devices()) for name, adapter in adapters.items()}
     ids = known_ids(hub.DEMO)
-    expected = oracle(conversion.open(hub.DEMO), ids)[-1]
+    demo = checkpoint.open(hub.DEMO)
+    expected = oracle(demo.config, demo, ids)[-1]
     findings = [
         finding for name in there for device in devices[name] for finding in _check(name, device, ids, expected)
     ]

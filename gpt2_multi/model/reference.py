@@ -8,7 +8,7 @@ S keys, H heads, D head width, E `n_embd`, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -270,3 +270,30 @@ HEADS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "token_classification": _token,
     "question_answering": _span,
 }
+
+
+class Upcast(Mapping[str, Array]):
+    """Tensors in float64, each upcast when it is used."""
+
+    def __init__(self, tensors: Weights) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Array:
+        return self.tensors[name].astype(np.float64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def oracle(config: GPT2Config, weights: Weights, ids: Array) -> list[Array]:
+    """What goes into each layer of a language model, what the last norm gives, and the logits, in float64: (B, T) ids.
+
+    The tensors are upcast one by one, so that a mapped checkpoint may be larger than memory.
+    """
+    tied = config if "lm_head.weight" in weights else config.replace(tie_word_embeddings=True)
+    with np.errstate(all="ignore"):  # weights that are not finite are compared too
+        trace = forward(config, Upcast(weights), ids)
+        return [*trace.hidden_states, lm_logits(tied, Upcast(weights), trace.last_hidden_state)]

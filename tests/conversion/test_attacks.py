@@ -3,16 +3,16 @@
 import os
 from pathlib import Path
 
+import gpt2_multi_conversion as conversion
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gpt2_multi_conversion import convert
+from gpt2_multi_conversion.cli import main
+from gpt2_multi_conversion.verification import check
 
-from gpt2_multi import conversion
-from gpt2_multi.conversion import convert
-from gpt2_multi.conversion.cli import main
-from gpt2_multi.conversion.verification import check
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.model.checkpoint import write_weights
+from gpt2_multi.model.checkpoint import read_config, write_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import table
 from tests.support.fixtures import write_model
@@ -91,7 +91,7 @@ def test_brackets_in_a_name_are_printed(model, tmp_path):
 def test_weights_that_are_not_finite_are_verified_too(model, tmp_path):
     weights = dict(conversion.open(model))
     weights["h.0.mlp.c_fc.bias"][:2] = np.nan, np.inf
-    config = conversion.read_config(model)
+    config = read_config(model)
     (tmp_path / "nan").mkdir()
     config.save_pretrained(tmp_path / "nan")
     rows = [(row, weights[row.name].dtype, lambda row=row: weights[row.name]) for row in table(config)]

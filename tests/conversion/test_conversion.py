@@ -6,11 +6,11 @@ import subprocess
 import sys
 from fractions import Fraction
 
+import gpt2_multi_conversion as conversion
 import ml_dtypes
 import numpy as np
 import pytest
 
-from gpt2_multi import conversion
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.containers.safetensors import read_safetensors
 from gpt2_multi.model import reference
@@ -190,7 +190,7 @@ def test_casts_round_once(tmp_path):
 
 
 def test_nothing_of_a_framework_is_loaded():
-    code = "import sys, gpt2_multi.conversion as c; c.open(sys.argv[1]); print(*(m.split('.')[0] for m in sys.modules))"
+    code = "import sys, gpt2_multi_conversion as c; c.open(sys.argv[1]); print(*(m.split('.')[0] for m in sys.modules))"
     call = [sys.executable, "-W", "error", "-c", code, str(fixtures.folder("lm"))]
     run = subprocess.run(call, capture_output=True, text=True, check=True)
     assert not {"torch", "tensorflow", "keras", "jax", "flax", "transformers"} & set(run.stdout.split())

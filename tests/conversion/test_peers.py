@@ -8,11 +8,11 @@ import os
 import subprocess
 from types import SimpleNamespace
 
+import gpt2_multi_conversion as conversion
 import ml_dtypes
 import numpy as np
 import pytest
 
-from gpt2_multi import conversion
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats import ARCHITECTURES, KINDS

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 
+import gpt2_multi_conversion as conversion
 import numpy as np
 import pytest
+from gpt2_multi_conversion import convert
 
-from gpt2_multi import conversion
-from gpt2_multi.conversion import convert
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats import KINDS
@@ -226,7 +226,7 @@ def test_a_check_that_fails_keeps_the_old_one(model, tmp_path):
 
 LOOP = """
 import sys
-from gpt2_multi.conversion import convert
+from gpt2_multi_conversion import convert
 one, other, target = sys.argv[1:]
 print("ready", flush=True)
 while True:

@@ -14,7 +14,6 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_multi import conversion
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files import folders
 from gpt2_multi.files.containers.safetensors import parse_size, read_safetensors, write_safetensors
@@ -71,7 +70,7 @@ def test_shards_are_written_as_transformers_does_and_read_back(tmp_path):
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
-    found = conversion.read_weights(tmp_path / "many", SMALL, "lm")
+    found = checkpoint.read_weights(tmp_path / "many", SMALL, "lm")
     assert all(np.array_equal(found[name], array) for name, array in arrays.items())
 
 
@@ -92,7 +91,7 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
     untied = SMALL.replace(tie_word_embeddings=False)
     write_model(tmp_path / "m", untied, "lm")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
-        conversion.read_weights(tmp_path / "m", SMALL, "lm")
+        checkpoint.read_weights(tmp_path / "m", SMALL, "lm")
 
 
 def good_file(path):
@@ -135,10 +134,10 @@ def test_an_unknown_dtype_is_named(tmp_path):
 
 def test_folders_without_weights(tmp_path):
     with pytest.raises(CheckpointError, match="found no weights, but nothing"):
-        conversion.open(tmp_path, SMALL)
+        checkpoint.open(tmp_path, SMALL)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: the file is empty"):
-        conversion.open(tmp_path, SMALL)
+        checkpoint.open(tmp_path, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,7 @@ def test_an_index_that_lies(tmp_path, index, sentence):
     good_file(tmp_path / "x.safetensors")
     (tmp_path / checkpoint.INDEX).write_text(index)
     with pytest.raises(CheckpointError, match=sentence):
-        conversion.open(tmp_path, SMALL)
+        checkpoint.open(tmp_path, SMALL)
 
 
 def old_model(target):

@@ -6,6 +6,8 @@ import json
 import pkgutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +73,15 @@ def test_every_exported_name_is_there() -> None:
         assert getattr(gpt2_multi, name) is not None
     with pytest.raises(AttributeError, match="module 'gpt2_multi' has no attribute 'GPT3'"):
         _ = gpt2_multi.GPT3  # type: ignore[attr-defined]
+
+
+def test_the_library_never_loads_the_application_above_it() -> None:
+    core = [module for module in modules() if not module.startswith(tuple(MAY_LOAD))]
+    assert not loaded_by(f"import {', '.join(core)}") & {"conversion", "gpt2_multi_conversion"}
+
+
+def test_every_package_is_installed() -> None:
+    root = Path(__file__).resolve().parents[2]
+    listed = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    found = [".".join(path.parent.relative_to(root).parts) for path in (root / "gpt2_multi").rglob("__init__.py")]
+    assert sorted(listed) == sorted([*found, "gpt2_multi_conversion"])

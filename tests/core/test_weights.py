@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from gpt2_multi import conversion
 from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.model import checkpoint
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import TORCH, TRANSFORMERS, match, parameter_count, sharding, table
 from tests.support import fixtures
@@ -26,7 +26,7 @@ def test_gpt2_has_148_tensors_and_124439808_parameters():
 @pytest.mark.parametrize("name", fixtures.MODELS)
 def test_names_and_shapes_are_exactly_the_files(name):
     head = fixtures.head(name)
-    found = {key: array.shape for key, array in conversion.open(fixtures.folder(name)).found.items()}
+    found = {key: array.shape for key, array in checkpoint.open(fixtures.folder(name)).found.items()}
     assert shapes(fixtures.config(name), head, head != "base") == found
 
 

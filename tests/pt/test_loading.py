@@ -7,10 +7,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from gpt2_multi import conversion, pt
+
+from gpt2_multi import pt
 from gpt2_multi.errors import CheckpointError, ConfigError, InputError
 from gpt2_multi.model import reference
-from gpt2_multi.model.checkpoint import read_weights
+from gpt2_multi.model.checkpoint import read_config, read_weights
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
 from tests.support.cases import BROKEN
@@ -237,7 +238,7 @@ def test_wrong_arguments_are_one_sentence(tmp_path):
 @pytest.mark.parametrize("path", ["model.ckpt", "."])
 def test_openai_s_checkpoints_load_by_the_old_function(path):
     folder = shared("fixtures", "openai_tf1")
-    config = conversion.read_config(folder)
+    config = read_config(folder)
     model = pt.GPT2LMHeadModel(config)
     given = (config, folder / path) if path == "." else (folder / path,)
     assert pt.load_tf_weights_in_gpt2(model, *given) is model

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from gpt2_multi_conversion import convert
 
-from gpt2_multi.conversion import convert
 from gpt2_multi.errors import CheckpointError, ConfigError
 from gpt2_multi.model.checkpoint import open as open_checkpoint
 from gpt2_multi.model.config import GPT2Config

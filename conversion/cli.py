@@ -1,4 +1,4 @@
-"""The commands `convert`, `inspect` and `verify`, of `gpt2-multi` and of `python -m gpt2_multi.conversion`."""
+"""The commands `convert`, `inspect` and `verify`, of `gpt2-multi` and of `python -m gpt2_multi_conversion`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from gpt2_multi.app.terminal import Commands
-from gpt2_multi.conversion import converting, inspection, verification
 from gpt2_multi.model.formats import KINDS
+
+from . import converting, inspection, verification
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one object.")
 LISTED = 8  # lines of each kind in what is printed; the report file has all

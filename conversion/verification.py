@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.arrays import Array, same
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.model.checkpoint import Checkpoint, open
-from gpt2_multi.model.reference import forward, lm_logits
+from gpt2_multi.model.reference import oracle
 
 BOUND = 1e-4  # of the greatest value; float32 computed rightly stays well below
 LENGTH, SEED = 24, 0  # of the random ids that are computed
@@ -50,22 +50,6 @@ class Verdict:
         return {"ok": self.ok, "bound": BOUND, **asdict(self)}
 
 
-class Wide(Mapping[str, Array]):
-    """The tensors of a checkpoint in float64, each widened when it is used."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-
-    def __getitem__(self, name: str) -> Array:
-        return self.checkpoint[name].astype(np.float64)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.checkpoint)
-
-    def __len__(self) -> int:
-        return len(self.checkpoint)
-
-
 def verify(a: PathLike, b: PathLike | None = None, backends: Sequence[str] | None = None) -> Verdict:
     """Compare the checkpoint `a` with `b`, or, without it, what each backend makes of `a` with the NumPy oracle.
 
@@ -81,7 +65,7 @@ def compare(old: Checkpoint, new: Checkpoint) -> Verdict:
     ids = _ids(old)
     if old.config.vocab_size != new.config.vocab_size or old.config.n_layer != new.config.n_layer:
         raise CheckpointError(f"{new.path}: expected as many layers and tokens as {old.path} has, found others")
-    verdict = Verdict(_lines(str(new.path), oracle(old, ids), oracle(new, ids)))
+    verdict = Verdict(_lines(str(new.path), oracle(old.config, old, ids), oracle(new.config, new, ids)))
     for name in dict.fromkeys([*old, *new]):
         line = _line(name, str(new.path), _tensor(old, name), _tensor(new, name))
         if line.error:
@@ -127,20 +111,11 @@ def _ids(checkpoint: Checkpoint) -> Array:
     return np.random.default_rng(SEED).integers(config.vocab_size, size=(1, length))
 
 
-def oracle(checkpoint: Checkpoint, ids: Array) -> list[Array]:
-    """What goes into each layer of the checkpoint, what the last norm gives, and the logits, from NumPy in float64."""
-    config = checkpoint.config
-    tied = config if "lm_head.weight" in checkpoint else config.replace(tie_word_embeddings=True)
-    with np.errstate(all="ignore"):  # weights that are not finite are compared too
-        trace = forward(config, Wide(checkpoint), ids)
-        return [*trace.hidden_states, lm_logits(tied, Wide(checkpoint), trace.last_hidden_state)]
-
-
 def _against_backends(old: Checkpoint, names: Sequence[str] | None) -> Verdict:
     from gpt2_multi.app import backends
 
     ids, verdict = _ids(old), Verdict()
-    expected = oracle(old, ids)
+    expected = oracle(old.config, old, ids)
     folder = old.path if old.path.is_dir() else old.path.parent
     for name in names or backends.installed():
         adapter = backends.load(name)
