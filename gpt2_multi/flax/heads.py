@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.checks import check_call, check_classes, extremes, is_concrete
 from gpt2_multi.flax.generation import generate as generation
 from gpt2_multi.flax.generation import scoring
-from gpt2_multi.flax.layers import dense
-from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel, empty_cache
+from gpt2_multi.flax.layers import dense, facts
+from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel, check_classes, empty_cache
 from gpt2_multi.flax.model import ACTIVATIONS, GPT2Module
 from gpt2_multi.flax.training.losses import classification_loss, cross_entropy, lm_loss, span_loss
 from gpt2_multi.generation.config import GenerationConfig
@@ -216,14 +215,11 @@ class FlaxGPT2DoubleHeadsModel(FlaxGPT2PreTrainedModel):
         source: Any = embeds if ids is None else ids
         inputs.check_choices(source.shape, 4 if ids is None else 3)
         whole = ("past_key_values", "head_mask")
-        check_call(self, {name: x if name in whole else rows(x) for name, x in arrays.items()})
+        super().check({name: x if name in whole else rows(x) for name, x in arrays.items()})
         check_classes(arrays.get("labels"), self.config.vocab_size)
         check_classes(arrays.get("mc_labels"), source.shape[1])
         if (index := arrays.get("mc_token_ids")) is not None:
-            inputs.check_shape("mc_token_ids", index.shape, source.shape[:2])
-            inputs.check_integers("mc_token_ids", index.dtype, bool(jnp.issubdtype(index.dtype, jnp.integer)))
-            if is_concrete(index):
-                inputs.check_choice_tokens(*extremes(index), source.shape[2])
+            inputs.check_choice_tokens(facts(index), source.shape[:3])
 
 
 class GPT2ForSequenceClassificationModule(Headed):

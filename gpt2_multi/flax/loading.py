@@ -22,8 +22,8 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.files.folders import replaced
 from gpt2_multi.files.hub import resolve
 from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.checks import as_array, as_flag, check_alive, check_call, check_key, check_remat, is_concrete
-from gpt2_multi.flax.params import Tree, check_tree, dtypes_of, initial, leaves, placed, rows_of
+from gpt2_multi.flax.layers import as_array, check_remat, facts, is_concrete
+from gpt2_multi.flax.params import Tree, check_alive, check_tree, dtypes_of, initial, leaves, placed, rows_of
 from gpt2_multi.flax.sharding import param_shardings
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
@@ -186,8 +186,29 @@ class FlaxGPT2PreTrainedModel:
         return arrays
 
     def check(self, arrays: Mapping[str, Any]) -> None:
-        """Look at what a call was given, before it is compiled."""
-        check_call(self, arrays)
+        """Look at what a call was given, before it is compiled: all has to fit the configuration and the others."""
+        config, cache = self.config, arrays.get("past_key_values")
+        found = {name: facts(x) for name, x in arrays.items() if x is not cache}
+        batch, length = inputs.check_source(config, found).shape[:2]
+        past = 0 if cache is None else self._check_cache(cache, batch, length)
+        keys = length if cache is None else cache.capacity
+        inputs.check_call(config, found, (config.vocab_size, config.n_positions), past, keys)
+
+    def _check_cache(self, cache: KVCache, batch: int | None, length: int | None) -> int | None:
+        """The tokens in a cache, which comes from `init_cache`, for as many rows, and has room for the new ones."""
+        layers, stacked = self.config.n_layer, self.scan_layers
+        if not isinstance(cache, KVCache) or len(cache) != layers or cache.stacked != stacked:
+            raise InputError(
+                f"past_key_values: expected a cache of {layers} layers from init_cache(batch_size, max_length) of "
+                f"this model{' with scan_layers' if stacked else ''}, or what a call made of it, found "
+                f"{type(cache).__name__}"
+            )
+        check_alive("past_key_values", cache)
+        key = (cache.layers if cache.stacked else cache.layers[0])[0]
+        inputs.check_cache(key.shape[-4], str(key.dtype), batch, str(jnp.dtype(self.dtype)))
+        past = int(cache.length) if is_concrete(cache.length) else None
+        inputs.check_room(length, past, cache.capacity)
+        return past
 
     def _applied(
         self, flags: tuple[Any, ...], settings: str, params: Tree, arrays: Mapping[str, Any], dropout_rng: Array | None
@@ -361,3 +382,27 @@ def empty_cache(config: GPT2Config, batch: Any, capacity: int, dtype: Any, scan_
         whole = (config.n_layer, *shapes[0])
         return KVCache((jnp.zeros(whole, dtype), jnp.zeros(whole, dtype)), None, jnp.int32(0))
     return KVCache(tuple((jnp.zeros(s, dtype), jnp.zeros(s, dtype)) for s in shapes), None, jnp.int32(0))
+
+
+def check_classes(labels: Array | None, number: int) -> None:
+    """Labels have to be classes or -100; what is wrong in them but their values, the loss finds while it is traced."""
+    if labels is not None and jnp.issubdtype(labels.dtype, jnp.integer):
+        inputs.check_classes(facts(labels), number)
+
+
+def check_key(name: str, key: Any) -> None:
+    """Dropout is drawn with one key, typed or of the old kind."""
+    dtype, rank = getattr(key, "dtype", None), np.ndim(key)
+    if dtype is None or not (
+        dtype == np.uint32 if rank == 1 else not rank and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    ):
+        found = type(key).__name__ if dtype is None else f"{dtype}{list(np.shape(key))}"
+        raise InputError(f"{name}: expected one key, such as jax.random.key(0), found {found}")
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """Whether something is wanted; it decides what is compiled."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError):  # traced, or several values
+        raise InputError(f"{name}: expected True or False, found {type(value).__name__}; it cannot be traced") from None

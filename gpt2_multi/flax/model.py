@@ -26,8 +26,7 @@ from gpt2_multi.flax.attention import (
     key_bias,
     positions,
 )
-from gpt2_multi.flax.checks import check_remat
-from gpt2_multi.flax.layers import by_rows, dense, embed, norm
+from gpt2_multi.flax.layers import by_rows, check_remat, dense, embed, norm
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_multi.errors import ConfigError, InputError
+from gpt2_multi.flax.layers import is_concrete
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import FLAX, Weight, sizes, table
 
@@ -156,3 +157,12 @@ def dtypes_of(params: Tree, config: GPT2Config, head: str, scan_layers: bool) ->
     flat = flatten_dict(params)
     found = leaves(config, head, scan_layers).items()
     return {row.name: np.dtype(flat[path].dtype) for path, leaf in found for row in leaf.rows}
+
+
+def check_alive(name: str, tree: Any) -> None:
+    """JAX gives the memory of a donated argument to the function that it is donated to."""
+    if any(isinstance(x, Array) and is_concrete(x) and x.is_deleted() for x in jax.tree.leaves(tree)):
+        raise InputError(
+            f"{name}: the memory was given away, to a function that arguments are donated to such as train_step; go on "
+            "with what that returned, or give it a copy"
+        )

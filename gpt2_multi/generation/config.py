@@ -206,7 +206,7 @@ class GenerationConfig:
         """Every id of a phrase has to lie in the vocabulary."""
         for phrase, bias in self.biases:
             name = "bad_words_ids" if bias == -math.inf else "logit_bias"
-            inputs.check_ids(name, min(phrase), max(phrase), vocab_size)
+            inputs.check_vocabulary(name, min(phrase), max(phrase), vocab_size)
 
     def total_length(self, prompt: int) -> int:
         """How long the longest row may become from a prompt of this length, in tokens."""

@@ -6,7 +6,6 @@ What a file holds beyond the fields is kept in `extra` and written back: reading
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import json
 import os
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from gpt2_multi.errors import CheckpointError, ConfigError, shortened
+from gpt2_multi.errors import CheckpointError, ConfigError, nearest, shortened
 from gpt2_multi.files.hub import ARCHIVE, resolve
 from gpt2_multi.files.json_files import read_small, write_whole
 from gpt2_multi.model.fields import CHECKS, check_together, count, wrong
@@ -45,8 +44,7 @@ def _numbered_labels(number: int) -> dict[int, str]:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, _KEYS, n=1)
-    return f"GPT2Config has no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"GPT2Config has no setting {name!r}{nearest(name, _KEYS)}"
 
 
 def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:

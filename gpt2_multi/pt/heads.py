@@ -23,10 +23,9 @@ from gpt2_multi.model.outputs import (
     TokenClassifierOutput,
 )
 from gpt2_multi.pt.attention import KVCache, Pair
-from gpt2_multi.pt.checks import extremes
 from gpt2_multi.pt.generation import generate as generation
 from gpt2_multi.pt.generation import scoring
-from gpt2_multi.pt.loading import GPT2PreTrainedModel
+from gpt2_multi.pt.loading import GPT2PreTrainedModel, facts
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, call, give
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
 
@@ -181,8 +180,7 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         hidden = outputs.last_hidden_state.view(*choices, self.config.n_embd)  # (B, C, T, E)
         mask = hidden.new_ones(choices) if attention_mask is None else attention_mask[..., -choices[-1] :]
         if mc_token_ids is not None:
-            inputs.check_shape("mc_token_ids", mc_token_ids.shape, choices[:2])
-            inputs.check_choice_tokens(*extremes(mc_token_ids), choices[2])
+            inputs.check_choice_tokens(facts("mc_token_ids", mc_token_ids), choices)
         logits = call(self.lm_head, self.transformer.compute_dtype, hidden)
         scores = call(self.multiple_choice_head, self.transformer.compute_dtype, hidden, mask, mc_token_ids).squeeze(-1)
         output = GPT2DoubleHeadsModelOutput(

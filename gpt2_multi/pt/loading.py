@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files.folders import replaced
@@ -19,6 +20,7 @@ from gpt2_multi.files.hub import resolve
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.checkpoint import is_model_file, read_config, read_weights, write_weights
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.inputs import Facts
 from gpt2_multi.model.weights import TORCH, Weight, table
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -53,6 +55,21 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(_BFLOAT16)
     return tensor.numpy()
+
+
+def facts(name: str, x: object) -> Facts:
+    """What is known of an input; while it is traced, or in vmap, not its values."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name}: expected a torch.Tensor, found {type(x).__name__}; use torch.as_tensor")
+    kind = "integers" if x.dtype in (torch.int64, torch.int32) else "floats" if x.is_floating_point() else "others"
+    return Facts(tuple(x.shape), str(x.dtype), kind, lambda: to_numpy(x) if is_concrete(x) else None)
+
+
+def is_concrete(x: Tensor) -> bool:
+    """Whether a tensor has values already."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (x.is_meta or isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 class GPT2PreTrainedModel(nn.Module):

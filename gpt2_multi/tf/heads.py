@@ -23,11 +23,10 @@ from gpt2_multi.model.outputs import (
     TokenClassifierOutput,
 )
 from gpt2_multi.tf.attention import KVCache, Pair, sizes
-from gpt2_multi.tf.checks import check_integers, extremes, is_concrete, shape
 from gpt2_multi.tf.fit.policies import Policy
 from gpt2_multi.tf.generation import generate as generation
 from gpt2_multi.tf.generation import scoring
-from gpt2_multi.tf.layers import dense
+from gpt2_multi.tf.layers import dense, facts
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 from gpt2_multi.tf.model import ACTIVATIONS, TFGPT2Model, give
 from gpt2_multi.tf.serve import export
@@ -186,7 +185,7 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         """
         source: Any = input_ids if input_ids is not None else inputs_embeds
         inputs.check_given(input_ids, inputs_embeds)
-        inputs.check_choices(shape(source), 4 if input_ids is None else 3)
+        inputs.check_choices(facts("input_ids", source).shape, 4 if input_ids is None else 3)
         choices = sizes(source)[:3]
         outputs = self.transformer(
             rows(input_ids), past_key_values, rows(attention_mask), rows(token_type_ids), rows(position_ids), head_mask,
@@ -195,10 +194,7 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         hidden = tf.reshape(outputs.last_hidden_state, (*choices, self.config.n_embd))  # (B, C, T, E)
         mask = tf.ones(choices, tf.int32) if attention_mask is None else attention_mask[..., -choices[2] :]
         if mc_token_ids is not None:
-            inputs.check_shape("mc_token_ids", shape(mc_token_ids, *source.shape[:2]), source.shape[:2])
-            check_integers("mc_token_ids", mc_token_ids)
-            if is_concrete(mc_token_ids):
-                inputs.check_choice_tokens(*extremes(mc_token_ids), choices[2])
+            inputs.check_choice_tokens(facts("mc_token_ids", mc_token_ids), source.shape[:3])
         logits = lm_logits(self, hidden)
         scores = self.multiple_choice_head(hidden, keep=mask, mc_token_ids=mc_token_ids)
         scores = tf.squeeze(scores, -1) if scores.shape[-1] == 1 else scores

@@ -1,13 +1,12 @@
 """GPT2Tokenizer: GPT-2's byte-level BPE in pure Python, with the calls that transformers' users know."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-from gpt2_multi.errors import TokenizerError
+from gpt2_multi.errors import TokenizerError, nearest
 from gpt2_multi.tokenizer.batching import (
     PADDINGS,
     TRUNCATIONS,
@@ -483,5 +482,4 @@ def _refuse_unknown(where: str, unknown: Mapping[str, Any], function: Any) -> No
         if name in LEFTOVERS:
             raise TypeError(f"{where} has no argument {name!r}, which only transformers' AutoTokenizer needs; drop it")
         known = [item for item in signature(function).parameters if item not in ("self", "unknown")]
-        near = get_close_matches(name, known, n=1)
-        raise TypeError(f"{where} has no argument {name!r}; {f'did you mean {near[0]!r}?' if near else 'leave it out'}")
+        raise TypeError(f"{where} has no argument {name!r}{nearest(name, known) or '; leave it out'}")

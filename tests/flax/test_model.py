@@ -127,7 +127,7 @@ def test_outputs_and_gradients_do_not_depend_on_the_layout(layout, make):
 
 
 def test_every_policy_of_remat_computes_the_same(make):
-    from gpt2_multi.flax.checks import POLICIES
+    from gpt2_multi.flax.layers import POLICIES
 
     assert all(hasattr(jax.checkpoint_policies, name) for name in POLICIES)
     with pytest.raises(InputError, match=r"remat: expected None or one of everything_saveable, .*, found 'dots'"):
