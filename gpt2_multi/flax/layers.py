@@ -13,7 +13,9 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from gpt2_multi.errors import InputError
+from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.fields import float_name
 from gpt2_multi.model.inputs import Facts
 from gpt2_multi.model.weights import table
 
@@ -155,3 +157,37 @@ def check_remat(policy: str | None) -> None:
     """What a backward pass computes again is the name of a policy, one that needs nothing more."""
     if policy is not None and policy not in POLICIES:
         raise InputError(f"remat: expected None or one of {', '.join(POLICIES)}, found {policy!r}")
+
+
+def as_dtype(name: str, dtype: Any) -> Any:
+    """A floating-point dtype by itself or by its name, such as "bfloat16"; None stays None."""
+    if dtype is None:
+        return None
+    found = jnp.dtype(float_name(name, dtype))
+    if found == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise InputError(f'{name}: JAX computes in float64 only after jax.config.update("jax_enable_x64", True)')
+    return found
+
+
+def check_classes(labels: Array | None, number: int) -> None:
+    """Labels have to be classes or -100; what is wrong in them but their values, the loss finds while it is traced."""
+    if labels is not None and jnp.issubdtype(labels.dtype, jnp.integer):
+        inputs.check_classes(facts(labels), number)
+
+
+def check_key(name: str, key: Any) -> None:
+    """Dropout is drawn with one key, typed or of the old kind."""
+    dtype, rank = getattr(key, "dtype", None), np.ndim(key)
+    if dtype is None or not (
+        dtype == np.uint32 if rank == 1 else not rank and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    ):
+        found = type(key).__name__ if dtype is None else f"{dtype}{list(np.shape(key))}"
+        raise InputError(f"{name}: expected one key, such as jax.random.key(0), found {found}")
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """Whether something is wanted; it decides what is compiled."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError):  # traced, or several values
+        raise InputError(f"{name}: expected True or False, found {type(value).__name__}; it cannot be traced") from None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array
+from jax import Array, lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -166,3 +166,19 @@ def check_alive(name: str, tree: Any) -> None:
             f"{name}: the memory was given away, to a function that arguments are donated to such as train_step; go on "
             "with what that returned, or give it a copy"
         )
+
+
+def as_mask(mask: Any) -> dict[Any, Any]:
+    """A nested dict of booleans, by path."""
+    if not isinstance(mask, (dict, FrozenDict)):
+        raise InputError(f"mask: expected a nested dict of booleans, found {type(mask).__name__}")
+    return flatten_dict(mask)
+
+
+def resized(value: Array, axes: tuple[str, ...], number: int) -> Array:
+    """A leaf with so many entries of the vocabulary; one without a vocabulary stays."""
+    if "vocab" not in axes:
+        return value
+    axis = axes.index("vocab")
+    extra = [value.mean(axis, keepdims=True)] * max(number - value.shape[axis], 0)
+    return jnp.concatenate([lax.slice_in_dim(value, 0, min(number, value.shape[axis]), axis=axis), *extra], axis)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.arrays import Array, Shape, mapping, release, same
 from gpt2_multi.files.containers.safetensors import write_safetensors, write_shards
-from gpt2_multi.files.folders import PathLike
+from gpt2_multi.files.folders import PathLike, replaced
+from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, resolve
 from gpt2_multi.files.json_files import read_json
 from gpt2_multi.model import spelling
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats import ARCHITECTURES, KINDS, Kind
-from gpt2_multi.model.weights import HEADS, TRANSFORMERS, Format, Weight, head_rows, match
+from gpt2_multi.model.weights import HEADS, TRANSFORMERS, Format, Weight, head_rows, match, table
 
 
 class Checkpoint(Mapping[str, Array]):
@@ -111,6 +113,46 @@ def open(path: PathLike, config: GPT2Config | None = None, head: str | None = No
     return Checkpoint(Path(path), format, found, config, head or head_of(kind, found, config))
 
 
+class Loaded(NamedTuple):
+    """What a model is made of: its folder, its configuration, and its tensors by the table's names, in its layout."""
+
+    folder: Path
+    config: GPT2Config
+    arrays: dict[str, Array]
+
+
+def load(
+    name_or_path: PathLike,
+    head: str,
+    overrides: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: PathLike | None = None,
+    local_files_only: bool = False,
+) -> Loaded:
+    """Find a model's folder, and read what is in it in whichever format, for a model with this head.
+
+    `overrides` change settings of the configuration; what is lent to the hub is of `files.hub.resolve`. Warns of a task
+    head that the files lack as a whole. Raises CheckpointError or ConfigError for whatever does not fit.
+    """
+    folder = resolve(
+        name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    config = read_config(folder, **overrides)
+    arrays = read_weights(folder, config, head)
+    warn_of_fresh(arrays, config, head, folder, stacklevel=4)
+    return Loaded(folder, config, arrays)
+
+
+def warn_of_fresh(arrays: Collection[str], config: GPT2Config, head: str, source: PathLike, stacklevel: int) -> None:
+    """Say which tensors of a task head the files lack."""
+    if fresh := [weight.name for weight in table(config, head) if weight.name not in arrays]:
+        names = " and ".join(fresh)
+        sentence = f"{source} has no {names}: initialised anew; train the model before you use it"
+        warnings.warn(sentence, stacklevel=stacklevel)
+
+
 def read_config(path: PathLike, **overrides: Any) -> GPT2Config:
     """The configuration of a checkpoint in any format, with changes."""
     format, main = recognised(Path(path))
@@ -131,7 +173,7 @@ def recognised(path: Path) -> tuple[str, Path]:
     there = _files(path)
     for format, kind in KINDS.items():
         for file in there:
-            if re.fullmatch(kind.main, file.name) and _is(format, file):
+            if matches(file.name, kind.main) and _is(format, file):
                 return format, file
     names = ", ".join(file.name for file in there[:8]) or "nothing"
     raise CheckpointError(
@@ -183,6 +225,25 @@ def _are_there(kind: Kind, rows: list[Weight], shapes: Mapping[str, Shape]) -> b
 Source = tuple[Weight, np.dtype[Any], Callable[[], Array]]
 
 
+def save(
+    folder: PathLike,
+    config: GPT2Config,
+    generation_config: Any,
+    sources: Iterable[Source],
+    head: str,
+    max_shard_size: int | str,
+) -> None:
+    """Write config.json, generation_config.json (where there is one) and model.safetensors, or its shards and index.
+
+    The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`.
+    """
+    with replaced(folder, is_model_file) as stage:
+        config.save_pretrained(stage)
+        if generation_config is not None:
+            generation_config.save_pretrained(stage)
+        write_weights(stage, sources, head, max_shard_size=max_shard_size)
+
+
 def write_weights(
     folder: Path, sources: Iterable[Source], head: str, form: Format = TRANSFORMERS, max_shard_size: int | str = "5GB"
 ) -> None:
@@ -192,15 +253,9 @@ def write_weights(
         form.spell(weight, rooted): (dtype, form.shape(weight), lambda w=weight, make=make: form.layout(w, make()))
         for weight, dtype, make in sources
     }
-    write_shards(folder / SINGLE, tensors, write_safetensors, max_shard_size)
+    write_shards(folder / WEIGHTS["safetensors"][0], tensors, write_safetensors, max_shard_size)
 
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-
-
-def is_model_file(name: str) -> bool:
+def is_model_file(path: Path) -> bool:
     """Whether a file of a folder is one of those that save_pretrained writes."""
-    return name in (SINGLE, INDEX, "config.json", "generation_config.json") or bool(SHARD.fullmatch(name))
+    return matches(path.name, (*SETTINGS, *WEIGHTS["safetensors"])) and not path.is_dir()

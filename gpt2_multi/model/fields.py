@@ -8,13 +8,14 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gpt2_multi.errors import ConfigError, shortened
+from gpt2_multi.errors import ConfigError, InputError, shortened
 
 Check = Callable[[str, Any], Any]
 
-ACTIVATIONS = (
-    "relu", "silu", "swish", "gelu", "tanh", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu",
-)  # fmt: skip
+ACTIVATIONS = {  # the spellings of a file, and the function that each names
+    "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu", "tanh": "tanh", "gelu_new": "tanh_gelu",
+    "gelu_fast": "tanh_gelu", "gelu_pytorch_tanh": "tanh_gelu", "quick_gelu": "quick_gelu",
+}  # fmt: skip
 SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -23,6 +24,14 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 def wrong(name: str, expected: str, found: object) -> ConfigError:
     """The error of a field that holds the wrong thing."""
     return ConfigError(f"{shortened(name)} must be {expected}; found {shortened(repr(found))}")
+
+
+def float_name(name: str, dtype: Any) -> str:
+    """The name of a floating-point dtype of any framework, given by itself or by its name."""
+    found = dtype if isinstance(dtype, str) else getattr(dtype, "name", getattr(dtype, "__name__", str(dtype)))
+    if (found := str(found).removeprefix("torch.")) not in DTYPES:
+        raise InputError(f"{name}: expected float64, float32, float16 or bfloat16, found {dtype!r}")
+    return found
 
 
 def integer(name: str, value: Any) -> int:

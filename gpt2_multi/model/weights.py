@@ -131,14 +131,13 @@ def _stored(param: Param, config: GPT2Config) -> bool:
 
 def sizes(config: GPT2Config, layer: int | None = None) -> dict[str, int]:
     """The length of every named axis; `layer` matters only where heads were pruned."""
-    pruned = len(config.pruned_heads.get(layer, ())) if layer is not None else 0
     return {
         "vocab": config.vocab_size,
         "position": config.n_positions,
         "embed": config.n_embd,
         "qkv": 3,
         "kv": 2,
-        "head": config.n_head - pruned,
+        "head": config.n_head if layer is None else len(config.heads(layer)),
         "head_dim": config.n_embd // config.n_head,
         "mlp": config.n_inner or 4 * config.n_embd,
         "label": config.num_labels,

@@ -11,7 +11,7 @@ import torch
 
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.pt.heads import GPT2LMHeadModel
-from gpt2_multi.pt.loading import to_numpy
+from gpt2_multi.pt.layers import to_numpy
 
 if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer

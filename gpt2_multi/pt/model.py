@@ -29,7 +29,8 @@ from gpt2_multi.pt.attention import (
     positions,
     score_dtype,
 )
-from gpt2_multi.pt.loading import GPT2PreTrainedModel, as_dtype, facts
+from gpt2_multi.pt.layers import as_dtype, facts
+from gpt2_multi.pt.loading import GPT2PreTrainedModel
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -40,13 +41,10 @@ def quick_gelu(x: Tensor) -> Tensor:
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_new": _tanh_gelu,
-    "gelu_fast": _tanh_gelu,
-    "gelu_pytorch_tanh": _tanh_gelu,
+    "tanh_gelu": _tanh_gelu,
     "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
-    "swish": F.silu,
     "tanh": torch.tanh,
 }
 
@@ -59,7 +57,7 @@ class MLP(nn.Module):
         inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, inner)
         self.c_proj = nn.Linear(inner, config.n_embd)
-        self.act = ACTIVATIONS[config.activation_function]
+        self.act = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:

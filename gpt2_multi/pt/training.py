@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2_multi.model import inputs
-from gpt2_multi.pt.loading import facts
+from gpt2_multi.pt.layers import facts
 
 IGNORED = -100
 

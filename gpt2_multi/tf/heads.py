@@ -130,7 +130,7 @@ class SequenceSummary(keras.layers.Layer):
         """(B, C, T, E) hidden states and (B, C, T) mask -> (B, C, 1), or (B, C, E) without `summary_proj_to_labels`."""
         x = self.dropout(self._pool(hidden, keep, mc_token_ids))
         x = self.summary(x) if self.config.summary_use_proj else x
-        return ACTIVATIONS[self.config.summary_activation](x) if self.config.summary_activation else x
+        return ACTIVATIONS[self.config.summary_function](x) if self.config.summary_function else x
 
     def _pool(self, hidden: tf.Tensor, mask: tf.Tensor, mc_token_ids: tf.Tensor | None) -> tf.Tensor:
         kind = self.config.summary_type
@@ -271,7 +271,7 @@ class TFGPT2ForTokenClassification(TFGPT2PreTrainedModel):
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
-        self.dropout = keras.layers.Dropout(classifier_dropout(config), dtype=self.dtype_policy)
+        self.dropout = keras.layers.Dropout(config.classifier_dropout, dtype=self.dtype_policy)
         self.classifier = dense(config.n_embd, config.num_labels, "classifier", self.dtype_policy)
         self.initialise()
 
@@ -353,12 +353,6 @@ def lm_logits(model: TFGPT2PreTrainedModel, hidden: tf.Tensor) -> tf.Tensor:
     if wte.quantization_mode is not None:
         return wte(hidden, reverse=True)
     return tf.matmul(hidden, tf.cast(wte.embeddings, hidden.dtype), transpose_b=True)  # Keras would transpose a copy
-
-
-def classifier_dropout(config: GPT2Config) -> float:
-    """The dropout before the token classifier: a key that a file may have, 0.1 otherwise, as in transformers."""
-    given = config.extra.get("classifier_dropout", config.extra.get("hidden_dropout"))
-    return 0.1 if given is None else float(given)
 
 
 def present(mask: tf.Tensor | None, labels: tf.Tensor) -> tf.Tensor | None:

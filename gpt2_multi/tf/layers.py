@@ -13,6 +13,7 @@ import tensorflow as tf
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.inputs import Facts
+from gpt2_multi.model.weights import KERAS, Weight
 
 
 def dense(inputs: int, outputs: int, name: str, policy: keras.DTypePolicy, use_bias: bool = True) -> keras.layers.Dense:
@@ -77,6 +78,14 @@ def register(cls: _Class) -> _Class:
     cls.__tf_unflatten__ = staticmethod(whole)  # type: ignore[attr-defined]
     optree.register_pytree_node(cls, lambda value: parts(value)[::-1], whole, namespace="keras")  # Keras' own
     return cls
+
+
+def initial(weight: Weight, dtype: str) -> tf.Tensor:
+    """A first value as the table says, in Keras' layout."""
+    shape = KERAS.shape(weight)
+    if weight.std:
+        return keras.random.normal(shape, stddev=weight.std, dtype=dtype)
+    return tf.fill(shape, tf.constant(weight.constant, dtype))
 
 
 def facts(name: str, x: Any) -> Facts:

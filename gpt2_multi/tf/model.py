@@ -52,13 +52,10 @@ def quick_gelu(x: tf.Tensor) -> tf.Tensor:
 
 ACTIVATIONS: Mapping[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "gelu": gelu,
-    "gelu_new": tanh_gelu,
-    "gelu_fast": tanh_gelu,
-    "gelu_pytorch_tanh": tanh_gelu,
+    "tanh_gelu": tanh_gelu,
     "quick_gelu": quick_gelu,
     "relu": tf.nn.relu,
     "silu": tf.nn.silu,
-    "swish": tf.nn.silu,
     "tanh": tf.tanh,
 }
 
@@ -71,7 +68,7 @@ class MLP(keras.layers.Layer):
         inner = config.n_inner or 4 * config.n_embd
         self.c_fc = dense(config.n_embd, inner, "c_fc", self.dtype_policy)
         self.c_proj = dense(inner, config.n_embd, "c_proj", self.dtype_policy)
-        self.act = ACTIVATIONS[config.activation_function]
+        self.act = ACTIVATIONS[config.activation]
         self.dropout = keras.layers.Dropout(config.resid_pdrop, dtype=self.dtype_policy)
         self.built = True
 

@@ -21,7 +21,6 @@ from gpt2_multi.tokenizer.batching import (
 from gpt2_multi.tokenizer.bpe import BPE
 from gpt2_multi.tokenizer.encoding import BatchEncoding, Row, Span, Tokens, char_spans, repair, to_arrays, unrepaired
 from gpt2_multi.tokenizer.files import (
-    FILE_PATTERNS,
     AddedToken,
     Vocabulary,
     check_merges,
@@ -138,7 +137,7 @@ class GPT2Tokenizer(TokenTable):
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
-            from gpt2_multi.files.hub import resolve
+            from gpt2_multi.files.hub import RENAMED, TOKENIZER, resolve
 
             folder = resolve(
                 str(name_or_path),
@@ -146,7 +145,7 @@ class GPT2Tokenizer(TokenTable):
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
-                allow_patterns=FILE_PATTERNS,
+                allow_patterns=[*TOKENIZER, *RENAMED.values()],
             )
         tokenizer = cls._from_vocabulary(read_folder(folder), overrides)
         tokenizer.name_or_path = str(name_or_path)

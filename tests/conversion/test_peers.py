@@ -193,7 +193,7 @@ def test_keras_loads_and_saves_weights(tmp_path, head, compute, stored):
     model.load_weights(folder / "model.weights.h5")
     for weight in conversion.open(folder).weights.values():
         assert (
-            keras.ops.convert_to_numpy(model.variable(weight)).tobytes()
+            keras.ops.convert_to_numpy(model.parameter(weight)).tobytes()
             == tf_layout(weight, arrays[weight.name]).tobytes()
         )
     model.save_weights(folder / "again.weights.h5")

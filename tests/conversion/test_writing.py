@@ -183,7 +183,7 @@ def test_where_it_is_written(model, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="expected a folder to write, found a file"):
         convert(folder, tmp_path / "file", force=True)
-    with pytest.raises(CheckpointError, match="expected a place to write a folder"):
+    with pytest.raises(CheckpointError, match="expected a folder to save the model in"):
         convert(folder, tmp_path / "file" / "new")
     assert written(folder) == before and (tmp_path / "file").read_text() == "x"
 

@@ -66,7 +66,7 @@ def test_shards_are_written_as_transformers_does_and_read_back(tmp_path):
     (tmp_path / "many").mkdir()
     rows = [(w, np.dtype(np.float64), lambda w=w: arrays[w.name]) for w in table(SMALL)]
     checkpoint.write_weights(tmp_path / "many", rows, "lm", max_shard_size=2000)
-    index = json.loads((tmp_path / "many" / checkpoint.INDEX).read_text())
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
@@ -143,7 +143,7 @@ def test_folders_without_weights(tmp_path):
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        ("{", "not readable as JSON"),
+        ("{", "not valid JSON"),
         ("[]", "expected a JSON object, found list"),
         ("{}", "expected a 'weight_map'"),
         ('{"weight_map": {"a": 3}}', "expected a 'weight_map'"),
@@ -156,7 +156,7 @@ def test_folders_without_weights(tmp_path):
 )
 def test_an_index_that_lies(tmp_path, index, sentence):
     good_file(tmp_path / "x.safetensors")
-    (tmp_path / checkpoint.INDEX).write_text(index)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=sentence):
         checkpoint.open(tmp_path, SMALL)
 
@@ -165,7 +165,13 @@ def old_model(target):
     """A folder with a model and other things in it."""
     (target / "deep").mkdir(parents=True)
     (target / "deep" / "notes.txt").write_text("mine")
-    for old in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", checkpoint.INDEX, "vocab.json"):
+    for old in (
+        "config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "vocab.json",
+    ):
         (target / old).write_text("old")
     return target
 
@@ -210,7 +216,7 @@ def test_an_error_while_files_change_places_puts_the_old_ones_back(tmp_path, mon
         return real(self, to)
 
     monkeypatch.setattr(checkpoint.Path, "replace", replace)
-    with pytest.raises(CheckpointError, match=r"could not be saved \(no space\)"), replaced(tmp_path / "m") as stage:
+    with pytest.raises(CheckpointError, match=r"could not be written \(no space\)"), replaced(tmp_path / "m") as stage:
         for name in ("config.json", "generation_config.json", "model.safetensors"):
             (stage / name).write_text("new")
     assert {k: v for k, v in contents(tmp_path / "m").items() if k in before} == before

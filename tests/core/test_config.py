@@ -264,7 +264,7 @@ def test_to_dict_is_a_copy() -> None:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "expected a JSON object; found list"),
+        ("[]", "expected a JSON object, found list"),
         ('{"model_type": "bert"}', "model_type must be 'gpt2'; found 'bert'"),
         ('{"hidden": 3}', "none of these keys is one of a GPT-2 configuration: hidden"),
         ('{"n_layer": 0}', "n_layer must be at least 1; found 0"),

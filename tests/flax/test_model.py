@@ -462,7 +462,7 @@ def test_calls_are_mapped_over_parameters_and_differentiated(make):
 def test_double_precision_has_to_be_switched_on():
     code = """if True:
         import numpy as np
-        from gpt2_multi.config import GPT2Config
+        from gpt2_multi.model.config import GPT2Config
         from gpt2_multi.flax import FlaxGPT2Model
         config = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=1, n_head=3)
         for call in (

@@ -24,7 +24,7 @@ from gpt2_multi.pt.generation.beams import Found, search
 from gpt2_multi.pt.generation.decoding import Prompt, Step, aligned, decode
 from gpt2_multi.pt.generation.lookup import speculate
 from gpt2_multi.pt.generation.rules import Rules, stream_keys
-from gpt2_multi.pt.loading import facts, to_numpy
+from gpt2_multi.pt.layers import facts, to_numpy
 
 if TYPE_CHECKING:
     from gpt2_multi.pt.heads import GPT2LMHeadModel
