@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from gpt2_multi.app.terminal import Commands
-from gpt2_multi.model.formats import KINDS
+from gpt2_multi.model.formats import FORMATS
 
 from . import converting, inspection, verification
 
@@ -28,7 +28,9 @@ def main() -> None:
 @main.command()
 @click.argument("source")
 @click.argument("target")
-@click.option("--to", type=click.Choice(list(KINDS)), default="safetensors", show_default=True, help="The new format.")
+@click.option(
+    "--to", type=click.Choice(list(FORMATS)), default="safetensors", show_default=True, help="The new format."
+)
 @click.option("--dtype", type=click.Choice(list(converting.FLOATS)), help="Cast the tensors. Default: as they are.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of safetensors and pytorch_model.bin.")
 @click.option("--untie", is_flag=True, help="Store the language-model head as a tensor of its own.")

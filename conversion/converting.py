@@ -17,10 +17,11 @@ from gpt2_multi.files.containers.safetensors import DTYPES
 from gpt2_multi.files.folders import PathLike, replaced
 from gpt2_multi.files.hub import RENAMED, SETTINGS, TOKENIZER, matches
 from gpt2_multi.files.json_files import write_json
-from gpt2_multi.model import fields, spelling
+from gpt2_multi.model import fields
 from gpt2_multi.model.checkpoint import Checkpoint, open
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import ARCHITECTURES, KINDS, Kind
+from gpt2_multi.model.formats import ARCHITECTURES, FORMATS, Format
+from gpt2_multi.model.spelling import parts_of
 from gpt2_multi.model.weights import Weight, table
 
 REPORT = "conversion.json"
@@ -67,7 +68,7 @@ def convert(
     check: Callable[[Checkpoint, Checkpoint], None] | None = None,
     watch: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Write the checkpoint `source` to the folder `target` in the format `to`, a key of `formats.KINDS`.
+    """Write the checkpoint `source` to the folder `target` in the format `to`, a key of `formats.FORMATS`.
 
     dtype: what the tensors are cast to, by default what they are. max_shard_size: of safetensors and pytorch_model.bin.
     untie: store the head of a tied model as a tensor of its own. force: replace a model that is there, and go on where
@@ -95,10 +96,10 @@ def convert(
     return report
 
 
-def _kind(to: str) -> Kind:
-    if to not in KINDS:
-        raise InputError(f"to: expected one of {', '.join(KINDS)}, found {to!r}")
-    return KINDS[to]
+def _kind(to: str) -> Format:
+    if to not in FORMATS:
+        raise InputError(f"to: expected one of {', '.join(FORMATS)}, found {to!r}")
+    return FORMATS[to]
 
 
 def _configuration(old: Checkpoint, dtype: str | None, untie: bool) -> GPT2Config:
@@ -111,7 +112,7 @@ def _configuration(old: Checkpoint, dtype: str | None, untie: bool) -> GPT2Confi
     return old.config.replace(architectures=[ARCHITECTURES[old.head]], dtype=stored, **changes)
 
 
-def _check_room(kind: Kind, to: str, config: GPT2Config, head: str, force: bool, report: Report) -> None:
+def _check_room(kind: Format, to: str, config: GPT2Config, head: str, force: bool, report: Report) -> None:
     """Whether the target can hold the model, and its program compute the same with it."""
     if head not in kind.heads:
         raise CheckpointError(f"{to}: expected a model with the head {' or '.join(kind.heads)}, found {head}")
@@ -151,14 +152,14 @@ def _check_place(old: Checkpoint, place: Path, force: bool) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether a file belongs to a model, and goes with it."""
-    known = (*SETTINGS, REPORT, *COMPANIONS, *RENAMED, *(name for kind in KINDS.values() for name in kind.own))
+    known = (*SETTINGS, REPORT, *COMPANIONS, *RENAMED, *(name for kind in FORMATS.values() for name in kind.own))
     return matches(path.name, known) and not path.is_dir()
 
 
 def _made(
     old: Checkpoint,
     config: GPT2Config,
-    kind: Kind,
+    kind: Format,
     dtype: str | None,
     report: Report,
     watch: Callable[[str, int, int], None] | None,
@@ -173,10 +174,10 @@ def _made(
         source = "wte.weight" if name not in old else name  # a head that is untied
         array = old[source]
         stored = FLOATS[dtype] if dtype else array.dtype
-        parts = kind.form.spellings(row, old.head != "base")
+        parts = kind.spelling.spellings(row, old.head != "base")
         for number, part in enumerate(parts):
             make = partial(_part, old, kind, row, source, number, watch)
-            made[part] = (stored, kind.form.shape(row), make)
+            made[part] = (stored, kind.spelling.shape(row), make)
         _note(report, old.places[source], list(parts), array, stored, name)
     return made
 
@@ -185,12 +186,12 @@ def _tied(name: str) -> bool:
     return name == "lm_head.weight"
 
 
-def _part(old: Checkpoint, kind: Kind, row: Weight, source: str, number: int, watch: Any) -> Array:
+def _part(old: Checkpoint, kind: Format, row: Weight, source: str, number: int, watch: Any) -> Array:
     old.release()
     array = old[source]
     if watch is not None and not number:
         watch(row.name, array.nbytes, old.bytes)
-    return spelling.parts(kind.form, row, array)[number]
+    return parts_of(kind.spelling, row, array)[number]
 
 
 def _note(report: Report, before: list[str], after: list[str], array: Array, stored: np.dtype[Any], name: str) -> None:

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gpt2_multi.errors import ConfigError, InputError
 from gpt2_multi.flax.layers import is_concrete
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import FLAX, Weight, sizes, table
+from gpt2_multi.model.spelling import FLAX
+from gpt2_multi.model.weights import Weight, sizes, table
 
 Path = tuple[str, ...]
 Tree = dict[str, Any]

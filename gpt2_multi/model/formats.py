@@ -21,8 +21,8 @@ from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.fields import ACTIVATIONS
-from gpt2_multi.model.spelling import FLAX_FILE, KERAS_HUB, KERAS_WEIGHTS, NANOGPT, OPENAI, TF
-from gpt2_multi.model.weights import TRANSFORMERS, Format, table
+from gpt2_multi.model.spelling import FLAX_FILE, KERAS_HUB, KERAS_WEIGHTS, NANOGPT, OPENAI, TF, TRANSFORMERS, Spelling
+from gpt2_multi.model.weights import table
 
 ARCHITECTURES = {  # of each head, the class that config.json names
     "base": "GPT2Model",
@@ -43,7 +43,7 @@ Tensors = dict[str, Array]
 
 
 @dataclass(frozen=True)
-class Kind:
+class Format:
     """A format of checkpoints.
 
     `main` are patterns of the file that a folder of this format is recognised by, `own` those of all its files but
@@ -52,7 +52,7 @@ class Kind:
     """
 
     title: str
-    form: Format
+    spelling: Spelling
     main: tuple[str, ...]
     own: tuple[str, ...]
     read: Callable[[Path], Tensors]
@@ -255,41 +255,41 @@ _MAIN = {format: (files[0], files[-1]) for format, files in WEIGHTS.items()}  # 
 _TANH = {**PLAIN, "activation_function": TANH_GELU}
 _QUARTER = {**NO_ROOM, "n_inner": (None,)}
 _DECODERS = ("lm", "base")
-KINDS: Mapping[str, Kind] = {
-    "safetensors": Kind(
+FORMATS: Mapping[str, Format] = {
+    "safetensors": Format(
         "transformers' safetensors", TRANSFORMERS, _MAIN["safetensors"], WEIGHTS["safetensors"],
         sharded(read_safetensors), _write_safetensors, beside,
     ),
-    "tf-safetensors": Kind(
+    "tf-safetensors": Format(
         "transformers' safetensors of TensorFlow", TF, _MAIN["safetensors"], WEIGHTS["safetensors"],
         sharded(read_safetensors), _write_tf_safetensors, beside, no_room={"tie_word_embeddings": (True,)},
     ),
-    "pytorch": Kind(
+    "pytorch": Format(
         "transformers' pytorch_model.bin", TRANSFORMERS, _MAIN["pytorch"], WEIGHTS["pytorch"],
         sharded(_read_pytorch), _write_pytorch, beside,
     ),
-    "tf-h5": Kind(
+    "tf-h5": Format(
         "transformers' tf_model.h5", TF, _MAIN["tf-h5"], WEIGHTS["tf-h5"],
         sharded(_read_tf_h5), _write_tf_h5, beside, no_room={"tie_word_embeddings": (True,)},
     ),
-    "flax-msgpack": Kind(
+    "flax-msgpack": Format(
         "transformers' flax_model.msgpack", FLAX_FILE, _MAIN["flax-msgpack"], WEIGHTS["flax-msgpack"],
         sharded(read_msgpack), _write_flax, beside,
     ),
-    "openai": Kind(
+    "openai": Format(
         "OpenAI's TensorFlow 1 checkpoint", OPENAI, ("model.ckpt.index", "model.ckpt-[0-9]*.index"), WEIGHTS["openai"],
         lambda main: read_bundle(main.with_suffix("")), _write_openai, _openai_config, _TANH, _QUARTER, _DECODERS,
     ),
-    "nanogpt": Kind(
+    "nanogpt": Format(
         "nanoGPT's ckpt.pt", NANOGPT, WEIGHTS["nanogpt"], WEIGHTS["nanogpt"],
         _read_nanogpt, _write_nanogpt, _nanogpt_config, {**PLAIN, "activation_function": ("gelu",)},
         _QUARTER, _DECODERS,
     ),
-    "keras-hub": Kind(
+    "keras-hub": Format(
         "KerasHub's preset", KERAS_HUB, WEIGHTS["keras-hub"][:1], WEIGHTS["keras-hub"],
         read_hdf5, _write_keras_hub, _keras_hub_config, _TANH, NO_ROOM, _DECODERS,
     ),
-    "keras-weights": Kind(
+    "keras-weights": Format(
         "Keras' .weights.h5 of gpt2_multi.tf", KERAS_WEIGHTS, ("*.weights.h5",), WEIGHTS["keras-hub"][:1],
         read_hdf5, _write_keras_weights, beside,
     ),

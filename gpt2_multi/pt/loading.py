@@ -15,7 +15,8 @@ from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.checkpoint import load, read_weights, save, warn_of_fresh
 from gpt2_multi.model.config import GPT2Config, check_config
-from gpt2_multi.model.weights import TORCH, Weight, table
+from gpt2_multi.model.spelling import TORCH
+from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.pt.layers import NUMPY, as_dtype, initialise, replace_parameter, to_numpy, to_torch
 
 

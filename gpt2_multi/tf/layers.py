@@ -13,7 +13,8 @@ import tensorflow as tf
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.inputs import Facts
-from gpt2_multi.model.weights import KERAS, Weight
+from gpt2_multi.model.spelling import KERAS
+from gpt2_multi.model.weights import Weight
 
 
 def dense(inputs: int, outputs: int, name: str, policy: keras.DTypePolicy, use_bias: bool = True) -> keras.layers.Dense:

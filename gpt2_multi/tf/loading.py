@@ -16,7 +16,8 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.checkpoint import load, save
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
-from gpt2_multi.model.weights import KERAS, Weight, table
+from gpt2_multi.model.spelling import KERAS
+from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.tf.fit import fitting, quantization
 from gpt2_multi.tf.fit.arguments import as_keywords
 from gpt2_multi.tf.fit.policies import Policy, policy_of

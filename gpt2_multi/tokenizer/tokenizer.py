@@ -13,9 +13,9 @@ from gpt2_multi.tokenizer.batching import (
     as_batch,
     check_size,
     choose,
-    cut,
     merge_encodings,
     pad_rows,
+    truncate,
     width_of,
 )
 from gpt2_multi.tokenizer.bpe import BPE
@@ -382,7 +382,9 @@ class GPT2Tokenizer(TokenTable):
             room = limit - len(prefix) * len(sequences)
             if strategy and room < 0:
                 raise TokenizerError(f"max_length: expected room for {limit - room} added tokens, found {limit}")
-            for parts in cut([len(tokens.ids) for tokens in sequences], room, strategy, stride, self.truncation_side):
+            for parts in truncate(
+                [len(tokens.ids) for tokens in sequences], room, strategy, stride, self.truncation_side
+            ):
                 rows.append(Row(list(sequences), parts, prefix))
                 owners.append(owner)
         return rows, owners

@@ -20,7 +20,8 @@ from gpt2_multi.flax import FlaxGPT2LMHeadModel, FlaxGPT2Model, GPT2LMHeadModule
 from gpt2_multi.flax.params import rows_of
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import TRANSFORMERS, table
+from gpt2_multi.model.spelling import TRANSFORMERS
+from gpt2_multi.model.weights import table
 from tests.support import fixtures
 from tests.support.cases import CHANGES
 

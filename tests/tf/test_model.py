@@ -11,7 +11,8 @@ keras = pytest.importorskip("keras")
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import KERAS, TRANSFORMERS, table
+from gpt2_multi.model.spelling import KERAS, TRANSFORMERS
+from gpt2_multi.model.weights import table
 from gpt2_multi.tf import KVCache, TFGPT2LMHeadModel, TFGPT2Model
 from tests.support import fixtures
 from tests.support.cases import CHANGES

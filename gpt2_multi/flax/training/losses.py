@@ -11,7 +11,7 @@ from jax import Array
 
 from gpt2_multi.flax.layers import facts
 from gpt2_multi.model import inputs
-from gpt2_multi.model.weights import FLAX
+from gpt2_multi.model.spelling import FLAX
 
 IGNORED = -100
 DECAYED = {FLAX.leaves[kind] for kind in ("embedding", "kernel", "linear")}  # of the table's kinds
