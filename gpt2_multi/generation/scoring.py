@@ -78,7 +78,7 @@ def score(
     parts: list[list[Array]] = [[] for _ in rows]
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
     for batch in watched(batches, "Scoring", len(batches)):
-        log_probs = read(*texts.padded([window.ids for window in batch], side="right"))
+        log_probs = read(*texts.pad([window.ids for window in batch], side="right"))
         for window, found in zip(batch, log_probs, strict=True):
             parts[window.text].append(found[window.first - 1 : len(window.ids) - 1])
     scores = [TextScore(tuple(row[1:]), joined(found)) for row, found in zip(rows, parts, strict=True)]
