@@ -19,7 +19,7 @@ PHRASES, STOPS, ENDS = 128, 16, 32  # the least numbers of rows that tables have
 
 
 class Options(NamedTuple):
-    """The options of `GenerationConfig` as Python's numbers and NumPy's arrays, or as a framework's own in their place."""
+    """The options of `GenerationConfig` as numbers and NumPy's arrays, or a framework's own in their place."""
 
     do_sample: Any
     temperature: Any
