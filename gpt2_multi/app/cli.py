@@ -76,7 +76,7 @@ def generate(prompt: str | None, model: str, backend: str | None, stream: bool, 
     folder = resolve(model)
     tokenizer = _tokenizer(str(folder))
     language_model = adapter.load(folder, adapter.devices()[0])
-    ids = texts.encoded(text, tokenizer, language_model.config)
+    ids = texts.encode(text, tokenizer, language_model.config)
     given.setdefault("max_new_tokens", min(NEW_TOKENS, _room(language_model, ids)))
     config = _settled(language_model.generation_config, given, greedy, stream)
     if stream:
@@ -87,8 +87,8 @@ def generate(prompt: str | None, model: str, backend: str | None, stream: bool, 
         columns = adapter.stream(language_model, _row(ids), config, tokenizer)
         columns = watched(columns, "Generating", config.max_new_tokens)
         rows = list(zip(*([int(token) for token in column] for column in columns), strict=True))
-        made = texts.ended(rows or [()] * config.num_return_sequences, tokenizer, config, language_model.config)
-        _print_texts([text + "".join(texts.pieces(tokenizer, row, config)) for row in made])
+        made = texts.trim(rows or [()] * config.num_return_sequences, tokenizer, config, language_model.config)
+        _print_texts([text + "".join(texts.decode(tokenizer, row, config)) for row in made])
 
 
 def _settled(own: GenerationConfig, given: dict[str, Any], greedy: bool, stream: bool) -> GenerationConfig:
