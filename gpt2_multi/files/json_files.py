@@ -43,7 +43,7 @@ def read_json(
             raise missing(f"{path}: expected a file, found something else; check the path")
         if (size := path.stat().st_size) > largest:
             raise damaged(f"{path}: has {size} bytes, more than such a file of a model ({largest}); fetch it again")
-        value = json.loads(path.read_bytes().decode())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise missing(f"{path}: there is no such file; a model folder holds it beside the weights") from None
     except OSError as error:

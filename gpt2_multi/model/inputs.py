@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gpt2_multi.errors import InputError, nearest
 from gpt2_multi.model.config import GPT2Config
 
@@ -28,6 +30,12 @@ class Facts(NamedTuple):
     dtype: str
     kind: str
     values: Callable[[], Any]
+
+    @classmethod
+    def of(cls, x: np.ndarray[Any, Any]) -> Facts:
+        """What is known of an array of NumPy."""
+        kind = {"i": "integers", "u": "integers", "f": "floats", "U": "strings", "S": "strings"}
+        return cls(x.shape, x.dtype.name, kind.get(x.dtype.kind, "others"), lambda: x)
 
 
 @contextmanager
