@@ -68,9 +68,9 @@ class GenerationConfig:
         for option in fields(self):
             setattr(self, option.name, plain(getattr(self, option.name)))
         self.top_k = self.top_k or 0
-        for name, (fits, expected) in OPTIONS.items():
-            if not fits(getattr(self, name)):
-                raise InputError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+        for name, allowed in OPTIONS.items():
+            if not allowed.fits(getattr(self, name)):
+                raise InputError(f"{name}: expected {allowed.words}, found {getattr(self, name)!r}")
         for wrong, sentence in self._conflicts():
             if wrong:
                 raise InputError(sentence)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 from gpt2_multi.errors import ConfigError, InputError, nearest, shortened
 from gpt2_multi.files.hub import ARCHIVE, resolve
 from gpt2_multi.files.json_files import read_json, write_whole
-from gpt2_multi.model.fields import ACTIVATIONS, CHECKS, check_together, count, wrong
+from gpt2_multi.model.fields import ACTIVATIONS, COUNT, FIELDS, check_together, wrong
 
 ALIASES = {
     "hidden_size": "n_embd",
@@ -27,7 +27,7 @@ ALIASES = {
     "n_ctx": "n_positions",
     "torch_dtype": "dtype",
 }
-_NAMES = CHECKS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor takes
+_NAMES = FIELDS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor takes
 MOST_LABELS = 1 << 16  # that are numbered without being named: a file with a few digits would make a dict of them
 _KEYS = _NAMES - {"extra", "from_file"}  # what a file may set
 
@@ -44,7 +44,8 @@ def check_config(config: object) -> GPT2Config:
 
 def _label_count(number: Any) -> int:
     """How many labels to number."""
-    if (found := count("num_labels", number)) > MOST_LABELS:
+    found: int = COUNT("num_labels", number)
+    if found > MOST_LABELS:
         raise wrong("num_labels", f"at most {MOST_LABELS} where id2label does not name them", number)
     return found
 
@@ -62,7 +63,7 @@ def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in _NAMES:
             raise TypeError(_unknown(name))
-    values = {name: value for name, value in given.items() if name in CHECKS}
+    values = {name: value for name, value in given.items() if name in FIELDS}
     for alias, name in ALIASES.items():
         if given.get(alias) is not None and values.setdefault(name, given[alias]) != given[alias]:
             raise ConfigError(
@@ -70,7 +71,7 @@ def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
             )
     if "num_labels" in given:
         number = _label_count(given["num_labels"])
-        labels = CHECKS["id2label"]("id2label", values.setdefault("id2label", _numbered_labels(number)))
+        labels = FIELDS["id2label"]("id2label", values.setdefault("id2label", _numbered_labels(number)))
         if len(labels) != number:
             raise ConfigError(f"num_labels is {number} but id2label has {len(labels)} labels: give one of the two")
     return values
@@ -183,12 +184,12 @@ class GPT2Config:
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _NAMES:
             raise AttributeError(_unknown(name))
-        if name not in CHECKS:
+        if name not in FIELDS:
             return super().__setattr__(name, value)  # a property, which sets its field
-        values = {**vars(self), name: CHECKS[name](name, value)}
+        values = {**vars(self), name: FIELDS[name](name, value)}
         if name == "id2label" or not values.get("label2id", True):
             values["label2id"] = {label: i for i, label in values["id2label"].items()}
-        if len(values) == len(CHECKS):  # the constructor comes here once per field
+        if len(values) == len(FIELDS):  # the constructor comes here once per field
             _check_all(values)
         vars(self).update(values)
 

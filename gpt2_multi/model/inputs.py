@@ -5,9 +5,7 @@ A check looks at facts. A framework says what it knows of an array, and that is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +14,6 @@ from gpt2_multi.errors import InputError, nearest
 from gpt2_multi.model.config import GPT2Config
 
 Shape = Sequence[int | None]  # None: not known yet
-_TRUSTED = ContextVar("_TRUSTED", default=False)
 
 
 class Facts(NamedTuple):
@@ -36,16 +33,6 @@ class Facts(NamedTuple):
         """What is known of an array of NumPy."""
         kind = {"i": "integers", "u": "integers", "f": "floats", "U": "strings", "S": "strings"}
         return cls(x.shape, x.dtype.name, kind.get(x.dtype.kind, "others"), lambda: x)
-
-
-@contextmanager
-def trusted() -> Iterator[None]:
-    """Calls of the body with ids that the library chose: to look at values would wait for the device at each token."""
-    token = _TRUSTED.set(True)
-    try:
-        yield
-    finally:
-        _TRUSTED.reset(token)
 
 
 def extremes(x: Facts) -> tuple[int, int] | None:
@@ -92,17 +79,22 @@ def check_source(config: GPT2Config, given: Mapping[str, Facts]) -> Facts:
 
 
 def check_call(
-    config: GPT2Config, given: Mapping[str, Facts], tables: tuple[int, int], past: int | None, keys: int | None
+    config: GPT2Config,
+    given: Mapping[str, Facts],
+    tables: tuple[int, int],
+    past: int | None,
+    keys: int | None,
+    values: bool = True,
 ) -> None:
     """Every input of the body has to fit the configuration and the others.
 
     `tables` are the rows of the embeddings of tokens and of positions, `past` the tokens in the cache, `keys` the
-    columns of a mask; None is not known yet.
+    columns of a mask; None is not known yet. Without `values` shapes are looked at alone: nothing waits for the device.
     """
     batch, length = check_source(config, given).shape[:2]
     _check_beside(config, given, batch, length, keys)
     check_states(config, batch, given)
-    if not _TRUSTED.get():
+    if values:
         _check_values(given, tables, None if past is None or length is None else past + length)
 
 

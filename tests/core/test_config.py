@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gpt2_multi.errors import CheckpointError, ConfigError
 from gpt2_multi.files.hub import ARCHIVE
 from gpt2_multi.model.config import ALIASES, GPT2Config
-from gpt2_multi.model.fields import CHECKS
+from gpt2_multi.model.fields import FIELDS
 from gpt2_multi.model.weights import table
 from tests.support.fixtures import MODELS, folder, parameter_count
 
@@ -75,7 +75,7 @@ def test_default(name: str) -> None:
 
 
 def test_every_field_has_a_default_to_compare_with() -> None:
-    assert DEFAULTS.keys() == CHECKS.keys() - {"extra", "from_file"}
+    assert DEFAULTS.keys() == FIELDS.keys() - {"extra", "from_file"}
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
@@ -135,7 +135,7 @@ def test_wrong_values_are_refused_when_made_and_when_assigned(name: str, value: 
 
 def test_every_field_is_tried_with_a_wrong_value() -> None:
     (marks,) = test_wrong_values_are_refused_when_made_and_when_assigned.pytestmark  # type: ignore[attr-defined]
-    assert CHECKS.keys() - {"from_file"} <= {name for name, _ in marks.args[1]}
+    assert FIELDS.keys() - {"from_file"} <= {name for name, _ in marks.args[1]}
 
 
 def test_what_is_given_is_not_shared() -> None:

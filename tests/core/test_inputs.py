@@ -28,10 +28,10 @@ class Given(dict):
         return inputs.Facts(x if isinstance(x, tuple) else array.shape, array.dtype.name, kind, values)
 
 
-def check(given, past=0, keys=None):
+def check(given, past=0, keys=None, values=True):
     _batch, length = inputs.check_source(CONFIG, given).shape[:2]
     keys = past + length if None not in (past, length) else keys
-    inputs.check_call(CONFIG, given, (50, 8), past, keys)
+    inputs.check_call(CONFIG, given, (50, 8), past, keys, values)
 
 
 def test_values_are_looked_at_only_where_they_decide():
@@ -44,12 +44,11 @@ def test_values_are_looked_at_only_where_they_decide():
         check(Given(input_ids=ids, attention_mask=np.ones((2, 9), int)), past=6)
 
 
-def test_trusted_calls_look_at_no_value_and_at_every_shape():
-    with inputs.trusted():
-        check(given := Given(input_ids=np.full((2, 3), 99)))
-        assert not given.looked
-        with pytest.raises(InputError, match="attention_mask: expected shape"):
-            check(Given(input_ids=np.zeros((2, 3), int), attention_mask=np.ones((2, 4), int)))
+def test_without_values_every_shape_is_looked_at_alone():
+    check(given := Given(input_ids=np.full((2, 3), 99)), values=False)
+    assert not given.looked
+    with pytest.raises(InputError, match="attention_mask: expected shape"):
+        check(Given(input_ids=np.zeros((2, 3), int), attention_mask=np.ones((2, 4), int)), values=False)
     with pytest.raises(InputError, match="the id 99 is outside the vocabulary"):
         check(Given(input_ids=np.full((2, 3), 99)))
 
