@@ -147,7 +147,7 @@ def _tokenizer(model: str) -> GPT2Tokenizer:
 
 def _tokens_left(config: GPT2Config, tokenizer: GPT2Tokenizer, text: str) -> int:
     """How many tokens a text has room for behind it."""
-    length = len(texts.encoded(text, tokenizer, config))
+    length = len(texts.encode(text, tokenizer, config))
     if length >= config.n_positions:
         raise InputError(
             f"PROMPT: {length} tokens leave no room, for the model can read {config.n_positions}; shorten it"

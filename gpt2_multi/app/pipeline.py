@@ -15,7 +15,7 @@ from gpt2_multi.files.hub import DEMO, resolve
 from gpt2_multi.generation.config import TASK, GenerationConfig, task_options
 from gpt2_multi.generation.progress import watched
 from gpt2_multi.generation.request import seed_of
-from gpt2_multi.generation.rules import streams
+from gpt2_multi.generation.rules import noise_streams
 from gpt2_multi.model import inputs
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class TextGenerationPipeline:
         `return_dict_in_generate` and what belongs to it; they win over those of the pipeline, and these over the
         model's, in whose place a `generation_config` stands where it is given.
         """
-        config = self.model.generation_config.settled(generation_config, self.options | options)
+        config = self.model.generation_config.resolve(generation_config, self.options | options)
         if config.records:
             raise InputError("return_dict_in_generate: a pipeline gives texts; leave it out, or call model.generate")
         if return_tensors and config.prompt_lookup_num_tokens:
@@ -158,7 +158,7 @@ class Batches:
             self.check_seeds(max(len(seed), done + count))
             return list(seed[done : done + count])
         first = seed_of(self.config, count) if seed is None else seed + done * rows  # type: ignore[operator]
-        return streams(first, count, rows)[::rows]
+        return noise_streams(first, count, rows)[::rows]
 
     def batch(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Result]:
         """The results of a batch, in its order."""

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.json_files import read_json, write_json
-from gpt2_multi.generation.options import OPTIONS, UNSUPPORTED, plain
+from gpt2_multi.generation.fields import OPTIONS, UNSUPPORTED, plain
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 
@@ -147,7 +147,7 @@ class GenerationConfig:
         wanted = {"scores": self.output_scores, "logits": self.output_logits, "log_probs": self.return_dict_in_generate}
         return tuple(name for name, is_wanted in wanted.items() if is_wanted)
 
-    def settled(self, given: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+    def resolve(self, given: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
         """What a call of a model with this configuration does: `given` with the special tokens of this one, or this.
 
         `options` come on top. Raises InputError and TypeError for what cannot be used.

@@ -1,137 +1,97 @@
-"""What each option of `generate` may be, and which options of transformers are not here."""
+"""The options of a generation as plain numbers: what the loop of every framework is given.
+
+Sizes come in few steps, so that another value rarely compiles anything. B rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.rules import phrase_table
 
-def plain(value: Any) -> Any:
-    """Python's own numbers for NumPy's, also within lists."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, (list, tuple)):
-        return type(value)(plain(item) for item in value)
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
-    return value
+Array = np.ndarray[Any, Any]
+PHRASES, STOPS, ENDS = 128, 16, 32  # the least numbers of rows that tables have
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+class Options(NamedTuple):
+    """The options of `GenerationConfig` as numbers and NumPy's arrays, or a framework's own in their place."""
+
+    do_sample: Any
+    temperature: Any
+    top_k: Any  # 0 is off
+    top_p: Any
+    min_p: Any  # 0 is off
+    least_kept: Any
+    repetition_penalty: Any
+    no_repeat_ngram_size: Any  # 0 is off
+    min_length: Any
+    min_new_tokens: Any
+    length_penalty: Any
+    early_stopping: Any  # 0 is False, 1 True, 2 "never"
+    candidates: Any
+    max_matching_ngram_size: Any
+    fill: Any  # what a finished row is filled with
+    ends: Any  # (at least 32,) int32, the end tokens; -1 is none
+    phrases: Any  # (at least 128, L) int32, filled up with -1 on the left; see `rules.phrase_table`
+    biases: Any  # (at least 128,) float32; 0 where there is no phrase
+    stops: Any  # (at least 16, V) int32, of the stop strings; see `stopping.stop_table`
+    streams: Any  # (B, 2) uint32, the low and the high word of each row's noise
+
+    @classmethod
+    def of(cls, config: GenerationConfig, stops: Array, streams: Sequence[int]) -> Options:
+        """The numbers of a configuration, of its stop strings' table (S, V), and of each row's stream of noise."""
+        phrases, biases = phrase_table(config.biases)
+        return cls(
+            do_sample=config.do_sample,
+            temperature=float(config.temperature),
+            top_k=within(config.top_k or 0),
+            top_p=float(config.top_p),
+            min_p=float(config.min_p or 0),
+            least_kept=within(config.least_kept),
+            repetition_penalty=float(config.repetition_penalty),
+            no_repeat_ngram_size=within(config.no_repeat_ngram_size),
+            min_length=within(config.min_length),
+            min_new_tokens=within(config.min_new_tokens or 0),
+            length_penalty=float(config.length_penalty),
+            early_stopping=[False, True, "never"].index(config.early_stopping),
+            candidates=within(config.candidates),
+            max_matching_ngram_size=within(config.max_matching_ngram_size),
+            fill=within(config.fill_token_id),
+            ends=end_table(config.eos_token_ids),
+            phrases=filled(phrases, PHRASES),
+            biases=filled(biases, PHRASES),
+            stops=filled(stops, STOPS) if config.stops else no_stops(stops.shape[1]),
+            streams=np.array([[s & 0xFFFFFFFF, s >> 32] for s in streams], np.uint32).reshape(-1, 2),
+        )
+
+    def row(self, row: int) -> Options:
+        """Those of one row alone."""
+        return self._replace(streams=self.streams[row : row + 1])
 
 
-def _real(value: Any, least: float = -1e30, most: float = 1e30) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+def within(number: int) -> int:
+    """A number that int32 holds; what is beyond it means what the greatest means: all, never, no token."""
+    return min(int(number), np.iinfo(np.int32).max)
 
 
-def _from(least: int, optional: bool = False) -> tuple[Callable[[Any], bool], str]:
-    expected = f"a whole number from {least}" + (", or None" if optional else "")
-    return lambda v: (optional and v is None) or (_whole(v) and least <= v < 2**63), expected
+def end_table(ends: Sequence[int]) -> Array:
+    """The end tokens, filled up with -1 to a power of two."""
+    table = np.full(1 << max(len(ends) - 1, ENDS - 1).bit_length(), -1, np.int32)
+    table[: len(ends)] = [within(token) for token in ends]
+    return table
 
 
-def _ids(value: Any) -> bool:
-    return all(_whole(v) and 0 <= v < 2**63 for v in (value if isinstance(value, (list, tuple)) else [value]))
+def filled(table: Array, rows: int) -> Array:
+    """A table with so many rows at least, those that are added being 0."""
+    return np.pad(table, [(0, max(rows - len(table), 0)), *[(0, 0)] * (table.ndim - 1)])
 
 
-def _phrase(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and _ids(value)
-
-
-def _list_of(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, (list, tuple)) and all(fits(v) for v in value)
-
-
-def _biases(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all((_phrase(ids) or (_whole(ids) and _ids(ids))) and _bias(bias) for ids, bias in value.items())
-    return _list_of(value, lambda pair: isinstance(pair, (list, tuple)) and len(pair) == 2 and _biased(*pair))
-
-
-def _biased(ids: Any, bias: Any) -> bool:
-    return _phrase(ids) and _bias(bias)
-
-
-def _bias(value: Any) -> bool:
-    return _real(value) or value == -math.inf
-
-
-def _seed(value: Any) -> bool:
-    return _whole(value) and 0 <= value < 2**64
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _one_of(*known: Any) -> tuple[Callable[[Any], bool], str]:
-    *others, last = (f'"{value}"' if isinstance(value, str) else str(value) for value in known)
-    return lambda v: any(type(v) is type(value) and v == value for value in known), f"{', '.join(others)} or {last}"
-
-
-TRUTH = _one_of(True, False)
-POSITIVE = (lambda v: _real(v) and v > 0, "a number above 0")
-
-# Options of transformers that change the text and are not here, and the value with which each changes nothing.
-UNSUPPORTED = {
-    "begin_suppress_tokens": None, "constraints": None, "diversity_penalty": 0.0, "dola_layers": None,
-    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "exponential_decay_length_penalty": None, "force_words_ids": None, "forced_bos_token_id": None,
-    "forced_eos_token_id": None, "guidance_scale": 1.0, "max_time": None, "num_beam_groups": 1, "penalty_alpha": None,
-    "remove_invalid_values": False, "renormalize_logits": False, "sequence_bias": None, "suppress_tokens": None,
-    "token_healing": False, "top_h": None, "typical_p": 1.0, "watermarking_config": None,
-}  # fmt: skip
-
-# What each option may be: a test, and the words for it.
-OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": _from(0, optional=True),
-    "max_length": _from(1, optional=True),
-    "min_new_tokens": _from(0, optional=True),
-    "min_length": _from(0),
-    "do_sample": TRUTH,
-    "temperature": (lambda v: _real(v) and v >= 1e-9, "a number from 1e-9 (for greedy choice: do_sample=False)"),
-    "top_k": _from(0, optional=True),
-    "top_p": (lambda v: _real(v) and 0 < v <= 1, "a number above 0, up to 1"),
-    "min_p": (lambda v: v is None or (_real(v) and 0 <= v <= 1), "a number from 0 to 1, or None"),
-    "repetition_penalty": POSITIVE,
-    "no_repeat_ngram_size": _from(0),
-    "bad_words_ids": (
-        lambda v: v is None or _list_of(v, _phrase),
-        "a list of lists of ids, none of them empty, or None",
-    ),
-    "logit_bias": (
-        lambda v: v is None or _biases(v),
-        "a mapping from ids (or tuples of ids) to numbers up to 1e30, or a list of (ids, number) pairs, or None",
-    ),
-    "num_beams": _from(1),
-    "num_return_sequences": _from(1),
-    "length_penalty": (lambda v: _real(v, -10, 10), "a number from -10 to 10"),
-    "early_stopping": (
-        lambda v: isinstance(v, bool) or (isinstance(v, str) and v == "never"),
-        'True, False or "never"',
-    ),
-    "prompt_lookup_num_tokens": _from(1, optional=True),
-    "max_matching_ngram_size": _from(1),
-    "sliding_window": TRUTH,
-    "seed": (
-        lambda v: v is None or _seed(v) or (_list_of(v, _seed) and len(v) > 0),
-        "a whole number from 0 to 2**64 - 1, a list of them, or None",
-    ),
-    "stop_strings": (
-        lambda v: v is None or _text(v) or _list_of(v, _text),
-        "a text, a list of texts, none of them empty, or None",
-    ),
-    "cache_implementation": (
-        lambda v: v is None or (isinstance(v, str) and v in ("static", "dynamic")),
-        '"static", "dynamic" or None',
-    ),
-    "return_dict_in_generate": TRUTH,
-    "output_scores": TRUTH,
-    "output_logits": TRUTH,
-    "bos_token_id": _from(0, optional=True),
-    "eos_token_id": (lambda v: v is None or _ids(v), "an id, a list of ids, or None"),
-    "pad_token_id": _from(0, optional=True),
-}
+@lru_cache(maxsize=2)
+def no_stops(vocab_size: int) -> Array:
+    """The table of no stop string, which no token leaves the first state of."""
+    return np.zeros((STOPS, vocab_size), np.int32)

@@ -37,7 +37,7 @@ def window_start(length: int, n_positions: int) -> int:
     return max(-(-(length - n_positions) // half), 0) * half
 
 
-def streams(seed: int | Sequence[int], prompts: int, rows: int) -> list[int]:
+def noise_streams(seed: int | Sequence[int], prompts: int, rows: int) -> list[int]:
     """The 64-bit stream of noise of each row: `rows` rows for each prompt, a seed for all of them or one per prompt."""
     if isinstance(seed, (list, tuple)):
         if len(seed) != prompts:

@@ -52,10 +52,10 @@ def _table(stops: tuple[str, ...], tokenizer: GPT2Tokenizer, known: int, vocab_s
 
 @lru_cache(maxsize=2)
 def _words(tokenizer: GPT2Tokenizer, count: int) -> list[bytes]:
-    return [spelling(tokenizer, token) for token in range(count)]
+    return [token_bytes(tokenizer, token) for token in range(count)]
 
 
-def spelling(tokenizer: GPT2Tokenizer, token: int) -> bytes:
+def token_bytes(tokenizer: GPT2Tokenizer, token: int) -> bytes:
     """The bytes of an id; none for one that the tokenizer does not know."""
     try:
         return tokenizer.decode_bytes([token])

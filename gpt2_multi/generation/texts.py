@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.stopping import spelling, stop_table, until_end
+from gpt2_multi.generation.stopping import stop_table, token_bytes, until_end
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import GenerateOutput
@@ -44,14 +44,14 @@ def generate(
     inputs.check_text_input(mask is not None, tokenizer)
     tokenizer = cast("GPT2Tokenizer", tokenizer)
     prompts = [given] if isinstance(given, str) else list(given)
-    rows = [encoded(prompt, tokenizer, model) for prompt in prompts]
+    rows = [encode(prompt, tokenizer, model) for prompt in prompts]
     output: Any = GenerateOutput(np.zeros((0, 0), np.int64))
     if rows:
-        output = run(*padded(rows))
+        output = run(*pad(rows))
     ids = to_numpy(output.sequences if isinstance(output, GenerateOutput) else output) if rows else output.sequences
     width, several, alone = max(map(len, rows), default=0), config.num_return_sequences, isinstance(given, str)
-    made = ended(ids[:, width:].tolist(), tokenizer, config, model)
-    texts = [prompts[i // several] + "".join(pieces(tokenizer, row, config)) for i, row in enumerate(made)]
+    made = trim(ids[:, width:].tolist(), tokenizer, config, model)
+    texts = [prompts[i // several] + "".join(decode(tokenizer, row, config)) for i, row in enumerate(made)]
     if not config.return_dict_in_generate:
         return grouped(texts, alone, several)
     output.texts = grouped(texts, alone, several)
@@ -59,7 +59,7 @@ def generate(
     return output
 
 
-def encoded(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
+def encode(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
     """The ids of a prompt; an empty one is begun by the model's `bos_token_id`."""
     inputs.check_text("text", text)
     inputs.check_tokenizer(tokenizer)
@@ -73,12 +73,12 @@ def streamed(text: str, tokenizer: GPT2Tokenizer, config: GenerationConfig, mode
     """The ids of a prompt whose text is streamed, and is one."""
     if config.num_return_sequences > 1:
         raise InputError("num_return_sequences: one text is streamed; leave it out, or call generate")
-    return encoded(text, tokenizer, model)
+    return encode(text, tokenizer, model)
 
 
-def padded(rows: Sequence[Sequence[int]], side: str = "left") -> tuple[Array, Array]:
+def pad(rows: Sequence[Sequence[int]], side: str = "left") -> tuple[Array, Array]:
     """Rows as ids and mask, (B, T) int64; what the mask hides is 0."""
-    ids, mask = np.zeros((2, len(rows), max(map(len, rows))), np.int64)
+    ids, mask = np.zeros((2, len(rows), max(map(len, rows), default=0)), np.int64)
     width = ids.shape[1]
     for row, given in enumerate(rows):
         place = slice(width - len(given), None) if side == "left" else slice(len(given))
@@ -86,7 +86,7 @@ def padded(rows: Sequence[Sequence[int]], side: str = "left") -> tuple[Array, Ar
     return ids, mask
 
 
-def ended(
+def trim(
     rows: Sequence[Sequence[int]], tokenizer: GPT2Tokenizer, config: GenerationConfig, model: GPT2Config
 ) -> list[list[int]]:
     """New tokens up to the end of each row, without what it is filled with."""
@@ -100,7 +100,7 @@ def grouped(texts: list[Any], alone: bool, several: int) -> Any:
     return each[0] if alone else each
 
 
-def pieces(tokenizer: GPT2Tokenizer, ids: Iterable[int], config: GenerationConfig) -> Iterator[str]:
+def decode(tokenizer: GPT2Tokenizer, ids: Iterable[int], config: GenerationConfig) -> Iterator[str]:
     """The text of each id up to an end token; a character that several ids share waits for its last byte.
 
     An id that the tokenizer does not know, as of a vocabulary that was filled up, has no text.
@@ -109,7 +109,7 @@ def pieces(tokenizer: GPT2Tokenizer, ids: Iterable[int], config: GenerationConfi
     for token in ids:
         if token in config.eos_token_ids:
             break
-        if piece := decoder.decode(spelling(tokenizer, token)):
+        if piece := decoder.decode(token_bytes(tokenizer, token)):
             yield piece
     if rest := decoder.decode(b"", final=True):
         yield rest

@@ -232,9 +232,9 @@ def test_no_piece_splits_a_character(tiny: Path) -> None:
     ids = tokenizer(CHARACTERS).input_ids
     assert len(ids) == 1 + 2 + 3 + 4
     config = GenerationConfig(eos_token_id=ids[-1])
-    assert list(texts.pieces(tokenizer, ids, GenerationConfig())) == list(CHARACTERS)
-    assert "".join(texts.pieces(tokenizer, ids[:-1], GenerationConfig())) == tokenizer.decode(ids[:-1])
-    assert list(texts.pieces(tokenizer, [ids[0], ids[-1], ids[0]], config)) == [CHARACTERS[0]]
+    assert list(texts.decode(tokenizer, ids, GenerationConfig())) == list(CHARACTERS)
+    assert "".join(texts.decode(tokenizer, ids[:-1], GenerationConfig())) == tokenizer.decode(ids[:-1])
+    assert list(texts.decode(tokenizer, [ids[0], ids[-1], ids[0]], config)) == [CHARACTERS[0]]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

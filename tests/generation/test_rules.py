@@ -88,8 +88,8 @@ def test_a_phrase_table_holds_the_phrases():
 
 
 def test_streams():
-    assert rules.streams(5, 2, 2) == [5, 6, 7, 8] and rules.streams([5, 9], 2, 2) == [5, 6, 9, 10]
-    assert rules.streams(2**64 - 1, 2, 1) == [2**64 - 1, 0]
+    assert rules.noise_streams(5, 2, 2) == [5, 6, 7, 8] and rules.noise_streams([5, 9], 2, 2) == [5, 6, 9, 10]
+    assert rules.noise_streams(2**64 - 1, 2, 1) == [2**64 - 1, 0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 40])

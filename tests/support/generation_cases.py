@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.reference import generate
-from gpt2_multi.generation.rules import streams
+from gpt2_multi.generation.rules import noise_streams
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.tokenizer.bpe import byte_characters, spell
@@ -127,7 +127,7 @@ def expected(folder: Path, seed: int) -> Any:
     case, model = draw(seed), GPT2Config.from_json_file(folder / "config.json")
     config = GenerationConfig.of(model).with_options(case.options)
     table = stop_table(config.stops, tokenizer(), VOCAB)
-    noise = streams(config.seed or 0, len(case.ids), config.rows)
+    noise = noise_streams(config.seed or 0, len(case.ids), config.rows)
     rows = [
         made
         for row, (ids, mask) in enumerate(zip(case.ids, case.mask, strict=True))

@@ -38,7 +38,7 @@ from gpt2_multi.flax.params import Tree
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.request import seed_of
-from gpt2_multi.generation.rules import bucket, streams
+from gpt2_multi.generation.rules import bucket, noise_streams
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
@@ -71,7 +71,7 @@ def generate(
     Raises InputError for an id outside the vocabulary, a text beyond `n_positions` and unusable options, and TypeError
     for an unknown option.
     """
-    config = self.generation_config.settled(generation_config, options)
+    config = self.generation_config.resolve(generation_config, options)
     encoder = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
     if texts.are_texts(input_ids):
         given: dict[str, Any] = {"tokenizer": tokenizer, "params": params, **encoder}
@@ -94,10 +94,10 @@ def stream(
     **options: Any,
 ) -> Iterator[str]:
     """What `generate` appends to a text, piece by piece; no piece ends within a character."""
-    config = self.generation_config.settled(generation_config, options)
+    config = self.generation_config.resolve(generation_config, options)
     ids = np.array([texts.streamed(text, tokenizer, config, self.config)])
     columns = stream_tokens(self, ids, generation_config=config, tokenizer=tokenizer, params=params)
-    return texts.pieces(tokenizer, (int(column[0]) for column in columns), config)
+    return texts.decode(tokenizer, (int(column[0]) for column in columns), config)
 
 
 def stream_tokens(
@@ -113,7 +113,7 @@ def stream_tokens(
     **options: Any,
 ) -> Iterator[Array]:
     """What `generate` appends, one column (B * num_return_sequences,) of ids at a time, as soon as it is known."""
-    config = self.generation_config.settled(generation_config, options)
+    config = self.generation_config.resolve(generation_config, options)
     config.check_streaming()
     encoder = (encoder_hidden_states, encoder_attention_mask)
     prompt, rules, new = prepare(self, config, input_ids, attention_mask, tokenizer, *encoder)
@@ -184,7 +184,7 @@ def prepare(
         check_values(model, config, ids, mask, new)
     config.check_vocabulary(model.config.vocab_size)
     table = stop_table(config.stops, tokenizer, model.config.vocab_size)
-    noise = streams(seed_of(config, len(ids)), len(ids), config.rows)
+    noise = noise_streams(seed_of(config, len(ids)), len(ids), config.rows)
     prompt = Prompt(*aligned(ids.astype(np.int32), mask), states, states_mask)
     return prompt, Options.of(config, table, noise), new
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.request import seed_of
-from gpt2_multi.generation.rules import streams
+from gpt2_multi.generation.rules import noise_streams
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
@@ -52,7 +52,7 @@ def generate(
     Raises InputError for an id outside the vocabulary, a text beyond `n_positions` and unusable options, and TypeError
     for an unknown option.
     """
-    config = self.generation_config.settled(generation_config, options)
+    config = self.generation_config.resolve(generation_config, options)
     encoder = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
     if texts.are_texts(input_ids):
         run = partial(_generate_rows, self, config=config, tokenizer=tokenizer, **encoder)
@@ -79,10 +79,10 @@ def stream(
     **options: Any,
 ) -> Iterator[str]:
     """What `generate` appends to a text, piece by piece; no piece ends within a character."""
-    config = self.generation_config.settled(generation_config, options)
+    config = self.generation_config.resolve(generation_config, options)
     ids = torch.tensor([texts.streamed(text, tokenizer, config, self.config)], device=self.device)
     columns = stream_tokens(self, ids, generation_config=config, tokenizer=tokenizer)
-    return texts.pieces(tokenizer, (int(column[0]) for column in columns), config)
+    return texts.decode(tokenizer, (int(column[0]) for column in columns), config)
 
 
 def stream_tokens(
@@ -97,7 +97,7 @@ def stream_tokens(
     **options: Any,
 ) -> Iterator[Tensor]:
     """What `generate` appends, one column (B * num_return_sequences,) of ids at a time, as soon as it is known."""
-    config = self.generation_config.settled(generation_config, options)
+    config = self.generation_config.resolve(generation_config, options)
     config.check_streaming()
     prompt, rules, new = prepare(
         self, config, input_ids, attention_mask, tokenizer, encoder_hidden_states, encoder_attention_mask
@@ -130,7 +130,7 @@ def prepare(
     config.check_vocabulary(vocab_size)
     table = torch.from_numpy(stop_table(config.stops, tokenizer, vocab_size)).to(ids.device)
     prompt = Prompt(*aligned(ids.long(), mask), states, states_mask)
-    noise = stream_keys(streams(seed_of(config, len(ids)), len(ids), config.rows), ids.device)
+    noise = stream_keys(noise_streams(seed_of(config, len(ids)), len(ids), config.rows), ids.device)
     wide = prompt.repeated(config.rows)
     return prompt, Rules(config, wide.ids, wide.mask, new, table, noise), new
 

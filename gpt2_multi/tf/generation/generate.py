@@ -18,7 +18,7 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.request import seed_of
-from gpt2_multi.generation.rules import bucket, streams
+from gpt2_multi.generation.rules import bucket, noise_streams
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
@@ -62,7 +62,7 @@ def generate(
     Raises InputError for an id outside the vocabulary, a text beyond `n_positions` and unusable options, and TypeError
     for an unknown option.
     """
-    config = self.generation_config.settled(generation_config, options)
+    config = self.generation_config.resolve(generation_config, options)
     encoder = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
     if texts.are_texts(input_ids):
         given: dict[str, Any] = {"tokenizer": tokenizer, "jit_compile": jit_compile, **encoder}
@@ -85,10 +85,10 @@ def stream(
     **options: Any,
 ) -> Iterator[str]:
     """What `generate` appends to a text, piece by piece; no piece ends within a character."""
-    config = self.generation_config.settled(generation_config, options)
+    config = self.generation_config.resolve(generation_config, options)
     ids = tf.constant([texts.streamed(text, tokenizer, config, self.config)])
     columns = stream_tokens(self, ids, generation_config=config, tokenizer=tokenizer, jit_compile=jit_compile)
-    return texts.pieces(tokenizer, (int(column[0]) for column in columns), config)
+    return texts.decode(tokenizer, (int(column[0]) for column in columns), config)
 
 
 def stream_tokens(
@@ -104,7 +104,7 @@ def stream_tokens(
     **options: Any,
 ) -> Iterator[tf.Tensor]:
     """What `generate` appends, one column (B * num_return_sequences,) of ids at a time, as soon as it is known."""
-    config = self.generation_config.settled(generation_config, options)
+    config = self.generation_config.resolve(generation_config, options)
     config.check_streaming()
     prompt, rules, new = prepare(
         self, config, input_ids, attention_mask, tokenizer, encoder_hidden_states, encoder_attention_mask
@@ -191,7 +191,7 @@ def noise(config: GenerationConfig, ids: tf.Tensor) -> tf.Tensor:
     batch, rows = ids.shape[0], config.rows
     seed = seed_of(config, batch or 1)
     if batch is not None or not isinstance(seed, int):
-        return tf.constant(np.array(streams(seed, len(seed) if batch is None else batch, rows), np.uint64))  # type: ignore[arg-type]
+        return tf.constant(np.array(noise_streams(seed, len(seed) if batch is None else batch, rows), np.uint64))  # type: ignore[arg-type]
     return tf.constant(seed, tf.uint64) + tf.cast(tf.range(tf.shape(ids)[0] * rows), tf.uint64)
 
 

@@ -77,7 +77,7 @@ def settled(
     model: TFGPT2LMHeadModel, given: GenerationConfig | None, own: dict[str, Any], options: dict[str, Any]
 ) -> GenerationConfig:
     """The options in the file; `own` are of the model's task. What of its settings no file can have is left out."""
-    config, longest = model.generation_config.settled(given, own | options), model.transformer.wpe.input_dim
+    config, longest = model.generation_config.resolve(given, own | options), model.transformer.wpe.input_dim
     asked = options if given is None else UNWRITTEN
     left = [name for name in UNWRITTEN if getattr(config, name) and name not in asked]
     if left:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.options import OPTIONS
+from gpt2_multi.generation.fields import OPTIONS
 from gpt2_multi.tf.attention import sizes, widened
 from gpt2_multi.tf.generation.decoding import State
 from gpt2_multi.tf.generation.generate import PARTS, prepare

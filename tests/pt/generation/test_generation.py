@@ -263,7 +263,7 @@ def test_rules_equal_the_specification(rule):
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**63 + 7, 2**64 - 1])
 def test_noise_equals_the_specification(seed):
     tokens = np.arange(5000)
-    keys = rules.stream_keys(spec.streams(seed, 3, 1), torch.device("cpu"))
+    keys = rules.stream_keys(spec.noise_streams(seed, 3, 1), torch.device("cpu"))
     for step in (0, 1, 1000):
         found = rules.gumbel(keys, step, torch.from_numpy(np.tile(tokens, (3, 1))), torch.float64)
         for row in range(3):

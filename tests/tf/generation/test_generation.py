@@ -230,7 +230,7 @@ def test_rules_equal_the_specification(rule, dtype):
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**63 + 7, 2**64 - 1])
 def test_noise_equals_the_specification(seed):
-    tokens, noise = np.arange(5000), tf.constant(np.array(spec.streams(seed, 3, 1), np.uint64))
+    tokens, noise = np.arange(5000), tf.constant(np.array(spec.noise_streams(seed, 3, 1), np.uint64))
     for step in (0, 1, 1000):
         found = rules.gumbel(noise, step, tokens, tf.float64).numpy()
         for row in range(3):
