@@ -92,9 +92,7 @@ def generate(prompt: str | None, model: str, backend: str | None, stream: bool, 
     how = {"generation_config": config, "tokenizer": tokenizer, **row.one_text}
     if config.num_beams == config.num_return_sequences == 1:
         pieces = language_model.stream(text, **how)
-        if not stream:
-            pieces = ["".join(watched(pieces, "Generating", config.max_new_tokens))]
-        _print_pieces([text], pieces)
+        _print_pieces([text], pieces if stream else ["".join(watched(pieces, "Generating", config.max_new_tokens))])
     else:
         with busy("Generating"):
             made = language_model.generate(text, **how)
