@@ -78,7 +78,11 @@ def _exchange(new: Path, old: Path) -> None:
         return
     aside = new.with_name(f"{new.name}.old")
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    finally:
+        if not old.exists():  # stopped between the two
+            aside.rename(old)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -93,7 +97,7 @@ def _take_places(stage: Path, place: Path, owned: Owned) -> None:
             placed.append(new.name)
         for name in set(old) - set(placed):
             _remove(place / name)
-    except OSError:
+    except BaseException:  # an interrupt too
         for name in {*old, *placed}:
             _remove(place / name)
         for name in old:

@@ -204,19 +204,21 @@ def test_a_failed_write_leaves_the_old_model_whole(tmp_path):
     assert contents(tmp_path / "m") == before
 
 
+@pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()], ids=["full", "stopped"])
 @pytest.mark.parametrize("failing", range(3))
-def test_an_error_while_files_change_places_puts_the_old_ones_back(tmp_path, monkeypatch, failing):
+def test_an_error_while_files_change_places_puts_the_old_ones_back(tmp_path, monkeypatch, failing, error):
     before = contents(old_model(tmp_path / "m"))
     real, calls = checkpoint.Path.replace, []
 
     def replace(self, to):
         calls.append(to)
         if len(calls) == failing + 1:
-            raise OSError("no space")
+            raise error
         return real(self, to)
 
     monkeypatch.setattr(checkpoint.Path, "replace", replace)
-    with pytest.raises(CheckpointError, match=r"could not be written \(no space\)"), replaced(tmp_path / "m") as stage:
+    expected = (CheckpointError, r"could not be written \(no space\)") if str(error) else (KeyboardInterrupt, None)
+    with pytest.raises(expected[0], match=expected[1]), replaced(tmp_path / "m") as stage:
         for name in ("config.json", "generation_config.json", "model.safetensors"):
             (stage / name).write_text("new")
     assert {k: v for k, v in contents(tmp_path / "m").items() if k in before} == before
@@ -252,6 +254,18 @@ def test_the_current_folder_can_be_saved_into(tmp_path, monkeypatch):
     with replaced(".") as stage:
         (stage / "config.json").write_text("new")
     assert Path("config.json").read_text() == "new" and Path.cwd() == tmp_path / "m"
+
+
+def test_a_folder_of_nothing_else_is_exchanged_as_a_whole(tmp_path):
+    """Not its files: who has the old folder open goes on to read the old model."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("old")
+    inode = (tmp_path / "m").stat().st_ino
+    with replaced(tmp_path / "m") as stage:
+        (stage / "model.safetensors").write_text("new")
+        assert contents(tmp_path / "m") == {"config.json": "old"}
+    assert contents(tmp_path / "m") == {"model.safetensors": "new"} and (tmp_path / "m").stat().st_ino != inode
+    assert {p.name for p in tmp_path.iterdir()} == {"m"}
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path):
