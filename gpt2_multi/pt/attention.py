@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,6 @@ from torch.utils._pytree import register_pytree_node
 
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt.loading import replace_parameter
-
-if TYPE_CHECKING:
-    from gpt2_multi.pt.model import GPT2Model
 
 Pair = tuple[Tensor, Tensor]
 
@@ -31,18 +27,21 @@ class KVCache(Sequence[Pair]):
     room for `max_length` tokens, is written in place, and is used again after `reset()`.
     """
 
-    def __init__(self, layers: Sequence[Pair] = (), length: int = 0, preallocated: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[Pair] = (), length: int = 0, preallocated: bool = False, is_checked: bool = False
+    ) -> None:
         self.layers = list(layers)
         self.cross: list[Pair] = []  # the encoder's keys and values, computed once
         self.length = length
         self.preallocated = preallocated
+        self.is_checked = is_checked  # whether what is read into it was checked before, so that a call need not wait
 
     @classmethod
-    def empty(cls, model: GPT2Model, batch_size: int, capacity: int) -> KVCache:
-        """A preallocated cache for this model, on its device and in the dtype that it computes in."""
-        new = partial(model.ln_f.weight.new_zeros, dtype=model.dtype)
-        shapes = [(batch_size, len(attn.present), capacity, attn.head_dim) for attn in model.attentions()]
-        return cls([(new(shape), new(shape)) for shape in shapes], preallocated=True)
+    def empty(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, devices: Sequence[torch.device]) -> Self:
+        """A preallocated cache: for each layer a shape (B, H, capacity, D) and a device."""
+        places = list(zip(shapes, devices, strict=True))
+        keys, values = ([torch.zeros(shape, dtype=dtype, device=at) for shape, at in places] for _ in range(2))
+        return cls(list(zip(keys, values, strict=True)), preallocated=True)
 
     def fork(self) -> KVCache:
         """The cache that the next call may extend: this one, or a shallow copy where this one must not change."""
@@ -96,11 +95,11 @@ class KVCache(Sequence[Pair]):
         return (self[layer] for layer in range(len(self)))
 
 
-def _flatten(cache: KVCache) -> tuple[list[Any], tuple[int, bool]]:
-    return [cache.layers, cache.cross], (cache.length, cache.preallocated)
+def _flatten(cache: KVCache) -> tuple[list[Any], tuple[int, bool, bool]]:
+    return [cache.layers, cache.cross], (cache.length, cache.preallocated, cache.is_checked)
 
 
-def _unflatten(parts: Iterable[Any], context: tuple[int, bool]) -> KVCache:
+def _unflatten(parts: Iterable[Any], context: tuple[int, bool, bool]) -> KVCache:
     layers, cross = parts
     cache = KVCache(layers, *context)
     cache.cross = list(cross)
@@ -175,7 +174,17 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
     return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim).transpose(1, 2)
 
 
-class _Attention(nn.Module):
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, H * D)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """At least float32: a sum over many tokens is beyond float16, and beyond bfloat16's precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class BaseAttention(nn.Module):
     """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) under every switch of the configuration."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -193,15 +202,15 @@ class _Attention(nn.Module):
     ) -> Attended:
         dropout = self.config.attn_pdrop if self.training else 0.0
         if eager or head_mask is not None or self.config.reorder_and_upcast_attn:
-            return self._attend_eagerly(q, k, v, bias, causal, dropout, head_mask)
+            return self.attend_eagerly(q, k, v, bias, causal, dropout, head_mask)
         if bias is not None or q.shape[2] == 1:  # an `if`: compiled or traced, a comparison of sizes is no bool
             causal = False
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=self.scale
         )
-        return Attended(x.transpose(1, 2).flatten(2), None)
+        return Attended(merge_heads(x), None)
 
-    def _attend_eagerly(
+    def attend_eagerly(
         self,
         q: Tensor,
         k: Tensor,
@@ -212,17 +221,17 @@ class _Attention(nn.Module):
         head_mask: Tensor | None,
     ) -> Attended:
         if self.config.reorder_and_upcast_attn:
-            q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+            q, k = upcast(q), upcast(k)
         scores = (q * self.scale) @ k.mT  # (B, H, T, S)
         if bias is None and causal:
             bias = causal_bias(q.shape[2], k.shape[2], None, scores.dtype, scores.device)
         probs = F.softmax(scores if bias is None else scores + bias, dim=-1).to(v.dtype)
         probs = F.dropout(probs, dropout)
         probs = probs if head_mask is None else probs * head_mask
-        return Attended((probs @ v).transpose(1, 2).flatten(2), probs)
+        return Attended(merge_heads(probs @ v), probs)
 
 
-class Attention(_Attention):
+class Attention(BaseAttention):
     """Causal self-attention."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -253,7 +262,7 @@ class Attention(_Attention):
         self.c_attn.out_features, self.c_proj.in_features, self.present = len(every), len(kept), left
 
 
-class CrossAttention(_Attention):
+class CrossAttention(BaseAttention):
     """Attention of the decoder to an encoder's states."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -264,11 +273,11 @@ class CrossAttention(_Attention):
 
     def forward(self, x: Tensor, context: Context) -> Attended:
         q = split_heads(self.q_attn(x), self.head_dim)
-        k, v = self._encoded(context)
+        k, v = self.encoded(context)
         x, probs = self.attend(q, k, v, context.states_bias, False, context.eager, None)
         return Attended(self.resid_dropout(self.c_proj(x)), probs)
 
-    def _encoded(self, context: Context) -> Pair:
+    def encoded(self, context: Context) -> Pair:
         cached = context.cache.cross if context.cache is not None else []
         if self.layer < len(cached):
             return cached[self.layer]

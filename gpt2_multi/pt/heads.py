@@ -25,7 +25,6 @@ from gpt2_multi.model.outputs import (
 from gpt2_multi.pt.attention import KVCache, Pair
 from gpt2_multi.pt.checks import extremes
 from gpt2_multi.pt.generation import generate as generation
-from gpt2_multi.pt.generation import scoring
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, call, give
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
@@ -50,7 +49,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         self.generation_config = GenerationConfig.of(config)
 
     generate = generation.generate
-    score = scoring.score
+    score = generation.score
     stream = generation.stream
     stream_tokens = generation.stream_tokens
 
