@@ -28,13 +28,13 @@ class KVCache(Sequence[Pair]):
     """
 
     def __init__(
-        self, layers: Sequence[Pair] = (), length: int = 0, preallocated: bool = False, is_checked: bool = False
+        self, layers: Sequence[Pair] = (), length: int = 0, preallocated: bool = False, trusted: bool = False
     ) -> None:
         self.layers = list(layers)
         self.cross: list[Pair] = []  # the encoder's keys and values, computed once
         self.length = length
         self.preallocated = preallocated
-        self.is_checked = is_checked  # whether what is read into it was checked before, so that a call need not wait
+        self.trusted = trusted  # it is `generate`'s own: whatever is read into it was checked before
 
     @classmethod
     def empty(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, devices: Sequence[torch.device]) -> Self:
@@ -57,10 +57,13 @@ class KVCache(Sequence[Pair]):
             pair = (key, value) if layer == len(self.layers) else self._joined(layer, key, value)
             self.layers[layer : layer + 1] = [pair]
             return pair
-        start, end = self.length, self.length + key.shape[2]
-        for buffer, new in zip(self.layers[layer], (key, value), strict=True):
-            buffer[:, :, start:end] = new
-        return self.layers[layer][0][:, :, :end], self.layers[layer][1][:, :, :end]
+        start, end, (keys, values) = self.length, self.length + key.shape[2], self.layers[layer]
+        if self.trusted and not start and (keys.device, keys.dtype) != (key.device, key.dtype):
+            # a wrapper has the layer computed elsewhere than its parameters are, or in another dtype
+            keys, values = self.layers[layer] = key.new_zeros(keys.shape), key.new_zeros(values.shape)
+        keys[:, :, start:end] = key
+        values[:, :, start:end] = value
+        return keys[:, :, :end], values[:, :, :end]
 
     def _joined(self, layer: int, key: Tensor, value: Tensor) -> Pair:
         old_key, old_value = self.layers[layer]
@@ -96,7 +99,7 @@ class KVCache(Sequence[Pair]):
 
 
 def _flatten(cache: KVCache) -> tuple[list[Any], tuple[int, bool, bool]]:
-    return [cache.layers, cache.cross], (cache.length, cache.preallocated, cache.is_checked)
+    return [cache.layers, cache.cross], (cache.length, cache.preallocated, cache.trusted)
 
 
 def _unflatten(parts: Iterable[Any], context: tuple[int, bool, bool]) -> KVCache:

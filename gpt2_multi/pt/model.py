@@ -97,8 +97,8 @@ for output_class in Output.__subclasses__():
 
 
 def call(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
-    """Call a module, with its parameters cast to `dtype` where one is given."""
-    if dtype is None:
+    """Call a module, with its parameters cast to `dtype` where they are stored in another."""
+    if dtype is None or all(parameter.dtype == dtype for parameter in module.parameters()):
         return module(*inputs)
     cast = {name: parameter.to(dtype) for name, parameter in module.named_parameters()}
     return torch.func.functional_call(module, cast, inputs)
@@ -174,7 +174,7 @@ class GPT2Model(GPT2PreTrainedModel):
 
         Raises InputError for an id outside the vocabulary, a position beyond `n_positions` and shapes that do not fit.
         """
-        is_checked = torch.compiler.is_compiling() or getattr(past_key_values, "is_checked", False)
+        is_checked = torch.compiler.is_compiling() or getattr(past_key_values, "trusted", False)
         if not is_checked:
             checks.check_tensors(
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, head_mask=head_mask,

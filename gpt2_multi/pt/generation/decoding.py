@@ -109,7 +109,7 @@ def prefill(model: Any, prompt: Prompt, state: State) -> Tensor:
     rows, (batch, length) = len(state.ids) // len(window.ids), window.ids.shape
     room = min(state.shown.shape[1] - state.step, longest - length)
     state.cache = model.init_cache(batch, length if rows > 1 else length + room)
-    state.cache.is_checked = True
+    state.cache.trusted = True
     state.keep = None if bool(window.mask.all()) else F.pad(window.mask, (0, room), value=True)
     encoder = {"encoder_hidden_states": window.states, "encoder_attention_mask": window.states_mask}
     state.encoder = {name: x for name, x in encoder.items() if x is not None}
@@ -152,7 +152,7 @@ def spread(state: State, logits: Tensor, rows: int, room: int) -> Tensor:
 
     narrow = cast(KVCache, state.cache)
     layers = [(F.pad(several(k), (0, 0, 0, room)), F.pad(several(v), (0, 0, 0, room))) for k, v in narrow]
-    state.cache = KVCache(layers, narrow.length, preallocated=True, is_checked=True)
+    state.cache = KVCache(layers, narrow.length, preallocated=True, trusted=True)
     state.cache.cross = [(several(k), several(v)) for k, v in narrow.cross]
     state.keep = None if state.keep is None else several(state.keep)
     state.encoder = {name: several(x) for name, x in state.encoder.items()}
