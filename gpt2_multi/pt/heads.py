@@ -60,7 +60,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: KVCache | None = None, **inputs: Any
     ) -> dict[str, Any]:
-        """The next call's arguments in a decode loop that is not ours: after a cache, the new tokens only."""
+        """The next call's arguments in a decode loop that is not ours; PEFT will not wrap a model without it."""
         new = input_ids if past_key_values is None else input_ids[:, past_key_values.get_seq_length() :]
         return {"input_ids": new, "past_key_values": past_key_values, **inputs}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpt2_multi.generation import scoring, texts
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.request import Request
 from gpt2_multi.generation.scoring import Array
 from gpt2_multi.model.outputs import GenerateOutput
@@ -154,16 +155,23 @@ def strategy_of(request: Request, dtype: torch.dtype) -> Sampling | BeamSearch:
     return Sampling(room, config.rows, config.records)
 
 
+def parts(strategy: Sampling | BeamSearch, prompt: Prompt, options: Options) -> list[tuple[Prompt, Options]]:
+    """The prompts that a loop is given at once, as tensors with their options: all, but one by one for a lookup."""
+    options = as_tensors(options, prompt.ids.device)
+    if not strategy.room or not len(prompt.ids):
+        return []
+    if not isinstance(strategy, Lookup):
+        return [(prompt, options)]
+    return [(prompt.row(i), options.row(i)) for i in range(len(prompt.ids))]
+
+
 def columns(model: Any, request: Request, prompt: Prompt) -> Iterator[Tensor]:
     """One token of each row after the other, until the length, or until all are finished."""
-    strategy, options = strategy_of(request, model.dtype), as_tensors(request.options, prompt.ids.device)
-    if not strategy.room or not len(prompt.ids):
-        return iter(())
-    if not isinstance(strategy, Lookup):
-        return columns_of(decode(model, prompt, strategy, options))
-    alone = [columns_of(decode(model, prompt.row(i), strategy, options.row(i))) for i in range(len(prompt.ids))]
-    fill = prompt.ids.new_full((1,), options.fill)
-    return (torch.cat(column) for column in zip_longest(*alone, fillvalue=fill))
+    strategy, fill = strategy_of(request, model.dtype), prompt.ids.new_full((1,), request.options.fill)
+    made = [
+        columns_of(decode(model, part, strategy, options)) for part, options in parts(strategy, prompt, request.options)
+    ]
+    return (torch.cat(column) for column in zip_longest(*made, fillvalue=fill))
 
 
 def columns_of(states: Iterator[State]) -> Iterator[Tensor]:
@@ -177,16 +185,18 @@ def columns_of(states: Iterator[State]) -> Iterator[Tensor]:
 def run(model: Any, request: Request, prompt: Prompt) -> GenerateOutput:
     """All new tokens (B * num_return_sequences, N), and what the options ask to be recorded."""
     config, strategy = request.config, strategy_of(request, model.dtype)
-    if not strategy.room or not len(prompt.ids):
-        nothing = prompt.ids.new_zeros(len(prompt.ids) * config.num_return_sequences, strategy.room)
-        output = GenerateOutput(nothing, log_probs=torch.zeros(nothing.shape))
-        return with_records(output, config, {name: [] for name in config.records})
-    if isinstance(strategy, Lookup):
-        return GenerateOutput(torch.stack(list(columns(model, request, prompt)), 1))
-    *_, state = decode(model, prompt, strategy, as_tensors(request.options, prompt.ids.device))
-    if isinstance(state, BeamState):
-        return beam_output(config, state)
-    return with_records(GenerateOutput(state.shown[:, : state.step]), config, state.records)
+    shown: list[Tensor] = []
+    longest = 0
+    for part, options in parts(strategy, prompt, request.options):
+        *_, state = decode(model, part, strategy, options)
+        if isinstance(state, BeamState):
+            return beam_output(config, state)
+        shown, longest = [*shown, state.shown], max(longest, state.step)
+    if shown:
+        return with_records(GenerateOutput(torch.cat(shown)[:, :longest]), config, state.records)
+    nothing = prompt.ids.new_zeros(len(prompt.ids) * config.num_return_sequences, strategy.room)
+    output = GenerateOutput(nothing, log_probs=torch.zeros(nothing.shape))
+    return with_records(output, config, {name: [] for name in config.records})
 
 
 def with_records(output: GenerateOutput, config: GenerationConfig, records: dict[str, list[Tensor]]) -> GenerateOutput:

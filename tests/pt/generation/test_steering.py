@@ -1,5 +1,7 @@
 """Whatever changes a call of the model changes generation alike: subclasses, hooks, wrappers, adapters."""
 
+import traceback
+
 import numpy as np
 import pytest
 
@@ -181,6 +183,26 @@ def test_offloaded_parameters_generate():
     np.testing.assert_array_equal(generated(offloaded(), PROMPTS), generated(make(), PROMPTS))
 
 
+def test_sharded_parameters_generate():
+    """FSDP gathers parameters before a call, and rebuilds what it is given, a cache included."""
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        for dtype in (torch.float64, torch.float32):
+            model, alike = make(), make().to(dtype)
+            for part in (*model.transformer.h, model):
+                fully_shard(part, mesh=init_device_mesh("cpu", (1,)), mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+            for options in ({}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}):
+                np.testing.assert_array_equal(
+                    generated(model, PROMPTS, **options), generated(alike, PROMPTS, **options)
+                )
+    finally:
+        destroy_process_group()
+
+
 def test_every_token_is_one_call_without_a_mask_and_with_a_cache():
     """So that wrappers see what they know, and no mask is made where nothing is padded."""
     model, calls = make(), []
@@ -198,3 +220,14 @@ def test_a_forward_that_gives_no_cache_is_one_sentence():
 
     with pytest.raises(InputError, match="past_key_values: the model gave no cache with the new tokens"):
         generated(make(Forgetful), PROMPTS[:1])
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_the_way_to_the_first_product_is_short(options):
+    """Nine functions of this library, from `generate` to the projection of the first layer's queries."""
+    model, ways = make(), []
+    model.transformer.h[0].attn.c_attn.register_forward_pre_hook(
+        lambda *_: ways.append([frame.name for frame in traceback.extract_stack() if "gpt2_multi" in frame.filename])
+    )
+    generated(model, PROMPTS, **options)
+    assert max(map(len, ways)) <= 9 and all(way[0] == "generate" for way in ways)
