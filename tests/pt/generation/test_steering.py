@@ -127,7 +127,7 @@ MODELS = {
 }
 
 
-def read(model):
+def logits_of(model):
     """The logits after ids, from a call without a cache."""
 
     def logits(ids):
@@ -151,7 +151,7 @@ def generated(model, prompts, **options):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_steers_a_call_steers_generation(name, way):
     model, prompts, options = MODELS[name](), PROMPTS, WAYS[way]
-    expected = plain(read(model), CONFIG, prompts, **options)
+    expected = plain(logits_of(model), CONFIG, prompts, **options)
     np.testing.assert_array_equal(generated(model, prompts, **options), expected)
     np.testing.assert_array_equal(generated(model, prompts[:1], **options), expected[: len(expected) // 2])
     if way != "sliding":  # it is steered indeed
@@ -161,7 +161,7 @@ def test_what_steers_a_call_steers_generation(name, way):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_steers_a_call_steers_streams(name):
     model, prompt = MODELS[name](), tokenizer()("the last of the").input_ids
-    expected = plain(read(model), CONFIG, [prompt])[0].tolist()
+    expected = plain(logits_of(model), CONFIG, [prompt])[0].tolist()
     columns = model.stream_tokens(torch.tensor([prompt]), **STEPS)
     assert [int(column[0]) for column in columns] == expected
     text = "".join(model.stream("the last of the", tokenizer=tokenizer(), **STEPS))
@@ -173,7 +173,7 @@ def test_a_hook_that_comes_later_takes_effect_and_goes_again():
     before = generated(model, PROMPTS)
     hook = model.transformer.register_forward_hook(flipped)
     during = generated(model, PROMPTS)
-    np.testing.assert_array_equal(during, plain(read(model), CONFIG, PROMPTS))
+    np.testing.assert_array_equal(during, plain(logits_of(model), CONFIG, PROMPTS))
     hook.remove()
     assert (during != before).any() and (generated(model, PROMPTS) == before).all()
 
