@@ -54,9 +54,10 @@ class KVCache(Sequence[Pair]):
     def extend(self, layer: int, key: Tensor, value: Tensor) -> Pair:
         """Append (B, H, T, D) keys and values to a layer and return all of its (B, H, S, D)."""
         if not self.preallocated:
-            pair = (key, value) if layer == len(self.layers) else self._joined(layer, key, value)
-            self.layers[layer : layer + 1] = [pair]
-            return pair
+            if layer < len(self.layers):
+                key, value = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (key, value), strict=True))
+            self.layers[layer : layer + 1] = [(key, value)]
+            return key, value
         start, end, (keys, values) = self.length, self.length + key.shape[2], self.layers[layer]
         if self.trusted and not start and (keys.device, keys.dtype) != (key.device, key.dtype):
             # a wrapper has the layer computed elsewhere than its parameters are, or in another dtype
@@ -64,10 +65,6 @@ class KVCache(Sequence[Pair]):
         keys[:, :, start:end] = key
         values[:, :, start:end] = value
         return keys[:, :, :end], values[:, :, :end]
-
-    def _joined(self, layer: int, key: Tensor, value: Tensor) -> Pair:
-        old_key, old_value = self.layers[layer]
-        return torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
 
     @property
     def capacity(self) -> int | None:
@@ -203,27 +200,15 @@ class BaseAttention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, eager: bool, head_mask: Tensor | None
     ) -> Attended:
-        dropout = self.config.attn_pdrop if self.training else 0.0
-        if eager or head_mask is not None or self.config.reorder_and_upcast_attn:
-            return self.attend_eagerly(q, k, v, bias, causal, dropout, head_mask)
-        if bias is not None or q.shape[2] == 1:  # an `if`: compiled or traced, a comparison of sizes is no bool
-            causal = False
-        x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=self.scale
-        )
-        return Attended(merge_heads(x), None)
-
-    def attend_eagerly(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        causal: bool,
-        dropout: float,
-        head_mask: Tensor | None,
-    ) -> Attended:
-        if self.config.reorder_and_upcast_attn:
+        dropout, is_upcast = self.config.attn_pdrop if self.training else 0.0, self.config.reorder_and_upcast_attn
+        if not (eager or head_mask is not None or is_upcast):
+            if bias is not None or q.shape[2] == 1:  # an `if`: compiled or traced, a comparison of sizes is no bool
+                causal = False
+            x = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=self.scale
+            )
+            return Attended(merge_heads(x), None)
+        if is_upcast:
             q, k = upcast(q), upcast(k)
         scores = (q * self.scale) @ k.mT  # (B, H, T, S)
         if bias is None and causal:

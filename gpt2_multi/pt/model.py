@@ -96,7 +96,7 @@ for output_class in Output.__subclasses__():
     torch.export.register_dataclass(output_class, serialized_type_name=f"gpt2_multi.{output_class.__name__}")
 
 
-def call(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
+def recast(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
     """Call a module, with its parameters cast to `dtype` where they are stored in another."""
     if dtype is None or all(parameter.dtype == dtype for parameter in module.parameters()):
         return module(*inputs)
@@ -197,14 +197,14 @@ class GPT2Model(GPT2PreTrainedModel):
             note(context.hidden, x)
             if self.checkpointing:
                 options = self.checkpointing_options
-                x, probs, cross_probs = checkpoint(call, block, self.compute_dtype, x, context, heads, **options)
+                x, probs, cross_probs = checkpoint(recast, block, self.compute_dtype, x, context, heads, **options)
             elif self.compute_dtype is None:
                 x, probs, cross_probs = block(x, context, heads)
             else:
-                x, probs, cross_probs = call(block, self.compute_dtype, x, context, heads)
+                x, probs, cross_probs = recast(block, self.compute_dtype, x, context, heads)
             note(context.probs, probs)
             note(context.cross_probs, cross_probs)
-        x = call(self.ln_f, self.compute_dtype, x)
+        x = recast(self.ln_f, self.compute_dtype, x)
         note(context.hidden, x)
         if cache is not None:
             cache.length += x.shape[1]
