@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,6 @@ from torch.utils._pytree import register_pytree_node
 
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt.layers import replace_parameter
-
-if TYPE_CHECKING:
-    from gpt2_multi.pt.model import GPT2Model
 
 Pair = tuple[Tensor, Tensor]
 
@@ -31,18 +27,21 @@ class KVCache(Sequence[Pair]):
     room for `max_length` tokens, is written in place, and is used again after `reset()`.
     """
 
-    def __init__(self, layers: Sequence[Pair] = (), length: int = 0, preallocated: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[Pair] = (), length: int = 0, preallocated: bool = False, trusted: bool = False
+    ) -> None:
         self.layers = list(layers)
         self.cross: list[Pair] = []  # the encoder's keys and values, computed once
         self.length = length
         self.preallocated = preallocated
+        self.trusted = trusted  # it is `generate`'s own: whatever is read into it was checked before
 
     @classmethod
-    def empty(cls, model: GPT2Model, batch_size: int, capacity: int) -> KVCache:
-        """A preallocated cache for this model, on its device and in the dtype that it computes in."""
-        new = partial(model.ln_f.weight.new_zeros, dtype=model.dtype)
-        shapes = [(batch_size, len(attn.present), capacity, attn.head_dim) for attn in model.attentions()]
-        return cls([(new(shape), new(shape)) for shape in shapes], preallocated=True)
+    def empty(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, devices: Sequence[torch.device]) -> Self:
+        """A preallocated cache: for each layer a shape (B, H, capacity, D) and a device."""
+        places = list(zip(shapes, devices, strict=True))
+        keys, values = ([torch.zeros(shape, dtype=dtype, device=at) for shape, at in places] for _ in range(2))
+        return cls(list(zip(keys, values, strict=True)), preallocated=True)
 
     def fork(self) -> KVCache:
         """The cache that the next call may extend: this one, or a shallow copy where this one must not change."""
@@ -55,17 +54,17 @@ class KVCache(Sequence[Pair]):
     def extend(self, layer: int, key: Tensor, value: Tensor) -> Pair:
         """Append (B, H, T, D) keys and values to a layer and return all of its (B, H, S, D)."""
         if not self.preallocated:
-            pair = (key, value) if layer == len(self.layers) else self._joined(layer, key, value)
-            self.layers[layer : layer + 1] = [pair]
-            return pair
-        start, end = self.length, self.length + key.shape[2]
-        for buffer, new in zip(self.layers[layer], (key, value), strict=True):
-            buffer[:, :, start:end] = new
-        return self.layers[layer][0][:, :, :end], self.layers[layer][1][:, :, :end]
-
-    def _joined(self, layer: int, key: Tensor, value: Tensor) -> Pair:
-        old_key, old_value = self.layers[layer]
-        return torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
+            if layer < len(self.layers):
+                key, value = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (key, value), strict=True))
+            self.layers[layer : layer + 1] = [(key, value)]
+            return key, value
+        start, end, (keys, values) = self.length, self.length + key.shape[2], self.layers[layer]
+        if self.trusted and not start and (keys.device, keys.dtype) != (key.device, key.dtype):
+            # a wrapper has the layer computed elsewhere than its parameters are, or in another dtype
+            keys, values = self.layers[layer] = key.new_zeros(keys.shape), key.new_zeros(values.shape)
+        keys[:, :, start:end] = key
+        values[:, :, start:end] = value
+        return keys[:, :, :end], values[:, :, :end]
 
     @property
     def capacity(self) -> int | None:
@@ -96,11 +95,11 @@ class KVCache(Sequence[Pair]):
         return (self[layer] for layer in range(len(self)))
 
 
-def _flatten(cache: KVCache) -> tuple[list[Any], tuple[int, bool]]:
-    return [cache.layers, cache.cross], (cache.length, cache.preallocated)
+def _flatten(cache: KVCache) -> tuple[list[Any], tuple[int, bool, bool]]:
+    return [cache.layers, cache.cross], (cache.length, cache.preallocated, cache.trusted)
 
 
-def _unflatten(parts: Iterable[Any], context: tuple[int, bool]) -> KVCache:
+def _unflatten(parts: Iterable[Any], context: tuple[int, bool, bool]) -> KVCache:
     layers, cross = parts
     cache = KVCache(layers, *context)
     cache.cross = list(cross)
@@ -175,7 +174,17 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
     return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim).transpose(1, 2)
 
 
-class _Attention(nn.Module):
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, H * D)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """At least float32: a sum over many tokens is beyond float16, and beyond bfloat16's precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class BaseAttention(nn.Module):
     """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) under every switch of the configuration."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -189,38 +198,26 @@ class _Attention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, eager: bool, head_mask: Tensor | None
     ) -> Attended:
-        dropout = self.config.attn_pdrop if self.training else 0.0
-        if eager or head_mask is not None or self.config.reorder_and_upcast_attn:
-            return self._attend_eagerly(q, k, v, bias, causal, dropout, head_mask)
-        if bias is not None or q.shape[2] == 1:  # an `if`: compiled or traced, a comparison of sizes is no bool
-            causal = False
-        x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=self.scale
-        )
-        return Attended(x.transpose(1, 2).flatten(2), None)
-
-    def _attend_eagerly(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        causal: bool,
-        dropout: float,
-        head_mask: Tensor | None,
-    ) -> Attended:
-        if self.config.reorder_and_upcast_attn:
-            q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+        dropout, is_upcast = self.config.attn_pdrop if self.training else 0.0, self.config.reorder_and_upcast_attn
+        if not (eager or head_mask is not None or is_upcast):
+            if bias is not None or q.shape[2] == 1:  # an `if`: compiled or traced, a comparison of sizes is no bool
+                causal = False
+            x = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=self.scale
+            )
+            return Attended(merge_heads(x), None)
+        if is_upcast:
+            q, k = upcast(q), upcast(k)
         scores = (q * self.scale) @ k.mT  # (B, H, T, S)
         if bias is None and causal:
             bias = causal_bias(q.shape[2], k.shape[2], None, scores.dtype, scores.device)
         probs = F.softmax(scores if bias is None else scores + bias, dim=-1).to(v.dtype)
         probs = F.dropout(probs, dropout)
         probs = probs if head_mask is None else probs * head_mask
-        return Attended((probs @ v).transpose(1, 2).flatten(2), probs)
+        return Attended(merge_heads(probs @ v), probs)
 
 
-class Attention(_Attention):
+class Attention(BaseAttention):
     """Causal self-attention."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -250,7 +247,7 @@ class Attention(_Attention):
         self.c_attn.out_features, self.c_proj.in_features, self.present = len(every), len(kept), left
 
 
-class CrossAttention(_Attention):
+class CrossAttention(BaseAttention):
     """Attention of the decoder to an encoder's states."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -261,11 +258,11 @@ class CrossAttention(_Attention):
 
     def forward(self, x: Tensor, context: Context) -> Attended:
         q = split_heads(self.q_attn(x), self.head_dim)
-        k, v = self._encoded(context)
+        k, v = self.encoded(context)
         x, probs = self.attend(q, k, v, context.states_bias, False, context.eager, None)
         return Attended(self.resid_dropout(self.c_proj(x)), probs)
 
-    def _encoded(self, context: Context) -> Pair:
+    def encoded(self, context: Context) -> Pair:
         cached = context.cache.cross if context.cache is not None else []
         if self.layer < len(cached):
             return cached[self.layer]

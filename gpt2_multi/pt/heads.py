@@ -24,10 +24,9 @@ from gpt2_multi.model.outputs import (
 )
 from gpt2_multi.pt.attention import KVCache, Pair
 from gpt2_multi.pt.generation import generate as generation
-from gpt2_multi.pt.generation import scoring
 from gpt2_multi.pt.layers import facts
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
-from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, call, give
+from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, recast
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
 
 Dtype = torch.dtype | str | None
@@ -50,18 +49,18 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         self.generation_config = GenerationConfig.of(config)
 
     generate = generation.generate
-    score = scoring.score
+    score = generation.score
     stream = generation.stream
     stream_tokens = generation.stream_tokens
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary: (..., E) -> (..., V)"""
-        return call(self.lm_head, self.transformer.compute_dtype, hidden)
+        return recast(self.lm_head, self.transformer.compute_dtype, hidden)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: KVCache | None = None, **inputs: Any
     ) -> dict[str, Any]:
-        """The next call's arguments in a decode loop that is not ours: after a cache, the new tokens only."""
+        """The next call's arguments in a decode loop that is not ours; PEFT will not wrap a model without it."""
         new = input_ids if past_key_values is None else input_ids[:, past_key_values.get_seq_length() :]
         return {"input_ids": new, "past_key_values": past_key_values, **inputs}
 
@@ -182,8 +181,9 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         mask = hidden.new_ones(choices) if attention_mask is None else attention_mask[..., -choices[-1] :]
         if mc_token_ids is not None:
             inputs.check_choice_tokens(facts("mc_token_ids", mc_token_ids), choices)
-        logits = call(self.lm_head, self.transformer.compute_dtype, hidden)
-        scores = call(self.multiple_choice_head, self.transformer.compute_dtype, hidden, mask, mc_token_ids).squeeze(-1)
+        dtype = self.transformer.compute_dtype
+        logits = recast(self.lm_head, dtype, hidden)
+        scores = recast(self.multiple_choice_head, dtype, hidden, mask, mc_token_ids).squeeze(-1)
         output = GPT2DoubleHeadsModelOutput(
             None if labels is None else lm_loss(logits, labels, mask),
             None if mc_labels is None else cross_entropy(scores, mc_labels),
@@ -231,7 +231,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         hidden = outputs.last_hidden_state  # (B, T, E)
         end = last_tokens(self._kept(hidden, input_ids, attention_mask))  # (B,)
         pooled = hidden.take_along_dim(end[:, None, None], 1).squeeze(1)  # (B, E)
-        logits = call(self.score, self.transformer.compute_dtype, pooled)
+        logits = recast(self.score, self.transformer.compute_dtype, pooled)
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         output = SequenceClassifierOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
@@ -280,7 +280,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
             None, None, use_cache, output_attentions, output_hidden_states, True,
         )  # fmt: skip
-        logits = call(self.classifier, self.transformer.compute_dtype, self.dropout(outputs.last_hidden_state))
+        logits = recast(self.classifier, self.transformer.compute_dtype, self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else cross_entropy(logits, labels, present(attention_mask, labels))
         output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return give(self.config, output, return_dict)
@@ -318,7 +318,7 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
             input_ids, None, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
             None, None, False, output_attentions, output_hidden_states, True,
         )  # fmt: skip
-        logits = call(self.qa_outputs, self.transformer.compute_dtype, outputs.last_hidden_state)
+        logits = recast(self.qa_outputs, self.transformer.compute_dtype, outputs.last_hidden_state)
         start, end = logits.unbind(-1)  # (B, T) each
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -93,9 +93,9 @@ for output_class in Output.__subclasses__():
     torch.export.register_dataclass(output_class, serialized_type_name=f"gpt2_multi.{output_class.__name__}")
 
 
-def call(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
-    """Call a module, with its parameters cast to `dtype` where one is given."""
-    if dtype is None:
+def recast(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
+    """Call a module, with its parameters cast to `dtype` where they are stored in another."""
+    if dtype is None or all(parameter.dtype == dtype for parameter in module.parameters()):
         return module(*inputs)
     cast = {name: parameter.to(dtype) for name, parameter in module.named_parameters()}
     return torch.func.functional_call(module, cast, inputs)
@@ -142,7 +142,8 @@ class GPT2Model(GPT2PreTrainedModel):
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
         inputs.check_positions(0, max_length - 1, self.wpe.num_embeddings)
-        return KVCache.empty(self, batch_size, max_length)
+        shapes = [(batch_size, len(attn.present), max_length, attn.head_dim) for attn in self.attentions()]
+        return KVCache.empty(shapes, self.dtype, [next(attn.parameters()).device for attn in self.attentions()])
 
     def forward(
         self,
@@ -173,7 +174,7 @@ class GPT2Model(GPT2PreTrainedModel):
         inputs.check_given(input_ids, inputs_embeds)
         source = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
         cache = self._cache(past_key_values, use_cache)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not getattr(past_key_values, "trusted", False):
             check_call(
                 self.config, cache, str(self.dtype), (self.wte.num_embeddings, self.wpe.num_embeddings),
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, head_mask=head_mask,
@@ -183,47 +184,36 @@ class GPT2Model(GPT2PreTrainedModel):
         past = cache.length if cache is not None else 0
         position_ids = positions(source, attention_mask, past) if position_ids is None else position_ids
         x = self.embed(source, position_ids, token_type_ids)
-        bias = None
-        if attention_mask is not None or (past and x.shape[1] > 1):
-            bias = causal_bias(x.shape[1], past + x.shape[1], attention_mask, score_dtype(x), x.device)
-        context = Context(bias, cache, states=encoder_hidden_states)
-        if encoder_hidden_states is not None and encoder_attention_mask is not None:
-            context.states_bias = key_bias(encoder_attention_mask, score_dtype(x))
-        self._want(context, output_attentions, output_hidden_states)
-        return give(self.config, self.run(x, context, head_mask), return_dict)
+        context = self._context(x, cache, attention_mask, encoder_hidden_states, encoder_attention_mask)
+        self._wanted(context, output_attentions, output_hidden_states)
+        for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
+            note(context.hidden, x)
+            if self.checkpointing:
+                options = self.checkpointing_options
+                x, probs, cross_probs = checkpoint(recast, block, self.compute_dtype, x, context, heads, **options)
+            elif self.compute_dtype is None:
+                x, probs, cross_probs = block(x, context, heads)
+            else:
+                x, probs, cross_probs = recast(block, self.compute_dtype, x, context, heads)
+            note(context.probs, probs)
+            note(context.cross_probs, cross_probs)
+        x = recast(self.ln_f, self.compute_dtype, x)
+        note(context.hidden, x)
+        if cache is not None:
+            cache.length += x.shape[1]
+        seen = (tuple(kept) if kept else None for kept in (context.hidden, context.probs, context.cross_probs))
+        return give(self.config, BaseModelOutputWithPastAndCrossAttentions(x, cache, *seen), return_dict)
 
     def embed(self, source: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """The first block's input, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""
-        x = (source if source.is_floating_point() else self.wte(source)).to(self.dtype)
-        x = x + self.wpe(position_ids).to(self.dtype)
-        return self.drop(x if token_type_ids is None else x + self.wte(token_type_ids).to(self.dtype))
-
-    def run(
-        self, x: Tensor, context: Context, head_mask: Tensor | None = None
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """The blocks and the last norm on embedded input (B, T, E), unchecked: what each step of generation calls."""
-        length = x.shape[1]
-        for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
-            note(context.hidden, x)
-            x, probs, cross_probs = self._block(block, x, context, heads)
-            note(context.probs, probs)
-            note(context.cross_probs, cross_probs)
-        x = call(self.ln_f, self.compute_dtype, x)
-        note(context.hidden, x)
-        if context.cache is not None:
-            context.cache.length += length
-        seen = (tuple(kept) if kept else None for kept in (context.hidden, context.probs, context.cross_probs))
-        return BaseModelOutputWithPastAndCrossAttentions(x, context.cache, *seen)
+        dtype = self.dtype
+        x = (source if source.is_floating_point() else self.wte(source)).to(dtype) + self.wpe(position_ids).to(dtype)
+        return self.drop(x if token_type_ids is None else x + self.wte(token_type_ids).to(dtype))
 
     @property
     def checkpointing(self) -> bool:
         """Whether this call's activations are recomputed in the backward pass instead of kept."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-
-    def _block(self, block: nn.Module, *inputs: Any) -> Any:
-        if self.checkpointing:
-            return checkpoint(call, block, self.compute_dtype, *inputs, **self.checkpointing_options)
-        return call(block, self.compute_dtype, *inputs)
 
     def _cache(self, past: KVCache | Sequence[Pair] | None, use_cache: bool | None) -> KVCache | None:
         if self.checkpointing:
@@ -235,7 +225,20 @@ class GPT2Model(GPT2PreTrainedModel):
             return as_cache(past, len(self.h)).fork()
         return KVCache() if (self.config.use_cache if use_cache is None else use_cache) else None
 
-    def _want(self, context: Context, attentions: bool | None, hidden_states: bool | None) -> None:
+    def _context(
+        self, x: Tensor, cache: KVCache | None, mask: Tensor | None, states: Tensor | None, states_mask: Tensor | None
+    ) -> Context:
+        past, length = cache.length if cache is not None else 0, x.shape[1]
+        context = Context(cache=cache, states=states)
+        if mask is not None and mask.dim() == 2 and length == 1:
+            context.bias = key_bias(mask, score_dtype(x))
+        elif mask is not None or (past and length > 1):
+            context.bias = causal_bias(length, past + length, mask, score_dtype(x), x.device)
+        if states is not None and states_mask is not None:
+            context.states_bias = key_bias(states_mask, score_dtype(x))
+        return context
+
+    def _wanted(self, context: Context, attentions: bool | None, hidden_states: bool | None) -> None:
         attentions = self.config.output_attentions if attentions is None else attentions
         hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
         context.eager = self.attn_implementation == "eager" or attentions  # fused kernels keep no probabilities

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2_multi.model import inputs
+from gpt2_multi.pt.attention import upcast
 from gpt2_multi.pt.layers import facts
 
 IGNORED = -100
@@ -25,14 +26,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None) ->
     inputs.check_labels(facts("labels", labels), logits.shape)
     if mask is not None:
         labels = labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
-    logits = widened(logits)
+    logits = upcast(logits)
     total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
-
-
-def widened(logits: Tensor) -> Tensor:
-    """At least float32: a sum over many tokens is beyond float16, and beyond bfloat16's precision."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -51,7 +47,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
 
     Without `problem_type`, one label means regression, integer labels one class each, float labels several.
     """
-    labels, logits = labels.to(logits.device), widened(logits)
+    labels, logits = labels.to(logits.device), upcast(logits)
     if problem_type is None:
         single = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         problem_type = "regression" if logits.shape[-1] == 1 else single

@@ -28,7 +28,7 @@ def test_generation_compiles_a_prefill_and_a_decode_step(model, batch, padding):
     mask[0, :padding] = 0
     expected = model.generate(ids, mask, max_new_tokens=40)
     counter = CompileCounter()
-    model.transformer.run = torch.compile(model.transformer.run, backend=counter, fullgraph=True)
+    model.transformer.compile(backend=counter, fullgraph=True)
     graphs, columns = [], []
     for column in model.stream_tokens(ids, mask, max_new_tokens=40):
         columns.append(column)
@@ -43,11 +43,18 @@ def test_prompts_of_every_size_share_six_graphs(model):
     prompts = [torch.randint(64, (batch, length)) for batch in (1, 4, 6) for length in (8, 9, 13, 20)]
     expected = [model.generate(ids, max_new_tokens=12) for ids in prompts]
     counter = CompileCounter()
-    model.transformer.run = torch.compile(model.transformer.run, backend=counter, fullgraph=True)
+    model.transformer.compile(backend=counter, fullgraph=True)
     assert all(
         torch.equal(model.generate(ids, max_new_tokens=12), same) for ids, same in zip(prompts, expected, strict=True)
     )
     assert counter.frame_count <= 6
+
+
+def test_the_whole_model_compiles_a_prefill_and_a_decode_step_too(model):
+    ids = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
+    expected, counter = model.generate(ids, max_new_tokens=20), CompileCounter()
+    model.compile(backend=counter, fullgraph=True)
+    assert torch.equal(model.generate(ids, max_new_tokens=20), expected) and 1 <= counter.frame_count <= 3
 
 
 def test_a_training_step_is_one_graph(model):

@@ -1,22 +1,20 @@
-"""Beam search and beam sampling in PyTorch, as transformers 4.57 has them.
+"""Beam search and beam sampling in PyTorch, as transformers 4.57 has them: a strategy of the loop.
 
 B prompts, K beams of each, C candidates of each, V vocabulary, N new tokens.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.pt.generation.decoding import Prompt, Reader
-from gpt2_multi.pt.generation.rules import Rules, gumbel
-from gpt2_multi.pt.training import widened
-
-if TYPE_CHECKING:
-    from gpt2_multi.pt.heads import GPT2LMHeadModel
+from gpt2_multi.generation.options import Options
+from gpt2_multi.pt.attention import KVCache, upcast
+from gpt2_multi.pt.generation.decoding import Prompt, State, record
+from gpt2_multi.pt.generation.rules import ends, gumbel, process
 
 
 class Paths(NamedTuple):
@@ -26,16 +24,16 @@ class Paths(NamedTuple):
     log_probs: Tensor  # (B, X, N), of each token; 0 after the last
     beams: Tensor  # (B, X, N), the row that each token was chosen in, among all B * K; -1 after the last
 
-    def taken(self, index: Tensor) -> Paths:
+    def gather(self, index: Tensor) -> Paths:
         """Some of the paths: index (B, X)"""
         return Paths(*(x.take_along_dim(index[..., None], 1) for x in self))
 
-    def joined(self, others: Paths) -> Paths:
+    def concat(self, others: Paths) -> Paths:
         """These, and others after them."""
         return Paths(*(torch.cat(pair, 1) for pair in zip(self, others, strict=True)))
 
 
-class Found(NamedTuple):
+class Hypotheses(NamedTuple):
     """Finished texts, the best first; where there is none yet, the score is -inf."""
 
     scores: Tensor  # (B, K)
@@ -48,59 +46,70 @@ class Found(NamedTuple):
         return Paths(*(x.masked_fill(none, empty) for x, empty in zip(paths, (fill, 0, -1), strict=True)))
 
 
-@torch.no_grad()
-def search(
-    model: GPT2LMHeadModel, config: GenerationConfig, prompt: Prompt, rules: Rules, new: int
-) -> tuple[Found, list[dict[str, Tensor]]]:
-    """The texts that are found, and what the options ask to be recorded of each step."""
-    batch, beams = len(prompt.ids), config.num_beams
-    reader, records = Reader(model, prompt, new, beams), []
-    logits = reader.begin()  # (B * K, V)
-    scores = widened(logits).new_full((batch, beams), -torch.inf)
-    scores[:, 0] = 0  # the beams are the same yet
-    running = nothing(rules, scores, new)
-    found, is_open = Found(torch.full_like(scores, -torch.inf), running), prompt.mask.new_ones(batch)
-    for step in range(new):
-        processed = rules.process(widened(logits).log_softmax(-1), step)
-        records.append({"logits": logits, "scores": processed})
-        values, beam, token = candidates(config, rules, processed, scores, step)  # (B, C)
-        over, _ = rules.over(token, rules.state.view(batch, beams).gather(1, beam))
-        paths = extended(running, processed, beam, token, step)
-        over |= step + 1 == new
-        found = updated(found, paths, values / (step + 1) ** config.length_penalty, over & is_open[:, None])
-        scores, best = greatest(values.masked_fill(over, -torch.inf), beams)  # (B, K)
-        running = paths.taken(best)
-        is_open &= can_improve(config, scores[:, 0], found, step + 1, new)
-        if step + 1 == new or not is_open.any():
-            break
-        chosen, rows = (running.tokens[..., step].flatten(), running.beams[..., step].flatten())
-        rules.reorder(rows)
-        rules.accept(chosen, step)
-        reader.reorder(rows)
-        logits = reader.follow(chosen[:, None])[:, -1]
-    return found, records
+@dataclass
+class BeamState(State):
+    """What the loop carries from one token to the next; the rows are the beams of all prompts."""
+
+    scores: Tensor = field(kw_only=True)  # (B, K), of the running beams, the best first
+    running: Paths = field(kw_only=True)
+    found: Hypotheses = field(kw_only=True)
+    is_open: Tensor = field(kw_only=True)  # (B,), whether better texts may yet be found
 
 
-def nothing(rules: Rules, scores: Tensor, new: int) -> Paths:
-    """Paths without a token."""
-    tokens = rules.ids.new_full((*scores.shape, new), rules.config.fill_token_id)
-    return Paths(tokens, scores.new_zeros(tokens.shape), torch.full_like(tokens, -1))
+@dataclass(frozen=True)
+class BeamSearch:
+    """The likeliest texts, or a sample of them."""
+
+    room: int  # for how many tokens
+    rows: int  # of each prompt, its beams
+    records: tuple[str, ...]  # what is kept of each step
+    dtype: torch.dtype  # of scores
+
+    def start(self, prompt: Prompt, options: Options) -> BeamState:
+        """The state in which nothing is made; of a prompt's beams, which are all the same, one counts."""
+        tokens = prompt.ids.new_full((len(prompt.ids), self.rows, self.room), options.fill)
+        running = Paths(tokens, torch.zeros_like(tokens, dtype=self.dtype), torch.full_like(tokens, -1))
+        none = running.log_probs.new_full(tokens.shape[:2], -torch.inf)
+        first = none.index_fill(1, tokens.new_zeros(1), 0)
+        more = dict(scores=first, running=running, found=Hypotheses(none, running), is_open=none[:, 0] < 0)
+        return BeamState.of(prompt, self.rows, self.room, self.records, options.fill, **more)
+
+    def is_open(self, state: BeamState) -> bool:
+        """Whether anything is to follow."""
+        return state.step < self.room and bool(state.is_open.any())
+
+    def propose(self, state: BeamState, options: Options) -> Tensor:
+        """What is read together with the last token, as it may follow: nothing, (B * K, 0)."""
+        return state.ids[:, :0]
+
+    def update(self, state: BeamState, logits: Tensor, proposed: Tensor, options: Options) -> None:
+        """Go on by one token, from the logits (B * K, 1, V) of the next."""
+        ids, keep, made = state.ids[:, : state.length], state.mask[:, : state.length], state.step + 1
+        processed = process(upcast(logits[:, 0]).log_softmax(-1), ids, keep, state.step, options)
+        record(state, logits[:, 0], processed)
+        values, beam, token = candidates(processed, state.scores, state.step, options)  # (B, C)
+        ended, stop = ends(token, state.stop.view_as(state.scores).gather(1, beam), options)
+        ended |= made == self.room
+        paths = extend(state.running, processed, beam, token, state.step)
+        reached = (values / made**options.length_penalty).masked_fill(~(ended & state.is_open[:, None]), -torch.inf)
+        state.found = add_finished(state.found, paths, reached)
+        state.scores, best = greatest(values.masked_fill(ended, -torch.inf), self.rows)  # (B, K)
+        state.running, state.stop = paths.gather(best), stop.gather(1, best).flatten()
+        state.is_open &= can_improve(state.scores[:, 0], state.found, made, self.room, options)
+        reorder(state)
 
 
-def candidates(
-    config: GenerationConfig, rules: Rules, processed: Tensor, scores: Tensor, step: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def candidates(processed: Tensor, scores: Tensor, step: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """The likeliest continuations of all beams, or samples without replacement (Kool et al. 2019), best first: (B, C)
 
     processed: (B * K, V). scores: (B, K). Returns the scores, the beams that they continue, and the tokens.
     """
     vocab = processed.shape[-1]
-    values = (processed.view(*scores.shape, vocab) + scores[..., None]).flatten(1)  # (B, K * V)
-    rank = values
-    if config.do_sample:
-        tokens = torch.arange(vocab, device=values.device).expand(len(processed), vocab)
-        rank = values + gumbel(rules.keys, step, tokens, values.dtype).view_as(values)
-    _, index = greatest(rank, min(config.candidates, values.shape[1]))
+    rank = values = (processed.view(*scores.shape, vocab) + scores[..., None]).flatten(1)  # (B, K * V)
+    if options.do_sample:
+        tokens = torch.arange(vocab, device=values.device).expand_as(processed)
+        rank = values + gumbel(options.streams, step, tokens, values.dtype).view_as(values)
+    _, index = greatest(rank, min(options.candidates, values.shape[1]))
     values = values.gather(1, index)
     index = index.masked_fill(values == -torch.inf, 0)  # there are fewer than C
     return values, index // vocab, index % vocab
@@ -115,29 +124,40 @@ def greatest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:, :count], index.gather(1, order)[:, :count]
 
 
-def extended(running: Paths, processed: Tensor, beam: Tensor, token: Tensor, step: int) -> Paths:
+def extend(running: Paths, processed: Tensor, beam: Tensor, token: Tensor, step: int) -> Paths:
     """The paths of candidates: beam, token (B, C) -> (B, C, N)"""
     batch, beams, _ = running.tokens.shape
     row = beam + beams * torch.arange(batch, device=beam.device)[:, None]
-    paths = running.taken(beam)
+    paths = running.gather(beam)
     for path, value in zip(paths, (token, processed[row, token], row), strict=True):
         path[..., step] = value
     return paths
 
 
-def updated(found: Found, paths: Paths, scores: Tensor, finished: Tensor) -> Found:
-    """The best of what was found and of the first K candidates, where they are finished: scores, finished (B, C)"""
+def add_finished(found: Hypotheses, paths: Paths, scores: Tensor) -> Hypotheses:
+    """The best of what was found and of the first K candidates: scores (B, C), -inf where one is not finished."""
     beams = found.scores.shape[1]
-    scores = scores.masked_fill(~finished, -torch.inf)[:, :beams]
-    best, index = greatest(torch.cat([found.scores, scores], 1), beams)
+    best, index = greatest(torch.cat([found.scores, scores[:, :beams]], 1), beams)
     first = Paths(*(x[:, :beams] for x in paths))
-    return Found(best, found.paths.joined(first).taken(index))
+    return Hypotheses(best, found.paths.concat(first).gather(index))
 
 
-def can_improve(config: GenerationConfig, score: Tensor, found: Found, made: int, new: int) -> Tensor:
+def can_improve(score: Tensor, found: Hypotheses, made: int, room: int, options: Options) -> Tensor:
     """Whether the best running beam of each prompt may yet be better than the worst text that was found: (B,)"""
     worst = found.scores[:, -1]
-    if config.early_stopping is True:
+    if options.early_stopping == 1:
         return (worst == -torch.inf) & (score > -torch.inf)
-    hopeful = config.early_stopping == "never" and config.length_penalty > 0
-    return score / (new if hopeful else made) ** config.length_penalty > worst
+    hopeful = options.early_stopping == 2 and options.length_penalty > 0
+    return score / (room if hopeful else made) ** options.length_penalty > worst
+
+
+def reorder(state: BeamState) -> None:
+    """Go on with the rows of the running beams, each of which shares its prompt with the one that it replaces."""
+    rows, chosen = (x[..., state.step].flatten() for x in (state.running.beams, state.running.tokens))
+    state.ids = state.ids[rows]
+    state.ids[:, state.length] = chosen
+    made = slice(state.length - state.step, state.length)
+    for pair in cast(KVCache, state.cache).layers:
+        for buffer in pair:
+            buffer[:, :, made] = buffer[rows, :, made]
+    state.step, state.length = state.step + 1, state.length + 1

@@ -1,29 +1,30 @@
-"""Decoding in PyTorch: a model that reads texts into a cache, and the loop that lets it choose token after token.
+"""Decoding in PyTorch: the loop in which a model reads texts into a cache and a strategy chooses what follows.
 
-B rows, T prompt length, V vocabulary.
+The model is called as anybody calls it. B prompts, R rows (each prompt in several), T prompt length, N tokens of a
+step, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self, cast
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.errors import InputError
+from gpt2_multi.generation.options import Options
+from gpt2_multi.generation.request import Request, aligned
 from gpt2_multi.generation.rules import window_start
-from gpt2_multi.pt.attention import Context, KVCache, causal_bias, key_bias, score_dtype
-from gpt2_multi.pt.generation.rules import Rules
-from gpt2_multi.pt.training import widened
-
-if TYPE_CHECKING:
-    from gpt2_multi.pt.heads import GPT2LMHeadModel
+from gpt2_multi.pt.attention import KVCache, upcast
+from gpt2_multi.pt.generation.rules import choose, ends, process
+from gpt2_multi.pt.layers import to_numpy
 
 
-@dataclass
-class Prompt:
+class Prompt(NamedTuple):
     """Checked input of a generation, each row padded on the left."""
 
     ids: Tensor  # (B, T)
@@ -31,149 +32,157 @@ class Prompt:
     states: Tensor | None  # (B, encoder length, E)
     states_mask: Tensor | None  # (B, encoder length)
 
+    @classmethod
+    def of(cls, request: Request, device: torch.device, states: Tensor | None, states_mask: Tensor | None) -> Prompt:
+        """The rows of a request, on a device."""
+        ids, mask = (torch.from_numpy(x).to(device) for x in (request.ids, request.mask))
+        return cls(ids, mask, states, states_mask)
+
     def repeated(self, rows: int) -> Prompt:
         """Each row so many times."""
-        parts = (self.ids, self.mask, self.states, self.states_mask)
-        return Prompt(*(None if x is None else x.repeat_interleave(rows, 0) for x in parts))  # type: ignore[arg-type]
+        return Prompt(*(None if x is None else x.repeat_interleave(rows, 0) for x in self))  # type: ignore[arg-type]
 
     def row(self, row: int) -> Prompt:
-        """One row without padding."""
-        ids, mask, states, states_mask = (
-            None if x is None else x[row : row + 1] for x in (self.ids, self.mask, self.states, self.states_mask)
-        )
-        return Prompt(ids[:, mask[0]], mask[:, mask[0]], states, states_mask)  # type: ignore[index]
+        """One row alone, without padding."""
+        ids, mask, *states = (None if x is None else x[row : row + 1] for x in self)
+        return Prompt(ids[:, mask[0]], mask[:, mask[0]], *states)  # type: ignore[index]
 
 
-class Step(NamedTuple):
-    """One token of each row."""
+@dataclass
+class State:
+    """What the loop carries from one token to the next."""
 
-    shown: Tensor  # (B,), filling where a row is finished
-    records: dict[str, Tensor]  # what the options ask for: scores and logits (B, V), log_probs (B,)
+    ids: Tensor  # (R, T + room), the prompts and what was made
+    mask: Tensor  # (R, T + room), which of them count
+    length: int  # how many of them are there
+    shown: Tensor  # (R, room), what the caller sees of what was made: filling where a row is finished
+    finished: Tensor  # (R,)
+    stop: Tensor  # (R,), the states of the stop strings
+    records: dict[str, list[Tensor]]  # of each step: scores and logits (R, V), log_probs (R,)
+    step: int = 0  # how many tokens were made
+    cache: KVCache | None = None  # of all tokens but the last
+    keep: Tensor | None = None  # (R, the cache's room), which of its keys count; None where all do
+    encoder: dict[str, Tensor] = field(default_factory=dict)  # its states (R, encoder length, E) and their mask
+
+    @classmethod
+    def of(cls, prompt: Prompt, rows: int, room: int, records: tuple[str, ...], fill: int, **more: Any) -> Self:
+        """The state in which nothing is made."""
+        ids, mask = (x.repeat_interleave(rows, 0) for x in (prompt.ids, prompt.mask))
+        shown, stop = ids.new_full((len(ids), room), fill), ids.new_zeros(len(ids))
+        whole = F.pad(ids, (0, room)), F.pad(mask, (0, room), value=True)
+        return cls(*whole, ids.shape[1], shown, stop != 0, stop, {name: [] for name in records}, **more)
 
 
-class Reader:
-    """A model that has read a batch of texts: its cache, and which of the keys count."""
+@dataclass(frozen=True)
+class Sampling:
+    """Greedy choice, or a sample, of one token after the other."""
 
-    def __init__(self, model: GPT2LMHeadModel, prompt: Prompt, room: int, rows: int = 1) -> None:
-        """room: how many tokens may follow. rows: in how many rows each text goes on, once it is read."""
-        self.model, self.body, self.prompt, self.rows, self.room = model, model.transformer, prompt, rows, room
-        batch, self.length = prompt.ids.shape
-        self.counts = prompt.mask.sum(-1)  # (B,), the next token's position
-        self.context = Context(eager=self.body.attn_implementation == "eager", states=prompt.states)
-        self.context.cache = KVCache.empty(self.body, batch, self.length + (room if rows == 1 else 0))
-        self.dtype = score_dtype(self.body.ln_f.weight.new_zeros(0, dtype=model.dtype))
-        self.padded = not bool(prompt.mask.all())
+    room: int  # for how many tokens
+    rows: int  # of each prompt
+    records: tuple[str, ...]  # what is kept of each step
 
-    @property
-    def cache(self) -> KVCache:
-        """The keys and values so far."""
-        assert self.context.cache is not None
-        return self.context.cache
+    def start(self, prompt: Prompt, options: Options) -> State:
+        """The state in which nothing is made."""
+        return State.of(prompt, self.rows, self.room, self.records, options.fill)
 
-    def begin(self) -> Tensor:
-        """Read the prompts: -> the logits of the next token, (B * rows, V)"""
-        ids, mask = self.prompt.ids, self.prompt.mask
-        if self.prompt.states is not None and self.prompt.states_mask is not None:
-            self.context.states_bias = key_bias(self.prompt.states_mask, self.dtype)
-        if self.padded:
-            self.context.bias = causal_bias(self.length, self.length, mask, self.dtype, ids.device)
-        x = self.body.embed(ids, (mask.cumsum(-1) - 1).clamp(min=0))
-        logits = self.model.logits(self.body.run(x, self.context).last_hidden_state[:, -1])
-        if self.rows > 1:
-            self._spread()
-        return logits.repeat_interleave(self.rows, 0)
+    def is_open(self, state: State) -> bool:
+        """Whether anything is to follow."""
+        return state.step < self.room and not bool(state.finished.all())
 
-    def _spread(self) -> None:
-        """Go on with each text in several rows."""
-        self.prompt, self.counts = self.prompt.repeated(self.rows), self.counts.repeat_interleave(self.rows)
-        wide, read = KVCache.empty(self.body, len(self.counts), self.length + self.room), self.cache
-        for pair, old_pair in zip(wide.layers, read.layers, strict=True):
-            for buffer, old in zip(pair, old_pair, strict=True):
-                buffer[:, :, : self.length] = old.repeat_interleave(self.rows, 0)
-        wide.length = self.length
-        wide.cross = [(k.repeat_interleave(self.rows, 0), v.repeat_interleave(self.rows, 0)) for k, v in read.cross]
-        if self.context.states_bias is not None:
-            self.context.states_bias = self.context.states_bias.repeat_interleave(self.rows, 0)
-        self.context.cache = wide
+    def propose(self, state: State, options: Options) -> Tensor:
+        """What is read together with the last token, as it may follow: nothing, (R, 0)."""
+        return state.ids[:, :0]
 
-    def follow(self, tokens: Tensor) -> Tensor:
-        """Read one more token of each row, or in one row without padding several: (B, N) -> logits (B, N, V)"""
-        past, length = self.cache.length, tokens.shape[1]
-        self.context.bias = None
-        if self.padded:
-            later = self.prompt.mask.new_ones(len(tokens), past + length - self.length)
-            self.context.bias = key_bias(torch.cat([self.prompt.mask, later], 1), self.dtype)
-        elif length > 1:
-            self.context.bias = causal_bias(length, past + length, None, self.dtype, tokens.device)
-        places = torch.arange(past - self.length, past - self.length + length, device=tokens.device)
-        x = self.body.embed(tokens, self.counts[:, None] + places)
-        return self.model.logits(self.body.run(x, self.context).last_hidden_state)
+    def update(self, state: State, logits: Tensor, proposed: Tensor, options: Options) -> None:
+        """Go on by one token, from the logits (R, 1, V) of the next."""
+        ids, keep = state.ids[:, : state.length], state.mask[:, : state.length]
+        processed = process(upcast(logits[:, 0]), ids, keep, state.step, options)
+        chosen = choose(processed, state.step, options)  # (R,)
+        record(state, logits[:, 0], processed, chosen)
+        accept(state, chosen, options)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Go on with these rows, (B,), each of which shares its prompt with the one that it replaces."""
-        made = slice(self.length, self.cache.length)
-        for pair in self.cache.layers:
-            for buffer in pair:
-                buffer[:, :, made] = buffer[rows, :, made]
 
-    def forget(self, tokens: int) -> None:
-        """Forget the last tokens."""
-        self.cache.length -= tokens
+def prefill(model: Any, prompt: Prompt, state: State) -> Tensor:
+    """Read the prompts, or of a text beyond the context what a window shows, into a new cache: -> logits (R, 1, V)"""
+    longest = model.config.n_positions
+    window = prompt if state.length <= longest else slide(prompt, state, longest)
+    rows, (batch, length) = len(state.ids) // len(window.ids), window.ids.shape
+    room = min(state.shown.shape[1] - state.step, longest - length)
+    state.cache = model.init_cache(batch, length if rows > 1 else length + room)
+    state.cache.trusted = True
+    state.keep = None if bool(window.mask.all()) else F.pad(window.mask, (0, room), value=True)
+    encoder = {"encoder_hidden_states": window.states, "encoder_attention_mask": window.states_mask}
+    state.encoder = {name: x for name, x in encoder.items() if x is not None}
+    logits = decode_step(model, state, window.ids, 1)
+    return logits if rows == 1 else spread(state, logits, rows, room)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether a row's next token would have no position."""
-        made = self.cache.length - self.length
-        return int(self.counts.max()) + made >= self.body.wpe.num_embeddings
+
+def decode_step(model: Any, state: State, tokens: Tensor, count: int) -> Tensor:
+    """Read tokens (R, N) after those in the cache: -> the logits after the last `count` of them, (R, count, V)"""
+    cache = cast(KVCache, state.cache)
+    past = cache.length + tokens.shape[1]
+    given = state.encoder if state.keep is None else {**state.encoder, "attention_mask": state.keep[:, :past]}
+    output = model(tokens, past_key_values=cache, use_cache=True, return_dict=True, logits_to_keep=count, **given)
+    state.cache = output.past_key_values  # which is another object where a wrapper took the first apart
+    if state.cache is None or state.cache.length != past:
+        raise InputError("past_key_values: the model gave no cache with the new tokens; its forward has to return it")
+    return output.logits[:, -count:]
 
 
 @torch.no_grad()
-def decode(model: GPT2LMHeadModel, config: GenerationConfig, prompt: Prompt, rules: Rules, new: int) -> Iterator[Step]:
-    """Choose, yield and feed back one token per row and step."""
-    if config.sliding_window:
-        reader = slid(model, prompt.repeated(config.rows), rules, 0, new)
-    else:
-        reader = Reader(model, prompt, new, config.rows)
-    logits = reader.begin()
-    for step in range(new):
-        processed = rules.process(widened(logits), step)
-        chosen = rules.choose(processed, step)  # (B,)
-        records = recorded(config, logits, processed, chosen, rules.finished)
-        yield Step(rules.accept(chosen, step), records)
-        if step + 1 == new or rules.all_finished():
-            return
-        if config.sliding_window and reader.is_full:
-            reader = slid(model, reader.prompt, rules, step + 1, new)
-            logits = reader.begin()
+def decode(model: Any, prompt: Prompt, strategy: Any, options: Options) -> Iterator[Any]:
+    """The states after each step of a strategy, which is a Sampling, a Lookup or a BeamSearch."""
+    state = strategy.start(prompt, options)
+    while strategy.is_open(state):
+        proposed = strategy.propose(state, options)
+        if state.cache is None or state.cache.length == state.cache.capacity:
+            logits = prefill(model, prompt, state)
         else:
-            logits = reader.follow(chosen[:, None])[:, -1]
+            tokens = torch.cat([state.ids[:, state.length - 1 : state.length], proposed], 1)
+            logits = decode_step(model, state, tokens, tokens.shape[1])
+        strategy.update(state, logits, proposed, options)
+        yield state
 
 
-def recorded(
-    config: GenerationConfig, logits: Tensor, processed: Tensor, chosen: Tensor, finished: Tensor
-) -> dict[str, Tensor]:
-    """What the caller wants to know of a step; filling has the log-probability 0."""
-    records = {"logits": logits, "scores": processed}
-    kept = {name: records[name] for name in config.records if name in records}
-    if "log_probs" in config.records:
-        log_probs = processed.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1)
-        kept["log_probs"] = log_probs.masked_fill(finished, 0)
-    return kept
+def spread(state: State, logits: Tensor, rows: int, room: int) -> Tensor:
+    """Go on with each prompt that was read in so many rows, with room for more tokens: their logits."""
+
+    def several(x: Tensor) -> Tensor:
+        return x.repeat_interleave(rows, 0)
+
+    narrow = cast(KVCache, state.cache)
+    layers = [(F.pad(several(k), (0, 0, 0, room)), F.pad(several(v), (0, 0, 0, room))) for k, v in narrow]
+    state.cache = KVCache(layers, narrow.length, preallocated=True, trusted=True)
+    state.cache.cross = [(several(k), several(v)) for k, v in narrow.cross]
+    state.keep = None if state.keep is None else several(state.keep)
+    state.encoder = {name: several(x) for name, x in state.encoder.items()}
+    return several(logits)
 
 
-def slid(model: GPT2LMHeadModel, prompt: Prompt, rules: Rules, step: int, new: int) -> Reader:
-    """A reader of what the window shows of each row after so many steps; see `sampling.window_start`."""
-    longest, length = model.transformer.wpe.num_embeddings, rules.length + step
-    ids, mask = rules.ids[:, :length], rules.mask[:, :length]
-    counts = mask.cumsum(-1)  # (B, T)
+def record(state: State, logits: Tensor, processed: Tensor, chosen: Tensor | None = None) -> None:
+    """Keep what is asked for of a step; filling has the log-probability 0."""
+    values = {"logits": logits, "scores": processed}
+    for name, kept in state.records.items():
+        if chosen is not None and name == "log_probs":
+            log_probs = processed.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1)
+            values[name] = log_probs.masked_fill(state.finished, 0)
+        kept.append(values[name])
+
+
+def accept(state: State, chosen: Tensor, options: Options) -> None:
+    """One more token in each row, (R,)."""
+    state.shown[:, state.step] = chosen.masked_fill(state.finished, options.fill)
+    ended, state.stop = ends(chosen, state.stop, options)
+    state.finished = state.finished | ended
+    state.ids[:, state.length] = chosen
+    state.step, state.length = state.step + 1, state.length + 1
+
+
+def slide(prompt: Prompt, state: State, longest: int) -> Prompt:
+    """What a window shows of each row by now; see `rules.window_start`."""
+    ids, mask = (to_numpy(x[:, : state.length]) for x in (state.ids, state.mask))
+    counts = mask.cumsum(-1)  # (R, T)
     starts = [window_start(int(count), longest) for count in counts[:, -1]]
-    ids, mask = aligned(ids, mask & (counts > ids.new_tensor(starts)[:, None]))
-    window = replace(prompt, ids=ids, mask=mask)
-    return Reader(model, window, min(longest - ids.shape[1], new - step))
-
-
-def aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B, T) with padding on the left, and no more of it than the longest row needs."""
-    order = mask.int().argsort(dim=-1, stable=True)
-    hidden = ids.shape[1] - int(mask.sum(-1).max()) if len(ids) else 0
-    return ids.gather(1, order)[:, hidden:], mask.gather(1, order)[:, hidden:]
+    shown = aligned(ids, mask & (counts > np.array(starts)[:, None]))
+    window, window_mask = (torch.from_numpy(x).to(prompt.ids.device) for x in shown)
+    return prompt.repeated(len(ids) // len(prompt.ids))._replace(ids=window, mask=window_mask)

@@ -1,38 +1,36 @@
-"""Generation in PyTorch: `generate`, `stream` and `stream_tokens`, which check their input and choose the loop.
+"""Generation in PyTorch: `generate`, `stream`, `stream_tokens` and `score`, between texts or ids and the loop.
 
 B rows, T prompt length, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt2_multi.generation import texts
+from gpt2_multi.generation import scoring, texts
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.request import seed_of
-from gpt2_multi.generation.rules import noise_streams
-from gpt2_multi.generation.stopping import stop_table
+from gpt2_multi.generation.options import Options
+from gpt2_multi.generation.request import Request
+from gpt2_multi.generation.scoring import Array
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
-from gpt2_multi.pt.generation.beams import Found, search
-from gpt2_multi.pt.generation.decoding import Prompt, Step, aligned, decode
-from gpt2_multi.pt.generation.lookup import speculate
-from gpt2_multi.pt.generation.rules import Rules, stream_keys
+from gpt2_multi.pt.attention import upcast
+from gpt2_multi.pt.generation.beams import BeamSearch, BeamState
+from gpt2_multi.pt.generation.decoding import Prompt, Sampling, State, decode
+from gpt2_multi.pt.generation.lookup import Lookup
+from gpt2_multi.pt.generation.rules import as_tensors
 from gpt2_multi.pt.layers import facts, to_numpy
-
-if TYPE_CHECKING:
-    from gpt2_multi.pt.heads import GPT2LMHeadModel
-    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 
 def generate(
-    self: GPT2LMHeadModel,
+    self: Any,
     input_ids: Any,
     attention_mask: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
@@ -52,25 +50,18 @@ def generate(
     for an unknown option.
     """
     config = self.generation_config.resolve(generation_config, options)
-    encoder = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
-    if texts.are_texts(input_ids):
-        run = partial(_generate_rows, self, config=config, tokenizer=tokenizer, **encoder)
-        return texts.generate(run, input_ids, attention_mask, tokenizer, config, self.config, to_numpy)
-    prompt, rules, new = prepare(self, config, input_ids, attention_mask, tokenizer, *encoder.values())
-    output = run_loop(self, config, prompt, rules, new)
-    prompts = input_ids.long().repeat_interleave(config.num_return_sequences, 0)
-    output.sequences = torch.cat([prompts, output.sequences], 1)
-    return output if config.return_dict_in_generate else output.sequences
-
-
-def _generate_rows(model: GPT2LMHeadModel, ids: Any, mask: Any, config: GenerationConfig, **given: Any) -> Any:
-    """What `generate` gives for rows in NumPy."""
-    ids, mask = (torch.from_numpy(x).to(model.device) for x in (ids, mask))
-    return generate(model, ids, mask, config, **given)
+    encoder = encoder_hidden_states, encoder_attention_mask
+    request = request_of(self, config, input_ids, attention_mask, tokenizer, *encoder)
+    device = self.device if request.prompts is not None else input_ids.device
+    prompt = Prompt.of(request, device, *encoder)
+    output = run(self, request, prompt)
+    given = torch.from_numpy(request.given).to(device).repeat_interleave(config.num_return_sequences, 0)
+    output.sequences = torch.cat([given, output.sequences], 1)
+    return request.answer(output, None if request.prompts is None else to_numpy(output.sequences))
 
 
 def stream(
-    self: GPT2LMHeadModel,
+    self: Any,
     text: str,
     generation_config: GenerationConfig | None = None,
     *,
@@ -79,13 +70,13 @@ def stream(
 ) -> Iterator[str]:
     """What `generate` appends to a text, piece by piece; no piece ends within a character."""
     config = self.generation_config.resolve(generation_config, options)
-    ids = torch.tensor([texts.streamed(text, tokenizer, config, self.config)], device=self.device)
-    columns = stream_tokens(self, ids, generation_config=config, tokenizer=tokenizer)
-    return texts.decode(tokenizer, (int(column[0]) for column in columns), config)
+    request = Request.of_text(config, self.config, text, tokenizer)
+    made = columns(self, request, Prompt.of(request, self.device, None, None))
+    return texts.decode(tokenizer, (int(column[0]) for column in made), config)
 
 
 def stream_tokens(
-    self: GPT2LMHeadModel,
+    self: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
@@ -98,83 +89,133 @@ def stream_tokens(
     """What `generate` appends, one column (B * num_return_sequences,) of ids at a time, as soon as it is known."""
     config = self.generation_config.resolve(generation_config, options)
     config.check_streaming()
-    prompt, rules, new = prepare(
-        self, config, input_ids, attention_mask, tokenizer, encoder_hidden_states, encoder_attention_mask
-    )
-    return (step.shown for step in steps(self, config, prompt, rules, new))
+    facts("input_ids", input_ids)  # of ids alone: a stream of texts is `stream`
+    encoder = encoder_hidden_states, encoder_attention_mask
+    request = request_of(self, config, input_ids, attention_mask, tokenizer, *encoder)
+    return columns(self, request, Prompt.of(request, input_ids.device, *encoder))
 
 
-def prepare(
-    model: GPT2LMHeadModel,
+def score(
+    self: Any,
+    texts: str | Sequence[str],
+    *,
+    tokenizer: GPT2Tokenizer,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> Any:
+    """The `TextScore` of a text, or a list of them: log-probabilities of its tokens in nats, and its perplexity.
+
+    Texts beyond `n_positions` are read in windows, each `stride` tokens (by default half the context) further than the
+    one before. Raises InputError for what is no text, and for a stride that would leave tokens out.
+    """
+    was_training = self.training
+    try:
+        self.eval()  # dropout would score another model
+        return scoring.score(partial(log_probs, self), texts, tokenizer, self.config, stride, batch_size)
+    finally:
+        self.train(was_training)
+
+
+@torch.no_grad()
+def log_probs(model: Any, ids: Array, mask: Array) -> Array:
+    """The log-probability of each id but the first, given those before it: (B, T) -> (B, T - 1)"""
+    given, keep = (torch.from_numpy(x).to(model.device) for x in (ids, mask))
+    logits = model(given, attention_mask=keep, use_cache=False, return_dict=True).logits[:, :-1]
+    chosen = logits.gather(-1, given[:, 1:, None]).squeeze(-1)
+    return to_numpy(upcast(chosen) - upcast(logits).logsumexp(-1))
+
+
+def request_of(
+    model: Any,
     config: GenerationConfig,
     ids: Any,
-    mask: Tensor | None,
+    mask: Any,
     tokenizer: GPT2Tokenizer | None,
     states: Tensor | None,
     states_mask: Tensor | None,
-) -> tuple[Prompt, Rules, int]:
-    """Check the input, move padding to the left, and say how many tokens may follow, and by what rules."""
-    given = {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": states}
-    given["encoder_attention_mask"] = states_mask
+) -> Request:
+    """Check what was given, and take it from tensors to NumPy."""
+    given = {"encoder_hidden_states": states, "encoder_attention_mask": states_mask}
+    if not texts.are_texts(ids):
+        given |= {"input_ids": ids, "attention_mask": mask}
     found = {name: facts(name, x) for name, x in given.items() if x is not None}
-    inputs.check_shape("input_ids", found["input_ids"].shape, (None, None))
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    inputs.check_shape("attention_mask", mask.shape, ids.shape)
-    inputs.check_states(model.config, len(ids), found)
-    vocab_size, counts = model.transformer.wte.num_embeddings, mask.sum(-1)
-    new = config.total_length(ids.shape[1]) - ids.shape[1]
-    inputs.check_ids("input_ids", found["input_ids"], vocab_size)
-    if len(ids):
-        inputs.check_prompts(int(counts.min()))
-        config.check_context(int(counts.max()), new, model.transformer.wpe.num_embeddings)
-    config.check_vocabulary(vocab_size)
-    table = torch.from_numpy(stop_table(config.stops, tokenizer, vocab_size)).to(ids.device)
-    prompt = Prompt(*aligned(ids.long(), mask), states, states_mask)
-    noise = stream_keys(noise_streams(seed_of(config, len(ids)), len(ids), config.rows), ids.device)
-    wide = prompt.repeated(config.rows)
-    return prompt, Rules(config, wide.ids, wide.mask, new, table, noise), new
+    if "input_ids" in found:
+        ids, mask = to_numpy(ids), None if mask is None else to_numpy(mask)
+    request = Request.of(config, model.config, ids, mask, tokenizer)
+    inputs.check_states(model.config, len(request.ids), found)
+    return request
 
 
-def steps(model: GPT2LMHeadModel, config: GenerationConfig, prompt: Prompt, rules: Rules, new: int) -> Iterator[Step]:
+def strategy_of(request: Request, dtype: torch.dtype) -> Sampling | BeamSearch:
+    """How tokens are chosen; `dtype` is what the model computes in."""
+    config, room = request.config, request.new_tokens
+    if config.num_beams > 1:
+        records = tuple(name for name in config.records if name != "log_probs")  # which the paths have
+        return BeamSearch(room, config.rows, records, torch.promote_types(dtype, torch.float32))
+    if config.prompt_lookup_num_tokens is not None:
+        return Lookup(room, config.rows, config.records, config.prompt_lookup_num_tokens)
+    return Sampling(room, config.rows, config.records)
+
+
+def parts(strategy: Sampling | BeamSearch, prompt: Prompt, options: Options) -> list[tuple[Prompt, Options]]:
+    """The prompts that a loop is given at once, as tensors with their options: all, but one by one for a lookup."""
+    options = as_tensors(options, prompt.ids.device)
+    if not strategy.room or not len(prompt.ids):
+        return []
+    if not isinstance(strategy, Lookup):
+        return [(prompt, options)]
+    return [(prompt.row(i), options.row(i)) for i in range(len(prompt.ids))]
+
+
+def columns(model: Any, request: Request, prompt: Prompt) -> Iterator[Tensor]:
     """One token of each row after the other, until the length, or until all are finished."""
-    if not new or not len(prompt.ids):
-        return iter(())
-    if config.prompt_lookup_num_tokens is None:
-        return decode(model, config, prompt, rules, new)
-    alone = [speculate(model, config, prompt.row(i), rules.row(i, new), new) for i in range(len(prompt.ids))]
-    fill = rules.ids.new_tensor([config.fill_token_id])
-    return (Step(torch.cat(column), {}) for column in zip_longest(*alone, fillvalue=fill))
+    strategy, fill = strategy_of(request, model.dtype), prompt.ids.new_full((1,), request.options.fill)
+    made = [
+        columns_of(decode(model, part, strategy, options)) for part, options in parts(strategy, prompt, request.options)
+    ]
+    return (torch.cat(column) for column in zip_longest(*made, fillvalue=fill))
 
 
-def run_loop(
-    model: GPT2LMHeadModel, config: GenerationConfig, prompt: Prompt, rules: Rules, new: int
-) -> GenerateOutput:
-    """All new tokens (B * num_return_sequences, new), and what the options ask to be recorded."""
-    if config.num_beams > 1 and new and len(prompt.ids):
-        return found_output(config, *search(model, config, prompt, rules, new))
-    made = list(steps(model, config, prompt, rules, new))
-    columns = [step.shown for step in made]
-    nothing = rules.ids.new_zeros(len(prompt.ids) * config.num_return_sequences, new)  # no rows, or no columns
-    output = GenerateOutput(torch.stack(columns, 1) if columns else nothing)
-    return with_records(output, config, [step.records for step in made])
+def columns_of(states: Iterator[State]) -> Iterator[Tensor]:
+    """The columns (R,) that each state has more than the one before."""
+    seen = 0
+    for state in states:
+        yield from state.shown[:, seen : state.step].unbind(1)
+        seen = state.step
 
 
-def with_records(output: GenerateOutput, config: GenerationConfig, records: list[dict[str, Tensor]]) -> GenerateOutput:
-    """The output with the records of all steps: scores and logits a tuple, log_probs (B, new)."""
+def run(model: Any, request: Request, prompt: Prompt) -> GenerateOutput:
+    """All new tokens (B * num_return_sequences, N), and what the options ask to be recorded."""
+    config, strategy = request.config, strategy_of(request, model.dtype)
+    shown: list[Tensor] = []
+    longest = 0
+    for part, options in parts(strategy, prompt, request.options):
+        *_, state = decode(model, part, strategy, options)
+        if isinstance(state, BeamState):
+            return beam_output(config, state)
+        shown, longest = [*shown, state.shown], max(longest, state.step)
+    if shown:
+        return with_records(GenerateOutput(torch.cat(shown)[:, :longest]), config, state.records)
+    nothing = prompt.ids.new_zeros(len(prompt.ids) * config.num_return_sequences, strategy.room)
+    output = GenerateOutput(nothing, log_probs=torch.zeros(nothing.shape))
+    return with_records(output, config, {name: [] for name in config.records})
+
+
+def with_records(output: GenerateOutput, config: GenerationConfig, records: dict[str, list[Tensor]]) -> GenerateOutput:
+    """The output with the records of all steps: scores and logits a tuple, log_probs (B, N)."""
     for name in config.records:
         if name != "log_probs":
-            setattr(output, name, tuple(record[name] for record in records))
+            setattr(output, name, tuple(records[name]))
         elif output.log_probs is None:
-            kept = [record[name] for record in records]
-            output.log_probs = torch.stack(kept, 1) if kept else torch.zeros(output.sequences.shape)
+            output.log_probs = torch.stack(records[name], 1)
     return output
 
 
-def found_output(config: GenerationConfig, found: Found, records: list[dict[str, Tensor]]) -> GenerateOutput:
+def beam_output(config: GenerationConfig, state: BeamState) -> GenerateOutput:
     """The best of the beams: their paths (B, K, N), cut to the longest that is returned."""
     several = config.num_return_sequences
-    scores, (tokens, log_probs, beams) = found.scores[:, :several].flatten(), found.best(several, config.fill_token_id)
+    tokens, log_probs, beams = state.found.best(several, config.fill_token_id)
     longest = int((beams >= 0).sum(-1).max())
     output = GenerateOutput(tokens[:, :longest], log_probs=log_probs[:, :longest], beam_indices=beams[:, :longest])
-    output.sequences_scores = scores
-    return with_records(output, config, records)
+    output.sequences_scores = state.found.scores[:, :several].flatten()
+    return with_records(output, config, state.records)
