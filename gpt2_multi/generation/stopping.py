@@ -14,7 +14,6 @@ import numpy as np
 
 from gpt2_multi.errors import InputError, TokenizerError
 from gpt2_multi.model import inputs
-from gpt2_multi.tokenizer.encoding import repair
 
 if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
@@ -31,14 +30,21 @@ def stop_table(stops: Sequence[str], tokenizer: GPT2Tokenizer | None, vocab_size
     if tokenizer is None:
         raise InputError("stop_strings: are found in text, which needs a tokenizer; give tokenizer=")
     inputs.check_tokenizer(tokenizer)
-    if (size := sum(len(repair(text).encode()) for text in stops)) > LONGEST:
+    if (size := sum(map(len, spelled(stops)))) > LONGEST:
         raise InputError(f"stop_strings: {size} bytes in all are more than {LONGEST}; give fewer, or shorter ones")
     return _table(tuple(stops), tokenizer, len(tokenizer), vocab_size)
 
 
+def spelled(stops: Sequence[str]) -> list[bytes]:
+    """The bytes of each text; a lone surrogate, which has none, is U+FFFD as in the tokenizer."""
+    from gpt2_multi.tokenizer.encoding import repair  # which few calls need
+
+    return [repair(text).encode() for text in stops]
+
+
 @lru_cache(maxsize=4)
 def _table(stops: tuple[str, ...], tokenizer: GPT2Tokenizer, known: int, vocab_size: int) -> Array:
-    steps = automaton([repair(text).encode() for text in stops])
+    steps = automaton(spelled(stops))
     table = np.zeros((1 << (len(steps) - 1).bit_length(), vocab_size), np.int32)
     table[: len(steps)] = np.arange(len(steps))[:, None]
     words = _words(tokenizer, min(known, vocab_size))

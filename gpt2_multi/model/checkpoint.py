@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2_multi.errors import CheckpointError
+from gpt2_multi.files import containers
 from gpt2_multi.files.arrays import Array, Shape, mapping, release, same
-from gpt2_multi.files.containers.safetensors import write_safetensors, write_shards
 from gpt2_multi.files.folders import PathLike, replaced
 from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, resolve
 from gpt2_multi.files.json_files import read_json
@@ -261,7 +261,7 @@ def write_weights(
         )
         for weight, dtype, make in sources
     }
-    write_shards(folder / WEIGHTS["safetensors"][0], tensors, write_safetensors, max_shard_size)
+    containers.write_shards(folder / WEIGHTS["safetensors"][0], tensors, containers.write_safetensors, max_shard_size)
 
 
 def is_model_file(path: Path) -> bool:

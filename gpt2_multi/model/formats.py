@@ -11,12 +11,8 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.errors import CheckpointError, shortened
+from gpt2_multi.files import containers
 from gpt2_multi.files.arrays import Array, Made, reading
-from gpt2_multi.files.containers.hdf5 import read_hdf5, write_hdf5
-from gpt2_multi.files.containers.msgpack_files import read_msgpack, write_msgpack
-from gpt2_multi.files.containers.safetensors import read_safetensors, read_shards, write_safetensors, write_shards
-from gpt2_multi.files.containers.tf_bundle import read_bundle, write_bundle
-from gpt2_multi.files.containers.torch_save import read_torch, write_torch
 from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.model.config import GPT2Config
@@ -70,21 +66,27 @@ def beside(main: Path) -> GPT2Config:
 
 def sharded(read: Callable[[Path], Tensors]) -> Callable[[Path], Tensors]:
     """A reader that takes the index of shards too."""
-    return lambda main: read_shards(main, read) if main.suffix == ".json" else read(main)
+    return lambda main: containers.read_shards(main, read) if main.suffix == ".json" else read(main)
+
+
+def _read_safetensors(main: Path) -> Tensors:
+    return containers.read_safetensors(main)
 
 
 def _write_safetensors(folder: Path, tensors: dict[str, Made], config: GPT2Config, size: int | str) -> None:
-    write_shards(folder / "model.safetensors", tensors, write_safetensors, size)
+    containers.write_shards(folder / "model.safetensors", tensors, containers.write_safetensors, size)
     config.save_pretrained(folder)
 
 
 def _write_tf_safetensors(folder: Path, tensors: dict[str, Made], config: GPT2Config, size: int | str) -> None:
-    write_shards(folder / "model.safetensors", tensors, lambda path, part: write_safetensors(path, part, "tf"), size)
+    containers.write_shards(
+        folder / "model.safetensors", tensors, lambda path, part: containers.write_safetensors(path, part, "tf"), size
+    )
     config.save_pretrained(folder)
 
 
 def _read_pytorch(path: Path) -> Tensors:
-    return _state(path, read_torch(path))
+    return _state(path, containers.read_torch(path))
 
 
 def _state(path: Path, found: Mapping[Any, Any]) -> Tensors:
@@ -101,14 +103,14 @@ def _plain(value: Any) -> str:
 
 
 def _write_pytorch(folder: Path, tensors: dict[str, Made], config: GPT2Config, size: int | str) -> None:
-    write_shards(folder / "pytorch_model.bin", tensors, write_torch, size)
+    containers.write_shards(folder / "pytorch_model.bin", tensors, containers.write_torch, size)
     config.save_pretrained(folder)
 
 
 def _read_tf_h5(path: Path) -> Tensors:
     """The weights by TensorFlow's names, without the group and the model's name that Keras puts before them."""
     found: Tensors = {}
-    for name, array in read_hdf5(path).items():
+    for name, array in containers.read_hdf5(path).items():
         first, *rest = name.split("/")
         found["/".join(rest[1:]) if first in rest[1:2] else name] = array
     return found
@@ -124,7 +126,7 @@ def _write_tf_h5(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: 
     attributes[""] = {"layer_names": layers, "backend": b"tensorflow", "keras_version": b"2.19.0"}
     attributes["top_level_model_weights"] = {"weight_names": []}
     placed = {f"{name.split('/')[0]}/{model}/{name}": made for name, made in tensors.items()}
-    write_hdf5(folder / "tf_model.h5", placed, attributes)
+    containers.write_hdf5(folder / "tf_model.h5", placed, attributes)
     config.save_pretrained(folder)
 
 
@@ -133,8 +135,12 @@ def snake_case(name: str) -> str:
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)).lower()
 
 
+def _read_flax(main: Path) -> Tensors:
+    return containers.read_msgpack(main)
+
+
 def _write_flax(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | str) -> None:
-    write_msgpack(folder / "flax_model.msgpack", tensors)
+    containers.write_msgpack(folder / "flax_model.msgpack", tensors)
     config.save_pretrained(folder)
 
 
@@ -160,8 +166,12 @@ def _settings(path: Path, found: Mapping[str, Any], names: Mapping[str, str], **
         return GPT2Config(**{ours: found[name] for name, ours in names.items()}, **more)
 
 
+def _read_openai(main: Path) -> Tensors:
+    return containers.read_bundle(main.with_suffix(""))
+
+
 def _write_openai(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | str) -> None:
-    write_bundle(folder / "model.ckpt", tensors)
+    containers.write_bundle(folder / "model.ckpt", tensors)
     write_json(folder / "hparams.json", {name: getattr(config, ours) for name, ours in HPARAMS.items()})
     text = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
     (folder / "checkpoint").write_text(text, encoding="utf-8")
@@ -174,7 +184,7 @@ MODEL_ARGS = {"vocab_size": "vocab_size", "block_size": "n_positions", **_SAME}
 def _nanogpt_config(main: Path) -> GPT2Config:
     if main.with_name("config.json").exists():
         return beside(main)
-    found = read_torch(main).get("model_args")
+    found = containers.read_torch(main).get("model_args")
     if not isinstance(found, dict):
         raise CheckpointError(f"{main}: expected 'model_args', as nanoGPT writes them, found none; is it another's?")
     drop = found.get("dropout", 0.0)
@@ -184,7 +194,7 @@ def _nanogpt_config(main: Path) -> GPT2Config:
 
 def _read_nanogpt(main: Path) -> Tensors:
     """The weights without the prefix of torch.compile; biases that were left out are zeros."""
-    found = read_torch(main, "model")
+    found = containers.read_torch(main, "model")
     model = found.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{main}: expected the weights under 'model', as nanoGPT writes them, found none")
@@ -205,7 +215,7 @@ def _write_nanogpt(folder: Path, tensors: dict[str, Made], config: GPT2Config, _
     args |= {"bias": True, "dropout": config.resid_pdrop}
     around = {"model_args": args, "iter_num": 0, "best_val_loss": 1e9, "config": {}}
     tied = {"lm_head.weight": tensors["transformer.wte.weight"]}
-    write_torch(folder / "ckpt.pt", {**tensors, **tied}, lambda state: {"model": state, **around})
+    containers.write_torch(folder / "ckpt.pt", {**tensors, **tied}, lambda state: {"model": state, **around})
     config.save_pretrained(folder)
 
 
@@ -231,6 +241,10 @@ def _keras_hub_config(main: Path) -> GPT2Config:
     return _settings(path, settings, BACKBONE, **dropouts)
 
 
+def _read_keras(main: Path) -> Tensors:
+    return containers.read_hdf5(main)
+
+
 def _write_keras_hub(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | str) -> None:
     dtype = next(iter(tensors.values()))[0].name
     settings = {name: getattr(config, ours) for name, ours in BACKBONE.items()}
@@ -238,7 +252,7 @@ def _write_keras_hub(folder: Path, tensors: dict[str, Made], config: GPT2Config,
     policy = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": dtype}, "registered_name": None}
     settings |= {"name": "gpt2_backbone", "trainable": True, "dtype": policy, "dropout": config.resid_pdrop}
     backbone = {"module": "keras_hub.src.models.gpt2.gpt2_backbone", "class_name": "GPT2Backbone", "config": settings}
-    write_hdf5(folder / "model.weights.h5", tensors, {})
+    containers.write_hdf5(folder / "model.weights.h5", tensors, {})
     backbone |= {"registered_name": "keras_hub>GPT2Backbone", OURS: config.to_dict()}
     write_json(folder / "config.json", backbone)
     versions = {"keras_version": "3.15.1", "keras_hub_version": "0.32.0"}
@@ -247,7 +261,7 @@ def _write_keras_hub(folder: Path, tensors: dict[str, Made], config: GPT2Config,
 
 def _write_keras_weights(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | str) -> None:
     model = snake_case(f"TF{(config.architectures or ['GPT2LMHeadModel'])[0]}")
-    write_hdf5(folder / "model.weights.h5", tensors, {"vars": {"name": model}})
+    containers.write_hdf5(folder / "model.weights.h5", tensors, {"vars": {"name": model}})
     config.save_pretrained(folder)
 
 
@@ -258,11 +272,11 @@ _DECODERS = ("lm", "base")
 FORMATS: Mapping[str, Format] = {
     "safetensors": Format(
         "transformers' safetensors", TRANSFORMERS, _MAIN["safetensors"], WEIGHTS["safetensors"],
-        sharded(read_safetensors), _write_safetensors, beside,
+        sharded(_read_safetensors), _write_safetensors, beside,
     ),
     "tf-safetensors": Format(
         "transformers' safetensors of TensorFlow", TF, _MAIN["safetensors"], WEIGHTS["safetensors"],
-        sharded(read_safetensors), _write_tf_safetensors, beside, no_room={"tie_word_embeddings": (True,)},
+        sharded(_read_safetensors), _write_tf_safetensors, beside, no_room={"tie_word_embeddings": (True,)},
     ),
     "pytorch": Format(
         "transformers' pytorch_model.bin", TRANSFORMERS, _MAIN["pytorch"], WEIGHTS["pytorch"],
@@ -274,11 +288,11 @@ FORMATS: Mapping[str, Format] = {
     ),
     "flax-msgpack": Format(
         "transformers' flax_model.msgpack", FLAX_FILE, _MAIN["flax-msgpack"], WEIGHTS["flax-msgpack"],
-        sharded(read_msgpack), _write_flax, beside,
+        sharded(_read_flax), _write_flax, beside,
     ),
     "openai": Format(
         "OpenAI's TensorFlow 1 checkpoint", OPENAI, ("model.ckpt.index", "model.ckpt-[0-9]*.index"), WEIGHTS["openai"],
-        lambda main: read_bundle(main.with_suffix("")), _write_openai, _openai_config, _TANH, _QUARTER, _DECODERS,
+        _read_openai, _write_openai, _openai_config, _TANH, _QUARTER, _DECODERS,
     ),
     "nanogpt": Format(
         "nanoGPT's ckpt.pt", NANOGPT, WEIGHTS["nanogpt"], WEIGHTS["nanogpt"],
@@ -287,10 +301,10 @@ FORMATS: Mapping[str, Format] = {
     ),
     "keras-hub": Format(
         "KerasHub's preset", KERAS_HUB, WEIGHTS["keras-hub"][:1], WEIGHTS["keras-hub"],
-        read_hdf5, _write_keras_hub, _keras_hub_config, _TANH, NO_ROOM, _DECODERS,
+        _read_keras, _write_keras_hub, _keras_hub_config, _TANH, NO_ROOM, _DECODERS,
     ),
     "keras-weights": Format(
         "Keras' .weights.h5 of gpt2_multi.tf", KERAS_WEIGHTS, ("*.weights.h5",), WEIGHTS["keras-hub"][:1],
-        read_hdf5, _write_keras_weights, beside,
+        _read_keras, _write_keras_weights, beside,
     ),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from gpt2_multi.pt.generation.decoding import Prompt, Sampling, State, decode
 from gpt2_multi.pt.generation.lookup import Lookup
 from gpt2_multi.pt.generation.rules import as_tensors
 from gpt2_multi.pt.layers import facts, to_numpy
-from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+
+if TYPE_CHECKING:
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 
 def generate(

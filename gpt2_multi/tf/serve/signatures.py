@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.fields import OPTIONS
+from gpt2_multi.generation.config import OPTIONS, GenerationConfig
 from gpt2_multi.tf.attention import sizes, widened
 from gpt2_multi.tf.generation.decoding import State
 from gpt2_multi.tf.generation.generate import PARTS, prepare
