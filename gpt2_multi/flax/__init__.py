@@ -7,19 +7,22 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError('gpt2_multi.flax needs JAX and Flax: pip install "gpt2-multi[flax]"') from error
 
 from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.heads import (
+from gpt2_multi.flax.classes import (
     FlaxGPT2DoubleHeadsModel,
     FlaxGPT2ForQuestionAnswering,
     FlaxGPT2ForSequenceClassification,
     FlaxGPT2ForTokenClassification,
     FlaxGPT2LMHeadModel,
+    FlaxGPT2Model,
+)
+from gpt2_multi.flax.heads import (
     GPT2DoubleHeadsModule,
     GPT2ForQuestionAnsweringModule,
     GPT2ForSequenceClassificationModule,
     GPT2ForTokenClassificationModule,
     GPT2LMHeadModule,
 )
-from gpt2_multi.flax.model import FlaxGPT2Model, GPT2Module
+from gpt2_multi.flax.model import GPT2Module
 
 __all__ = [
     "FlaxGPT2DoubleHeadsModel",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from gpt2_multi.flax.heads import FlaxGPT2LMHeadModel
+from gpt2_multi.flax.classes import FlaxGPT2LMHeadModel
 from gpt2_multi.generation.config import GenerationConfig
 
 if TYPE_CHECKING:

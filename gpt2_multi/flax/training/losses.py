@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from gpt2_multi.flax.attention import upcast
 from gpt2_multi.flax.checks import extremes, is_concrete
 from gpt2_multi.model import inputs
 from gpt2_multi.model.weights import FLAX
@@ -25,13 +26,8 @@ def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> Ar
     check_labels(labels, logits)
     labels = labels.astype(jnp.int32)  # an unsigned dtype has no -100
     counted = labels != IGNORED if mask is None else (labels != IGNORED) & (mask != 0)
-    each = optax.softmax_cross_entropy_with_integer_labels(widened(logits), jnp.where(counted, labels, 0))
+    each = optax.softmax_cross_entropy_with_integer_labels(upcast(logits), jnp.where(counted, labels, 0))
     return jnp.where(counted, each, 0).sum() / jnp.maximum(counted.sum(), 1)
-
-
-def widened(logits: Array) -> Array:
-    """At least float32: a sum over many tokens is beyond float16, and beyond bfloat16's precision."""
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def check_labels(labels: Array, logits: Array) -> None:
@@ -65,7 +61,7 @@ def classification_loss(logits: Array, labels: Array, problem_type: str | None) 
 
     labels: (B,) classes; (B, L) floats for several labels; (B,) or (B, L) floats for regression.
     """
-    logits = widened(logits)
+    logits = upcast(logits)
     if problem_type is None:
         floats = jnp.issubdtype(labels.dtype, jnp.floating)
         single = "multi_label_classification" if floats else "single_label_classification"
