@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gpt2_multi.flax.checks import check_call, check_classes, extremes, is_concrete
 from gpt2_multi.flax.generation import generate as generation
+from gpt2_multi.flax.generation.decoders import Decoders
 from gpt2_multi.flax.heads import (
     GPT2DoubleHeadsModule,
     GPT2ForQuestionAnsweringModule,
@@ -37,7 +38,7 @@ class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
     head = "lm"
     module_class = GPT2LMHeadModule
     generation_config: GenerationConfig
-    _decoders: tuple[Any, generation.Decoders] | None = None
+    _decoders: tuple[Any, Decoders] | None = None
 
     def __init__(self, config: GPT2Config, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
@@ -54,11 +55,11 @@ class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
     score = generation.score
 
     @property
-    def decoders(self) -> generation.Decoders:
+    def decoders(self) -> Decoders:
         """The compiled functions that generate, of the model as it is now."""
         settings, found = self.settings(), self._decoders
         if found is None or found[0] != settings:
-            found = self._decoders = (settings, generation.Decoders.of(self))
+            found = self._decoders = (settings, Decoders.of(self))
         return found[1]
 
     def renew(self) -> None:

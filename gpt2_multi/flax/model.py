@@ -198,14 +198,10 @@ class GPT2Module(nn.Module):
         """
         source: Any = input_ids if input_ids is not None else inputs_embeds
         cache = past_key_values
-        past = 0 if cache is None else cache.length
         if position_ids is None:
-            position_ids = positions(source, attention_mask, past)
+            position_ids = positions(source, attention_mask, 0 if cache is None else cache.length)
         x = self.embed(source, position_ids, token_type_ids, train)
-        keys = x.shape[1] if cache is None else cache.capacity
-        context = Context(causal_bias(x.shape[1], keys, past, attention_mask, self.dtype), past, encoder_hidden_states)
-        if encoder_attention_mask is not None:
-            context = context._replace(states_bias=key_bias(encoder_attention_mask, self.dtype))
+        context = self._context(x.shape[1], attention_mask, cache, encoder_hidden_states, encoder_attention_mask)
         x, seen = self.h(x, context, self._layers(cache, head_mask), train, output_attentions, output_hidden_states)
         x = self.ln_f(by_rows(x))
         if cache is not None:
@@ -223,6 +219,13 @@ class GPT2Module(nn.Module):
     def logits(self, hidden: Array) -> Array:
         """The tied head: (..., E) -> (..., V)"""
         return by_rows(self.wte.attend(hidden), PartitionSpec.UNCONSTRAINED)
+
+    def _context(
+        self, length: int, mask: Array | None, cache: KVCache | None, states: Array | None, states_mask: Array | None
+    ) -> Context:
+        past, keys = (0, length) if cache is None else (cache.length, cache.capacity)
+        bias = causal_bias(length, keys, past, mask, self.dtype)
+        return Context(bias, past, states, None if states_mask is None else key_bias(states_mask, self.dtype))
 
     def _layers(self, cache: KVCache | None, head_mask: Array | None) -> Layer:
         config = self.config

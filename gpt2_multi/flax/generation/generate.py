@@ -6,31 +6,29 @@ The loop is compiled. Lengths come in buckets, so that another prompt rarely com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.flax.attention import upcast
 from gpt2_multi.flax.checks import as_array, check_states, is_concrete
 from gpt2_multi.flax.generation.beams import BeamSearch
-from gpt2_multi.flax.generation.decoding import Prompt, Sampling, State, align, decode, prefill, slide
+from gpt2_multi.flax.generation.decoders import log_probs_of, states_of
+from gpt2_multi.flax.generation.decoding import Prompt, Sampling, State
 from gpt2_multi.flax.generation.lookup import Lookup
 from gpt2_multi.flax.generation.rules import as_tensors
+from gpt2_multi.flax.generation.tracing import check_guided, is_traced, traced_request
 from gpt2_multi.flax.parameters.tree import Tree
 from gpt2_multi.generation import scoring, texts
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.options import Options
-from gpt2_multi.generation.request import Request, new_tokens_after, options_of
+from gpt2_multi.generation.request import Request
 from gpt2_multi.generation.rules import bucket
-from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
@@ -134,13 +132,7 @@ def log_probs(model: Any, params: Tree | None, ids: scoring.Array, mask: scoring
     more = [(0, 0), (0, min(bucket(length), model.config.n_positions) - length)]
     ids, mask = np.pad(ids, more), np.pad(mask, more)
     logits = model(ids, mask, params=params, return_dict=True).logits[:, :-1]
-    return np.asarray(_log_probs_of(logits, ids[:, 1:]))[:, : length - 1]
-
-
-@jax.jit
-def _log_probs_of(logits: Array, ids: Array) -> Array:
-    logits = upcast(logits)
-    return jnp.take_along_axis(logits, ids[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
+    return np.asarray(log_probs_of(logits, ids[:, 1:]))[:, : length - 1]
 
 
 def request_of(
@@ -165,24 +157,6 @@ def request_of(
     return request
 
 
-def traced_request(
-    model: Any, config: GenerationConfig, ids: Array, mask: Array | None, tokenizer: GPT2Tokenizer | None
-) -> Request:
-    """The same for ids (B, T) and a mask of which only the shapes are known."""
-    inputs.check_shape("input_ids", ids.shape, (None, None))
-    mask = jnp.ones(ids.shape, bool) if mask is None else mask != 0
-    inputs.check_shape("attention_mask", mask.shape, ids.shape)
-    inputs.check_integers("input_ids", ids.dtype, bool(jnp.issubdtype(ids.dtype, jnp.integer)))
-    new, options = new_tokens_after(config, ids.shape[1]), options_of(config, model.config, len(ids), tokenizer)
-    traced: Any = (ids, *align(ids, mask))
-    return Request(config, model.config, tokenizer, None, traced[0], traced[1], traced[2], new, options)
-
-
-def is_traced(*trees: Any) -> bool:
-    """Whether anything in these trees has no value yet."""
-    return not all(map(is_concrete, jax.tree.leaves(trees)))
-
-
 def strategy_of(request: Request) -> Sampling:
     """How a request goes on."""
     config, guesses = request.config, request.config.prompt_lookup_num_tokens
@@ -192,30 +166,24 @@ def strategy_of(request: Request) -> Sampling:
     return (BeamSearch if config.num_beams > 1 else Sampling)(room, config.rows, config.records)
 
 
-@dataclass(frozen=True)
-class Decoders:
-    """The compiled functions of a model; `decode` writes over the state that it is given."""
+def parts(request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:
+    """What goes on together: all rows; but each row alone with guesses, which come true in one row and not in another.
 
-    start: Callable[..., State]
-    prefill: Callable[..., dict[str, Any]]
-    decode: Callable[..., State]
-
-    @classmethod
-    def of(cls, model: Any) -> Decoders:
-        """Those of a model, which are compiled when they are first called."""
-        return cls(
-            jax.jit(lambda strategy, prompt, options: strategy.start(model, prompt, options), static_argnums=0),
-            jax.jit(partial(prefill, model), static_argnums=(2, 3)),
-            jax.jit(partial(decode, model), static_argnums=2, donate_argnums=1),
-        )
+    Nothing, where there is no row, or no token to come.
+    """
+    if not request.new_tokens or not len(prompt.ids):
+        return []
+    options = as_tensors(request.options)
+    if request.config.prompt_lookup_num_tokens is None:
+        return [(prompt, options)]
+    return [(prompt.row(row), options.row(row)) for row in range(len(prompt.ids))]
 
 
 def columns(model: Any, params: Tree, request: Request, prompt: Prompt) -> Iterator[Array]:
     """One token of each row, (R,), after the other, until the length, or until all are finished."""
-    if not request.new_tokens or not len(prompt.ids):
-        return iter(())
     model.renew()
-    made = [columns_of(states_of(model, params, request, *part, stride=1)) for part in parts_of(request, prompt)]
+    strategy, each = strategy_of(request), parts(request, prompt)
+    made = [columns_of(states_of(model, params, request, strategy, *part, stride=1)) for part in each]
     if len(made) == 1:
         return made[0]
     fill = jnp.full(1, request.options.fill, jnp.int32)
@@ -231,36 +199,6 @@ def columns_of(states: Iterator[State]) -> Iterator[Array]:
         seen = step
 
 
-def parts_of(request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:
-    """What goes on together: all rows, but with guesses, of which some come true in one row only, each row alone."""
-    options = as_tensors(request.options)
-    if request.config.prompt_lookup_num_tokens is None:
-        return [(prompt, options)]
-    return [(prompt.row(row), options.row(row)) for row in range(len(prompt.ids))]
-
-
-def states_of(
-    model: Any, params: Tree, request: Request, prompt: Prompt, options: Options, stride: int
-) -> Iterator[State]:
-    """The states after every `stride` tokens or more, and where a window is full, which slides and is read anew."""
-    new, longest, strategy = request.new_tokens, model.config.n_positions, strategy_of(request)
-    sliding, room = request.config.sliding_window, min(max(longest // 2, 1), request.new_tokens)
-    state, step, until = model.decoders.start(strategy, prompt, options), 0, 0 if sliding else new
-    if not sliding:
-        state = state._replace(**model.decoders.prefill(params, prompt, strategy.room, strategy.rows))
-    while step < new:
-        if step == until:
-            window = slide(prompt.repeated(strategy.rows), state, longest)
-            until = min(step + min(longest + 1 - int(window.mask.sum(-1).max()), room), new)
-            state = state._replace(**model.decoders.prefill(params, window, bucket(room), 1))
-        reached = min(step + stride, until)
-        state = model.decoders.decode(params, state, strategy, reached, new, options)
-        yield state
-        if reached == new or not strategy.is_open(state):
-            return
-        step = int(state.step)
-
-
 def run(model: Any, params: Tree, request: Request, prompt: Prompt) -> GenerateOutput:
     """All new tokens (B * num_return_sequences, new), and what the options ask to be recorded."""
     config, new = request.config, request.new_tokens
@@ -270,30 +208,20 @@ def run(model: Any, params: Tree, request: Request, prompt: Prompt) -> GenerateO
         return with_records(GenerateOutput(jnp.zeros((rows, new), jnp.int32)), config, nothing, 0)
     check_guided(config, is_traced(params, prompt))
     model.renew()
+    strategy, each = strategy_of(request), parts(request, prompt)
     if config.sliding_window or config.prompt_lookup_num_tokens is not None:
-        states = (states_of(model, params, request, *part, stride=new) for part in parts_of(request, prompt))
-        ends = [list(parts)[-1] for parts in states]
-        made = max(int(end.step) for end in ends)
-        shown = jnp.concatenate([end.shown for end in ends])[:, :made]
-        return with_records(GenerateOutput(shown), config, ends[0].records, made)
-    strategy, options = strategy_of(request), as_tensors(request.options)
-    state = model.decoders.start(strategy, prompt, options)
-    state = state._replace(**model.decoders.prefill(params, prompt, strategy.room, strategy.rows))
-    state = model.decoders.decode(params, state, strategy, new, new, options)
-    made = int(state.step) if is_concrete(state.step) else new
+        loops = (states_of(model, params, request, strategy, *part, stride=new) for part in each)
+        ends = [list(loop)[-1] for loop in loops]
+    else:
+        ((prompt, options),) = each
+        state = model.decoders.start(strategy, prompt, options)
+        state = state._replace(**model.decoders.prefill(params, prompt, strategy.room, strategy.rows))
+        ends = [model.decoders.decode(params, state, strategy, new, new, options)]
+    made = max(int(end.step) if is_concrete(end.step) else new for end in ends)
     if config.num_beams > 1:
-        return beam_output(config, state, made, new)
-    return with_records(GenerateOutput(state.shown[:, :made]), config, state.records, made)
-
-
-def check_guided(config: GenerationConfig, traced: bool) -> None:
-    """A loop that is guided from outside cannot be part of another function."""
-    for name, is_on in (
-        ("sliding_window", config.sliding_window),
-        ("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens is not None),
-    ):
-        if traced and is_on:
-            raise InputError(f"{name}: cannot be used while generate is traced; leave it out, or call it outside")
+        return beam_output(config, ends[0], made, new)
+    shown = jnp.concatenate([end.shown for end in ends]) if len(ends) > 1 else ends[0].shown
+    return with_records(GenerateOutput(shown[:, :made]), config, ends[0].records, made)
 
 
 def with_records(

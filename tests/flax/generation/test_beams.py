@@ -94,8 +94,9 @@ def test_lookup_gives_the_greedy_tokens_in_fewer_steps(model):
     greedy = model.generate(ids, **options)
     config = model.generation_config.with_options({**options, "prompt_lookup_num_tokens": 4})
     request = generate.request_of(model, config, ids, None, None, None, None)
-    (part,) = generate.parts_of(request, Prompt.of(request, None, None))
-    shown = [np.array(state.shown) for state in generate.states_of(model, model.params, request, *part, stride=1)]
+    (part,), strategy = generate.parts(request, Prompt.of(request, None, None)), generate.strategy_of(request)
+    states = generate.states_of(model, model.params, request, strategy, *part, stride=1)
+    shown = [np.array(state.shown) for state in states]
     assert equal(shown[-1][:, :30], greedy[:, 24:]) and len(shown) < 30
     assert equal(model.generate(ids, prompt_lookup_num_tokens=4, **options), greedy)
 
