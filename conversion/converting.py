@@ -33,7 +33,7 @@ COMPANIONS = (  # files that go along as they are
 
 
 @dataclass
-class Report:
+class ConversionReport:
     """What a conversion did. A tensor is renamed, cast, dropped, or missing and filled in."""
 
     source: str
@@ -66,7 +66,7 @@ def convert(
     force: bool = False,
     check: Callable[[Checkpoint, Checkpoint], None] | None = None,
     watch: Callable[[str, int, int], None] | None = None,
-) -> Report:
+) -> ConversionReport:
     """Write the checkpoint `source` to the folder `target` in the format `to`, a key of `formats.KINDS`.
 
     dtype: what the tensors are cast to, by default what they are. max_shard_size: of safetensors and pytorch_model.bin.
@@ -81,7 +81,7 @@ def convert(
     """
     old, place = open(source), Path(target)
     kind = _kind(to)
-    report = Report(str(source), str(target), old.format, to, old.head, dropped=old.dropped)
+    report = ConversionReport(str(source), str(target), old.format, to, old.head, dropped=old.dropped)
     config = _configuration(old, dtype, untie)
     _check_room(kind, to, config, old.head, force, report)
     _check_place(old, place, force)
@@ -111,7 +111,7 @@ def _configuration(old: Checkpoint, dtype: str | None, untie: bool) -> GPT2Confi
     return old.config.replace(architectures=[ARCHITECTURES[old.head]], dtype=stored, **changes)
 
 
-def _check_room(kind: Kind, to: str, config: GPT2Config, head: str, force: bool, report: Report) -> None:
+def _check_room(kind: Kind, to: str, config: GPT2Config, head: str, force: bool, report: ConversionReport) -> None:
     """Whether the target can hold the model, and its program compute the same with it."""
     if head not in kind.heads:
         raise CheckpointError(f"{to}: expected a model with the head {' or '.join(kind.heads)}, found {head}")
@@ -156,7 +156,7 @@ def _made(
     config: GPT2Config,
     kind: Kind,
     dtype: str | None,
-    report: Report,
+    report: ConversionReport,
     watch: Callable[[str, int, int], None] | None,
 ) -> dict[str, Made]:
     """The tensors to write under their names in the new format."""
@@ -189,7 +189,9 @@ def _part(old: Checkpoint, kind: Kind, row: Weight, source: str, number: int, wa
     return spelling.parts(kind.form, row, array)[number]
 
 
-def _note(report: Report, before: list[str], after: list[str], array: Array, stored: np.dtype[Any], name: str) -> None:
+def _note(
+    report: ConversionReport, before: list[str], after: list[str], array: Array, stored: np.dtype[Any], name: str
+) -> None:
     report.tensors += len(after)
     report.parameters += array.size
     if before != after:
@@ -198,7 +200,7 @@ def _note(report: Report, before: list[str], after: list[str], array: Array, sto
         report.cast[name] = f"{array.dtype.name} to {stored.name}"
 
 
-def _carry(old: Checkpoint, stage: Path, to: str, report: Report) -> None:
+def _carry(old: Checkpoint, stage: Path, to: str, report: ConversionReport) -> None:
     """Take along what is not weights: tokenizer files under the names that the target's program reads."""
     folder = old.path if old.path.is_dir() else old.path.parent
     names: dict[str, str] = {name: name for name in COMPANIONS}

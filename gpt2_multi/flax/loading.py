@@ -361,3 +361,22 @@ def resized(value: Array, axes: tuple[str, ...], number: int) -> Array:
     axis = axes.index("vocab")
     extra = [value.mean(axis, keepdims=True)] * max(number - value.shape[axis], 0)
     return jnp.concatenate([lax.slice_in_dim(value, 0, min(number, value.shape[axis]), axis=axis), *extra], axis)
+
+
+def devices() -> list[str]:
+    """Where JAX can compute, the fastest kind first."""
+    fast = [f"{device.platform}:{i}" for i, device in enumerate(jax.devices()) if device.platform != "cpu"]
+    return [*fast, "cpu"]
+
+
+def dtypes(device: str) -> list[str]:
+    """The floating-point dtypes that a device computes in; float64 where the process has switched it on."""
+    wide = jax.config.jax_enable_x64 and not device.startswith("tpu")  # type: ignore[attr-defined]
+    return [*(["float64"] if wide else []), "float32", "bfloat16", "float16"]
+
+
+def load_on(device: str, model_class: type[FlaxGPT2PreTrainedModel], name: Any, **options: Any) -> Any:
+    """What `from_pretrained` of a class gives, on a device."""
+    kind, _, number = device.partition(":")
+    with jax.default_device(jax.devices(kind)[int(number or 0)]):
+        return model_class.from_pretrained(name, **options)

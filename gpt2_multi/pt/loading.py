@@ -284,3 +284,22 @@ def load_tf_weights_in_gpt2(
     arrays = read_weights(where, model.config, model.head)
     model._assign(arrays, next(model.parameters()).dtype, where)
     return model
+
+
+def devices() -> list[str]:
+    """Where PyTorch can compute, the fastest kind first."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return ["cpu"]
+    return [*(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())), "cpu"]
+
+
+def dtypes(device: str) -> list[str]:
+    """The floating-point dtypes that a device computes in."""
+    wide = [] if device.startswith("mps") else ["float64"]  # Apple's GPUs have none
+    return [*wide, "float32", "bfloat16", "float16"]
+
+
+def load_on(device: str, model_class: type[GPT2PreTrainedModel], name: Any, **options: Any) -> GPT2PreTrainedModel:
+    """What `from_pretrained` of a class gives, on a device."""
+    return model_class.from_pretrained(name, **options).to(device)

@@ -267,3 +267,19 @@ def refuse_adapted(model: keras.Model, what: str) -> None:
 def _resized(rows: tf.Tensor, number: int) -> tf.Tensor:
     mean = tf.reduce_mean(rows, 0, keepdims=True)
     return tf.concat([rows[:number], tf.repeat(mean, max(number - rows.shape[0], 0), 0)], 0)
+
+
+def devices() -> list[str]:
+    """Where TensorFlow can compute, the fastest kind first."""
+    return [*(f"gpu:{i}" for i in range(len(tf.config.list_physical_devices("GPU")))), "cpu"]
+
+
+def dtypes(device: str) -> list[str]:
+    """The floating-point dtypes that a device computes in."""
+    return ["float64", "float32", "bfloat16", "float16"]
+
+
+def load_on(device: str, model_class: type[TFGPT2PreTrainedModel], name: Any, **options: Any) -> TFGPT2PreTrainedModel:
+    """What `from_pretrained` of a class gives, on a device."""
+    with tf.device(device):
+        return model_class.from_pretrained(name, **options)
