@@ -24,7 +24,8 @@ from gpt2_multi.flax.heads import (
 )
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.flax.model import GPT2Module
-from gpt2_multi.flax.training.losses import cosine_rate, cosine_schedule, decay_mask, optimizer
+from gpt2_multi.flax.training.losses import cosine_schedule
+from gpt2_multi.flax.training.optimizers import cosine_rate, decay_mask, optimizer
 from gpt2_multi.flax.training.state import TrainState, create_train_state, eval_step, train_step
 
 __all__ = [  # noqa: RUF022  the order of the other two packages

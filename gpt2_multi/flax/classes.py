@@ -24,6 +24,8 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 
+CALL = FlaxGPT2PreTrainedModel.__call__
+
 
 class FlaxGPT2Model(FlaxGPT2PreTrainedModel):
     """The bare GPT-2, without a head."""
@@ -62,10 +64,18 @@ class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
             found = self._decoders = (settings, Decoders.of(self))
         return found[1]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether only our code and the parameters decide what a call gives."""
+        return type(self.module) is GPT2LMHeadModule and not self._is_steered()
+
     def renew(self) -> None:
         """Forget what was compiled of code that is not ours, which may depend on more than its arguments."""
-        if type(self).__call__ is not FlaxGPT2PreTrainedModel.__call__ or interceptors():
+        if self._is_steered():
             self._decoders = None
+
+    def _is_steered(self) -> bool:
+        return type(self).__call__ is not CALL or bool(interceptors())
 
 
 class FlaxGPT2DoubleHeadsModel(FlaxGPT2PreTrainedModel):

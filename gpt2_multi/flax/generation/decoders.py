@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gpt2_multi.flax.attention import upcast
+from gpt2_multi.flax.generation.cpu_kernels import Kernels, are_worthwhile, transposed
 from gpt2_multi.flax.generation.decoding import Prompt, Sampling, State, decode, prefill, slide
 from gpt2_multi.flax.parameters.tree import Tree
 from gpt2_multi.generation.options import Options
@@ -26,6 +27,7 @@ class Decoders:
     start: Callable[..., State]
     prefill: Callable[..., dict[str, Any]]
     decode: Callable[..., State]
+    transposed: Callable[..., Kernels]
 
     @classmethod
     def of(cls, model: Any) -> Decoders:
@@ -34,11 +36,25 @@ class Decoders:
             jax.jit(lambda strategy, prompt, options: strategy.start(model, prompt, options), static_argnums=0),
             jax.jit(partial(prefill, model), static_argnums=(2, 3)),
             jax.jit(partial(decode, model), static_argnums=2, donate_argnums=1),
+            jax.jit(transposed),
         )
 
 
+def kernels_of(model: Any, params: Tree, strategy: Sampling, prompt: Prompt) -> Kernels:
+    """The kernels that a whole loop multiplies by, if that is quicker."""
+    rows = len(prompt.ids) * strategy.rows * (1 + strategy.guesses)
+    return model.decoders.transposed(params) if are_worthwhile(model, rows, strategy.room) else {}
+
+
 def states_of(
-    model: Any, params: Tree, request: Request, strategy: Sampling, prompt: Prompt, options: Options, stride: int
+    model: Any,
+    params: Tree,
+    request: Request,
+    strategy: Sampling,
+    prompt: Prompt,
+    options: Options,
+    stride: int,
+    kernels: Kernels,
 ) -> Iterator[State]:
     """The states after every `stride` tokens or more, and where a window is full, which slides and is read anew."""
     new, longest = request.new_tokens, model.config.n_positions
@@ -52,7 +68,7 @@ def states_of(
             until = min(step + min(longest + 1 - int(window.mask.sum(-1).max()), room), new)
             state = state._replace(**model.decoders.prefill(params, window, bucket(room), 1))
         reached = min(step + stride, until)
-        state = model.decoders.decode(params, state, strategy, reached, new, options)
+        state = model.decoders.decode(params, state, strategy, reached, new, options, kernels)
         yield state
         if reached == new or not strategy.is_open(state):
             return
@@ -61,5 +77,6 @@ def states_of(
 
 @jax.jit
 def log_probs_of(logits: Array, ids: Array) -> Array:
+    """The log-probability of each id (B, T) by its logits (B, T, V)."""
     logits = upcast(logits)
     return jnp.take_along_axis(logits, ids[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)

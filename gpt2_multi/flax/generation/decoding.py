@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from gpt2_multi.flax.attention import KVCache, positions, upcast
 from gpt2_multi.flax.checks import as_array
+from gpt2_multi.flax.generation.cpu_kernels import Kernels, multiplied_first
 from gpt2_multi.flax.generation.rules import choose, ends, process
 from gpt2_multi.flax.parameters.tree import Tree
 from gpt2_multi.generation.options import Options
@@ -77,6 +78,7 @@ class Sampling:
     room: int  # for how many tokens
     rows: int = 1  # of each prompt
     records: tuple[str, ...] = ()  # what is kept of each step; see `GenerationConfig.records`
+    guesses: int = 0  # how many tokens are proposed
 
     def start(self, model: Any, prompt: Prompt, options: Options) -> State:
         """The state before the first token, with nothing in a cache yet."""
@@ -162,8 +164,17 @@ def decode_step(model: Any, params: Tree, state: State, proposed: Array) -> tupl
     return lax.cond((proposed >= 0).any(), lambda: read(both), alone)
 
 
-def decode(model: Any, params: Tree, state: State, strategy: Sampling, until: Any, new: Any, options: Options) -> State:
-    """Go on until `until` of `new` tokens are made, or the strategy has enough."""
+def decode(
+    model: Any,
+    params: Tree,
+    state: State,
+    strategy: Sampling,
+    until: Any,
+    new: Any,
+    options: Options,
+    kernels: Kernels,
+) -> State:
+    """Go on until `until` of `new` tokens are made, or the strategy has enough; see `cpu_kernels` for the last."""
 
     def is_open(state: State) -> Array:
         return (state.step < until) & strategy.is_open(state)
@@ -173,7 +184,8 @@ def decode(model: Any, params: Tree, state: State, strategy: Sampling, until: An
         logits, cache = decode_step(model, params, state, proposed)
         return strategy.update(state._replace(cache=cache), logits, proposed, new, options)
 
-    return lax.while_loop(is_open, once, state)
+    with multiplied_first(kernels):
+        return lax.while_loop(is_open, once, state)
 
 
 def spread(cache: KVCache, rows: int) -> KVCache:

@@ -18,7 +18,7 @@ from jax import Array
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.checks import as_array, check_states, is_concrete
 from gpt2_multi.flax.generation.beams import BeamSearch
-from gpt2_multi.flax.generation.decoders import log_probs_of, states_of
+from gpt2_multi.flax.generation.decoders import kernels_of, log_probs_of, states_of
 from gpt2_multi.flax.generation.decoding import Prompt, Sampling, State
 from gpt2_multi.flax.generation.lookup import Lookup
 from gpt2_multi.flax.generation.rules import as_tensors
@@ -183,7 +183,7 @@ def columns(model: Any, params: Tree, request: Request, prompt: Prompt) -> Itera
     """One token of each row, (R,), after the other, until the length, or until all are finished."""
     model.renew()
     strategy, each = strategy_of(request), parts(request, prompt)
-    made = [columns_of(states_of(model, params, request, strategy, *part, stride=1)) for part in each]
+    made = [columns_of(states_of(model, params, request, strategy, *part, 1, {})) for part in each]
     if len(made) == 1:
         return made[0]
     fill = jnp.full(1, request.options.fill, jnp.int32)
@@ -209,14 +209,15 @@ def run(model: Any, params: Tree, request: Request, prompt: Prompt) -> GenerateO
     check_guided(config, is_traced(params, prompt))
     model.renew()
     strategy, each = strategy_of(request), parts(request, prompt)
+    kernels = kernels_of(model, params, strategy, each[0][0])
     if config.sliding_window or config.prompt_lookup_num_tokens is not None:
-        loops = (states_of(model, params, request, strategy, *part, stride=new) for part in each)
+        loops = (states_of(model, params, request, strategy, *part, new, kernels) for part in each)
         ends = [list(loop)[-1] for loop in loops]
     else:
         ((prompt, options),) = each
         state = model.decoders.start(strategy, prompt, options)
         state = state._replace(**model.decoders.prefill(params, prompt, strategy.room, strategy.rows))
-        ends = [model.decoders.decode(params, state, strategy, new, new, options)]
+        ends = [model.decoders.decode(params, state, strategy, new, new, options, kernels)]
     made = max(int(end.step) if is_concrete(end.step) else new for end in ends)
     if config.num_beams > 1:
         return beam_output(config, ends[0], made, new)

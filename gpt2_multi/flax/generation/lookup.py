@@ -20,8 +20,6 @@ from gpt2_multi.generation.options import Options
 class Lookup(Sampling):
     """Greedy choice of one row, with guesses that are read together with the last token."""
 
-    guesses: int = 0
-
     def propose(self, state: State, new: Any, options: Options) -> Array:
         """What followed the end of the text before, but no more than is wanted: (1, G), -1 where there is nothing."""
         guessed = guess(state, options.max_matching_ngram_size, self.guesses)

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gpt2_multi.flax.training.losses import (
-    classification_loss,
-    cosine_rate,
-    cosine_schedule,
-    cross_entropy,
-    decay_mask,
-    lm_loss,
-    optimizer,
-    span_loss,
-)
+from gpt2_multi.flax.training.losses import classification_loss, cosine_schedule, cross_entropy, lm_loss, span_loss
+from gpt2_multi.flax.training.optimizers import cosine_rate, decay_mask, optimizer
 from gpt2_multi.flax.training.state import TrainState, create_train_state, eval_step, train_step, update
 from gpt2_multi.flax.training.windows import Windows
 

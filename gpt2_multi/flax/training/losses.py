@@ -1,10 +1,9 @@
-"""Losses, the optimizer and the learning-rate schedule."""
+"""Losses, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -12,10 +11,8 @@ from jax import Array
 from gpt2_multi.flax.attention import upcast
 from gpt2_multi.flax.checks import extremes, is_concrete
 from gpt2_multi.model import inputs
-from gpt2_multi.model.weights import FLAX
 
 IGNORED = -100
-DECAYED = {FLAX.leaves[kind] for kind in ("embedding", "kernel", "linear")}  # of the table's kinds
 
 
 def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> Array:
@@ -86,32 +83,8 @@ def span_loss(start_logits: Array, end_logits: Array, start: Array, end: Array) 
     return (one(start_logits, start) + one(end_logits, end)) / 2
 
 
-def decay_mask(params: Any) -> Any:
-    """True where a parameter decays: matrices and embeddings, not biases and layer norms (Radford et al. 2018).
-
-    The table's kinds decide, since unflattened and stacked biases have two dimensions and more.
-    """
-    return jax.tree.map_with_path(lambda path, _: path[-1].key in DECAYED, params)
-
-
-def optimizer(
-    learning_rate: float | optax.Schedule, weight_decay: float = 0.1, max_norm: float | None = 1.0, **options: Any
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) with gradients clipped to `max_norm` together (Pascanu et al. 2013).
-
-    `options` are those of `optax.adamw`, such as b1, b2 and eps.
-    """
-    adamw = optax.adamw(learning_rate, weight_decay=weight_decay, **{"mask": decay_mask, **options})
-    return adamw if max_norm is None else optax.chain(optax.clip_by_global_norm(max_norm), adamw)
-
-
 def cosine_schedule(step: Any, steps: int, warmup: int = 0, least: float = 0.1) -> Array:
     """The factor of the learning rate: linear warm-up, then a cosine down to `least` (Loshchilov and Hutter 2017)."""
     done = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
     cosine = least + (1 - least) * 0.5 * (1 + jnp.cos(jnp.pi * done))
     return jnp.where(step < warmup, (step + 1) / max(warmup, 1), cosine)
-
-
-def cosine_rate(learning_rate: float, steps: int, warmup: int = 0, least: float = 0.1) -> optax.Schedule:
-    """A learning rate under `cosine_schedule`, for `optimizer`."""
-    return lambda step: learning_rate * cosine_schedule(step, steps, warmup, least)

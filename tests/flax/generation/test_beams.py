@@ -95,7 +95,7 @@ def test_lookup_gives_the_greedy_tokens_in_fewer_steps(model):
     config = model.generation_config.with_options({**options, "prompt_lookup_num_tokens": 4})
     request = generate.request_of(model, config, ids, None, None, None, None)
     (part,), strategy = generate.parts(request, Prompt.of(request, None, None)), generate.strategy_of(request)
-    states = generate.states_of(model, model.params, request, strategy, *part, stride=1)
+    states = generate.states_of(model, model.params, request, strategy, *part, 1, {})
     shown = [np.array(state.shown) for state in states]
     assert equal(shown[-1][:, :30], greedy[:, 24:]) and len(shown) < 30
     assert equal(model.generate(ids, prompt_lookup_num_tokens=4, **options), greedy)
@@ -162,4 +162,5 @@ def test_other_lengths_and_options_compile_nothing():
         fresh.generate(rng.integers(0, 294, (1, 1 + number % 16)), **{"max_new_tokens": 6} | options)
     for number, options in enumerate(every + searched):
         fresh.generate(rng.integers(0, 294, (1, 1 + number % 16)), **{"max_new_tokens": 6, "num_beams": 3} | options)
-    assert [function._cache_size() for function in vars(fresh.decoders).values()] == [2, 2, 2]  # a sample, and beams
+    found = fresh.decoders
+    assert [f._cache_size() for f in (found.start, found.prefill, found.decode)] == [2, 2, 2]  # choices, and beams

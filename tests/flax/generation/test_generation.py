@@ -6,11 +6,12 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 
+from flax import linen as nn
 from flax.core import FrozenDict
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
-from gpt2_multi.flax.generation import rules
+from gpt2_multi.flax.generation import cpu_kernels, decoders, rules
 from gpt2_multi.generation import rules as spec
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.config import GPT2Config
@@ -277,7 +278,28 @@ def test_no_rows_give_no_rows(model):
     assert model.generate(np.zeros((0, 5), int), max_new_tokens=3, eos_token_id=None).shape == (0, 8)
 
 
-def test_frozen_parameters_generate_the_same():
-    model = FlaxGPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=64, n_embd=12, n_head=3, n_layer=2), seed=1)
-    options = {"max_new_tokens": 20, "eos_token_id": None}
-    assert equal(model.generate(IDS, params=FrozenDict(model.params), **options), model.generate(IDS, **options))
+@pytest.mark.parametrize("freeze", [dict, FrozenDict])
+def test_transposed_kernels_give_the_same_tokens(freeze, monkeypatch):
+    config = GPT2Config(vocab_size=31, n_positions=64, n_embd=12, n_head=3, n_layer=2, tie_word_embeddings=False)
+
+    def generate(worthwhile):
+        monkeypatch.setattr(decoders, "are_worthwhile", lambda *_: worthwhile)
+        model = FlaxGPT2LMHeadModel(config, seed=1)
+        params = freeze(jax.tree.map(lambda x: 5 * x, model.params))
+        return model.generate(IDS, params=params, max_new_tokens=20, eos_token_id=None, do_sample=False)
+
+    plain = generate(False)
+    assert equal(generate(True), plain)
+    ours = cpu_kernels.transposed
+    monkeypatch.setattr(decoders, "transposed", lambda params: {name: x.T for name, x in ours(params).items()})
+    with pytest.raises(TypeError):  # (in, out) taken for (out, in)
+        generate(True)
+
+
+def test_kernels_are_transposed_where_it_pays(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    model = FlaxGPT2LMHeadModel(GPT2Config(n_embd=12, n_head=3, n_layer=1), _do_init=False)
+    found = [cpu_kernels.are_worthwhile(model, rows, 64) for rows in (1, 2, 32, 33)]
+    assert found == [False, True, True, False] and not cpu_kernels.are_worthwhile(model, 8, 16)
+    with nn.intercept_methods(lambda call, args, inputs, context: call(*args, **inputs)):
+        assert not cpu_kernels.are_worthwhile(model, 8, 64)

@@ -12,25 +12,18 @@ nn = pytest.importorskip("flax.linen")
 from gpt2_multi.flax import FlaxGPT2LMHeadModel, GPT2LMHeadModule, GPT2Module
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.flax.model import MLP
-from gpt2_multi.generation import reference
-from gpt2_multi.generation.rules import window_start
 from gpt2_multi.model.config import GPT2Config
+from tests.support import plain_loop
 from tests.support.generation_cases import tokenizer
+from tests.support.plain_loop import WAYS
 
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
 SMALL = GPT2Config(
     vocab_size=294, n_positions=12, n_embd=12, n_layer=1, n_head=3, initializer_range=0.5,
     eos_token_id=None, bos_token_id=0,
 )  # fmt: skip
-PROMPT, NEW = [5, 9, 11, 5, 9], 7
+PROMPT = [5, 9, 11, 5, 9]
 BIAS = 4 * np.cos(1.7 * np.arange(294))
-WAYS = {
-    "greedy": {},
-    "sampled": {"do_sample": True, "seed": 3, "top_k": 0},
-    "beams": {"num_beams": 3},
-    "lookup": {"prompt_lookup_num_tokens": 2},
-    "sliding": {"sliding_window": True, "max_new_tokens": NEW + 5},
-}
 
 
 class Called(FlaxGPT2LMHeadModel):
@@ -118,23 +111,18 @@ def steered(request, plain):
 
 def expected(model, options):
     """The tokens of a loop over calls of the model, without a cache."""
-    config = model.generation_config.resolve(None, {"max_new_tokens": NEW} | options)
 
-    def read(ids):
-        shown = ids[window_start(len(ids), 12) if config.sliding_window else 0 :]
+    def logits_of(ids):
         row, mask = np.zeros((2, 1, 12), int)
-        row[0, : len(shown)], mask[0, : len(shown)] = shown, 1
-        return np.asarray(model(row, attention_mask=mask).logits)[0, len(shown) - 1]
+        row[0, : len(ids)], mask[0, : len(ids)] = ids, 1
+        return model(row, attention_mask=mask).logits[0, len(ids) - 1]
 
-    rules = reference.Rules(config, np.zeros((1, 294), int), config.max_new_tokens)
-    if config.num_beams > 1:
-        return reference.beam_search(read, rules, PROMPT, 0)[0]
-    return reference.follow(read, rules, PROMPT, config.seed or 0)
+    return plain_loop.plain(logits_of, SMALL, [PROMPT], **options).tolist()
 
 
 def generated(model, options):
-    found = model.generate(np.array([PROMPT]), **{"max_new_tokens": NEW} | options)
-    return np.asarray(found)[0, len(PROMPT) :].tolist()
+    found = model.generate(np.array([PROMPT]), **{"max_new_tokens": 6} | options)
+    return np.asarray(found)[:, len(PROMPT) :].tolist()
 
 
 def test_every_way_to_generate_is_steered(unsteered, steered):
@@ -144,8 +132,8 @@ def test_every_way_to_generate_is_steered(unsteered, steered):
 
 def test_streams_are_steered(steered):
     for options in ({}, WAYS["sliding"], WAYS["lookup"]):
-        columns = steered.stream_tokens(np.array([PROMPT]), **{"max_new_tokens": NEW} | options)
-        assert [int(column[0]) for column in columns] == expected(steered, options)
+        columns = steered.stream_tokens(np.array([PROMPT]), **{"max_new_tokens": 6} | options)
+        assert [[int(column[0]) for column in columns]] == expected(steered, options)
     words = tokenizer()
     options = {"tokenizer": words, "max_new_tokens": 5}
     assert "".join(steered.stream("the", **options)) == steered.generate("the", **options)[3:]
@@ -183,7 +171,7 @@ def test_an_interceptor_that_changes_is_looked_at_again(plain):
 def test_a_stream_does_not_leave_a_steered_loop_behind(plain):
     model = FlaxGPT2LMHeadModel(SMALL.replace(), _do_init=False, param_dtype="float64")
     model.params = plain.params
-    stream = model.stream_tokens(np.array([PROMPT]), max_new_tokens=NEW)
+    stream = model.stream_tokens(np.array([PROMPT]), max_new_tokens=6)
     with nn.intercept_methods(contrary):
         list(stream)
     assert generated(model, {}) == generated(plain, {})
@@ -192,6 +180,6 @@ def test_a_stream_does_not_leave_a_steered_loop_behind(plain):
 def test_a_jit_of_the_user_is_steered(plain):
     model = Called(SMALL.replace(), _do_init=False, param_dtype="float64")
     ids = np.array([PROMPT])
-    outer = jax.jit(lambda params: model.generate(ids, params=params, max_new_tokens=NEW))
+    outer = jax.jit(lambda params: model.generate(ids, params=params, max_new_tokens=6))
     model.params = plain.params
-    assert np.asarray(outer(plain.params))[0, len(PROMPT) :].tolist() == expected(model, {})
+    assert np.asarray(outer(plain.params))[:, len(PROMPT) :].tolist() == expected(model, {})
