@@ -36,8 +36,8 @@ class KVCache(Sequence[Pair]):
     @classmethod
     def empty(cls, config: GPT2Config, batch: Any, capacity: int, dtype: Any, scan_layers: bool) -> KVCache:
         """A cache without tokens, with room for `capacity` of `batch` rows."""
-        heads = [config.n_head - len(config.pruned_heads.get(i, ())) for i in range(config.n_layer)]
-        shapes = [(batch, number, capacity, config.n_embd // config.n_head) for number in heads]
+        head_dim = config.n_embd // config.n_head
+        shapes = [(batch, len(config.heads(i)), capacity, head_dim) for i in range(config.n_layer)]
         if scan_layers:
             whole = (config.n_layer, *shapes[0])
             return cls((jnp.zeros(whole, dtype), jnp.zeros(whole, dtype)), None, jnp.int32(0))

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from gpt2_multi.flax.checks import check_call, check_classes, extremes, is_concrete
 from gpt2_multi.flax.generation import generate as generation
 from gpt2_multi.flax.generation.decoders import Decoders
 from gpt2_multi.flax.heads import (
@@ -18,6 +15,7 @@ from gpt2_multi.flax.heads import (
     GPT2LMHeadModule,
     rows,
 )
+from gpt2_multi.flax.layers import check_classes, facts
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel, interceptors
 from gpt2_multi.flax.model import GPT2Module
 from gpt2_multi.generation.config import GenerationConfig
@@ -91,14 +89,11 @@ class FlaxGPT2DoubleHeadsModel(FlaxGPT2PreTrainedModel):
         source: Any = embeds if ids is None else ids
         inputs.check_choices(source.shape, 4 if ids is None else 3)
         whole = ("past_key_values", "head_mask")
-        check_call(self, {name: x if name in whole else rows(x) for name, x in arrays.items()})
+        super().check({name: x if name in whole else rows(x) for name, x in arrays.items()})
         check_classes(arrays.get("labels"), self.config.vocab_size)
         check_classes(arrays.get("mc_labels"), source.shape[1])
         if (index := arrays.get("mc_token_ids")) is not None:
-            inputs.check_shape("mc_token_ids", index.shape, source.shape[:2])
-            inputs.check_integers("mc_token_ids", index.dtype, bool(jnp.issubdtype(index.dtype, jnp.integer)))
-            if is_concrete(index):
-                inputs.check_choice_tokens(*extremes(index), source.shape[2])
+            inputs.check_choice_tokens(facts(index), source.shape[:3])
 
 
 class FlaxGPT2ForSequenceClassification(FlaxGPT2PreTrainedModel):

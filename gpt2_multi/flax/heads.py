@@ -103,7 +103,7 @@ class SequenceSummary(nn.Module):
         )
         if config.summary_use_proj:
             x = dense(self, 1 if config.summary_proj_to_labels else config.n_embd, "summary", head="double_heads")(x)
-        return ACTIVATIONS[config.summary_activation](x) if config.summary_activation else x
+        return ACTIVATIONS[config.summary_function](x) if config.summary_function else x
 
     def _pool(self, hidden: Array, mask: Array, mc_token_ids: Array | None) -> Array:
         kind = self.config.summary_type
@@ -228,7 +228,7 @@ class GPT2ForTokenClassificationModule(Headed):
             input_ids, attention_mask, position_ids, None, None, past_key_values,
             token_type_ids, head_mask, inputs_embeds, train, output_attentions, output_hidden_states,
         )  # fmt: skip
-        hidden = nn.Dropout(classifier_dropout(self.config))(outputs.last_hidden_state, deterministic=not train)
+        hidden = nn.Dropout(self.config.classifier_dropout)(outputs.last_hidden_state, deterministic=not train)
         logits = dense(self, self.config.num_labels, "classifier", head="token_classification")(hidden)
         loss = None if labels is None else cross_entropy(logits, labels, present(attention_mask, labels))
         return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
@@ -263,12 +263,6 @@ class GPT2ForQuestionAnsweringModule(Headed):
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start, end, start_positions, end_positions)
         return QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states, outputs.attentions)
-
-
-def classifier_dropout(config: GPT2Config) -> float:
-    """The dropout before the token classifier: a key that a file may have, 0.1 otherwise, as in transformers."""
-    given = config.extra.get("classifier_dropout", config.extra.get("hidden_dropout"))
-    return 0.1 if given is None else float(given)
 
 
 def present(mask: Array | None, labels: Array) -> Array | None:

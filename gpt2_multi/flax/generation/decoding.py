@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array, lax
 
 from gpt2_multi.flax.attention import KVCache, positions, upcast
-from gpt2_multi.flax.checks import as_array
 from gpt2_multi.flax.generation.cpu_kernels import Kernels, multiplied_first
 from gpt2_multi.flax.generation.rules import choose, ends, process
+from gpt2_multi.flax.layers import as_array
 from gpt2_multi.flax.parameters.tree import Tree
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.request import Request, aligned

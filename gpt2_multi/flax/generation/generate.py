@@ -16,19 +16,20 @@ import numpy as np
 from jax import Array
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.flax.checks import as_array, check_states, is_concrete
 from gpt2_multi.flax.generation.beams import BeamSearch
 from gpt2_multi.flax.generation.decoders import kernels_of, log_probs_of, states_of
 from gpt2_multi.flax.generation.decoding import Prompt, Sampling, State
 from gpt2_multi.flax.generation.lookup import Lookup
 from gpt2_multi.flax.generation.rules import as_tensors
 from gpt2_multi.flax.generation.tracing import check_guided, is_traced, traced_request
+from gpt2_multi.flax.layers import as_array, facts, is_concrete
 from gpt2_multi.flax.parameters.tree import Tree
 from gpt2_multi.generation import scoring, texts
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.request import Request
 from gpt2_multi.generation.rules import bucket
+from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
@@ -152,8 +153,9 @@ def request_of(
     else:
         ids, mask = (np.asarray(x) if isinstance(x, Array) else x for x in (ids, mask))
         request = Request.of(config, model.config, ids, mask, tokenizer)
-    states, states_mask = as_array("encoder_hidden_states", states), as_array("encoder_attention_mask", states_mask)
-    check_states(model.config, len(request.ids), states, states_mask)
+    encoder = {"encoder_hidden_states": states, "encoder_attention_mask": states_mask}
+    found = {name: facts(as_array(name, x)) for name, x in encoder.items() if x is not None}
+    inputs.check_states(model.config, len(request.ids), found)
     return request
 
 

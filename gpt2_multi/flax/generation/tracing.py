@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.flax.checks import is_concrete
 from gpt2_multi.flax.generation.decoding import align
+from gpt2_multi.flax.layers import facts, is_concrete
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.request import Request, new_tokens_after, options_of
 from gpt2_multi.model import inputs
@@ -24,7 +24,7 @@ def traced_request(
     inputs.check_shape("input_ids", ids.shape, (None, None))
     mask = jnp.ones(ids.shape, bool) if mask is None else mask != 0
     inputs.check_shape("attention_mask", mask.shape, ids.shape)
-    inputs.check_integers("input_ids", ids.dtype, bool(jnp.issubdtype(ids.dtype, jnp.integer)))
+    inputs.check_ids("input_ids", facts(ids), model.config.vocab_size)
     new, options = new_tokens_after(config, ids.shape[1]), options_of(config, model.config, len(ids), tokenizer)
     traced: Any = (ids, *align(ids, mask))
     return Request(config, model.config, tokenizer, None, traced[0], traced[1], traced[2], new, options)

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from gpt2_multi.flax.training.losses import cosine_schedule
-from gpt2_multi.model.weights import FLAX
+from gpt2_multi.model.spelling import FLAX
 
 DECAYED = {FLAX.leaves[kind] for kind in ("embedding", "kernel", "linear")}  # of the table's kinds
 

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.flax.checks import check_alive
+from gpt2_multi.flax.parameters.tree import check_alive
 from gpt2_multi.flax.training.state import TrainState
 from gpt2_multi.model import inputs
 

@@ -26,10 +26,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import upcast
-from gpt2_multi.flax.checks import check_alive, on_host
-from gpt2_multi.flax.layers import input_names
+from gpt2_multi.flax.layers import input_names, on_host
 from gpt2_multi.flax.parameters.sharding import shard_batch
-from gpt2_multi.flax.parameters.tree import Tree
+from gpt2_multi.flax.parameters.tree import Tree, check_alive
 from gpt2_multi.flax.training.losses import IGNORED, shifted
 from gpt2_multi.model import inputs
 
