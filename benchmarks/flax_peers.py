@@ -29,8 +29,7 @@ class Ours:
         return self.model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None)
 
     def train(self, ids: Ids) -> Any:
-        from gpt2_multi.flax.training.losses import optimizer
-        from gpt2_multi.flax.training.state import create_train_state, train_step
+        from gpt2_multi.flax.training import create_train_state, optimizer, train_step
 
         if self.state is None:
             self.state = create_train_state(self.model, optimizer(**OPTIMIZER, max_norm=None))

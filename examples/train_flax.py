@@ -29,10 +29,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from gpt2_multi.errors import GPT2Error
 from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
-from gpt2_multi.flax.sharding import FSDP, TENSOR, make_mesh
-from gpt2_multi.flax.training.losses import cosine_rate, optimizer
-from gpt2_multi.flax.training.resuming import Windows, restore_state, save_state, saved_steps
-from gpt2_multi.flax.training.state import TrainState, create_train_state, eval_step, train_step
+from gpt2_multi.flax.parameters.sharding import FSDP, TENSOR, make_mesh
+from gpt2_multi.flax.training import (
+    TrainState,
+    Windows,
+    cosine_rate,
+    create_train_state,
+    eval_step,
+    optimizer,
+    restore_state,
+    save_state,
+    saved_steps,
+    train_step,
+)
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 HELD_OUT = 0.1  # of the text, its end

@@ -7,12 +7,15 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError('gpt2_multi.flax needs JAX and Flax: pip install "gpt2-multi[flax]"') from error
 
 from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.heads import (
+from gpt2_multi.flax.classes import (
     FlaxGPT2DoubleHeadsModel,
     FlaxGPT2ForQuestionAnswering,
     FlaxGPT2ForSequenceClassification,
     FlaxGPT2ForTokenClassification,
     FlaxGPT2LMHeadModel,
+    FlaxGPT2Model,
+)
+from gpt2_multi.flax.heads import (
     GPT2DoubleHeadsModule,
     GPT2ForQuestionAnsweringModule,
     GPT2ForSequenceClassificationModule,
@@ -20,8 +23,9 @@ from gpt2_multi.flax.heads import (
     GPT2LMHeadModule,
 )
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
-from gpt2_multi.flax.model import FlaxGPT2Model, GPT2Module
-from gpt2_multi.flax.training.losses import cosine_rate, cosine_schedule, decay_mask, optimizer
+from gpt2_multi.flax.model import GPT2Module
+from gpt2_multi.flax.training.losses import cosine_schedule
+from gpt2_multi.flax.training.optimizers import cosine_rate, decay_mask, optimizer
 from gpt2_multi.flax.training.state import TrainState, create_train_state, eval_step, train_step
 
 __all__ = [  # noqa: RUF022  the order of the other two packages

@@ -33,6 +33,22 @@ class KVCache(Sequence[Pair]):
     cross: Any  # the encoder's keys and values, computed once, or None
     length: Array
 
+    @classmethod
+    def empty(cls, config: GPT2Config, batch: Any, capacity: int, dtype: Any, scan_layers: bool) -> KVCache:
+        """A cache without tokens, with room for `capacity` of `batch` rows."""
+        head_dim = config.n_embd // config.n_head
+        shapes = [(batch, len(config.heads(i)), capacity, head_dim) for i in range(config.n_layer)]
+        if scan_layers:
+            whole = (config.n_layer, *shapes[0])
+            return cls((jnp.zeros(whole, dtype), jnp.zeros(whole, dtype)), None, jnp.int32(0))
+        return cls(tuple((jnp.zeros(s, dtype), jnp.zeros(s, dtype)) for s in shapes), None, jnp.int32(0))
+
+    @staticmethod
+    def extend(pair: Pair, key: Array, value: Array, start: Array | int) -> Pair:
+        """A layer's pair with (B, H, T, D) keys and values from `start` on; XLA writes them in place where it may."""
+        old_key, old_value = pair
+        return _write(old_key, key, start), _write(old_value, value, start)
+
     @property
     def stacked(self) -> bool:
         """Whether one pair holds all layers."""
@@ -64,17 +80,11 @@ class KVCache(Sequence[Pair]):
         return (self[layer] for layer in range(len(self)))
 
 
-def empty_cache(config: GPT2Config, batch: Any, capacity: int, dtype: Any, scan_layers: bool) -> KVCache:
-    """A cache without tokens."""
-    head_dim = config.n_embd // config.n_head
-    shapes = [(batch, len(config.heads(i)), capacity, head_dim) for i in range(config.n_layer)]
-    if scan_layers:
-        whole = (config.n_layer, *shapes[0])
-        return KVCache((jnp.zeros(whole, dtype), jnp.zeros(whole, dtype)), None, jnp.int32(0))
-    return KVCache(tuple((jnp.zeros(s, dtype), jnp.zeros(s, dtype)) for s in shapes), None, jnp.int32(0))
+def _write(buffer: Array, new: Array, start: Array | int) -> Array:
+    return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=2)
 
 
-class Shared(NamedTuple):
+class Context(NamedTuple):
     """What every block of one call shares; a bias is added to the scores."""
 
     bias: Array  # (B or 1, H or 1, T, S)
@@ -92,14 +102,12 @@ class Layer(NamedTuple):
     cross: Any = None  # a pair, or None
 
 
-class Seen(NamedTuple):
-    """What one block gives besides its output."""
+class Attended(NamedTuple):
+    """What attention gives: its output (B, T, E), its probabilities (B, H, T, S), and the keys and values."""
 
-    hidden: Array | None  # its input, (B, T, E)
-    probs: Array | None  # (B, H, T, S)
-    cross_probs: Array | None
-    present: Pair | None
-    cross: Pair | None
+    output: Array
+    probs: Array
+    pair: Pair
 
 
 def lowest(dtype: Any) -> float:
@@ -141,12 +149,23 @@ def positions(source: Array, mask: Array | None, past: Array | int) -> Array:
     return lax.dynamic_slice_in_dim(counts, past, length, axis=1)
 
 
-def widened(x: Array) -> Array:
-    """At least float32."""
+def split_heads(x: Array) -> Array:
+    """(B, T, H, D) -> (B, H, T, D), or N of them, (B, T, N, H, D) -> (N, B, H, T, D)"""
+    x = x.swapaxes(1, -2)
+    return x if x.ndim == 4 else jnp.moveaxis(x, 2, 0)
+
+
+def merge_heads(x: Array) -> Array:
+    """(B, H, T, D) -> (B, T, H, D), which c_proj takes"""
+    return x.swapaxes(1, 2)
+
+
+def upcast(x: Array) -> Array:
+    """At least float32: a sum over many tokens is beyond float16, and beyond bfloat16's precision."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-class Attend(nn.Module):
+class BaseAttention(nn.Module):
     """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1), and the projection after it."""
 
     config: GPT2Config
@@ -155,48 +174,46 @@ class Attend(nn.Module):
     train: bool
     heads: int
 
-    def project(self, x: Array, name: str, *parts: int) -> Array:
-        """Queries, keys or values, or several of them, of one projection: (B, T, E) -> (*parts, B, H, T, D)"""
-        x = dense(self, (*parts, self.heads, self.config.n_embd // self.config.n_head), name)(x).swapaxes(1, -2)
-        return jnp.moveaxis(x, 2, 0) if parts else x
-
     def attend(
-        self, q: Array, k: Array, v: Array, bias: Array | None, scale: Array | float, head_mask: Array | None
-    ) -> tuple[Array, Array]:
+        self, q: Array, pair: Pair, bias: Array | None, scale: Array | float, head_mask: Array | None
+    ) -> Attended:
+        """The output for queries (B, H, T, D) and keys and values (B, H, S, D) under a bias (B or 1, H or 1, T, S)."""
+        k, v = pair
         if self.config.reorder_and_upcast_attn:
-            q, k = widened(q), widened(k)
+            q, k = upcast(q), upcast(k)
         scores = (q * jnp.asarray(scale, q.dtype)) @ k.swapaxes(-1, -2)  # (B, H, T, S)
         scores = scores if bias is None else scores + bias.astype(scores.dtype)
         probs = nn.softmax(scores).astype(v.dtype)
         probs = nn.Dropout(self.config.attn_pdrop)(probs, deterministic=not self.train)
         probs = probs if head_mask is None else probs * head_mask
-        x = dense(self, self.config.n_embd, "c_proj", axis=(-2, -1))((probs @ v).swapaxes(1, 2))  # (B, T, E)
-        return nn.Dropout(self.config.resid_pdrop)(x, deterministic=not self.train), probs
+        x = dense(self, self.config.n_embd, "c_proj", axis=(-2, -1))(merge_heads(probs @ v))  # (B, T, E)
+        return Attended(nn.Dropout(self.config.resid_pdrop)(x, deterministic=not self.train), probs, pair)
 
 
-class Attention(Attend):
+class Attention(BaseAttention):
     """Causal self-attention."""
 
     @nn.compact
-    def __call__(self, x: Array, shared: Shared, layer: Layer) -> tuple[Array, Array, Pair]:
-        q, k, v = self.project(x, "c_attn", 3)
-        if layer.past is not None:
-            k, v = (write(old, new, shared.start) for old, new in zip(layer.past, (k, v), strict=True))
-        x, probs = self.attend(q, k, v, shared.bias, layer.scale, layer.head_mask)
-        return x, probs, (k, v)
+    def __call__(self, x: Array, context: Context, layer: Layer) -> Attended:
+        parts = (3, self.heads, self.config.n_embd // self.config.n_head)
+        q, k, v = split_heads(dense(self, parts, "c_attn")(x))
+        pair = (k, v) if layer.past is None else KVCache.extend(layer.past, k, v, context.start)
+        return self.attend(q, pair, context.bias, layer.scale, layer.head_mask)
 
 
-class CrossAttention(Attend):
+class CrossAttention(BaseAttention):
     """Attention of the decoder to an encoder's states."""
 
     @nn.compact
-    def __call__(self, x: Array, shared: Shared, layer: Layer) -> tuple[Array, Array, Pair]:
-        q = self.project(x, "q_attn")
-        k, v = self.project(shared.states, "c_attn", 2) if layer.cross is None else layer.cross
-        x, probs = self.attend(q, k, v, shared.states_bias, layer.scale, None)
-        return x, probs, (k, v)
+    def __call__(self, x: Array, context: Context, layer: Layer) -> Attended:
+        parts = (self.heads, self.config.n_embd // self.config.n_head)
+        q = split_heads(dense(self, parts, "q_attn")(x))
+        return self.attend(q, self.encoded(context, layer), context.states_bias, layer.scale, None)
 
-
-def write(buffer: Array, new: Array, start: Array | int) -> Array:
-    """The buffer (B, H, S, D) with `new` (B, H, T, D) from `start` on; XLA writes it in place where it may."""
-    return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=2)
+    def encoded(self, context: Context, layer: Layer) -> Pair:
+        """The encoder's keys and values, of the cache where it has them."""
+        if layer.cross is not None:
+            return layer.cross  # type: ignore[no-any-return]
+        parts = (2, self.heads, self.config.n_embd // self.config.n_head)
+        k, v = split_heads(dense(self, parts, "c_attn")(context.states))
+        return k, v

@@ -1,27 +1,21 @@
 """The heads of GPT-2 in Flax: language model, double heads, sequence and token classification, question answering.
 
-Each has a linen module, which stands alone, and the class around it. They take what `GPT2Module` takes, and labels; see
-there for shapes.
+Each is a linen module, which stands alone, and takes what `GPT2Module` takes, and labels; see there for shapes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from gpt2_multi.flax.attention import KVCache, empty_cache
-from gpt2_multi.flax.generation import generate as generation
-from gpt2_multi.flax.generation import scoring
-from gpt2_multi.flax.layers import check_classes, dense, facts
-from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
+from gpt2_multi.flax.attention import KVCache
+from gpt2_multi.flax.layers import dense
 from gpt2_multi.flax.model import ACTIVATIONS, GPT2Module
 from gpt2_multi.flax.training.losses import classification_loss, cross_entropy, lm_loss, span_loss
-from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import (
@@ -42,15 +36,11 @@ class Headed(nn.Module):
     remat: str | None = None
     scan_layers: bool = False
 
-    def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache without tokens, with room for `capacity` of `batch` rows."""
-        return empty_cache(self.config, batch, capacity, self.dtype, self.scan_layers)
-
     def body(self) -> GPT2Module:
         """The bare module inside."""
         return GPT2Module(self.config, self.dtype, self.param_dtype, self.remat, self.scan_layers, name="transformer")
 
-    def lm_head(self, body: GPT2Module, hidden: Array) -> Array:
+    def logits(self, body: GPT2Module, hidden: Array) -> Array:
         """Logits over the vocabulary, by the token embedding unless the head is untied: (..., E) -> (..., V)"""
         if self.config.tie_word_embeddings:
             return body.logits(hidden)
@@ -89,42 +79,11 @@ class GPT2LMHeadModule(Headed):
             token_type_ids, head_mask, inputs_embeds, train, output_attentions, output_hidden_states,
         )  # fmt: skip
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(body, hidden[:, -logits_to_keep:])
+        logits = self.logits(body, hidden[:, -logits_to_keep:])
         loss = None if labels is None else lm_loss(logits, labels, present(attention_mask, labels))
         return CausalLMOutputWithCrossAttentions(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
         )
-
-
-class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
-    """GPT-2 with the language-model head: `FlaxGPT2LMHeadModel.from_pretrained("gpt2")`."""
-
-    head = "lm"
-    module_class = GPT2LMHeadModule
-    generation_config: GenerationConfig
-    _decoders: tuple[str, dict[str, Callable[..., Any]]] | None = None
-
-    def __init__(self, config: GPT2Config, *args: Any, **options: Any) -> None:
-        super().__init__(config, *args, **options)
-        self.generation_config = GenerationConfig.of(config)
-
-    def check(self, arrays: Mapping[str, Any]) -> None:
-        """Look at what a call was given."""
-        super().check(arrays)
-        check_classes(arrays.get("labels"), self.config.vocab_size)
-
-    generate = generation.generate
-    score = scoring.score
-    stream = generation.stream
-    stream_tokens = generation.stream_tokens
-
-    @property
-    def decoders(self) -> dict[str, Callable[..., Any]]:
-        """The functions that `generate` and `stream_tokens` run, of the configuration as it is now."""
-        settings, found = repr(self.config), self._decoders
-        if found is None or found[0] != settings:
-            found = self._decoders = (settings, generation.decoders(self.module))
-        return found[1]
 
 
 class SequenceSummary(nn.Module):
@@ -191,7 +150,7 @@ class GPT2DoubleHeadsModule(Headed):
         )  # fmt: skip
         hidden = outputs.last_hidden_state.reshape(*choices, self.config.n_embd)  # (B, C, T, E)
         mask = jnp.ones(choices, bool) if attention_mask is None else attention_mask[..., -choices[2] :]
-        logits = self.lm_head(body, hidden)
+        logits = self.logits(body, hidden)
         summary = SequenceSummary(self.config, self.dtype, self.param_dtype, train, name="multiple_choice_head")
         scores = summary(hidden, mask, mc_token_ids)
         scores = scores.squeeze(-1) if scores.shape[-1] == 1 else scores
@@ -200,26 +159,6 @@ class GPT2DoubleHeadsModule(Headed):
             None if mc_labels is None else cross_entropy(scores, mc_labels),
             logits, scores, outputs.past_key_values, outputs.hidden_states, outputs.attentions,
         )  # fmt: skip
-
-
-class FlaxGPT2DoubleHeadsModel(FlaxGPT2PreTrainedModel):
-    """GPT-2 with the language-model head and a multiple-choice head."""
-
-    head = "double_heads"
-    module_class = GPT2DoubleHeadsModule
-
-    def check(self, arrays: Mapping[str, Any]) -> None:
-        """Look at what a call was given: choices, which are rows of the body's batch."""
-        ids, embeds = arrays.get("input_ids"), arrays.get("inputs_embeds")
-        inputs.check_given(ids, embeds)
-        source: Any = embeds if ids is None else ids
-        inputs.check_choices(source.shape, 4 if ids is None else 3)
-        whole = ("past_key_values", "head_mask")
-        super().check({name: x if name in whole else rows(x) for name, x in arrays.items()})
-        check_classes(arrays.get("labels"), self.config.vocab_size)
-        check_classes(arrays.get("mc_labels"), source.shape[1])
-        if (index := arrays.get("mc_token_ids")) is not None:
-            inputs.check_choice_tokens(facts(index), source.shape[:3])
 
 
 class GPT2ForSequenceClassificationModule(Headed):
@@ -266,19 +205,6 @@ class GPT2ForSequenceClassificationModule(Headed):
         return input_ids != self.config.pad_token_id if can_find_end else jnp.ones(hidden.shape[:2], bool)  # type: ignore[return-value]
 
 
-class FlaxGPT2ForSequenceClassification(FlaxGPT2PreTrainedModel):
-    """GPT-2 with a classifier of the whole text, at its last token."""
-
-    head = "sequence_classification"
-    module_class = GPT2ForSequenceClassificationModule
-
-    def check(self, arrays: Mapping[str, Any]) -> None:
-        """Look at what a call was given; labels are classes unless the problem is another."""
-        super().check(arrays)
-        if self.config.num_labels > 1 and self.config.problem_type in (None, "single_label_classification"):
-            check_classes(arrays.get("labels"), self.config.num_labels)
-
-
 class GPT2ForTokenClassificationModule(Headed):
     """GPT-2 with a classifier of each token."""
 
@@ -306,18 +232,6 @@ class GPT2ForTokenClassificationModule(Headed):
         logits = dense(self, self.config.num_labels, "classifier", head="token_classification")(hidden)
         loss = None if labels is None else cross_entropy(logits, labels, present(attention_mask, labels))
         return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
-
-
-class FlaxGPT2ForTokenClassification(FlaxGPT2PreTrainedModel):
-    """GPT-2 with a classifier of each token."""
-
-    head = "token_classification"
-    module_class = GPT2ForTokenClassificationModule
-
-    def check(self, arrays: Mapping[str, Any]) -> None:
-        """Look at what a call was given."""
-        super().check(arrays)
-        check_classes(arrays.get("labels"), self.config.num_labels)
 
 
 class GPT2ForQuestionAnsweringModule(Headed):
@@ -349,13 +263,6 @@ class GPT2ForQuestionAnsweringModule(Headed):
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start, end, start_positions, end_positions)
         return QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states, outputs.attentions)
-
-
-class FlaxGPT2ForQuestionAnswering(FlaxGPT2PreTrainedModel):
-    """GPT-2 with a head that marks where an answer starts and ends."""
-
-    head = "question_answering"
-    module_class = GPT2ForQuestionAnsweringModule
 
 
 def present(mask: Array | None, labels: Array) -> Array | None:

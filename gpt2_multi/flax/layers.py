@@ -43,6 +43,12 @@ def by_rows(x: Array, others: Any = None) -> Array:
     return lax.with_sharding_constraint(x, PartitionSpec(axes, *[others] * (x.ndim - 1)))
 
 
+def input_names(module: Any) -> list[str]:
+    """What a module may be called with, by its `__call__` and those that it overrides."""
+    calls = [vars(cls)["__call__"] for cls in type(module).__mro__ if "__call__" in vars(cls)]
+    return [name for call in calls for name in getattr(call, "__annotations__", ()) if name != "return"]
+
+
 def deviation(config: GPT2Config, path: str, head: str = "base") -> float:
     """The standard deviation that the table gives the tensor at the end of this path."""
     return next(w.std for w in table(config, head) if w.std and f".{w.path}".endswith(f".{path}"))

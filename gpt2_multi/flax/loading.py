@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -17,9 +17,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.flax.attention import KVCache, empty_cache
-from gpt2_multi.flax.layers import as_array, as_dtype, as_flag, check_key, check_remat, facts, is_concrete
-from gpt2_multi.flax.params import (
+from gpt2_multi.flax.attention import KVCache
+from gpt2_multi.flax.layers import as_array, as_dtype, as_flag, check_key, check_remat, facts, input_names, is_concrete
+from gpt2_multi.flax.parameters.sharding import param_shardings
+from gpt2_multi.flax.parameters.tree import (
     Tree,
     as_mask,
     check_alive,
@@ -31,12 +32,13 @@ from gpt2_multi.flax.params import (
     resized,
     rows_of,
 )
-from gpt2_multi.flax.sharding import param_shardings
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
 from gpt2_multi.model.checkpoint import load, save
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.weights import table
+
+FLAGS = ("train", "output_attentions", "output_hidden_states", "logits_to_keep")  # which a call is compiled for
 
 
 class FlaxGPT2PreTrainedModel:
@@ -50,6 +52,7 @@ class FlaxGPT2PreTrainedModel:
     head: ClassVar[str]
     module_class: ClassVar[type[nn.Module]]
     generation_config: GenerationConfig | None = None  # of the classes that generate
+    _compiled: tuple[Any, Callable[..., Any]] | None = None
 
     def __init__(
         self,
@@ -71,14 +74,22 @@ class FlaxGPT2PreTrainedModel:
         self.input_shape, self.key = input_shape, jax.random.key(seed)
         self._params = self.init_weights(self.key) if _do_init else None
 
-    @cached_property
+    @property
     def compiled(self) -> Callable[..., Any]:
-        """What a call runs."""
-        return jax.jit(self._applied, static_argnums=(0, 1))
+        """What a call runs, of the model as it is now."""
+        settings, found = self.settings(), self._compiled
+        if found is None or found[0] != settings:
+            applied = partial(self.module.apply)  # a new one each time: JAX keeps what it traced of equal functions
+            found = self._compiled = (settings, jax.jit(applied, static_argnames=FLAGS))
+        return found[1]
+
+    def settings(self) -> tuple[Any, ...]:
+        """What compiled functions depend on besides their arguments: they are made anew where it is not the same."""
+        return repr(self.config), self.module, type(self.module).__call__, type(self).__call__, *interceptors()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is compiled, which belongs to this object: a copy compiles its own."""
-        return {name: value for name, value in vars(self).items() if name not in ("compiled", "_decoders")}
+        return {name: value for name, value in vars(self).items() if name not in ("_compiled", "_decoders")}
 
     def init_weights(self, rng: Array, input_shape: tuple[int, int] = (1, 1), params: Tree | None = None) -> Tree:
         """First parameters, as the table says; those that `params` has are kept."""
@@ -127,9 +138,10 @@ class FlaxGPT2PreTrainedModel:
     ) -> Any:
         """What the linen module gives, whose `__call__` says what the inputs are; `inputs` are its further ones.
 
-        The call is compiled, once for each shape and each configuration. `past_key_values` comes from `init_cache`, or
-        from a call. Raises InputError for an id outside the vocabulary, a position beyond `n_positions`, shapes that do
-        not fit, and `train` without `dropout_rng`; TypeError for an unknown input.
+        The call is compiled, once for each shape and each configuration; where methods of linen are intercepted, it
+        runs operation by operation. `past_key_values` comes from `init_cache`, or from a call. Raises InputError for an
+        id outside the vocabulary, a position beyond `n_positions`, shapes that do not fit, and `train` without
+        `dropout_rng`; TypeError for an unknown input.
         """
         config, given = self.config, {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
@@ -146,7 +158,9 @@ class FlaxGPT2PreTrainedModel:
         if dropout_rng is not None:
             check_key("dropout_rng", dropout_rng)
         params = self.fitting(params)
-        output = self.compiled(tuple(flags.items()), repr(config), params, arrays, dropout_rng)
+        rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
+        apply = self.module.apply if interceptors() else self.compiled
+        output = apply({"params": params}, **arrays, **flags, rngs=rngs)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def fitting(self, params: Tree | None) -> Tree:
@@ -159,8 +173,7 @@ class FlaxGPT2PreTrainedModel:
     def _arrays(self, given: Mapping[str, Any], flags: Iterable[str]) -> dict[str, Any]:
         cache = given.get("past_key_values")
         arrays = {name: x if x is cache else as_array(name, x) for name, x in given.items() if x is not None}
-        known = [name for name in self.module_class.__call__.__annotations__ if name != "return"]
-        inputs.check_names(f"{type(self).__name__}()", [*arrays, *flags], known)
+        inputs.check_names(f"{type(self).__name__}()", [*arrays, *flags], input_names(self.module))
         mask = arrays.get("attention_mask")
         if isinstance(cache, KVCache) and mask is not None and mask.ndim and mask.shape[-1] < cache.capacity:
             room = cache.capacity - mask.shape[-1]  # of tokens to come, which no query sees yet
@@ -194,19 +207,12 @@ class FlaxGPT2PreTrainedModel:
         inputs.check_room(length, past, cache.capacity)
         return past
 
-    def _applied(
-        self, flags: tuple[Any, ...], settings: str, params: Tree, arrays: Mapping[str, Any], dropout_rng: Array | None
-    ) -> Any:
-        """What is compiled; `settings` are the configuration's, which may be changed."""
-        rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
-        return self.module.apply({"params": params}, **arrays, rngs=rngs, **dict(flags))
-
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, in the dtype that it computes in."""
         inputs.check_size("batch_size", batch_size)
         inputs.check_size("max_length", max_length)
         inputs.check_positions(0, max_length - 1, self.config.n_positions)
-        return empty_cache(self.config, batch_size, max_length, self.dtype, self.scan_layers)
+        return KVCache.empty(self.config, batch_size, max_length, self.dtype, self.scan_layers)
 
     @classmethod
     def from_pretrained(
@@ -326,6 +332,11 @@ class FlaxGPT2PreTrainedModel:
             name = "/".join(map(str, min(wanted.keys() ^ flat.keys(), key=str)))
             raise InputError(f"mask: expected a tree of booleans like the parameters, found {name} in one of them only")
         return unflatten_dict({path: x.astype(dtype) if wanted[path] else x for path, x in flat.items()})
+
+
+def interceptors() -> tuple[Any, ...]:
+    """The functions that `nn.intercept_methods` has set."""
+    return tuple(nn.module._global_interceptor_stack)  # Flax shows them nowhere else
 
 
 def devices() -> list[str]:

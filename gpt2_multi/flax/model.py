@@ -1,4 +1,4 @@
-"""GPT-2's body in Flax: MLP, block, the bare linen module, and the class around it.
+"""GPT-2's body in Flax: MLP, block, and the bare linen module.
 
 `GPT2Module` stands alone: `module.init(key, ids)["params"]`, `module.apply({"params": params}, ids, mask)`.
 Shapes: B batch, T length of this call, S keys (past included), H heads, D head width, E `n_embd`, V vocabulary.
@@ -7,7 +7,7 @@ Shapes: B batch, T length of this call, S keys (past included), H heads, D head 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,17 +17,16 @@ from jax.sharding import PartitionSpec
 
 from gpt2_multi.flax.attention import (
     Attention,
+    Context,
     CrossAttention,
     KVCache,
     Layer,
-    Seen,
-    Shared,
+    Pair,
     causal_bias,
     key_bias,
     positions,
 )
 from gpt2_multi.flax.layers import by_rows, check_remat, dense, embed, norm
-from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
 
@@ -70,6 +69,16 @@ class MLP(nn.Module):
         return nn.Dropout(self.config.resid_pdrop)(x, deterministic=not self.train)
 
 
+class Seen(NamedTuple):
+    """What one block gives besides its output."""
+
+    hidden: Array | None  # its input, (B, T, E)
+    probs: Array | None  # (B, H, T, S)
+    cross_probs: Array | None
+    present: Pair | None
+    cross: Pair | None
+
+
 class Block(nn.Module):
     """Pre-norm transformer block (Radford et al. 2019, section 2.3)."""
 
@@ -82,19 +91,19 @@ class Block(nn.Module):
     hidden: bool  # whether the input is
 
     @nn.compact
-    def __call__(self, x: Array, shared: Shared, layer: Layer) -> tuple[Array, Seen]:
+    def __call__(self, x: Array, context: Context, layer: Layer) -> tuple[Array, Seen]:
         options = dict(config=self.config, dtype=self.dtype, param_dtype=self.param_dtype, train=self.train)
         before, cross, cross_probs = (x := by_rows(x)), None, None
-        a, probs, present = Attention(**options, heads=self.heads, name="attn")(norm(self, "ln_1")(x), shared, layer)
+        a, probs, present = Attention(**options, heads=self.heads, name="attn")(norm(self, "ln_1")(x), context, layer)
         x = by_rows(x + a)
-        if shared.states is not None or layer.cross is not None:
+        if context.states is not None or layer.cross is not None:
             attention = CrossAttention(**options, heads=self.config.n_head, name="crossattention")
-            a, cross_probs, cross = attention(norm(self, "ln_cross_attn")(x), shared, layer)
+            a, cross_probs, cross = attention(norm(self, "ln_cross_attn")(x), context, layer)
             x = x + a
         x = x + MLP(**options, name="mlp")(norm(self, "ln_2")(x))
-        shown = (before if self.hidden else None, *(p if self.attentions else None for p in (probs, cross_probs)))
+        wanted = (before if self.hidden else None, *(p if self.attentions else None for p in (probs, cross_probs)))
         cached = (None, None) if layer.past is None else (present, cross)
-        return x, Seen._make((*shown, *cached))
+        return x, Seen._make((*wanted, *cached))
 
 
 class Blocks(nn.Module):
@@ -112,7 +121,7 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, shared: Shared, layers: Layer, train: bool, attentions: bool, hidden: bool
+        self, x: Array, context: Context, layers: Layer, train: bool, attentions: bool, hidden: bool
     ) -> tuple[Array, Seen]:
         """`layers` holds one entry per layer: stacked arrays where layers are scanned, lists otherwise."""
         options = dict(
@@ -128,12 +137,12 @@ class Blocks(nn.Module):
                 in_axes=(nn.broadcast, 0),
                 length=self.config.n_layer,
             )
-            return scanned(**options, heads=self.config.n_head, name="layers")(x, shared, layers)  # type: ignore[return-value]
+            return scanned(**options, heads=self.config.n_head, name="layers")(x, context, layers)  # type: ignore[return-value]
         seen = []
         for i in range(self.config.n_layer):
             heads = len(self.config.heads(i))
             layer = Layer._make(None if part is None else part[i] for part in layers)
-            x, more = block(**options, heads=heads, name=str(i))(x, shared, layer)
+            x, more = block(**options, heads=heads, name=str(i))(x, context, layer)
             seen.append(more)
         return x, Seen._make(None if part[0] is None else part for part in zip(*seen, strict=True))
 
@@ -185,55 +194,47 @@ class GPT2Module(nn.Module):
         """
         source: Any = input_ids if input_ids is not None else inputs_embeds
         cache = past_key_values
-        past = 0 if cache is None else cache.length
         if position_ids is None:
-            position_ids = positions(source, attention_mask, past)
-        x = self._embed(source, position_ids, token_type_ids, train)
-        keys = x.shape[1] if cache is None else cache.capacity
-        shared = Shared(causal_bias(x.shape[1], keys, past, attention_mask, self.dtype), past, encoder_hidden_states)
-        if encoder_attention_mask is not None:
-            shared = shared._replace(states_bias=key_bias(encoder_attention_mask, self.dtype))
-        x, seen = self.h(x, shared, self._layers(cache, head_mask), train, output_attentions, output_hidden_states)
+            position_ids = positions(source, attention_mask, 0 if cache is None else cache.length)
+        x = self.embed(source, position_ids, token_type_ids, train)
+        context = self._context(x.shape[1], attention_mask, cache, encoder_hidden_states, encoder_attention_mask)
+        x, seen = self.h(x, context, self._layers(cache, head_mask), train, output_attentions, output_hidden_states)
         x = self.ln_f(by_rows(x))
         if cache is not None:
             cache = KVCache(seen.present, seen.cross, cache.length + source.shape[1])
-        hidden = (*unstacked(seen.hidden), x) if output_hidden_states else None
-        probs, cross_probs = (None if part is None else unstacked(part) for part in (seen.probs, seen.cross_probs))
+        hidden = (*seen.hidden, x) if output_hidden_states else None  # type: ignore[misc]
+        probs, cross_probs = (None if part is None else tuple(part) for part in (seen.probs, seen.cross_probs))
         return BaseModelOutputWithPastAndCrossAttentions(x, cache, hidden, probs, cross_probs)
+
+    def embed(self, source: Array, position_ids: Array, types: Array | None, train: bool) -> Array:
+        """What the first block reads: (B, T) ids or (B, T, E) embeddings -> (B, T, E)"""
+        is_ids = jnp.issubdtype(source.dtype, jnp.integer)
+        x = (self.wte(source) if is_ids else source.astype(self.dtype)) + self.wpe(position_ids)
+        return self.drop(x if types is None else x + self.wte(types), deterministic=not train)
 
     def logits(self, hidden: Array) -> Array:
         """The tied head: (..., E) -> (..., V)"""
         return by_rows(self.wte.attend(hidden), PartitionSpec.UNCONSTRAINED)
 
-    def _embed(self, source: Array, position_ids: Array, types: Array | None, train: bool) -> Array:
-        is_ids = jnp.issubdtype(source.dtype, jnp.integer)
-        x = (self.wte(source) if is_ids else source.astype(self.dtype)) + self.wpe(position_ids)
-        return self.drop(x if types is None else x + self.wte(types), deterministic=not train)
+    def _context(
+        self, length: int, mask: Array | None, cache: KVCache | None, states: Array | None, states_mask: Array | None
+    ) -> Context:
+        past, keys = (0, length) if cache is None else (cache.length, cache.capacity)
+        bias = causal_bias(length, keys, past, mask, self.dtype)
+        return Context(bias, past, states, None if states_mask is None else key_bias(states_mask, self.dtype))
 
     def _layers(self, cache: KVCache | None, head_mask: Array | None) -> Layer:
         config = self.config
         scales = [config.score_scale(i) for i in range(config.n_layer)]
-        masks = None if head_mask is None else head_masks(config, head_mask.astype(self.dtype))
+        masks = None if head_mask is None else self._head_masks(head_mask.astype(self.dtype))
         past, cross = (None, None) if cache is None else (cache.layers, cache.cross)
         if not self.scan_layers:
             return Layer(scales, masks, past, cross)
         return Layer(jnp.asarray(scales), None if masks is None else jnp.stack(masks), past, cross)
 
-
-def head_masks(config: GPT2Config, head_mask: Array) -> list[Array]:
-    """One (B or 1, heads, T or 1, S or 1) mask per layer, without its pruned heads."""
-    if head_mask.ndim != 5:
-        head_mask = jnp.broadcast_to(head_mask, (config.n_layer, config.n_head))[:, None, :, None, None]
-    return [m if m.shape[1] == 1 else m[:, jnp.asarray(config.heads(i))] for i, m in enumerate(head_mask)]
-
-
-def unstacked(values: Any) -> tuple[Array, ...]:
-    """One value per layer, whether layers were scanned or not."""
-    return tuple(values)
-
-
-class FlaxGPT2Model(FlaxGPT2PreTrainedModel):
-    """The bare GPT-2, without a head."""
-
-    head = "base"
-    module_class = GPT2Module
+    def _head_masks(self, head_mask: Array) -> list[Array]:
+        """One (B or 1, heads, T or 1, S or 1) mask per layer, without its pruned heads."""
+        config = self.config
+        if head_mask.ndim != 5:
+            head_mask = jnp.broadcast_to(head_mask, (config.n_layer, config.n_head))[:, None, :, None, None]
+        return [m if m.shape[1] == 1 else m[:, jnp.asarray(config.heads(i))] for i, m in enumerate(head_mask)]

@@ -17,11 +17,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_multi.errors import ConfigError, InputError
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
-from gpt2_multi.flax.generation.rules import Options, choose, process
-from gpt2_multi.flax.sharding import FSDP, make_mesh, shard_batch, shard_params
-from gpt2_multi.flax.training.losses import lm_loss
-from gpt2_multi.flax.training.state import create_train_state
+from gpt2_multi.flax.generation.rules import choose, process
+from gpt2_multi.flax.parameters.sharding import FSDP, make_mesh, shard_batch, shard_params
+from gpt2_multi.flax.training import create_train_state, lm_loss
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.options import Options
 from gpt2_multi.model.config import GPT2Config
 
 SMALL = GPT2Config(

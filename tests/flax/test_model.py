@@ -17,7 +17,7 @@ from jax import lax
 from gpt2_multi import flax
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax import FlaxGPT2LMHeadModel, FlaxGPT2Model, GPT2LMHeadModule, KVCache
-from gpt2_multi.flax.params import rows_of
+from gpt2_multi.flax.parameters.tree import rows_of
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import TRANSFORMERS

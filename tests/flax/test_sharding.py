@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
-from gpt2_multi.flax.sharding import DATA, FSDP, TENSOR, make_mesh, param_specs, shard_batch, shard_params
+from gpt2_multi.flax.parameters.sharding import DATA, FSDP, TENSOR, make_mesh, param_specs, shard_batch, shard_params
 from gpt2_multi.model.checkpoint import read_weights
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
@@ -186,7 +186,7 @@ class Eight:
 
 
 def test_parts_have_to_be_equal():
-    from gpt2_multi.flax.sharding import param_shardings
+    from gpt2_multi.flax.parameters.sharding import param_shardings
 
     with pytest.raises(InputError, match=r"c_attn.weight: the axis 'head' has 4 entries, which 3 devices"):
         param_shardings(SMALL, Eight(), TENSOR)

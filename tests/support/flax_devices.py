@@ -14,11 +14,18 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
-from gpt2_multi.flax import FlaxGPT2LMHeadModel, params
-from gpt2_multi.flax.sharding import FSDP, TENSOR, init_params, make_mesh, shard_batch, shard_params
-from gpt2_multi.flax.training.losses import optimizer
-from gpt2_multi.flax.training.resuming import Windows, restore_state, save_state
-from gpt2_multi.flax.training.state import create_train_state, train_step, update
+from gpt2_multi.flax import FlaxGPT2LMHeadModel
+from gpt2_multi.flax.parameters.sharding import FSDP, TENSOR, init_params, make_mesh, shard_batch, shard_params
+from gpt2_multi.flax.parameters.tree import Leaf
+from gpt2_multi.flax.training import (
+    Windows,
+    create_train_state,
+    optimizer,
+    restore_state,
+    save_state,
+    train_step,
+    update,
+)
 
 RULES = {**FSDP, **TENSOR, "vocab": "tensor"}
 MESHES = {
@@ -52,16 +59,16 @@ def shapes(tree: Any) -> Shapes:
 def watched(folder: str, **options: Any) -> tuple[Any, Any, dict[str, list[list[int]]]]:
     """A model and its parameters, and the shapes of what was read at a time."""
     read: dict[str, list[list[int]]] = {}
-    value = params.Leaf.value
+    value = Leaf.value
 
     def watch(leaf: Any, *args: Any) -> Any:
         found = value(leaf, *args)
         read.setdefault(leaf.rows[0].name, []).append(list(found.shape))
         return found
 
-    params.Leaf.value = watch
+    Leaf.value = watch
     model, tree = FlaxGPT2LMHeadModel.from_pretrained(folder, _do_init=False, **options)
-    params.Leaf.value = value
+    Leaf.value = value
     return model, tree, read
 
 

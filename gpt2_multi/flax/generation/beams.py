@@ -1,4 +1,4 @@
-"""Beam search and beam sampling in Flax, as transformers 4.57 has them: one compiled loop.
+"""Beam search and beam sampling in Flax, as transformers 4.57 has them.
 
 B prompts, K beams of each, C candidates of each, V vocabulary, N new tokens that there is room for.
 """
@@ -6,6 +6,7 @@ B prompts, K beams of each, C candidates of each, V vocabulary, N new tokens tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,11 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from gpt2_multi.flax.attention import KVCache, widened
-from gpt2_multi.flax.generation.cpu_kernels import prepared
-from gpt2_multi.flax.generation.decoding import Plan, Prompt, State, View, begin, follow, recorded, written
-from gpt2_multi.flax.generation.rules import Options, ended, gumbel, process
-from gpt2_multi.flax.params import Tree
+from gpt2_multi.flax.attention import KVCache, upcast
+from gpt2_multi.flax.generation.decoding import Prompt, Sampling, State, put, record
+from gpt2_multi.flax.generation.rules import ends, gumbel, process
+from gpt2_multi.generation.options import Options
 
 
 class Paths(NamedTuple):
@@ -27,16 +27,16 @@ class Paths(NamedTuple):
     log_probs: Array  # (B, X, N), of each token; 0 after the last
     beams: Array  # (B, X, N), the row that each token was chosen in, among all B * K; -1 after the last
 
-    def taken(self, index: Array) -> Paths:
+    def gather(self, index: Array) -> Paths:
         """Some of the paths: index (B, X)"""
         return Paths(*(jnp.take_along_axis(x, index[..., None], 1) for x in self))
 
-    def joined(self, others: Paths) -> Paths:
+    def concat(self, others: Paths) -> Paths:
         """These, and others after them."""
         return Paths(*(jnp.concatenate(pair, 1) for pair in zip(self, others, strict=True)))
 
 
-class Found(NamedTuple):
+class Hypotheses(NamedTuple):
     """Finished texts, the best first; where there is none yet, the score is -inf."""
 
     scores: Array  # (B, K)
@@ -49,65 +49,60 @@ class Found(NamedTuple):
         return Paths(*(jnp.where(none, empty, x) for x, empty in zip(paths, (fill, 0, -1), strict=True)))
 
 
-class Search(NamedTuple):
-    """What the loop carries from one token to the next."""
+class BeamState(NamedTuple):
+    """What a search carries besides the rows of its beams."""
 
-    state: State
     scores: Array  # (B, K), of the running beams, the best first
     running: Paths
-    found: Found
+    found: Hypotheses
     is_open: Array  # (B,), whether a prompt's texts may yet become better
 
 
-def search(
-    module: Any, params: Tree, prompt: Prompt, plan: Plan, new: Any, options: Options
-) -> tuple[Found, Array, dict[str, Array]]:
-    """The texts that are found, after how many steps, and the records."""
-    view, state = begin(module, params, prompt, plan)
-    params, context = prepared(module, params, len(state.ids), plan.room)
+@dataclass(frozen=True)
+class BeamSearch(Sampling):
+    """The likeliest texts, by way of the K likeliest beginnings of each prompt, one in each of its rows."""
 
-    def going(hunt: Search) -> Array:
-        return (hunt.state.step < new) & hunt.is_open.any()
+    def start(self, model: Any, prompt: Prompt, options: Options) -> State:
+        """The state before the first token: of each prompt one beam counts, since all are the same yet."""
+        batch, dtype = len(prompt.ids), jnp.promote_types(model.dtype, jnp.float32)
+        scores = jnp.full((batch, self.rows), -jnp.inf, dtype)
+        shape = (*scores.shape, self.room)
+        tokens = jnp.full(shape, options.fill, jnp.int32)
+        paths = Paths(tokens, jnp.zeros(shape, dtype), jnp.full(shape, -1, jnp.int32))
+        beams = BeamState(scores.at[:, 0].set(0), paths, Hypotheses(scores, paths), jnp.ones(batch, bool))
+        return super().start(model, prompt, options)._replace(beams=beams)
 
-    def once(hunt: Search) -> Search:
-        logits, cache = follow(module, params, view, hunt.state, hunt.state.ids[:, :0])
-        hunt = hunt._replace(state=hunt.state._replace(cache=cache))
-        return widen(view, hunt, logits[:, 0], new, options)
+    def is_open(self, state: State) -> Array:
+        """Whether a prompt's texts may yet become better, ()."""
+        return state.beams.is_open.any()  # type: ignore[no-any-return]
 
-    with context:
-        hunt = lax.while_loop(going, once, started(module, plan, state, options))
-    return hunt.found, hunt.state.step, hunt.state.records
-
-
-def started(module: Any, plan: Plan, state: State, options: Options) -> Search:
-    """The search before the first token: of each prompt one beam counts, since all are the same yet."""
-    batch, dtype = len(state.ids) // plan.rows, jnp.promote_types(module.dtype, jnp.float32)
-    scores = jnp.full((batch, plan.rows), -jnp.inf, dtype)
-    shape = (*scores.shape, plan.room)
-    tokens = jnp.full(shape, options.fill, jnp.int32)
-    paths = Paths(tokens, jnp.zeros(shape, dtype), jnp.full(shape, -1, jnp.int32))
-    return Search(state, scores.at[:, 0].set(0), paths, Found(scores, paths), jnp.ones(batch, bool))
-
-
-def widen(view: View, hunt: Search, logits: Array, new: Any, options: Options) -> Search:
-    """The search one token further, by the model's logits (B * K, V)."""
-    state, step = hunt.state, hunt.state.step
-    place = view.mask.shape[1] + step
-    keep = written(view.mask, step, state.ids.shape[1])
-    processed = process(jax.nn.log_softmax(widened(logits)), state.ids, keep, place, step, options)
-    records = recorded(state, logits, processed, state.ids[:, 0])
-    values, beam, token = candidates(processed, hunt.scores, step, options)  # (B, C)
-    stop = jnp.take_along_axis(state.stop.reshape(hunt.scores.shape), beam, 1)
-    over, stop = ended(options, token, stop)
-    over |= step + 1 == new
-    more = partial(extended, hunt.running, processed, step)
-    reached = values / jnp.asarray(step + 1, values.dtype) ** options.length_penalty
-    found = updated(hunt.found, more, beam, token, jnp.where(over & hunt.is_open[:, None], reached, -jnp.inf))
-    scores, best = lax.top_k(jnp.where(over, -jnp.inf, values), hunt.scores.shape[1])  # (B, K)
-    is_open = hunt.is_open & can_improve(scores[:, 0], found, step + 1, new, options)
-    running = more(*(jnp.take_along_axis(x, best, 1) for x in (beam, token)))
-    state = state._replace(records=records, stop=jnp.take_along_axis(stop, best, 1).reshape(-1))
-    return Search(continued(view, state, running, place), scores, running, found, is_open)
+    def update(self, state: State, logits: Array, proposed: Array, new: Any, options: Options) -> State:
+        """The state one token further, by the logits (B * K, 1, V) after the last one."""
+        beams, step = state.beams, state.step
+        log_probs = jax.nn.log_softmax(upcast(logits[:, 0])).astype(beams.scores.dtype)
+        processed = process(log_probs, state.ids, state.mask, state.length, step, options)
+        values, beam, token = candidates(processed, beams.scores, step, options)  # (B, C)
+        stop = jnp.take_along_axis(state.stop.reshape(beams.scores.shape), beam, 1)
+        over, stop = ends(token, stop, options)
+        over |= step + 1 == new
+        more = partial(extend, beams.running, processed, step)
+        reached = values / jnp.asarray(step + 1, values.dtype) ** options.length_penalty
+        reached = jnp.where(over & beams.is_open[:, None], reached, -jnp.inf)
+        found = add_finished(beams.found, more, beam, token, reached)
+        scores, best = lax.top_k(jnp.where(over, -jnp.inf, values), self.rows)  # (B, K)
+        is_open = beams.is_open & can_improve(scores[:, 0], found, step + 1, new, options)
+        running = more(*(jnp.take_along_axis(x, best, 1) for x in (beam, token)))
+        state = record(state, logits[:, 0], processed, state.ids[:, 0])._replace(
+            beams=BeamState(scores, running, found, is_open), stop=jnp.take_along_axis(stop, best, 1).reshape(-1)
+        )
+        rows, chosen = running.beams[..., step].reshape(-1), running.tokens[..., step].reshape(-1)
+        return state._replace(
+            step=step + 1,
+            length=state.length + 1,
+            ids=put(state.ids[rows], chosen, state.length),
+            mask=put(state.mask, jnp.ones_like(state.finished), state.length),
+            cache=reorder(state.cache, rows, state.ids.shape[1] - self.room),
+        )
 
 
 def candidates(processed: Array, scores: Array, step: Any, options: Options) -> tuple[Array, Array, Array]:
@@ -130,23 +125,23 @@ def candidates(processed: Array, scores: Array, step: Any, options: Options) -> 
     return values, index // vocab, index % vocab
 
 
-def extended(running: Paths, processed: Array, step: Any, beam: Array, token: Array) -> Paths:
+def extend(running: Paths, processed: Array, step: Any, beam: Array, token: Array) -> Paths:
     """The paths of some candidates: beam, token (B, X) -> (B, X, N)"""
     batch, beams, _ = running.tokens.shape
     row = beam + beams * jnp.arange(batch, dtype=beam.dtype)[:, None]
     new = (token, processed[row, token], row)
-    return Paths(*(path.at[..., step].set(x) for path, x in zip(running.taken(beam), new, strict=True)))
+    return Paths(*(path.at[..., step].set(x) for path, x in zip(running.gather(beam), new, strict=True)))
 
 
-def updated(found: Found, more: Callable[..., Paths], beam: Array, token: Array, scores: Array) -> Found:
+def add_finished(found: Hypotheses, more: Callable[..., Paths], beam: Array, token: Array, scores: Array) -> Hypotheses:
     """The best of what was found and of the first K candidates (B, C); those that are not finished have score -inf."""
     first = slice(found.scores.shape[1])
     together = jnp.concatenate([found.scores, scores[:, first]], 1)
     best, index = lax.top_k(together, found.scores.shape[1])
-    return Found(best, found.paths.joined(more(beam[:, first], token[:, first])).taken(index))
+    return Hypotheses(best, found.paths.concat(more(beam[:, first], token[:, first])).gather(index))
 
 
-def can_improve(score: Array, found: Found, made: Any, new: Any, options: Options) -> Array:
+def can_improve(score: Array, found: Hypotheses, made: Any, new: Any, options: Options) -> Array:
     """Whether the best running beam of each prompt may yet be better than the worst text that was found: (B,)"""
     worst, penalty = found.scores[:, -1], options.length_penalty
     hopeful = (options.early_stopping == 2) & (penalty > 0)
@@ -155,15 +150,7 @@ def can_improve(score: Array, found: Found, made: Any, new: Any, options: Option
     return jnp.where(options.early_stopping == 1, enough, score / length**penalty > worst)
 
 
-def continued(view: View, state: State, running: Paths, place: Any) -> State:
-    """The state with the running beams' rows, and their last tokens at `place`."""
-    rows, chosen = running.beams[..., state.step].reshape(-1), running.tokens[..., state.step].reshape(-1)
-    ids = lax.dynamic_update_slice_in_dim(state.ids[rows], chosen[:, None], place, axis=1)
-    cache = reordered(state.cache, rows, view.mask.shape[1])
-    return state._replace(step=state.step + 1, ids=ids, cache=cache)
-
-
-def reordered(cache: KVCache, rows: Array, start: int) -> KVCache:
+def reorder(cache: KVCache, rows: Array, start: int) -> KVCache:
     """The cache of these rows (R,), each of which shares what is before `start` with the one that it replaces."""
 
     def moved(x: Array) -> Array:

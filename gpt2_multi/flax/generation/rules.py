@@ -6,99 +6,35 @@ tokens, P phrases of L ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.rules import PARITY, ROTATIONS, phrase_table
+from gpt2_multi.generation.options import Options
+from gpt2_multi.generation.rules import PARITY, ROTATIONS
 from gpt2_multi.generation.stopping import FOUND
 
 
-class Options(NamedTuple):
-    """The options of `GenerationConfig`: Python numbers, which `jit` traces, and arrays."""
-
-    do_sample: Any
-    temperature: Any
-    top_k: Any  # 0 is off
-    top_p: Any
-    min_p: Any  # 0 is off
-    least_kept: Any
-    repetition_penalty: Any
-    no_repeat_ngram_size: Any
-    min_length: Any
-    min_new_tokens: Any
-    phrases: Any  # (P, L) int32, filled up with -1 on the left
-    biases: Any  # (P,) float32
-    length_penalty: Any
-    early_stopping: Any  # 0, 1, or 2 for "never"
-    candidates: Any
-    longest_ngram: Any  # that is looked up
-    streams: Any  # (R, 2) uint32, the low and the high word of each row's noise
-    table: Any  # (S, V) int32, of the stop strings
-    ends: Any  # (at least 32,) int32; -1 is none
-    fill: Any
-
-    @classmethod
-    def of(cls, config: GenerationConfig, table: Any, noise: Sequence[int]) -> Options:
-        """The options of a configuration, the stop strings' table, and each row's stream of noise."""
-        phrases, biases = phrase_table(config.biases)
-        return cls(
-            config.do_sample,
-            float(config.temperature),
-            within(config.top_k or 0),
-            float(config.top_p),
-            float(config.min_p or 0),
-            within(config.least_kept),
-            float(config.repetition_penalty),
-            within(config.no_repeat_ngram_size),
-            within(config.min_length),
-            within(config.min_new_tokens or 0),
-            padded(phrases, 128),
-            padded(biases, 128),
-            float(config.length_penalty),
-            {False: 0, True: 1, "never": 2}[config.early_stopping],
-            within(config.candidates),
-            within(config.max_matching_ngram_size),
-            np.array([[stream & 0xFFFFFFFF, stream >> 32] for stream in noise], np.uint32).reshape(-1, 2),
-            jnp.asarray(padded(table, 16)) if config.stops else jnp.zeros((16, table.shape[1]), jnp.int32),
-            end_table(config.eos_token_ids),
-            within(config.fill_token_id),
-        )
+def as_tensors(options: Options) -> Options:
+    """The options with the stop strings' table on the device; numbers stay Python's, which `jit` traces as weak."""
+    stops = options.stops
+    return options._replace(stops=jnp.asarray(stops) if stops.any() else jnp.zeros(stops.shape, jnp.int32))
 
 
-def end_table(ends: Sequence[int]) -> Any:
-    """The end tokens, filled up with -1 to a power of two from 32 on."""
-    table = np.full(1 << max(len(ends) - 1, 31).bit_length(), -1, np.int32)
-    table[: len(ends)] = [within(token) for token in ends]
-    return table
-
-
-def padded(table: Any, rows: int) -> Any:
-    """A table with so many rows at least, those that are added being 0, so that few shapes are compiled."""
-    return np.pad(table, [(0, max(rows - len(table), 0)), *[(0, 0)] * (table.ndim - 1)])
-
-
-def within(number: int) -> int:
-    """A number that int32 holds; what is beyond it means what the greatest means: all, never, no token."""
-    return min(int(number), np.iinfo(np.int32).max)
-
-
-def process(logits: Array, ids: Array, keep: Array, place: Any, step: Any, options: Options) -> Array:
-    """What the tokens that will stand at `place` are chosen by, from the model's logits, or beams' log-probabilities.
+def process(logits: Array, ids: Array, keep: Array, length: Any, step: Any, options: Options) -> Array:
+    """What the tokens after the first `length` ids are chosen by, from the model's logits, or beams' log-probabilities.
 
     logits: (R, V). ids: (R, S), of which those count that `keep` (R, S) marks. step: how many tokens were made.
     """
     penalty, size, phrases = options.repetition_penalty, options.no_repeat_ngram_size, options.phrases
     biases = jnp.asarray(options.biases)
-    logits = when((biases != 0).any(), lambda x: add_biases(x, ids, keep, place, phrases, biases), logits)
+    logits = when((biases != 0).any(), lambda x: add_biases(x, ids, keep, length, phrases, biases), logits)
     logits = when(penalty != 1, lambda x: penalise(x, ids, keep, penalty), logits)
-    logits = when(size > 0, lambda x: ban_repeats(x, ids, keep, place, size), logits)
+    logits = when(size > 0, lambda x: ban_repeats(x, ids, keep, length, size), logits)
     short = (keep.sum(-1, keepdims=True) < options.min_length) | (step < options.min_new_tokens)  # (R, 1)
     logits = when(short.any(), lambda x: without(x, short & is_end(x, options)), logits)
     return when(options.do_sample, lambda x: warp(x, options), logits)
@@ -113,11 +49,11 @@ def choose(processed: Array, step: Any, options: Options) -> Array:
     )
 
 
-def ended(options: Options, chosen: Array, state: Array) -> tuple[Array, Array]:
+def ends(chosen: Array, stop: Array, options: Options) -> tuple[Array, Array]:
     """Which tokens end their rows, and the states of the stop strings after them; all of one shape."""
-    state = jnp.asarray(options.table)[state, chosen]
-    is_over = (chosen[..., None] == options.ends).any(-1) | (state == FOUND)
-    return is_over, jnp.maximum(state, 0)
+    stop = jnp.asarray(options.stops)[stop, chosen]
+    is_over = (chosen[..., None] == options.ends).any(-1) | (stop == FOUND)
+    return is_over, jnp.maximum(stop, 0)
 
 
 def when(condition: Any, change: Callable[[Array], Array], logits: Array) -> Array:
@@ -135,20 +71,10 @@ def is_end(logits: Array, options: Options) -> Array:
     return (jnp.arange(logits.shape[1])[:, None] == options.ends).any(-1)
 
 
-def warp(logits: Array, options: Options) -> Array:
-    """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
-    logits = kept = logits / jnp.asarray(options.temperature, logits.dtype)
-    least = options.least_kept
-    kept = when(options.top_k > 0, lambda x: keep_top_k(x, jnp.maximum(options.top_k, least)), kept)
-    kept = when(options.top_p < 1, lambda x: keep_top_p(x, options.top_p), kept)
-    kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
-    return when(least > 1, lambda x: jnp.where(keep_top_k(logits, least) > -jnp.inf, logits, x), kept)
-
-
-def add_biases(logits: Array, ids: Array, keep: Array, place: Any, phrases: Any, biases: Array) -> Array:
-    """Add to the last id of each phrase (P, L) that a row's ids have begun before `place`."""
+def add_biases(logits: Array, ids: Array, keep: Array, length: Any, phrases: Any, biases: Array) -> Array:
+    """Add to the last id of each phrase (P, L) that the first `length` ids of a row have begun."""
     phrases = jnp.asarray(phrases)
-    before = place - jnp.arange(phrases.shape[1] - 1, 0, -1)  # (L - 1,)
+    before = length - jnp.arange(phrases.shape[1] - 1, 0, -1)  # (L - 1,)
     there = jnp.maximum(before, 0)
     said = jnp.where(keep[:, there] & (before >= 0), ids[:, there], -2)  # (R, L - 1)
     begun = ((phrases[:, :-1] == said[:, None]) | (phrases[:, :-1] < 0)).all(-1)  # (R, P)
@@ -178,6 +104,16 @@ def ban_repeats(logits: Array, ids: Array, keep: Array, length: Any, size: Any) 
 
     longest = jnp.minimum(size, ids.shape[1] + 1)  # a longer one repeats nothing either
     return without(logits, mark(logits, ids, lax.fori_loop(1, longest, narrowed, keep)))
+
+
+def warp(logits: Array, options: Options) -> Array:
+    """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
+    logits = kept = logits / jnp.asarray(options.temperature, logits.dtype)
+    least = options.least_kept
+    kept = when(options.top_k > 0, lambda x: keep_top_k(x, jnp.maximum(options.top_k, least)), kept)
+    kept = when(options.top_p < 1, lambda x: keep_top_p(x, options.top_p), kept)
+    kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
+    return when(least > 1, lambda x: jnp.where(keep_top_k(logits, least) > -jnp.inf, logits, x), kept)
 
 
 def keep_top_k(logits: Array, k: Any) -> Array:
@@ -228,22 +164,22 @@ def greatest(keys: Array, holds: Callable[[Array], Array]) -> Array:
     return lax.fori_loop(0, width, lower, jnp.zeros((len(keys), 1), keys.dtype))
 
 
-def sample(logits: Array, noise: Any, step: Any) -> Array:
+def sample(logits: Array, streams: Any, step: Any) -> Array:
     """Draw from softmax(logits) by the Gumbel noise (Maddison et al. 2014) of each row's stream: (R, V) -> (R,)"""
-    noise = gumbel(noise, step, jnp.arange(logits.shape[1]), logits.dtype)
+    noise = gumbel(streams, step, jnp.arange(logits.shape[1]), logits.dtype)
     return jnp.argmax(logits + noise, -1).astype(jnp.int32)
 
 
-def gumbel(noise: Any, step: Any, tokens: Array, dtype: Any) -> Array:
+def gumbel(streams: Any, step: Any, tokens: Array, dtype: Any) -> Array:
     """The Gumbel noise of these tokens (K,) at a step, for streams (R, 2) uint32: (R, K)"""
-    low, high = jnp.split(jnp.asarray(noise, jnp.uint32), 2, -1)  # (R, 1) each
+    low, high = jnp.split(jnp.asarray(streams, jnp.uint32), 2, -1)  # (R, 1) each
     x0, _ = threefry2x32((low, high), (jnp.asarray(step, jnp.uint32), tokens.astype(jnp.uint32)))
     uniform = ((x0 >> 9).astype(dtype) + 0.5) * 2.0**-23
     return -jnp.log(-jnp.log(uniform))
 
 
 def threefry2x32(keys: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
-    """`sampling.threefry2x32` on uint32 arrays, which wrap around.
+    """`generation.rules.threefry2x32` on uint32 arrays, which wrap around.
 
     The groups of rounds are a loop: XLA takes very long over all twenty rounds as one expression on a CPU.
     """

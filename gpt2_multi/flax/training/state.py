@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,18 +25,16 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.flax.layers import on_host
-from gpt2_multi.flax.params import Tree, check_alive
-from gpt2_multi.flax.sharding import shard_batch
-from gpt2_multi.flax.training.losses import IGNORED, shifted, widened
+from gpt2_multi.flax.attention import upcast
+from gpt2_multi.flax.layers import input_names, on_host
+from gpt2_multi.flax.parameters.sharding import shard_batch
+from gpt2_multi.flax.parameters.tree import Tree, check_alive
+from gpt2_multi.flax.training.losses import IGNORED, shifted
 from gpt2_multi.model import inputs
-
-if TYPE_CHECKING:
-    from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
-NO_INPUTS = ("return", "train", "past_key_values", "output_attentions", "output_hidden_states", "logits_to_keep")
+NO_INPUTS = ("train", "past_key_values", "output_attentions", "output_hidden_states", "logits_to_keep")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ class TrainState(train_state.TrainState):
 
 
 def create_train_state(
-    model: FlaxGPT2PreTrainedModel,
+    model: Any,
     optimizer: optax.GradientTransformation,
     params: Tree | None = None,
     *,
@@ -108,7 +106,7 @@ def create_train_state(
     return jax.jit(first, out_shardings=shardings, donate_argnums=0 if used else ())(source)
 
 
-def loss_of(model: FlaxGPT2PreTrainedModel) -> Loss:
+def loss_of(model: Any) -> Loss:
     """The loss of a model, without its parameters."""
     bare = copy(model)
     bare._params = None
@@ -164,7 +162,7 @@ def accumulated(state: TrainState, batches: Batch, key: Array) -> tuple[Array, T
         return jax.tree.map(lambda t, x: t + count.astype(t.dtype) * x.astype(t.dtype), total, grads), (loss, count)
 
     numbers = jnp.arange(len(jax.tree.leaves(batches)[0]))
-    start = jax.tree.map(lambda x: jnp.zeros_like(widened(x)), state.params)
+    start = jax.tree.map(lambda x: jnp.zeros_like(upcast(x)), state.params)
     total, (losses, counts) = lax.scan(one, start, (numbers, dict(batches)))
     count = jnp.maximum(counts.sum(), 1)
     mean = jax.tree.map(lambda t, x: (t / count.astype(t.dtype)).astype(x.dtype), total, state.params)
@@ -218,7 +216,7 @@ def checked(state: TrainState, batch: Batch, micro: bool) -> Batch:
     """
     check_alive("state", state)
     loss, given = state.apply_fn, dict(arrays_of(batch))
-    known = [name for name in type(loss.module).__call__.__annotations__ if name not in NO_INPUTS]
+    known = [name for name in input_names(loss.module) if name not in NO_INPUTS]
     inputs.check_names("batch", [*given], known)
     host = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
 

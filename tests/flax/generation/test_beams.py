@@ -9,6 +9,7 @@ pytest.importorskip("flax")
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
 from gpt2_multi.flax.generation import generate
+from gpt2_multi.flax.generation.decoding import Prompt
 from gpt2_multi.generation.rules import window_start
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
@@ -92,10 +93,11 @@ def test_lookup_gives_the_greedy_tokens_in_fewer_steps(model):
     options = {"max_new_tokens": 30, "eos_token_id": None}
     greedy = model.generate(ids, **options)
     config = model.generation_config.with_options({**options, "prompt_lookup_num_tokens": 4})
-    prompt, rules, new = generate.prepare(model, config, ids, None, None, None, None)
-    given = (generate.bucketed(prompt), generate.planned(config, new), new, rules, 4)
-    tokens, made, steps = model.decoders["lookup"](model.params, *given)
-    assert equal(tokens[:, :30], greedy[:, 24:]) and made == 30 and steps < 30
+    request = generate.request_of(model, config, ids, None, None, None, None)
+    (part,), strategy = generate.parts(request, Prompt.of(request, None, None)), generate.strategy_of(request)
+    states = generate.states_of(model, model.params, request, strategy, *part, 1, {})
+    shown = [np.array(state.shown) for state in states]
+    assert equal(shown[-1][:, :30], greedy[:, 24:]) and len(shown) < 30
     assert equal(model.generate(ids, prompt_lookup_num_tokens=4, **options), greedy)
 
 
@@ -114,7 +116,7 @@ def test_a_sliding_window_is_what_the_model_sees(small):
         seen = found[:, window_start(length, 24) : length]
         assert found[0, length] == small(seen).logits[0, -1].argmax()
     assert equal(np.stack(list(small.stream_tokens(ids, sliding_window=True, max_new_tokens=40)), 1), found[:, 30:])
-    assert {name: small.decoders[name]._cache_size() for name in ("read", "advance")} == {"read": 1, "advance": 1}
+    assert (small.decoders.prefill._cache_size(), small.decoders.decode._cache_size()) == (1, 1)
 
 
 def test_what_is_guided_from_outside_cannot_be_traced(small):
@@ -160,5 +162,5 @@ def test_other_lengths_and_options_compile_nothing():
         fresh.generate(rng.integers(0, 294, (1, 1 + number % 16)), **{"max_new_tokens": 6} | options)
     for number, options in enumerate(every + searched):
         fresh.generate(rng.integers(0, 294, (1, 1 + number % 16)), **{"max_new_tokens": 6, "num_beams": 3} | options)
-    assert {name: fresh.decoders[name]._cache_size() for name in ("decode", "search")} == {"decode": 1, "search": 1}
-    assert sum(function._cache_size() for function in fresh.decoders.values()) == 2
+    found = fresh.decoders
+    assert [f._cache_size() for f in (found.start, found.prefill, found.decode)] == [2, 2, 2]  # choices, and beams

@@ -6,11 +6,12 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 
+from flax import linen as nn
 from flax.core import FrozenDict
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
-from gpt2_multi.flax.generation import cpu_kernels, rules
+from gpt2_multi.flax.generation import cpu_kernels, decoders, rules
 from gpt2_multi.generation import rules as spec
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.config import GPT2Config
@@ -108,9 +109,9 @@ def test_another_prompt_of_the_bucket_and_other_options_compile_nothing(model):
     ]
     for number, options in enumerate(calls):
         fresh.generate(rng.integers(0, 500, (2, 17 + number)), **options)
-    assert fresh.decoders["decode"]._cache_size() == 1
+    assert fresh.decoders.decode._cache_size() == 1
     fresh.generate(rng.integers(0, 500, (2, 33)), max_new_tokens=16)
-    assert fresh.decoders["decode"]._cache_size() == 2
+    assert fresh.decoders.decode._cache_size() == 2
 
 
 def test_padding_may_stand_on_either_side_and_in_the_middle(model):
@@ -278,24 +279,27 @@ def test_no_rows_give_no_rows(model):
 
 
 @pytest.mark.parametrize("freeze", [dict, FrozenDict])
-def test_turned_kernels_give_the_same_tokens(freeze, monkeypatch):
+def test_transposed_kernels_give_the_same_tokens(freeze, monkeypatch):
     config = GPT2Config(vocab_size=31, n_positions=64, n_embd=12, n_head=3, n_layer=2, tie_word_embeddings=False)
 
-    def generate(pays):
-        monkeypatch.setattr(cpu_kernels, "pays", lambda *_: pays)
+    def generate(worthwhile):
+        monkeypatch.setattr(decoders, "are_worthwhile", lambda *_: worthwhile)
         model = FlaxGPT2LMHeadModel(config, seed=1)
         params = freeze(jax.tree.map(lambda x: 5 * x, model.params))
         return model.generate(IDS, params=params, max_new_tokens=20, eos_token_id=None, do_sample=False)
 
     plain = generate(False)
     assert equal(generate(True), plain)
-    monkeypatch.setattr(cpu_kernels, "turned", lambda params: params)  # (in, out) taken for (out, in)
-    with pytest.raises(TypeError):
+    ours = cpu_kernels.transposed
+    monkeypatch.setattr(decoders, "transposed", lambda params: {name: x.T for name, x in ours(params).items()})
+    with pytest.raises(TypeError):  # (in, out) taken for (out, in)
         generate(True)
 
 
-def test_kernels_are_turned_where_it_pays(monkeypatch):
+def test_kernels_are_transposed_where_it_pays(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    module = FlaxGPT2LMHeadModel(GPT2Config(n_embd=12, n_head=3, n_layer=1), _do_init=False).module
-    assert [cpu_kernels.pays(module, rows, 64) for rows in (1, 2, 32, 33)] == [False, True, True, False]
-    assert not cpu_kernels.pays(module, 8, 16)
+    model = FlaxGPT2LMHeadModel(GPT2Config(n_embd=12, n_head=3, n_layer=1), _do_init=False)
+    found = [cpu_kernels.are_worthwhile(model, rows, 64) for rows in (1, 2, 32, 33)]
+    assert found == [False, True, True, False] and not cpu_kernels.are_worthwhile(model, 8, 16)
+    with nn.intercept_methods(lambda call, args, inputs, context: call(*args, **inputs)):
+        assert not cpu_kernels.are_worthwhile(model, 8, 64)

@@ -17,9 +17,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.flax import FlaxGPT2ForSequenceClassification, FlaxGPT2LMHeadModel, FlaxGPT2Model
-from gpt2_multi.flax.training.losses import optimizer
-from gpt2_multi.flax.training.resuming import Windows, restore_state, save_state
-from gpt2_multi.flax.training.state import accumulated, create_train_state, eval_step, train_step
+from gpt2_multi.flax.training import (
+    Windows,
+    create_train_state,
+    eval_step,
+    optimizer,
+    restore_state,
+    save_state,
+    train_step,
+)
+from gpt2_multi.flax.training.state import accumulated
 from gpt2_multi.model.config import GPT2Config
 
 SMALL = GPT2Config(

@@ -14,10 +14,20 @@ from flax.traverse_util import flatten_dict
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.flax import FlaxGPT2DoubleHeadsModel, FlaxGPT2LMHeadModel
-from gpt2_multi.flax.params import rows_of
-from gpt2_multi.flax.training.losses import cosine_rate, cosine_schedule, decay_mask, optimizer
-from gpt2_multi.flax.training.resuming import Windows, restore_state, save_state
-from gpt2_multi.flax.training.state import create_train_state, eval_step, train_step, update
+from gpt2_multi.flax.parameters.tree import rows_of
+from gpt2_multi.flax.training import (
+    Windows,
+    cosine_rate,
+    cosine_schedule,
+    create_train_state,
+    decay_mask,
+    eval_step,
+    optimizer,
+    restore_state,
+    save_state,
+    train_step,
+    update,
+)
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import table
 from tests.support import fixtures

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -20,13 +20,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_multi.errors import InputError, nearest
 from gpt2_multi.flax.layers import ROW_AXES, on_host
-from gpt2_multi.flax.params import Leaf, Tree, check_tree, leaves
+from gpt2_multi.flax.parameters.tree import Leaf, Tree, check_tree, leaves
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import sizes
-
-if TYPE_CHECKING:
-    from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 
 Rules = Mapping[str, str | None]  # None: whole, as without a rule
 
@@ -96,7 +93,7 @@ def shard_params(
     return jax.device_put(params, param_shardings(config, mesh, rules, head, scan_layers))
 
 
-def init_params(model: FlaxGPT2PreTrainedModel, mesh: Mesh, rules: Rules, seed: int = 0) -> Tree:
+def init_params(model: Any, mesh: Mesh, rules: Rules, seed: int = 0) -> Tree:
     """First parameters, each shard made where it lies, for a model made with `_do_init=False`."""
     shardings = param_shardings(model.config, mesh, rules, model.head, model.scan_layers)
     return jax.jit(model.init_weights, out_shardings=shardings)(jax.random.key(seed))
