@@ -100,7 +100,7 @@ def check_shapes(
         if isinstance(cache.capacity, int):
             inputs.check_room(length, past, cache.capacity)
     keys, heads = past + length, model.config.n_head
-    if mask is not None:
+    if mask is not None and not (mask.shape.rank == 2 and mask.shape == (batch, cache.capacity)):
         known = shape(mask, batch, keys) if mask.shape.rank == 2 else shape(mask, batch, heads, length, keys)
         inputs.check_mask(known, batch, heads, length, keys)
     if types is not None:

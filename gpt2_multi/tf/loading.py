@@ -22,7 +22,7 @@ from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.model.weights import KERAS, Weight, table
 from gpt2_multi.tf.fit import fitting, quantization
-from gpt2_multi.tf.fit.arguments import as_keywords
+from gpt2_multi.tf.fit.arguments import as_keywords, signature_of
 from gpt2_multi.tf.fit.policies import Policy, policy_of
 from gpt2_multi.tf.layers import replace_variable
 
@@ -52,6 +52,7 @@ class TFGPT2PreTrainedModel(keras.Model):
     ) -> None:
         policy = policy_of(dtype, param_dtype)
         super().__init__(dtype=policy, name=name, autocast=False, **options)  # or labels would lose digits
+        self._call_signature = signature_of(type(self))
         given: object = config  # transformers has a class of the same name
         if not isinstance(given, GPT2Config):
             raise InputError(
