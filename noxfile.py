@@ -33,8 +33,8 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
 
 
 def install(session: nox.Session, *packages: str) -> None:
-    """Install with pip, at the versions of constraints.txt."""
-    session.install("--quiet", "--constraint", "constraints.txt", *packages)
+    """Install with pip, at the versions of .ci/constraints.txt."""
+    session.install("--quiet", "--constraint", ".ci/constraints.txt", *packages)
 
 
 def pytest(session: nox.Session, *options: str) -> None:

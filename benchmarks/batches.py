@@ -26,7 +26,7 @@ def run(
     """Continue random prompts of `prompt` ids by `new` tokens, for each batch size."""
     config, rows = folders.plain(config), []
     with folders.written(config) as folder:
-        models = {name: backends.load(name).load(folder, "cpu") for name in backends.installed()}
+        models = {name: backends.resolve(name).load(folder, "cpu") for name in backends.installed()}
         for batch in batches:
             ids = np.random.default_rng(batch).integers(config.vocab_size, size=(batch, prompt))
             peers = {title(name): caller(name, model, ids, new) for name, model in models.items()}

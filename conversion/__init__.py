@@ -6,8 +6,8 @@ by `python -m conversion`.
 
 from gpt2_multi.model.checkpoint import Checkpoint, open
 
-from .converting import Report, convert
+from .converting import ConversionReport, convert
 from .inspection import Inspection, inspect
 from .verification import Verdict, verify
 
-__all__ = ["Checkpoint", "Inspection", "Report", "Verdict", "convert", "inspect", "open", "verify"]
+__all__ = ["Checkpoint", "ConversionReport", "Inspection", "Verdict", "convert", "inspect", "open", "verify"]

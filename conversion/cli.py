@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from gpt2_multi.app.terminal import Commands
-from gpt2_multi.model.formats import KINDS
+from gpt2_multi.app.comparison import table
+from gpt2_multi.app.terminal import Commands, console
+from gpt2_multi.model.formats import FORMATS
 
 from . import converting, inspection, verification
 
@@ -28,7 +29,9 @@ def main() -> None:
 @main.command()
 @click.argument("source")
 @click.argument("target")
-@click.option("--to", type=click.Choice(list(KINDS)), default="safetensors", show_default=True, help="The new format.")
+@click.option(
+    "--to", type=click.Choice(list(FORMATS)), default="safetensors", show_default=True, help="The new format."
+)
 @click.option("--dtype", type=click.Choice(list(converting.FLOATS)), help="Cast the tensors. Default: as they are.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of safetensors and pytorch_model.bin.")
 @click.option("--untie", is_flag=True, help="Store the language-model head as a tensor of its own.")
@@ -79,7 +82,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
         yield watch
 
 
-def _show_report(report: converting.Report) -> None:
+def _show_report(report: converting.ConversionReport) -> None:
     click.echo(f"{report.source} ({report.from_format}, {report.head}) -> {report.target} ({report.to_format})")
     click.echo(f"{report.tensors} tensors, {report.parameters:,} parameters")
     renamed = [f"{old} -> {', '.join(new)}" for old, new in report.renamed.items()]
@@ -122,11 +125,9 @@ def _show_inspection(found: inspection.Inspection) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = _console()
-    console.print(f"{found.path}: {found.title}, head: {found.head}", markup=False, soft_wrap=True)
+    click.echo(f"{found.path}: {found.title}, head: {found.head}")
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    settings = ", ".join(f"{key} {found.config[key]}" for key in sizes)
-    console.print(settings, markup=False, soft_wrap=True)
+    click.echo(", ".join(f"{key} {found.config[key]}" for key in sizes))
     rows = Table("tensor", "shape", "dtype", "in the table", box=None)
     for tensor in found.tensors:
         bad = not tensor.ok and tensor.remark != "dropped when loaded"
@@ -134,15 +135,8 @@ def _show_inspection(found: inspection.Inspection) -> None:
         rows.add_row(escape(tensor.name), str(tensor.shape), tensor.dtype, remark, style="red" if bad else None)
     for name in found.missing:
         rows.add_row(escape(name), "", "", "missing", style="red")
-    console.print(rows)
-    size = f"{len(found.tensors)} tensors, {found.parameters:,} parameters, {found.bytes:,} bytes"
-    console.print(size, markup=False)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console().print(rows)
+    click.echo(f"{len(found.tensors)} tensors, {found.parameters:,} parameters, {found.bytes:,} bytes")
 
 
 @main.command("verify")
@@ -164,18 +158,8 @@ def verify_command(a: str, b: str | None, backends: tuple[str, ...], as_json: bo
 
 
 def _show_verdict(verdict: verification.Verdict) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    rows = Table("what", "against", "greatest error", "relative", "result", box=None)
-    for line in verdict.lines:
-        result, style = ("ok", "green") if line.ok else ("differs", "red")
-        rows.add_row(
-            line.what, escape(line.against), f"{line.error:.1e}", f"{line.relative:.1e}", f"[{style}]{result}[/]"
-        )
-    console = _console()
-    console.print(rows)
+    console().print(table(verdict.lines))
     for name, line in list(verdict.tensors.items())[:LISTED]:
-        console.print(f"{name}: differs by {line.error:.1e}", markup=False)
+        click.echo(f"{name}: differs by {line.error:.1e}")
     if verdict.tensors:
-        console.print(f"{len(verdict.tensors)} tensors are not bit for bit the same", markup=False)
+        click.echo(f"{len(verdict.tensors)} tensors are not bit for bit the same")

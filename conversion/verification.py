@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from gpt2_multi.app.backends import installed, resolve
+from gpt2_multi.app.comparison import BOUNDS, Comparison, compare
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.arrays import Array, same
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.model.checkpoint import Checkpoint, open
 from gpt2_multi.model.reference import oracle
 
-BOUND = 1e-4  # of the greatest value; float32 computed rightly stays well below
+BOUND = BOUNDS["float32"]  # of the greatest value
 LENGTH, SEED = 24, 0  # of the random ids that are computed
-
-
-@dataclass(frozen=True)
-class Line:
-    """One comparison: the greatest difference, and the same relative to the greatest value."""
-
-    what: str  # "embeddings", "layer 0", ..., "logits", or a tensor's name
-    against: str
-    error: float
-    relative: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether it is within the bound."""
-        return self.relative <= BOUND
 
 
 @dataclass
 class Verdict:
     """What `verify` found. `tensors` are those that differ between two checkpoints, by their canonical names."""
 
-    lines: list[Line] = field(default_factory=list)
-    tensors: dict[str, Line] = field(default_factory=dict)
+    lines: list[Comparison] = field(default_factory=list)
+    tensors: dict[str, Comparison] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -47,7 +34,8 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON."""
-        return {"ok": self.ok, "bound": BOUND, **asdict(self)}
+        tensors = {name: each.to_dict() for name, each in self.tensors.items()}
+        return {"ok": self.ok, "bound": BOUND, "lines": [line.to_dict() for line in self.lines], "tensors": tensors}
 
 
 def verify(a: PathLike, b: PathLike | None = None, backends: Sequence[str] | None = None) -> Verdict:
@@ -57,17 +45,17 @@ def verify(a: PathLike, b: PathLike | None = None, backends: Sequence[str] | Non
     nothing to compare.
     """
     old = open(a)
-    return _against_backends(old, backends) if b is None else compare(old, open(b))
+    return _against_backends(old, backends) if b is None else compared(old, open(b))
 
 
-def compare(old: Checkpoint, new: Checkpoint) -> Verdict:
+def compared(old: Checkpoint, new: Checkpoint) -> Verdict:
     """Two checkpoints, by the NumPy oracle in float64, and tensor by tensor."""
     ids = _ids(old)
     if old.config.vocab_size != new.config.vocab_size or old.config.n_layer != new.config.n_layer:
         raise CheckpointError(f"{new.path}: expected as many layers and tokens as {old.path} has, found others")
     verdict = Verdict(_lines(str(new.path), oracle(old.config, old, ids), oracle(new.config, new, ids)))
     for name in dict.fromkeys([*old, *new]):
-        line = _line(name, str(new.path), _tensor(old, name), _tensor(new, name))
+        line = compare({"what": name, "against": str(new.path)}, _tensor(old, name), _tensor(new, name), BOUND)
         if line.error:
             verdict.tensors[name] = line
     return verdict
@@ -87,22 +75,13 @@ def check(old: Checkpoint, new: Checkpoint) -> None:
     for name in new:
         if not same(_tensor(old, name), new[name], name):
             raise CheckpointError(f"{new.path.name}: {name} is not what {old.path} has; nothing was changed")
-    verdict = compare(old, new)
+    verdict = compared(old, new)
     if not verdict.ok and old["wte.weight"].dtype == new["wte.weight"].dtype:
         worst = max(verdict.lines, key=lambda line: line.relative)
         raise CheckpointError(
-            f"{new.path.name}: {worst.what} differs by {worst.relative:.1e} of its greatest value from what {old.path} "
-            "computes; nothing was changed"
+            f"{new.path.name}: {worst.labels['what']} differs by {worst.relative:.1e} of its greatest value from what "
+            f"{old.path} computes; nothing was changed"
         )
-
-
-def _difference(a: Array, b: Array) -> float:
-    """The greatest difference; infinite between other shapes, and where one is no number."""
-    if a.shape != b.shape:
-        return np.inf
-    with np.errstate(all="ignore"):
-        error = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
-    return error if np.isfinite(error) else np.inf
 
 
 def _ids(checkpoint: Checkpoint) -> Array:
@@ -112,29 +91,18 @@ def _ids(checkpoint: Checkpoint) -> Array:
 
 
 def _against_backends(old: Checkpoint, names: Sequence[str] | None) -> Verdict:
-    from gpt2_multi.app import backends
-
     ids, verdict = _ids(old), Verdict()
     expected = oracle(old.config, old, ids)
     folder = old.path if old.path.is_dir() else old.path.parent
-    for name in names or backends.installed():
-        adapter = backends.load(name)
-        model = adapter.load(folder, "cpu")
-        found = [*adapter.hidden_states(model, ids), adapter.logits(model, ids)]
-        verdict.lines += _lines(name, expected, found)
+    for name in names or installed():
+        backend = resolve(name)
+        verdict.lines += _lines(name, expected, backend.layers(backend.load(folder, "cpu"), ids))
     if not verdict.lines:
-        backends.load()  # which says what to install
+        resolve()  # which says what to install
     return verdict
 
 
-def _lines(against: str, expected: Sequence[Array], found: Sequence[Array]) -> list[Line]:
+def _lines(against: str, expected: Sequence[Array], found: Sequence[Array]) -> list[Comparison]:
     names = ["embeddings", *(f"layer {i}" for i in range(len(expected) - 2)), "logits"]
-    return [_line(name, against, a, b) for name, a, b in zip(names, expected, found, strict=True)]
-
-
-def _line(what: str, against: str, expected: Array, found: Array) -> Line:
-    if np.array_equal(expected, found, equal_nan=True):  # infinities and NaN too
-        return Line(what, against, 0.0, 0.0)
-    error = _difference(expected, found)
-    relative = error / float(np.abs(expected).max(initial=0) or 1)
-    return Line(what, against, error, relative if np.isfinite(relative) else np.inf)
+    rows = zip(names, expected, found, strict=True)
+    return [compare({"what": name, "against": against}, a, b, BOUND) for name, a, b in rows]

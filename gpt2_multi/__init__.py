@@ -1,6 +1,7 @@
 """GPT-2 for PyTorch, TensorFlow and JAX, from one configuration, one tokenizer and one table of weights.
 
 The names here are imported when they are first used: `import gpt2_multi` alone loads no framework, and not even NumPy.
+The models are in `gpt2_multi.pt`, `gpt2_multi.tf` and `gpt2_multi.flax`.
 """
 
 from __future__ import annotations
@@ -8,30 +9,66 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from gpt2_multi.app.pipeline import pipeline
-    from gpt2_multi.generation.config import GenerationConfig
-    from gpt2_multi.generation.request import set_seed
-    from gpt2_multi.model.config import GPT2Config
-    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+if TYPE_CHECKING:  # what type checkers read; `as` says that a name is given on
+    from gpt2_multi.app.pipeline import TextGenerationPipeline as TextGenerationPipeline
+    from gpt2_multi.app.pipeline import pipeline as pipeline
+    from gpt2_multi.errors import CheckpointError as CheckpointError
+    from gpt2_multi.errors import ConfigError as ConfigError
+    from gpt2_multi.errors import GPT2Error as GPT2Error
+    from gpt2_multi.errors import InputError as InputError
+    from gpt2_multi.errors import TokenizerError as TokenizerError
+    from gpt2_multi.generation.config import GenerationConfig as GenerationConfig
+    from gpt2_multi.generation.request import set_seed as set_seed
+    from gpt2_multi.generation.scoring import TextScore as TextScore
+    from gpt2_multi.model.config import GPT2Config as GPT2Config
+    from gpt2_multi.model.outputs import (
+        BaseModelOutputWithPastAndCrossAttentions as BaseModelOutputWithPastAndCrossAttentions,
+    )
+    from gpt2_multi.model.outputs import CausalLMOutputWithCrossAttentions as CausalLMOutputWithCrossAttentions
+    from gpt2_multi.model.outputs import GenerateOutput as GenerateOutput
+    from gpt2_multi.model.outputs import GPT2DoubleHeadsModelOutput as GPT2DoubleHeadsModelOutput
+    from gpt2_multi.model.outputs import QuestionAnsweringModelOutput as QuestionAnsweringModelOutput
+    from gpt2_multi.model.outputs import SequenceClassifierOutputWithPast as SequenceClassifierOutputWithPast
+    from gpt2_multi.model.outputs import TokenClassifierOutput as TokenClassifierOutput
+    from gpt2_multi.tokenizer.encoding import BatchEncoding as BatchEncoding
+    from gpt2_multi.tokenizer.fast import GPT2TokenizerFast as GPT2TokenizerFast
+    from gpt2_multi.tokenizer.files import AddedToken as AddedToken
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer as GPT2Tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["GPT2Config", "GPT2Tokenizer", "GenerationConfig", "__version__", "pipeline", "set_seed"]
-
-_PLACES = {
-    "GPT2Config": "gpt2_multi.model.config",
-    "GPT2Tokenizer": "gpt2_multi.tokenizer.tokenizer",
-    "GenerationConfig": "gpt2_multi.generation.config",
-    "pipeline": "gpt2_multi.app.pipeline",
-    "set_seed": "gpt2_multi.generation.request",
+_ROOMS = {  # where each name is
+    "AddedToken": "tokenizer.files",
+    "BaseModelOutputWithPastAndCrossAttentions": "model.outputs",
+    "BatchEncoding": "tokenizer.encoding",
+    "CausalLMOutputWithCrossAttentions": "model.outputs",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "GPT2Config": "model.config",
+    "GPT2DoubleHeadsModelOutput": "model.outputs",
+    "GPT2Error": "errors",
+    "GPT2Tokenizer": "tokenizer.tokenizer",
+    "GPT2TokenizerFast": "tokenizer.fast",
+    "GenerateOutput": "model.outputs",
+    "GenerationConfig": "generation.config",
+    "InputError": "errors",
+    "QuestionAnsweringModelOutput": "model.outputs",
+    "SequenceClassifierOutputWithPast": "model.outputs",
+    "TextGenerationPipeline": "app.pipeline",
+    "TextScore": "generation.scoring",
+    "TokenClassifierOutput": "model.outputs",
+    "TokenizerError": "errors",
+    "pipeline": "app.pipeline",
+    "set_seed": "generation.request",
 }
+__all__ = ["__version__", *_ROOMS]
 
+if not TYPE_CHECKING:  # to which a module with a __getattr__ has every name
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'gpt2_multi' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_PLACES[name]), name)
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _ROOMS:
+            raise AttributeError(f"module 'gpt2_multi' has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"gpt2_multi.{_ROOMS[name]}"), name)
+        return value
 
 
 def __dir__() -> list[str]:

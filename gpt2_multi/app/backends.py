@@ -1,7 +1,6 @@
-"""The frameworks that can carry a model, behind one set of calls: what the command line and `doctor` see of them.
+"""The frameworks that can carry a model: a row of the table for each, and none is imported before it is used.
 
-A row of the table names a framework and the package here that is written in it. That package's module `adapter` takes
-and gives NumPy arrays, so that nothing outside it has to know the framework.
+The language models of the three have the same calls (`generate`, `stream`, `score`); a row says what is not the same.
 """
 
 from __future__ import annotations
@@ -9,64 +8,80 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import Any
 
 import numpy as np
 
 from gpt2_multi.errors import GPT2Error
-from gpt2_multi.generation.config import GenerationConfig
-
-if TYPE_CHECKING:
-    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Array = np.ndarray[Any, Any]
 
 
-class Backend(NamedTuple):
-    """A framework: its name for people, the module that it is imported as, and the package here."""
+@dataclass(frozen=True)
+class Backend:
+    """A framework: its name for people, the module that it is imported as, the package here, its language model.
+
+    to_tensor: from a model and ids in NumPy, the ids as the model takes them. to_numpy: what it gives, in NumPy.
+    one_text: options of `generate` and `stream` with which a single text is there soonest.
+    """
 
     title: str
     framework: str
     package: str
+    language_model: str
+    to_tensor: Callable[[Any, Array], Any] = lambda model, ids: ids
+    to_numpy: Callable[[Any], Array] = np.asarray
+    one_text: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def loading(self) -> Any:
+        """The package's module `loading`, which knows the devices."""
+        return importlib.import_module(f"{self.package}.loading")
 
-BACKENDS = {
-    "pt": Backend("PyTorch", "torch", "gpt2_multi.pt"),
-    "tf": Backend("TensorFlow", "tensorflow", "gpt2_multi.tf"),
-    "flax": Backend("JAX", "jax", "gpt2_multi.flax"),
-}
+    def devices(self) -> list[str]:
+        """Where the framework can compute, the fastest kind first, the CPU last."""
+        return list(self.loading.devices())
 
-
-class Adapter(Protocol):
-    """The calls that each package's `adapter` module has."""
-
-    def devices(self) -> Sequence[str]:
-        """Where the framework can compute, the fastest kind first."""
-
-    def dtypes(self, device: str) -> Sequence[str]:
+    def dtypes(self, device: str) -> list[str]:
         """The floating-point dtypes that a device computes in."""
+        return list(self.loading.dtypes(device))
 
     def load(self, folder: Path, device: str, dtype: str = "float32") -> Any:
         """The language model in a folder, on a device."""
+        model_class = getattr(importlib.import_module(self.package), self.language_model)
+        return self.loading.load_on(device, model_class, folder, param_dtype=dtype)
 
-    def logits(self, model: Any, ids: Array) -> Array:
-        """The logits (B, T, V), in float64, of ids (B, T)."""
+    def layers(self, model: Any, ids: Array) -> list[Array]:
+        """What `reference.oracle` gives, of a model: what goes into each layer, what the last norm gives, the logits.
 
-    def hidden_states(self, model: Any, ids: Array) -> list[Array]:
-        """What goes into each layer and what the last norm gives, (B, T, E) each, in float64, of ids (B, T)."""
+        ids: (B, T). The arrays are (B, T, E), the logits (B, T, V), all in float64.
+        """
+        output = model(self.to_tensor(model, ids), output_hidden_states=True, return_dict=True)
+        return [self.to_numpy(x).astype(np.float64) for x in (*output.hidden_states, output.logits)]
 
-    def stream(
-        self, model: Any, ids: Array, config: GenerationConfig, tokenizer: GPT2Tokenizer | None = None
-    ) -> Iterator[Array]:
-        """New ids, one column (B * num_return_sequences,) at a time, that continue ids (B, T)."""
 
-    def stream_text(self, model: Any, text: str, tokenizer: GPT2Tokenizer, config: GenerationConfig) -> Iterator[str]:
-        """What continues a text, piece by piece."""
+def _to_torch(model: Any, ids: Array) -> Any:
+    from gpt2_multi.pt.layers import to_torch
 
-    def generate_texts(self, model: Any, text: str, tokenizer: GPT2Tokenizer, config: GenerationConfig) -> list[str]:
-        """A text with what continues it, as often as `config` says."""
+    return to_torch(ids).to(model.device)
+
+
+def _from_torch(tensor: Any) -> Array:
+    from gpt2_multi.pt.layers import to_numpy
+
+    return to_numpy(tensor)
+
+
+BACKENDS = {
+    "pt": Backend("PyTorch", "torch", "gpt2_multi.pt", "GPT2LMHeadModel", _to_torch, _from_torch),
+    "tf": Backend(  # XLA compiles for longer than it takes to write a text
+        "TensorFlow", "tensorflow", "gpt2_multi.tf", "TFGPT2LMHeadModel", one_text={"jit_compile": False}
+    ),
+    "flax": Backend("JAX", "jax", "gpt2_multi.flax", "FlaxGPT2LMHeadModel"),
+}
 
 
 def installed() -> list[str]:
@@ -79,8 +94,8 @@ def version(name: str) -> str:
     return importlib.metadata.version(BACKENDS[name].framework)
 
 
-def load(name: str | None = None) -> Adapter:
-    """The adapter of a backend, by default of the first that is installed; GPT2Error where its framework is missing."""
+def resolve(name: str | None = None) -> Backend:
+    """The backend of a name, by default the first that is installed; GPT2Error where its framework is missing."""
     there = installed()
     name = name or next(iter(there), None)
     if name is None:
@@ -90,4 +105,4 @@ def load(name: str | None = None) -> Adapter:
         raise GPT2Error(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")
     if name not in there:
         raise GPT2Error(f'{BACKENDS[name].title} is not installed: pip install "gpt2-multi[{name}]"')
-    return cast(Adapter, importlib.import_module(f"{BACKENDS[name].package}.adapter"))
+    return BACKENDS[name]

@@ -24,20 +24,31 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.progress import busy, watched
 
 if TYPE_CHECKING:
+    from gpt2_multi.model.config import GPT2Config
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
+ENTRY_POINTS = "gpt2_multi.commands"
 NEW_TOKENS = 100
 SAMPLING = ("temperature", "top_k", "top_p", "seed", "num_return_sequences")
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+class OpenCommands(Commands):
+    """A group that has the commands of other packages too: entry points, each loaded when it is asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """The names of all commands, in order."""
+        return sorted([*super().list_commands(context), *entry_points(group=ENTRY_POINTS).names])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command of a name, or None."""
+        found: list[click.Command] = [entry.load() for entry in entry_points(group=ENTRY_POINTS, name=name)]
+        return found[0] if found else super().get_command(context, name)
+
+
+@click.group(cls=OpenCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gpt2-multi")
 def main() -> None:
     """GPT-2 for PyTorch, TensorFlow and JAX."""
-
-
-for command in entry_points(group="gpt2_multi.commands"):  # of the packages that are installed beside this one
-    main.add_command(command.load(), command.name)
 
 
 MODEL = click.option(
@@ -72,26 +83,23 @@ def generate(prompt: str | None, model: str, backend: str | None, stream: bool, 
     _check_options(given, stream, greedy)
     text = _text(prompt, "PROMPT")
     text = text if prompt not in (None, "-") else text.removesuffix("\n").removesuffix("\r")
-    adapter = backends.load(backend)
+    row = backends.resolve(backend)
     folder = resolve(model)
     tokenizer = _tokenizer(str(folder))
-    language_model = adapter.load(folder, adapter.devices()[0])
-    ids = texts.encode(text, tokenizer, language_model.config)
-    given.setdefault("max_new_tokens", min(NEW_TOKENS, _room(language_model, ids)))
-    config = _settled(language_model.generation_config, given, greedy, stream)
-    if stream:
-        _print_pieces([text], adapter.stream_text(language_model, text, tokenizer, config))
-    elif config.num_beams > 1:
-        _print_texts(adapter.generate_texts(language_model, text, tokenizer, config))
+    language_model = row.load(folder, row.devices()[0])
+    given.setdefault("max_new_tokens", min(NEW_TOKENS, _tokens_left(language_model.config, tokenizer, text)))
+    config = _resolve_options(language_model.generation_config, given, greedy, stream)
+    how = {"generation_config": config, "tokenizer": tokenizer, **row.one_text}
+    if config.num_beams == config.num_return_sequences == 1:
+        pieces = language_model.stream(text, **how)
+        _print_pieces([text], pieces if stream else ["".join(watched(pieces, "Generating", config.max_new_tokens))])
     else:
-        columns = adapter.stream(language_model, _row(ids), config, tokenizer)
-        columns = watched(columns, "Generating", config.max_new_tokens)
-        rows = list(zip(*([int(token) for token in column] for column in columns), strict=True))
-        made = texts.trim(rows or [()] * config.num_return_sequences, tokenizer, config, language_model.config)
-        _print_texts([text + "".join(texts.decode(tokenizer, row, config)) for row in made])
+        with busy("Generating"):
+            made = language_model.generate(text, **how)
+        _print_texts([made] if isinstance(made, str) else made)
 
 
-def _settled(own: GenerationConfig, given: dict[str, Any], greedy: bool, stream: bool) -> GenerationConfig:
+def _resolve_options(own: GenerationConfig, given: dict[str, Any], greedy: bool, stream: bool) -> GenerationConfig:
     """The model's options with those of the command, which turn off what of the model's does not go with them."""
     options: dict[str, Any] = {"do_sample": not greedy, "return_dict_in_generate": False}
     options |= {"output_scores": False, "output_logits": False}
@@ -135,19 +143,14 @@ def _tokenizer(model: str) -> GPT2Tokenizer:
     return GPT2Tokenizer.from_pretrained(model)
 
 
-def _row(ids: Sequence[int]) -> backends.Array:
-    import numpy as np
-
-    return np.array([ids], dtype=np.int64)
-
-
-def _room(model: Any, ids: Sequence[int]) -> int:
-    room = int(model.config.n_positions) - len(ids)
-    if room < 1:
+def _tokens_left(config: GPT2Config, tokenizer: GPT2Tokenizer, text: str) -> int:
+    """How many tokens a text has room for behind it."""
+    length = len(texts.encode(text, tokenizer, config))
+    if length >= config.n_positions:
         raise InputError(
-            f"PROMPT: {len(ids)} tokens leave no room, for the model can read {model.config.n_positions}; shorten it"
+            f"PROMPT: {length} tokens leave no room, for the model can read {config.n_positions}; shorten it"
         )
-    return room
+    return config.n_positions - length
 
 
 def _print_texts(found: Sequence[str]) -> None:
@@ -192,11 +195,11 @@ def export(target: str, model: str) -> None:
     A SavedModel that is there is replaced. TensorFlow Serving reads numbered versions of a model: take a DIR such as
     served/gpt2/1. Options of a request win over those of the model's generation_config.json, which go into the file.
     """
-    adapter = backends.load("tf")
+    row = backends.resolve("tf")
     folder = resolve(model)
     tokenizer = _tokenizer(str(folder))
     with busy("Exporting"):
-        adapter.load(folder, "cpu").export_saved_model(target, tokenizer=tokenizer)
+        row.load(folder, "cpu").export_saved_model(target, tokenizer=tokenizer)
     size = sum(file.stat().st_size for file in Path(target).rglob("*") if file.is_file())
     _print_pieces([f"{target}: {size / 1e6:.1f} MB, with tokenize, logits, generate and serving_default"])
 
@@ -211,14 +214,13 @@ def doctor(as_json: bool) -> int:
     """
     from gpt2_multi.app.doctor import examine, show
 
-    report = examine()
+    diagnosis = examine()
     if as_json:
-        _print_pieces([json.dumps(report.to_dict(), indent=2)])
+        _print_pieces([json.dumps(diagnosis.to_dict(), indent=2)])
     else:
-        show(report)
-    if not report.findings:
-        backends.load()  # which says what to install
-    bad = ", ".join(f"{f.backend} on {f.device} in {f.dtype}" for f in report.findings if not f.ok)
-    if bad:
+        show(diagnosis)
+    if not diagnosis.findings:
+        backends.resolve()  # which says what to install
+    if bad := ", ".join(diagnosis.wrong):
         raise click.ClickException(f"wrong results: {bad}; update the framework or its driver, or use another device")
     return 0

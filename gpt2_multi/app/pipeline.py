@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +49,8 @@ def pipeline(
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
     if model is None or isinstance(model, (str, os.PathLike)):
-        adapter, folder = backends.load(backend), resolve(DEMO if model is None else model)
-        model, tokenizer = adapter.load(folder, device_name(adapter, device), dtype or "float32"), tokenizer or folder
+        row, folder = backends.resolve(backend), resolve(DEMO if model is None else model)
+        model, tokenizer = row.load(folder, device_name(row.devices(), device), dtype or "float32"), tokenizer or folder
     elif not hasattr(model, "stream_tokens"):
         raise InputError(f"model: expected a name, a folder or a language model, found {type(model).__name__}")
     elif (backend, device, dtype) != (None, None, None):
@@ -63,9 +63,8 @@ def pipeline(
     return TextGenerationPipeline(model, tokenizer, options)
 
 
-def device_name(adapter: backends.Adapter, device: Any) -> str:
+def device_name(names: Sequence[str], device: Any) -> str:
     """The name of a device; numbers count the accelerators, -1 is the CPU, and a kind alone means its first."""
-    names = list(adapter.devices())
     if device is None:
         return names[0]
     if isinstance(device, int) and -1 <= device < len(names) - 1:
@@ -108,16 +107,16 @@ class TextGenerationPipeline:
             raise InputError("return_tensors: cannot be used with prompt_lookup_num_tokens; leave out one of the two")
         inputs.check_size("batch_size", batch_size, 1)
         inputs.check_truth("return_tensors", return_tensors)
-        make = Maker(self.model, self.tokenizer, config, batch_size, return_full_text, return_tensors)
+        batches = Batches(self.model, self.tokenizer, config, batch_size, return_full_text, return_tensors)
         if isinstance(text_inputs, str):
-            return next(make.all([text_inputs]))
+            return next(batches.results([text_inputs]))
         if isinstance(text_inputs, (list, tuple)):
-            make.check_seeds(len(text_inputs))
-            return list(watched(make.all(text_inputs), "Generating", len(text_inputs)))
-        return make.all(each(text_inputs))
+            batches.check_seeds(len(text_inputs))
+            return list(watched(batches.results(text_inputs), "Generating", len(text_inputs)))
+        return batches.results(items(text_inputs))
 
 
-def each(texts: Any) -> Iterator[Any]:
+def items(texts: Any) -> Iterator[Any]:
     """The items of anything that has some; a dataset may have a length and no iterator."""
     if hasattr(texts, "__iter__"):
         return iter(texts)
@@ -126,16 +125,18 @@ def each(texts: Any) -> Iterator[Any]:
     return (texts[i] for i in range(len(texts)))
 
 
-class Maker:
-    """One call of a pipeline: what it makes of texts, batch by batch."""
+@dataclass(frozen=True)
+class Batches:
+    """One call of a pipeline: what it makes of texts, `size` of them at once."""
 
-    def __init__(
-        self, model: Any, tokenizer: GPT2Tokenizer, config: GenerationConfig, size: int, full: bool, ids: bool
-    ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.size, self.full, self.ids = size, full, ids
+    model: Any
+    tokenizer: GPT2Tokenizer
+    config: GenerationConfig
+    size: int
+    full_text: bool  # with the prompt
+    as_ids: bool  # instead of texts
 
-    def all(self, texts: Iterable[str]) -> Iterator[Result]:
+    def results(self, texts: Iterable[str]) -> Iterator[Result]:
         """The results of texts, in their order."""
         done, rest = 0, iter(texts)
         while batch := list(islice(rest, min(self.size, sys.maxsize))):
@@ -162,25 +163,25 @@ class Maker:
     def batch(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Result]:
         """The results of a batch, in its order."""
         results = [Result() for _ in texts]
-        for rows in self.together(texts):
-            made = self.run([texts[i] for i in rows], [seeds[i] for i in rows])
+        for rows in self.groups(texts):
+            made = self.generate([texts[i] for i in rows], [seeds[i] for i in rows])
             for row, result in zip(rows, made, strict=True):
                 results[row] = result
         return results
 
-    def together(self, texts: Sequence[str]) -> list[list[int]]:
+    def groups(self, texts: Sequence[str]) -> list[list[int]]:
         """Which prompts are read at once: those of one length, where `max_length` makes it decide what may follow."""
         if self.config.max_length is None or self.config.max_new_tokens is not None:
             return [list(range(len(texts)))]
         lengths = [len(self.tokenizer(text).input_ids) for text in texts]
         return [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))]
 
-    def run(self, texts: list[str], seeds: list[int]) -> Iterator[Result]:
+    def generate(self, texts: list[str], seeds: list[int]) -> Iterator[Result]:
         """The results of prompts that are read at once."""
-        config = replace(self.config, seed=seeds, return_dict_in_generate=self.ids)
+        config = replace(self.config, seed=seeds, return_dict_in_generate=self.as_ids)
         output = self.model.generate(texts, generation_config=config, tokenizer=self.tokenizer)
-        name, made = ("generated_token_ids", output.token_ids) if self.ids else ("generated_text", output)
-        for prompt, each in zip(texts, made, strict=True):
-            several = each if config.num_return_sequences > 1 else [each]
-            skipped = 0 if self.full or self.ids else len(prompt)
+        name, answers = ("generated_token_ids", output.token_ids) if self.as_ids else ("generated_text", output)
+        for prompt, answer in zip(texts, answers, strict=True):
+            several = answer if config.num_return_sequences > 1 else [answer]
+            skipped = 0 if self.full_text or self.as_ids else len(prompt)
             yield [{name: one[skipped:]} for one in several]

@@ -6,11 +6,14 @@ import io
 import os
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from gpt2_multi.errors import GPT2Error
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Commands(click.Group):
@@ -54,3 +57,10 @@ def _fail(sentence: str, code: int) -> NoReturn:
         traceback.print_exc()
     click.echo(f"gpt2-multi: {' '.join(sentence.split())}", err=True)
     sys.exit(code)
+
+
+def console() -> Console:
+    """Where tables are printed; in a pipe rich would take a width of 80, and break sentences."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)

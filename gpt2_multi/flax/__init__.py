@@ -19,20 +19,32 @@ from gpt2_multi.flax.heads import (
     GPT2ForTokenClassificationModule,
     GPT2LMHeadModule,
 )
+from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.flax.model import FlaxGPT2Model, GPT2Module
+from gpt2_multi.flax.training.losses import cosine_rate, cosine_schedule, decay_mask, optimizer
+from gpt2_multi.flax.training.state import TrainState, create_train_state, eval_step, train_step
 
-__all__ = [
+__all__ = [  # noqa: RUF022  the order of the other two packages
+    "FlaxGPT2PreTrainedModel",
+    "FlaxGPT2Model",
+    "FlaxGPT2LMHeadModel",
     "FlaxGPT2DoubleHeadsModel",
-    "FlaxGPT2ForQuestionAnswering",
     "FlaxGPT2ForSequenceClassification",
     "FlaxGPT2ForTokenClassification",
-    "FlaxGPT2LMHeadModel",
-    "FlaxGPT2Model",
+    "FlaxGPT2ForQuestionAnswering",
+    "GPT2Module",
+    "GPT2LMHeadModule",
     "GPT2DoubleHeadsModule",
-    "GPT2ForQuestionAnsweringModule",
     "GPT2ForSequenceClassificationModule",
     "GPT2ForTokenClassificationModule",
-    "GPT2LMHeadModule",
-    "GPT2Module",
+    "GPT2ForQuestionAnsweringModule",
     "KVCache",
+    "cosine_schedule",
+    "cosine_rate",
+    "decay_mask",
+    "optimizer",
+    "TrainState",
+    "create_train_state",
+    "train_step",
+    "eval_step",
 ]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -24,7 +24,9 @@ from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import GenerateOutput
-from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+
+if TYPE_CHECKING:
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Array = np.ndarray[Any, Any]
 
@@ -62,13 +64,13 @@ class Request:
         prompts = input_ids if texts.are_texts(input_ids) else None
         if prompts is not None:
             inputs.check_text_input(attention_mask is not None, tokenizer)
-            rows = [texts.encode(text, cast(GPT2Tokenizer, tokenizer), model) for text in listed(prompts)]
+            rows = [texts.encode(text, cast("GPT2Tokenizer", tokenizer), model) for text in listed(prompts)]
             input_ids, attention_mask = texts.pad(rows)
         ids, mask = checked_rows(input_ids, attention_mask)
         new = new_tokens_after(config, ids.shape[1])
         if len(ids):
             inputs.check_prompts(int(mask.sum(-1).min()))
-            inputs.check_ids("input_ids", int(ids.min()), int(ids.max()), model.vocab_size)
+            inputs.check_ids("input_ids", inputs.Facts.of(ids), model.vocab_size)
             config.check_context(int(mask.sum(-1).max()), new, model.n_positions)
         options = options_of(config, model, len(ids), tokenizer)
         return cls(config, model, tokenizer, prompts, ids, *aligned(ids, mask), new, options)
@@ -104,12 +106,12 @@ class Request:
     def _trimmed(self, sequences: Array) -> list[list[int]]:
         """The new tokens of each text, up to its end."""
         rows = sequences[:, self.given.shape[1] :].tolist()
-        return texts.trim(rows, cast(GPT2Tokenizer, self.tokenizer), self.config, self.model)
+        return texts.trim(rows, cast("GPT2Tokenizer", self.tokenizer), self.config, self.model)
 
     def _spelled(self, made: list[list[int]]) -> Any:
         """Each prompt with what its new tokens spell."""
         prompts = self._each(listed(cast("str | Sequence[str]", self.prompts)))
-        new = ("".join(texts.decode(cast(GPT2Tokenizer, self.tokenizer), row, self.config)) for row in made)
+        new = ("".join(texts.decode(cast("GPT2Tokenizer", self.tokenizer), row, self.config)) for row in made)
         return self._grouped([prompt + text for prompt, text in zip(prompts, new, strict=True)])
 
     def _each(self, prompts: Sequence[Any]) -> list[Any]:
@@ -131,7 +133,7 @@ def checked_rows(ids: Any, mask: Any) -> tuple[Array, Array]:
     inputs.check_shape("input_ids", ids.shape, (None, None))
     mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) != 0
     inputs.check_shape("attention_mask", mask.shape, ids.shape)
-    inputs.check_integers("input_ids", ids.dtype, ids.dtype.kind in "iu")
+    inputs.check_integers("input_ids", inputs.Facts.of(ids))
     return ids.astype(np.int64), mask
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 # From ids and mask (B, T) the log-probability of each id but the first, (B, T - 1).
-Read = Callable[[Array, Array], Array]
+LogProbsOf = Callable[[Array, Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Window(NamedTuple):
 
 
 def score(
-    read: Read,
+    log_probs_of: LogProbsOf,
     given: str | Sequence[str],
     tokenizer: GPT2Tokenizer,
     model: GPT2Config,
@@ -74,14 +74,14 @@ def score(
     prompts = [given] if isinstance(given, str) else list(given)
     rows = [started(prompt, tokenizer, model) for prompt in prompts]
     size = model.n_positions
-    windows = [window for i, row in enumerate(rows) for window in cut(i, row, size, stride or max(size // 2, 1))]
+    windows = [window for i, row in enumerate(rows) for window in windows_of(i, row, size, stride or max(size // 2, 1))]
     parts: list[list[Array]] = [[] for _ in rows]
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
     for batch in watched(batches, "Scoring", len(batches)):
-        log_probs = read(*texts.pad([window.ids for window in batch], side="right"))
+        log_probs = log_probs_of(*texts.pad([window.ids for window in batch], side="right"))
         for window, found in zip(batch, log_probs, strict=True):
             parts[window.text].append(found[window.first - 1 : len(window.ids) - 1])
-    scores = [TextScore(tuple(row[1:]), joined(found)) for row, found in zip(rows, parts, strict=True)]
+    scores = [TextScore(tuple(row[1:]), concatenated(found)) for row, found in zip(rows, parts, strict=True)]
     return scores[0] if isinstance(given, str) else scores
 
 
@@ -91,7 +91,7 @@ def started(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]
     return ids if start is None or not 0 <= start < model.vocab_size else [start, *ids]
 
 
-def cut(text: int, row: Sequence[int], size: int, stride: int) -> Iterator[Window]:
+def windows_of(text: int, row: Sequence[int], size: int, stride: int) -> Iterator[Window]:
     """The windows of a text; its first token is not scored, and where it is alone there is none."""
     done = 1
     for start in range(0, len(row), stride):
@@ -101,6 +101,6 @@ def cut(text: int, row: Sequence[int], size: int, stride: int) -> Iterator[Windo
         done = max(done, end)
 
 
-def joined(parts: Sequence[Array]) -> Array:
+def concatenated(parts: Sequence[Array]) -> Array:
     """The log-probabilities of a text's windows, one after the other."""
     return np.concatenate([np.zeros(0), *parts]).astype(np.float64)

@@ -13,16 +13,21 @@ from gpt2_multi.pt.heads import (
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
 )
-from gpt2_multi.pt.loading import load_tf_weights_in_gpt2
+from gpt2_multi.pt.loading import GPT2PreTrainedModel, load_tf_weights_in_gpt2
 from gpt2_multi.pt.model import GPT2Model
+from gpt2_multi.pt.training import cosine_schedule, parameter_groups, train_step
 
-__all__ = [
+__all__ = [  # noqa: RUF022  the order of the other two packages
+    "GPT2PreTrainedModel",
+    "GPT2Model",
+    "GPT2LMHeadModel",
     "GPT2DoubleHeadsModel",
-    "GPT2ForQuestionAnswering",
     "GPT2ForSequenceClassification",
     "GPT2ForTokenClassification",
-    "GPT2LMHeadModel",
-    "GPT2Model",
+    "GPT2ForQuestionAnswering",
     "KVCache",
     "load_tf_weights_in_gpt2",
+    "cosine_schedule",
+    "parameter_groups",
+    "train_step",
 ]

@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from gpt2_multi.model import inputs
 from gpt2_multi.tf.attention import upcast
-from gpt2_multi.tf.checks import check_integers, extremes, is_concrete, shape
 from gpt2_multi.tf.fit.strategy import mean
+from gpt2_multi.tf.layers import facts
 
 IGNORED = -100
 
@@ -20,7 +20,7 @@ def cross_entropy(logits: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor | None =
     A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0. Under a strategy the
     mean is over the labels of all replicas.
     """
-    check_labels(labels, logits)
+    inputs.check_labels(facts("labels", labels), logits.shape)
     counted = labels != IGNORED
     if mask is not None:
         counted &= tf.cast(mask, tf.bool)
@@ -30,21 +30,12 @@ def cross_entropy(logits: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor | None =
     return mean(tf.reduce_sum(each * weights), tf.reduce_sum(weights))
 
 
-def check_labels(labels: tf.Tensor, logits: tf.Tensor) -> None:
-    """Labels (...) have to fit logits (..., K) in shape, and be classes or -100."""
-    expected = logits.shape[:-1]
-    inputs.check_shape("labels", shape(labels, *expected), expected)
-    check_integers("labels", labels)
-    if is_concrete(labels):
-        inputs.check_labels(*extremes(labels), logits.shape[-1])
-
-
 def lm_loss(logits: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
     """Next-token cross-entropy: (..., T, V) logits, (..., T) labels, shifted here.
 
     A token that the mask hides neither is predicted nor predicts.
     """
-    check_labels(labels, logits)
+    inputs.check_labels(facts("labels", labels), logits.shape)
     kept = None
     if mask is not None:
         keep = tf.cast(mask, tf.bool)
@@ -66,7 +57,7 @@ def classification_loss(logits: tf.Tensor, labels: tf.Tensor, problem_type: str 
         return cross_entropy(logits, labels)
     if problem_type == "regression" and labels.shape.rank == 1:
         logits = tf.squeeze(logits, -1)
-    inputs.check_shape("labels", shape(labels, *logits.shape), logits.shape)
+    inputs.check_shape("labels", facts("labels", labels).shape, logits.shape)
     labels = tf.cast(labels, logits.dtype)
     if problem_type == "regression":
         each = tf.square(logits - labels)

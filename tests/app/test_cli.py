@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gpt2_multi import __version__
-from gpt2_multi.app import backends, cli, doctor
+from gpt2_multi.app import backends, cli, comparison
 from gpt2_multi.files import hub
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
@@ -171,9 +172,9 @@ def copy_of(folder: Path, target: Path, **changes: Any) -> Path:
 
 @needs_pt
 def test_the_text_ends_at_the_end_token_which_is_not_shown(tiny: Path, tmp_path: Path) -> None:
-    adapter = backends.load("pt")
-    model, prompt = adapter.load(tiny, "cpu"), np.array([list(b"Hello")])
-    first = next(adapter.stream(model, prompt, GenerationConfig(max_new_tokens=1)))
+    model = backends.resolve("pt").load(tiny, "cpu")
+    prompt = GPT2Tokenizer.from_pretrained(tiny)("Hello", return_tensors="pt").input_ids
+    first = next(model.stream_tokens(prompt, max_new_tokens=1))
     ending = copy_of(tiny, tmp_path, eos_token_id=int(first[0]))
     assert good("generate", "Hello", "--model", ending, "--greedy") == "Hello\n"
     assert good("generate", "Hello", "--model", ending, "--greedy", "--stream") == "Hello\n"
@@ -399,20 +400,20 @@ def test_doctor_finds_that_all_is_well(demo: None) -> None:
     assert report["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert report["devices"]["pt"][-1] == "cpu"
     found = {(f["backend"], f["device"], f["dtype"]) for f in report["findings"] if f["ok"] and f["error"] > 0}
-    assert {("pt", "cpu", dtype) for dtype in doctor.BOUNDS} <= found
+    assert {("pt", "cpu", dtype) for dtype in comparison.BOUNDS} <= found
     assert all(f"{f['error']:.1e}" in text and f["device"] in text for f in report["findings"])
 
 
 @needs_pt
 def test_doctor_fails_where_one_weight_is_wrong(demo: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpt2_multi.pt import adapter
+    from gpt2_multi.pt import loading
 
-    def corrupted(*args: Any, load: Any = adapter.load) -> Any:
-        model = load(*args)
+    def corrupted(*args: Any, load: Any = loading.load_on, **options: Any) -> Any:
+        model = load(*args, **options)
         model.transformer.h[0].ln_1.bias.data[3] += 0.5
         return model
 
-    monkeypatch.setattr(adapter, "load", corrupted)
+    monkeypatch.setattr(loading, "load_on", corrupted)
     result = run("doctor", "--json")
     assert result.exit_code == 1
     assert result.stderr.startswith("gpt2-multi: wrong results: pt on cpu in float64, pt on cpu in float32")
@@ -427,14 +428,14 @@ def test_doctor_fails_where_one_weight_is_wrong(demo: None, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("broken", "problem"),
     [
-        (lambda model, ids: np.full((1, ids.shape[1], 257), np.nan), "the logits are not finite"),
+        (lambda tensor: np.full(tuple(tensor.shape), np.nan), "the logits are not finite"),
         (raising(RuntimeError("no kernel\nfor this")), "RuntimeError: no kernel for this"),
     ],
 )
 def test_doctor_survives_a_broken_device(
     demo: None, monkeypatch: pytest.MonkeyPatch, broken: Any, problem: str
 ) -> None:
-    monkeypatch.setattr("gpt2_multi.pt.adapter.logits", broken)
+    monkeypatch.setitem(backends.BACKENDS, "pt", replace(backends.BACKENDS["pt"], to_numpy=broken))
     result = run("doctor", "--json")
     assert result.exit_code == 1
     findings = json.loads(result.stdout)["findings"]
@@ -444,4 +445,4 @@ def test_doctor_survives_a_broken_device(
 
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="backend: expected one of pt, tf, flax, found 'mx'"):
-        backends.load("mx")
+        backends.resolve("mx")

@@ -30,7 +30,7 @@ def model(backend):
 @functools.cache
 def loaded(name):
     """The demo on a backend, once for all tests; TensorFlow's without XLA, which would compile for longer than all."""
-    model = backends.load(name).load(DEMO, "cpu")
+    model = backends.resolve(name).load(DEMO, "cpu")
     if name == "tf":
         from gpt2_multi.tf.generation.decoders import Decoders
 
@@ -41,7 +41,7 @@ def loaded(name):
 def first_logits(ids):
     """The demo's logits on the first backend that is installed."""
     name = backends.installed()[0]
-    return backends.load(name).logits(loaded(name), ids)
+    return backends.resolve(name).layers(loaded(name), ids)[-1]
 
 
 def test_a_text_gives_a_text_and_a_list_a_list(model, tokenizer):

@@ -20,12 +20,11 @@ from gpt2_multi.generation.rules import noise_streams
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
-from gpt2_multi.pt.checks import check_states, check_tensors, extremes
 from gpt2_multi.pt.generation.beams import Found, search
 from gpt2_multi.pt.generation.decoding import Prompt, Step, aligned, decode
 from gpt2_multi.pt.generation.lookup import speculate
 from gpt2_multi.pt.generation.rules import Rules, stream_keys
-from gpt2_multi.pt.loading import to_numpy
+from gpt2_multi.pt.layers import facts, to_numpy
 
 if TYPE_CHECKING:
     from gpt2_multi.pt.heads import GPT2LMHeadModel
@@ -115,17 +114,18 @@ def prepare(
     states_mask: Tensor | None,
 ) -> tuple[Prompt, Rules, int]:
     """Check the input, move padding to the left, and say how many tokens may follow, and by what rules."""
-    check_tensors(input_ids=ids, attention_mask=mask, encoder_hidden_states=states, encoder_attention_mask=states_mask)
-    inputs.check_shape("input_ids", ids.shape, (None, None))
+    given = {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": states}
+    given["encoder_attention_mask"] = states_mask
+    found = {name: facts(name, x) for name, x in given.items() if x is not None}
+    inputs.check_shape("input_ids", found["input_ids"].shape, (None, None))
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     inputs.check_shape("attention_mask", mask.shape, ids.shape)
-    inputs.check_integers("input_ids", ids.dtype, ids.dtype in (torch.int64, torch.int32))
-    check_states(model.transformer, len(ids), states, states_mask)
+    inputs.check_states(model.config, len(ids), found)
     vocab_size, counts = model.transformer.wte.num_embeddings, mask.sum(-1)
     new = config.total_length(ids.shape[1]) - ids.shape[1]
+    inputs.check_ids("input_ids", found["input_ids"], vocab_size)
     if len(ids):
         inputs.check_prompts(int(counts.min()))
-        inputs.check_ids("input_ids", *extremes(ids), vocab_size)
         config.check_context(int(counts.max()), new, model.transformer.wpe.num_embeddings)
     config.check_vocabulary(vocab_size)
     table = torch.from_numpy(stop_table(config.stops, tokenizer, vocab_size)).to(ids.device)

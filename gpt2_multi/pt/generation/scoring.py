@@ -10,7 +10,7 @@ import torch
 
 from gpt2_multi.generation import scoring
 from gpt2_multi.generation.scoring import Array
-from gpt2_multi.pt.loading import to_numpy
+from gpt2_multi.pt.layers import to_numpy
 from gpt2_multi.pt.training import widened
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ from gpt2_multi.generation.scoring import Array
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
 from gpt2_multi.tf.attention import upcast
-from gpt2_multi.tf.checks import check_numbers, check_states, shape
 from gpt2_multi.tf.fit.arguments import tensor
 from gpt2_multi.tf.generation.beams import BeamSearch, BeamState
 from gpt2_multi.tf.generation.decoders import Decoders
@@ -32,6 +31,7 @@ from gpt2_multi.tf.generation.decoding import Prompt, Records, Sampling, State, 
 from gpt2_multi.tf.generation.lookup import Lookup
 from gpt2_multi.tf.generation.rules import as_tensors
 from gpt2_multi.tf.generation.tracing import traced, traced_request
+from gpt2_multi.tf.layers import facts
 
 if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
@@ -147,11 +147,13 @@ def request_of(
         request = Request.of(config, model.config, ids, mask, tokenizer)
     else:
         ids, mask = tensor("input_ids", ids), tensor("attention_mask", mask)
-        inputs.check_shape("input_ids", shape(ids), (None, None))
-        check_numbers(attention_mask=mask)
+        given = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+        inputs.check_numbers("attention_mask", {name: facts(name, x) for name, x in given.items()})
         make = Request.of if tf.executing_eagerly() else traced_request
         request = make(config, model.config, ids, mask, tokenizer)
-    check_states(model, request.ids.shape[0], states, states_mask)
+    encoder = {"encoder_hidden_states": states, "encoder_attention_mask": states_mask}
+    found = {name: facts(name, x) for name, x in encoder.items() if x is not None}
+    inputs.check_states(model.config, request.ids.shape[0], found)
     return request, Prompt.of(request, states, states_mask)
 
 

@@ -13,8 +13,8 @@ from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.request import Request, new_tokens_after, options_of
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.tf.checks import check_integers, shape
 from gpt2_multi.tf.generation.decoding import Prompt, align, decode, prefill
+from gpt2_multi.tf.layers import facts
 
 if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
@@ -27,13 +27,14 @@ def traced_request(
     if config.sliding_window or config.prompt_lookup_num_tokens:  # which look at their tokens between compiled parts
         name = "sliding_window" if config.sliding_window else "prompt_lookup_num_tokens"
         raise InputError(f"{name}: cannot be traced into another function; leave it out, or call generate outside")
-    check_integers("input_ids", ids)
+    inputs.check_shape("input_ids", ids.shape, (None, None))
+    inputs.check_integers("input_ids", facts("input_ids", ids))
     batch, length = ids.shape
     new = new_tokens_after(config, length)
     if mask is None:
         config.check_context(length or 0, new, model.n_positions)
     mask = tf.ones_like(ids, tf.bool) if mask is None else tf.cast(mask, tf.bool)
-    inputs.check_shape("attention_mask", shape(mask, *ids.shape), tuple(ids.shape))
+    inputs.check_shape("attention_mask", mask.shape, ids.shape)
     seeds = len(config.seed) if isinstance(config.seed, (list, tuple)) else None
     options = options_of(config, model, (seeds or 1) if batch is None else batch, tokenizer)
     if batch is None and seeds is None:
