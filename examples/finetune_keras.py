@@ -21,7 +21,7 @@ import tensorflow as tf
 from gpt2_multi import GPT2Tokenizer
 from gpt2_multi.errors import GPT2Error
 from gpt2_multi.tf import TFGPT2LMHeadModel
-from gpt2_multi.tf.training import AdamW, CosineSchedule
+from gpt2_multi.tf.fit.optimizers import AdamW, CosineSchedule
 
 HELD_OUT = 0.1
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")

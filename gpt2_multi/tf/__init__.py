@@ -15,6 +15,7 @@ if keras.config.backend() != "tensorflow":
 
 from gpt2_multi.errors import GPT2Error
 from gpt2_multi.tf.attention import KVCache
+from gpt2_multi.tf.fit.optimizers import AdamW, CosineSchedule
 from gpt2_multi.tf.heads import (
     TFGPT2DoubleHeadsModel,
     TFGPT2ForQuestionAnswering,
@@ -25,7 +26,7 @@ from gpt2_multi.tf.heads import (
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 from gpt2_multi.tf.model import TFGPT2Model
 from gpt2_multi.tf.serve.tokenizer import TFGPT2Tokenizer
-from gpt2_multi.tf.training import AdamW, CosineSchedule, cosine_schedule
+from gpt2_multi.tf.training import cosine_schedule
 
 GPT2Error._keras_call_info_injected = True  # type: ignore[attr-defined]  # or Keras buries the sentence in a page
 GPT2Error.ag_pass_through = True  # type: ignore[attr-defined]  # or AutoGraph raises a page of its own in its place

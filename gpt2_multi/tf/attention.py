@@ -6,18 +6,15 @@ Shapes: B batch, T length of this call, S keys (past included), H heads, D head 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.tf.layers import dense, register, replace_variable
-
-if TYPE_CHECKING:
-    from gpt2_multi.tf.model import TFGPT2Model
+from gpt2_multi.tf.layers import dense, known, register, replace_variable, sizes
 
 Pair = tuple[tf.Tensor, tf.Tensor]
 
@@ -36,13 +33,12 @@ class KVCache(Sequence[Pair]):
     filled: tf.Tensor | None = None  # () int32 in a preallocated cache; None in one that grows
 
     @classmethod
-    def empty(cls, model: TFGPT2Model, batch_size: int | tf.Tensor, capacity: int | tf.Tensor) -> KVCache:
-        """A preallocated cache for this model, in the dtype that it computes in."""
-        shapes = [(batch_size, len(attn.present), capacity, attn.head_dim) for attn in model.attentions()]
-        layers = tuple((tf.zeros(shape, model.compute_dtype), tf.zeros(shape, model.compute_dtype)) for shape in shapes)
+    def empty(cls, shapes: Sequence[Sequence[Any]], dtype: Any) -> KVCache:
+        """A preallocated cache for layers of these shapes, (B, H, capacity, D)."""
+        layers = tuple((tf.zeros(shape, dtype), tf.zeros(shape, dtype)) for shape in shapes)
         return cls(layers, filled=tf.constant(0))
 
-    def extended(self, layer: int, key: tf.Tensor, value: tf.Tensor) -> Pair:
+    def extend(self, layer: int, key: tf.Tensor, value: tf.Tensor) -> Pair:
         """All keys and values of a layer, (B, H, S, D), after these (B, H, T, D): what the next cache holds of it."""
         if not self.layers:
             return key, value
@@ -50,6 +46,16 @@ class KVCache(Sequence[Pair]):
         if self.filled is None:
             return tf.concat([old_key, key], 2), tf.concat([old_value, value], 2)
         return write(old_key, key, self.filled), write(old_value, value, self.filled)
+
+    def spread(self, rows: int, room: Any) -> KVCache:
+        """A preallocated cache with each row so many times, and room for so many tokens more."""
+
+        def several(x: tf.Tensor, room: Any) -> tf.Tensor:
+            return tf.pad(x if rows == 1 else tf.repeat(x, rows, axis=0), [(0, 0), (0, 0), (0, room), (0, 0)])
+
+        layers = tuple((several(key, room), several(value, room)) for key, value in self.layers)
+        cross = tuple((several(key, 0), several(value, 0)) for key, value in self.cross)
+        return KVCache(layers, cross, tf.convert_to_tensor(self.length))
 
     @property
     def length(self) -> Any:
@@ -99,13 +105,13 @@ class Context:
 
     bias: tf.Tensor  # (B or 1, H or 1, T, S)
     past: KVCache
-    presents: list[Pair]
+    presents: list[Pair] = field(default_factory=list)
+    cross_presents: list[Pair] = field(default_factory=list)
     states: tf.Tensor | None = None  # (B, encoder length, E)
     states_bias: tf.Tensor | None = None  # (B, 1, 1, encoder length)
     hidden: list[tf.Tensor] | None = None  # lists to fill with what the caller wants to see
     probs: list[tf.Tensor] | None = None
     cross_probs: list[tf.Tensor] | None = None
-    cross_presents: list[Pair] | None = None
 
 
 class Attended(NamedTuple):
@@ -113,18 +119,6 @@ class Attended(NamedTuple):
 
     output: tf.Tensor
     probs: tf.Tensor
-
-
-def sizes(x: tf.Tensor) -> list[Any]:
-    """The shape of a tensor: ints where they are known while tracing, tensors where they are not."""
-    dynamic: Any = None if x.shape.is_fully_defined() else tf.shape(x)
-    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]
-
-
-def known(value: Any) -> Any:
-    """An int where a scalar's value is known already, the tensor while it is traced."""
-    constant = tf.get_static_value(value)
-    return value if constant is None else int(constant)
 
 
 def lowest(dtype: tf.DType) -> float:
@@ -159,9 +153,11 @@ def causal_bias(length: Any, keys: Any, past: Any, mask: tf.Tensor | None, dtype
 
 def positions(source: tf.Tensor, mask: tf.Tensor | None, past: Any) -> tf.Tensor:
     """Each token's position: the count of unmasked tokens before it, (B, T); its index where no mask counts, (1, T)."""
+    index = past + tf.range(sizes(source)[1])
     if mask is None or mask.shape.rank != 2:
-        return (past + tf.range(sizes(source)[1]))[None]
-    return tf.maximum(tf.cumsum(tf.cast(tf.cast(mask, tf.bool), tf.int32), axis=-1) - 1, 0)[:, past:]
+        return index[None]
+    counts = tf.cumsum(tf.cast(tf.cast(mask, tf.bool), tf.int32), axis=-1)
+    return tf.maximum(tf.gather(counts, index, axis=1) - 1, 0)
 
 
 def split_heads(x: tf.Tensor, head_dim: int) -> tf.Tensor:
@@ -176,12 +172,12 @@ def merge_heads(x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (batch, length, heads * head_dim))
 
 
-def widened(x: tf.Tensor) -> tf.Tensor:
-    """At least float32."""
+def upcast(x: tf.Tensor) -> tf.Tensor:
+    """At least float32: a sum over many tokens is beyond float16, and beyond bfloat16's precision."""
     return x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
 
 
-class _Attention(keras.layers.Layer):
+class BaseAttention(keras.layers.Layer):
     """Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) under every switch of the configuration."""
 
     def __init__(self, config: GPT2Config, layer: int, **options: Any) -> None:
@@ -197,7 +193,7 @@ class _Attention(keras.layers.Layer):
         self, q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, bias: tf.Tensor | None, head_mask: tf.Tensor | None
     ) -> Attended:
         if self.config.reorder_and_upcast_attn:
-            q, k = widened(q), widened(k)
+            q, k = upcast(q), upcast(k)
         scores = tf.matmul(q * tf.constant(self.scale, q.dtype), k, transpose_b=True)  # (B, H, T, S)
         scores = scores if bias is None else scores + tf.cast(bias, scores.dtype)
         probs = self.attn_dropout(tf.cast(tf.nn.softmax(scores), v.dtype))
@@ -205,7 +201,7 @@ class _Attention(keras.layers.Layer):
         return Attended(merge_heads(tf.matmul(probs, v)), probs)
 
 
-class Attention(_Attention):
+class Attention(BaseAttention):
     """Causal self-attention."""
 
     def __init__(self, config: GPT2Config, layer: int, **options: Any) -> None:
@@ -218,7 +214,7 @@ class Attention(_Attention):
 
     def call(self, x: tf.Tensor, context: Context, head_mask: tf.Tensor | None = None) -> Attended:
         q, k, v = (split_heads(t, self.head_dim) for t in tf.split(self.c_attn(x), 3, axis=-1))
-        k, v = context.past.extended(self.layer, k, v)
+        k, v = context.past.extend(self.layer, k, v)
         context.presents.append((k, v))
         x, probs = self.attend(q, k, v, context.bias, head_mask)
         return Attended(self.resid_dropout(self.c_proj(x)), probs)
@@ -235,7 +231,7 @@ class Attention(_Attention):
         self.c_attn.units, self.present = len(every), left
 
 
-class CrossAttention(_Attention):
+class CrossAttention(BaseAttention):
     """Attention of the decoder to an encoder's states."""
 
     def __init__(self, config: GPT2Config, layer: int, **options: Any) -> None:
@@ -248,7 +244,7 @@ class CrossAttention(_Attention):
     def call(self, x: tf.Tensor, context: Context) -> Attended:
         q = split_heads(self.q_attn(x), self.head_dim)
         k, v = context.past.cross[self.layer] if context.past.cross else self.encoded(context.states)
-        note(context.cross_presents, (k, v))
+        context.cross_presents.append((k, v))
         x, probs = self.attend(q, k, v, context.states_bias, None)
         return Attended(self.resid_dropout(self.c_proj(x)), probs)
 
@@ -256,9 +252,3 @@ class CrossAttention(_Attention):
         """The encoder's keys and values, each (B, H, encoder length, D)."""
         k, v = (split_heads(t, self.head_dim) for t in tf.split(self.c_attn(states), 2, axis=-1))
         return k, v
-
-
-def note(kept: list[Any] | None, value: Any) -> None:
-    """Keep a value where the caller wants to see it."""
-    if kept is not None:
-        kept.append(value)

@@ -6,7 +6,7 @@ see there for shapes and errors. `return_dict=False` gives a tuple of the fields
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -22,11 +22,10 @@ from gpt2_multi.model.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from gpt2_multi.tf.attention import KVCache, Pair, sizes
+from gpt2_multi.tf.attention import KVCache, Pair
 from gpt2_multi.tf.fit.policies import Policy
 from gpt2_multi.tf.generation import generate as generation
-from gpt2_multi.tf.generation import scoring
-from gpt2_multi.tf.layers import dense, facts
+from gpt2_multi.tf.layers import dense, facts, sizes
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 from gpt2_multi.tf.model import ACTIVATIONS, TFGPT2Model, give
 from gpt2_multi.tf.serve import export
@@ -50,22 +49,10 @@ class TFGPT2LMHeadModel(TFGPT2PreTrainedModel):
         self.initialise()
 
     generate = generation.generate
-    score = scoring.score
+    score = generation.score
     stream = generation.stream
     stream_tokens = generation.stream_tokens
     export_saved_model = export.export_saved_model
-
-    @property
-    def decoders(self) -> dict[str, Callable[..., Any]]:
-        """The functions that `generate` and `stream_tokens` run, and how often each was traced.
-
-        A layer with other variables, as `quantize` and `enable_lora` leave it, has them made anew.
-        """
-        seen, functions = self.__dict__.get("_decoders", ((), {}))  # as an attribute Keras would look into it
-        if list(map(id, seen)) != list(map(id, self.weights)):
-            functions = generation.decoders(self)
-            self.__dict__["_decoders"] = (self.weights, functions)
-        return functions
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
         """Logits over the vocabulary: (..., E) -> (..., V)"""

@@ -41,6 +41,18 @@ def lookup(layer: keras.layers.Embedding, ids: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.gather(with_dense_gradient(tf.convert_to_tensor(layer.embeddings)), ids), layer.compute_dtype)
 
 
+def sizes(x: tf.Tensor) -> list[Any]:
+    """The shape of a tensor: ints where they are known while tracing, tensors where they are not."""
+    dynamic: Any = None if x.shape.is_fully_defined() else tf.shape(x)
+    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]
+
+
+def known(value: Any) -> Any:
+    """An int where a scalar's value is known already, the tensor while it is traced."""
+    constant = tf.get_static_value(value)
+    return value if constant is None else int(constant)
+
+
 @tf.custom_gradient
 def with_dense_gradient(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[Any], tf.Tensor]]:
     """The same tensor; slices of its gradient are added up."""

@@ -19,7 +19,7 @@ from gpt2_multi.model.outputs import Output
 from gpt2_multi.model.spelling import KERAS
 from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.tf.fit import fitting, quantization
-from gpt2_multi.tf.fit.arguments import as_keywords
+from gpt2_multi.tf.fit.arguments import as_keywords, signature_of
 from gpt2_multi.tf.fit.policies import Policy, policy_of
 from gpt2_multi.tf.layers import initial, replace_variable
 
@@ -49,6 +49,7 @@ class TFGPT2PreTrainedModel(keras.Model):
     ) -> None:
         policy = policy_of(dtype, param_dtype)
         super().__init__(dtype=policy, name=name, autocast=False, **options)  # or labels would lose digits
+        self._call_signature = signature_of(type(self))
         self.config = check_config(config)
 
     def initialise(self) -> None:

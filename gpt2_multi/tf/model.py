@@ -23,12 +23,10 @@ from gpt2_multi.tf.attention import (
     Pair,
     causal_bias,
     key_bias,
-    note,
     positions,
-    sizes,
 )
 from gpt2_multi.tf.fit.policies import Policy
-from gpt2_multi.tf.layers import dense, facts, lookup, norm, register
+from gpt2_multi.tf.layers import dense, facts, lookup, norm, register, sizes
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 
 for output_class in Output.__subclasses__():
@@ -140,7 +138,8 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows."""
         inputs.check_positions(0, max_length - 1, self.wpe.input_dim)
-        return KVCache.empty(self, batch_size, max_length)
+        shapes = [(batch_size, len(attn.present), max_length, attn.head_dim) for attn in self.attentions()]
+        return KVCache.empty(shapes, self.compute_dtype)
 
     def call(
         self,
@@ -161,8 +160,9 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
         """The hidden states of (B, T) ids, or of (B, T, E) `inputs_embeds`.
 
-        attention_mask: (B, past + T), 1 where a token counts; or of rank 4, (B or 1, H or 1, T or 1, past + T),
-        booleans or integers (1 keeps) or floats (added to the scores); no mask shows a token what comes after it.
+        attention_mask: (B, past + T), or (B, capacity) of a preallocated cache, 1 where a token counts; or of rank 4,
+        (B or 1, H or 1, T or 1, past + T), booleans or integers (1 keeps) or floats (added to the scores); no mask
+        shows a token what comes after it.
         position_ids: (B, T) or (1, T); without them a token's position is the count of unmasked tokens before it.
         head_mask: (H,), (n_layer, H) or (n_layer, B, H, T, S). encoder_hidden_states: (B, encoder length, E),
         encoder_attention_mask: (B, encoder length).
@@ -181,34 +181,28 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         )  # fmt: skip
         if position_ids is None:
             position_ids = positions(source, attention_mask, past.length)
+            if past.capacity is not None:  # whose last places may be beyond, and then hold nothing that is asked for
+                position_ids = tf.minimum(position_ids, self.wpe.input_dim - 1)
         x = self.embed(source, position_ids, token_type_ids)
         context = self._context(x, past, attention_mask, encoder_hidden_states, encoder_attention_mask)
-        self._want(context, output_attentions, output_hidden_states)
-        outputs = self.run(x, context, head_mask)
-        if not (self.config.use_cache and not training if use_cache is None else use_cache):
-            outputs.past_key_values = None
-        return give(self.config, outputs, return_dict)
+        self._wanted(context, output_attentions, output_hidden_states)
+        for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
+            note(context.hidden, x)
+            x = block(x, context=context, head_mask=heads)
+        x = self.ln_f(x)
+        note(context.hidden, x)
+        cache = None
+        if self.config.use_cache and not training if use_cache is None else use_cache:
+            filled = None if past.filled is None else past.filled + sizes(x)[1]
+            cache = KVCache(tuple(context.presents), tuple(context.cross_presents), filled)
+        seen = (tuple(kept) if kept else None for kept in (context.hidden, context.probs, context.cross_probs))
+        return give(self.config, BaseModelOutputWithPastAndCrossAttentions(x, cache, *seen), return_dict)
 
     def embed(self, source: tf.Tensor, position_ids: tf.Tensor, token_type_ids: tf.Tensor | None = None) -> tf.Tensor:
         """The first block's input, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""
         x = tf.cast(source, self.compute_dtype) if source.dtype.is_floating else lookup(self.wte, source)
         x = x + lookup(self.wpe, position_ids)
         return self.drop(x if token_type_ids is None else x + lookup(self.wte, token_type_ids))
-
-    def run(
-        self, x: tf.Tensor, context: Context, head_mask: tf.Tensor | None = None
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """The blocks and the last norm on embedded input (B, T, E), unchecked: what each step of generation calls."""
-        length = sizes(x)[1]
-        for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
-            note(context.hidden, x)
-            x = block(x, context=context, head_mask=heads)
-        x = self.ln_f(x)
-        note(context.hidden, x)
-        filled = None if context.past.filled is None else context.past.filled + length
-        cache = KVCache(tuple(context.presents), tuple(context.cross_presents or ()), filled)
-        seen = (tuple(kept) if kept else None for kept in (context.hidden, context.probs, context.cross_probs))
-        return BaseModelOutputWithPastAndCrossAttentions(x, cache, *seen)
 
     def _context(
         self, x: tf.Tensor, past: KVCache, mask: tf.Tensor | None, states: Any, states_mask: tf.Tensor | None
@@ -219,12 +213,12 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
             room = keys - sizes(mask)[-1]
             mask = tf.pad(mask, [*[(0, 0)] * (mask.shape.rank - 1), (0, room)])
         bias = causal_bias(length, keys, past.length, mask, x.dtype)
-        context = Context(bias, past, [], states=states, cross_presents=None if states is None else [])
+        context = Context(bias, past, states=states)
         if states is not None and states_mask is not None:
             context.states_bias = key_bias(states_mask, x.dtype)
         return context
 
-    def _want(self, context: Context, attentions: bool | None, hidden_states: bool | None) -> None:
+    def _wanted(self, context: Context, attentions: bool | None, hidden_states: bool | None) -> None:
         attentions = self.config.output_attentions if attentions is None else attentions
         hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
         context.hidden = [] if hidden_states else None
@@ -242,6 +236,12 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         return [row if row.shape[1] == 1 else tf.gather(row, heads, axis=1) for row, heads in masks]
 
 
+def note(kept: list[Any] | None, value: Any) -> None:
+    """Keep a value where the caller wants to see it."""
+    if kept is not None:
+        kept.append(value)
+
+
 def check_call(
     config: GPT2Config, cache: KVCache, dtype: str, tables: tuple[int, int], **given: tf.Tensor | None
 ) -> None:
@@ -249,11 +249,14 @@ def check_call(
     found = {name: facts(name, x) for name, x in given.items() if x is not None}
     batch, length = inputs.check_source(config, found).shape[:2]
     past = cache.length if isinstance(cache.length, int) else None
+    mask, keys = found.get("attention_mask"), None if past is None or length is None else past + length
     if cache.layers:
         key = cache.layers[0][0]
         inputs.check_cache(key.shape[0], key.dtype.name, batch, dtype)
         inputs.check_room(length, past, key.shape[2] if cache.capacity is not None else None)
-    inputs.check_call(config, found, tables, past, None if past is None or length is None else past + length)
+        if cache.capacity is not None and mask is not None and mask.shape[1:] == (key.shape[2],):
+            keys = key.shape[2]
+    inputs.check_call(config, found, tables, past, keys)
 
 
 def as_cache(past: KVCache | Sequence[Pair] | None, layers: int) -> KVCache:

@@ -32,8 +32,9 @@ def loaded(name):
     """The demo on a backend, once for all tests; TensorFlow's without XLA, which would compile for longer than all."""
     model = backends.resolve(name).load(DEMO, "cpu")
     if name == "tf":
-        ways = {way: model.decoders[way.replace("xla", "graph")] for way in model.decoders}
-        model.__dict__["_decoders"] = (model.weights, ways)
+        from gpt2_multi.tf.generation.decoders import Decoders
+
+        model.__dict__["_decoders"] = dict.fromkeys([True, False], Decoders.of(model, jit=False))
     return model
 
 

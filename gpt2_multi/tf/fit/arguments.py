@@ -28,6 +28,13 @@ def names_of(cls: Any) -> tuple[str, ...]:
     return (*own, *(name for name in inherited if name not in own))
 
 
+def signature_of(cls: Any) -> inspect.Signature:
+    """The arguments of a class's `call`, of which `**kwargs` is none: Keras lets one not hold tensors and others."""
+    own = dict(list(inspect.signature(cls.call).parameters.items())[1:])
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature([own.get(name, inspect.Parameter(name, kind, default=None)) for name in names_of(cls)])
+
+
 def as_keywords(cls: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments by name, without those that are None.
 
@@ -68,6 +75,11 @@ def as_tensor(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return from_lists(name, value)
     raise InputError(f"{name}: expected a tensor, found {type(value).__name__}; the tokenizer makes one of texts")
+
+
+def tensor(name: str, value: Any) -> Any:
+    """An input as a tensor; None stays None."""
+    return None if value is None else tf.convert_to_tensor(as_tensor(name, value))
 
 
 def from_lists(name: str, value: Sequence[Any]) -> np.ndarray[Any, Any]:

@@ -42,6 +42,11 @@ def over_replicas(part: tf.Tensor) -> tf.Tensor:
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, part)
 
 
+def mean(total: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    """A sum over a count, both over all replicas; 0 where nothing counts."""
+    return total / tf.maximum(over_replicas(count), 1)
+
+
 class LossOverReplicas(keras.metrics.Mean):
     """The loss that `fit` reports: of all replicas, weighted by all their rows.
 

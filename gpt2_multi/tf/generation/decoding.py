@@ -1,25 +1,26 @@
-"""Decoding in TensorFlow: a model that reads texts into a cache, and the loop that lets it choose token after token.
+"""Decoding in TensorFlow: the loop in which a model reads texts into a cache and a strategy chooses what follows.
 
-B rows, T prompt length, S places (prompt and room), V vocabulary. What the rules see, the whole of each row, is the
-`Prompt` and the ids of the `State`; what the model sees is a `Prompt` too, the same one unless a window slides.
+The model is called as anybody calls it. B rows, T prompt length, S places (prompt and room), N tokens of a step, V
+vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
+from gpt2_multi.generation.options import Options
+from gpt2_multi.generation.request import Request
 from gpt2_multi.generation.rules import bucket, window_start
-from gpt2_multi.tf.attention import Context, KVCache, Pair, causal_bias, hiding, key_bias, positions, sizes, widened
-from gpt2_multi.tf.generation.rules import Options, choose, over, process
-
-if TYPE_CHECKING:
-    from gpt2_multi.tf.heads import TFGPT2LMHeadModel
+from gpt2_multi.tf.attention import KVCache, upcast
+from gpt2_multi.tf.generation.rules import choose, ends, process
+from gpt2_multi.tf.layers import sizes
 
 Records = dict[str, tf.Tensor]  # of each step: scores and logits (room, B, V), log_probs (room, B)
+Proposed = tuple[tf.Tensor, tf.Tensor]  # tokens (B, N) that may follow the last, and how many of them count ()
 
 
 class Prompt(NamedTuple):
@@ -29,6 +30,12 @@ class Prompt(NamedTuple):
     mask: tf.Tensor  # (B, T) bool
     states: tf.Tensor | None  # (B, encoder length, E)
     states_mask: tf.Tensor | None  # (B, encoder length)
+
+    @classmethod
+    def of(cls, request: Request, states: tf.Tensor | None = None, states_mask: tf.Tensor | None = None) -> Prompt:
+        """The rows of a request."""
+        ids, mask = tf.convert_to_tensor(request.ids), tf.convert_to_tensor(request.mask)
+        return cls(tf.cast(ids, tf.int32), mask, states, states_mask)
 
     def repeated(self, rows: int) -> Prompt:
         """Each row so many times."""
@@ -48,120 +55,150 @@ class State(NamedTuple):
     """What the loop carries from one token to the next."""
 
     step: tf.Tensor  # () int32, how many tokens were made
+    length: tf.Tensor  # () int32, how many of the ids are there
     ids: tf.Tensor  # (B, S) int32, the prompt and what was made
-    shown: tf.Tensor  # (B, room) int32, what the caller sees of it: filling where a row is finished
+    mask: tf.Tensor  # (B, S) bool, which of them count
+    shown: tf.Tensor  # (B, room) int32, what the caller sees of what was made: filling where a row is finished
     finished: tf.Tensor  # (B,) bool
     stop: tf.Tensor  # (B,) int32, of the stop strings
     records: Records
-    cache: KVCache
+    cache: KVCache  # of all tokens but the last
+    keep: tf.Tensor  # (B, the cache's capacity) bool, which of its keys count
 
 
-def decode(
-    model: TFGPT2LMHeadModel,
-    prompt: Prompt,
-    room: Any,
-    until: tf.Tensor,
-    options: Options,
-    rows: int,
-    wanted: tuple[str, ...],
-) -> State:
-    """Up to `until` tokens in each of `rows` rows after a prompt, in a cache that has room for `room`."""
-    cache, prompt = begin(model, prompt, room, rows), prompt.repeated(rows)
-    return advance(model, prompt, prompt, start(model, prompt, room, options, wanted, cache), until, options)
+class Sampling(NamedTuple):
+    """Greedy choice, or a sample, of one token after the other."""
+
+    room: Any  # for how many tokens
+    rows: int  # of each prompt
+    records: tuple[str, ...]  # what is kept of each step
+    guesses: int = 0  # how many tokens are read at most before it is known that they follow
+
+    def start(self, model: keras.Model, prompt: Prompt, options: Options) -> State:
+        """The state in which nothing is made."""
+        batch, length = sizes(prompt.ids)
+        room = [(0, 0), (0, self.room)]
+        ids, mask = tf.pad(prompt.ids, room), tf.pad(prompt.mask, room, constant_values=True)
+        shown, stop = tf.fill((batch, self.room), options.fill), tf.zeros(batch, tf.int32)
+        records, keep = blank(model, batch, self.room, self.records), prompt.mask
+        step, length = tf.constant(0), tf.convert_to_tensor(length)
+        return State(step, length, ids, mask, shown, stop > 0, stop, records, KVCache(), keep)
+
+    def is_open(self, state: State) -> tf.Tensor:
+        """Whether anything is to follow."""
+        return ~tf.reduce_all(state.finished)
+
+    def propose(self, state: State, options: Options) -> Proposed | None:
+        """What is read together with the last token, as it may follow: nothing."""
+        return None
+
+    def update(
+        self, state: State, logits: tf.Tensor, proposed: Proposed | None, until: tf.Tensor, options: Options
+    ) -> State:
+        """Go on by one token, from the logits (B, 1, V) of the next."""
+        logits = logits[:, 0]
+        processed = process(upcast(logits), state.ids, written(state), state.length, state.step, options)
+        chosen = choose(processed, state.step, options)  # (B,)
+        return accept(state._replace(records=record(state, logits, processed, chosen)), chosen, options)
 
 
-def start(
-    model: TFGPT2LMHeadModel, prompt: Prompt, room: Any, options: Options, wanted: Iterable[str], cache: KVCache
-) -> State:
-    """The state in which nothing is made. wanted: the names of what is recorded."""
-    batch = sizes(prompt.ids)[0]
-    ids, shown = tf.pad(prompt.ids, [(0, 0), (0, room)]), tf.fill((batch, room), options.fill)
-    records = blank(model, batch, room, wanted)
-    return State(tf.constant(0), ids, shown, tf.zeros(batch, tf.bool), tf.zeros(batch, tf.int32), records, cache)
+def prefill(model: keras.Model, prompt: Prompt, room: Any, rows: int) -> tuple[KVCache, tf.Tensor]:
+    """Read prompts up to their last token, which the first step reads, and go on with each in so many rows.
+
+    Returns the cache, which has room for so many tokens more, and which of its keys count.
+    """
+    past = model(
+        prompt.ids[:, :-1],
+        attention_mask=prompt.mask[:, :-1],
+        encoder_hidden_states=prompt.states,
+        encoder_attention_mask=prompt.states_mask,
+        use_cache=True,
+        return_dict=True,
+    ).past_key_values
+    mask = prompt.repeated(rows).mask
+    return past.spread(rows, room), tf.pad(mask, [(0, 0), (0, room - 1)], constant_values=True)
 
 
-def blank(model: TFGPT2LMHeadModel, batch: Any, room: Any, wanted: Iterable[str]) -> Records:
+def decode_step(
+    model: keras.Model, prompt: Prompt, state: State, proposed: Proposed | None
+) -> tuple[tf.Tensor, KVCache]:
+    """Read the last token of each row and what is proposed after it: the logits (B, 1 + N, V), and the cache with them.
+
+    Where nothing proposed counts, it is not read.
+    """
+
+    def read(tokens: tf.Tensor) -> tuple[tf.Tensor, KVCache]:
+        output = model(
+            tokens,
+            past_key_values=state.cache,
+            attention_mask=state.keep,
+            encoder_hidden_states=prompt.states,
+            encoder_attention_mask=prompt.states_mask,
+            use_cache=True,
+            return_dict=True,
+        )
+        return output.logits, output.past_key_values
+
+    def alone() -> tuple[tf.Tensor, KVCache]:
+        logits, cache = read(last)
+        return tf.pad(logits, [(0, 0), (0, sizes(tokens)[1]), (0, 0)]), cache
+
+    last = tf.gather(state.ids, [state.length - 1], axis=1)  # (B, 1)
+    if proposed is None:
+        return read(last)
+    tokens, count = proposed
+    return tf.cond(count > 0, lambda: read(tf.concat([last, tokens], 1)), alone)
+
+
+def decode(model: keras.Model, prompt: Prompt, strategy: Any, state: Any, until: tf.Tensor, options: Options) -> Any:
+    """The state of a Sampling, a Lookup or a BeamSearch when `until` tokens are made, or nothing is to follow."""
+
+    def is_open(state: Any) -> tf.Tensor:
+        return (state.step < until) & strategy.is_open(state)
+
+    def once(state: Any) -> tuple[Any]:
+        proposed = strategy.propose(state, options)
+        logits, cache = decode_step(model, prompt, state, proposed)
+        return (strategy.update(state._replace(cache=cache), logits, proposed, until, options),)
+
+    return tf.while_loop(is_open, once, (state,))[0]
+
+
+def blank(model: keras.Model, batch: Any, room: Any, wanted: tuple[str, ...]) -> Records:
     """Records of steps that are yet to come."""
-    kind, vocab = tf.as_dtype(model.compute_dtype), model.transformer.wte.input_dim
-    wide = widened(tf.zeros((), kind)).dtype
+    kind, vocab = tf.as_dtype(model.compute_dtype), model.config.vocab_size
+    wide = upcast(tf.zeros((), kind)).dtype
     sorts = {"scores": ((vocab,), wide), "logits": ((vocab,), kind), "log_probs": ((), wide)}
     return {name: tf.zeros((room, batch, *sorts[name][0]), sorts[name][1]) for name in wanted}
 
 
-def begin(model: TFGPT2LMHeadModel, prompt: Prompt, room: Any, rows: int) -> KVCache:
-    """The cache of a prompt up to its last token, which is the first that the loop feeds, for each row `rows` times."""
-    body, ids, mask = model.transformer, prompt.ids[:, :-1], prompt.mask[:, :-1]
-    length = sizes(ids)[1]
-    bias = causal_bias(length, length, 0, mask, tf.as_dtype(model.compute_dtype))
-    context = Context(bias, KVCache(), [], states=prompt.states, cross_presents=[])
-    if prompt.states is not None and prompt.states_mask is not None:
-        context.states_bias = key_bias(prompt.states_mask, bias.dtype)
-    cache = body.run(body.embed(ids, positions(ids, mask, 0)), context).past_key_values
-    cross = tuple(widely(pair, rows, 0) for pair in cache.cross)
-    return KVCache(tuple(widely(pair, rows, room + 1) for pair in cache.layers), cross, tf.convert_to_tensor(length))
+def record(state: Any, logits: tf.Tensor, processed: tf.Tensor, chosen: tf.Tensor | None = None) -> Records:
+    """The records with those of one more step; filling has the log-probability 0."""
+    values = {"logits": logits, "scores": processed}
+    if chosen is not None and "log_probs" in state.records:
+        log_probs = tf.gather(tf.nn.log_softmax(processed), chosen, batch_dims=1)
+        values["log_probs"] = tf.where(state.finished, tf.zeros((), processed.dtype), log_probs)
+    at = tf.reshape(state.step, (1, 1))
+    new = {name: tf.cast(values[name], kept.dtype)[None] for name, kept in state.records.items()}
+    return {name: tf.tensor_scatter_nd_update(kept, at, new[name]) for name, kept in state.records.items()}
 
 
-def widely(pair: Pair, rows: int, room: Any) -> Pair:
-    """Keys and values (B, H, S, D) with each row so many times, and room for more."""
-    key, value = (
-        tf.pad(x if rows == 1 else tf.repeat(x, rows, axis=0), [(0, 0), (0, 0), (0, room), (0, 0)]) for x in pair
-    )
-    return key, value
-
-
-def advance(
-    model: TFGPT2LMHeadModel, prompt: Prompt, window: Prompt, state: State, until: tf.Tensor, options: Options
-) -> State:
-    """Feed the last token of each row and choose the next, until `until` are made or no row goes on.
-
-    The cache is that of `window`, and of what was made since.
-    """
-    length = sizes(prompt.ids)[1]
-
-    def going(state: State) -> tf.Tensor:
-        return (state.step < until) & ~tf.reduce_all(state.finished)
-
-    def once(state: State) -> tuple[State]:
-        place = length + state.step
-        logits, cache = follow(model, window, state.cache, tf.gather(state.ids, [place - 1], axis=1))
-        keep = written(prompt.mask, state.ids, state.step)
-        processed = process(widened(logits), state.ids, keep, place, state.step, options)
-        chosen = choose(processed, state.step, options)
-        records = recorded(state, logits, processed, chosen)
-        return (accept(state._replace(cache=cache, records=records), chosen, place, options),)
-
-    return tf.while_loop(going, once, (state,))[0]
-
-
-def follow(model: TFGPT2LMHeadModel, window: Prompt, cache: KVCache, tokens: tf.Tensor) -> tuple[tf.Tensor, KVCache]:
-    """The logits (B * N, V) after each of these tokens (B, N), and the cache with them."""
-    body, (batch, length), count = model.transformer, sizes(window.mask), sizes(tokens)[1]
-    room = sizes(cache.layers[0][0])[2] - length
-    ahead = cache.filled - length + tf.range(count)  # (N,), places after the prompt
-    seen = tf.range(room) <= ahead[:, None]  # (N, room)
-    parts = (window.mask[:, None, None, :], (batch, 1, count, length)), (seen, (batch, 1, count, room))
-    keep = tf.concat([tf.broadcast_to(part, shape) for part, shape in parts], -1)  # (B, 1, N, S)
-    context = Context(hiding(keep, tf.as_dtype(model.compute_dtype)), cache, [])
-    if cache.cross and window.states_mask is not None:
-        context.states_bias = key_bias(window.states_mask, context.bias.dtype)
-    places = tf.reduce_sum(tf.cast(window.mask, tf.int32), -1, keepdims=True) + ahead  # (B, N)
-    outputs = body.run(body.embed(tokens, tf.minimum(places, body.wpe.input_dim - 1)), context)
-    after = outputs.past_key_values
-    hidden = tf.reshape(outputs.last_hidden_state, (-1, outputs.last_hidden_state.shape[-1]))
-    return model.logits(hidden), KVCache(after.layers, cache.cross, after.filled)
-
-
-def accept(state: State, chosen: tf.Tensor, place: tf.Tensor, options: Options) -> State:
-    """The state with one more token in each row (B,), at `place`."""
-    ended, stop = over(chosen, state.stop, options)
-    seen = tf.where(state.finished, options.fill, chosen)
+def accept(state: State, chosen: tf.Tensor, options: Options) -> State:
+    """The state with one more token in each row, (B,)."""
+    ended, stop = ends(chosen, state.stop, options)
     return state._replace(
         step=state.step + 1,
-        ids=put(state.ids, chosen, place),
-        shown=put(state.shown, seen, state.step),
+        length=state.length + 1,
+        ids=put(state.ids, chosen, state.length),
+        shown=put(state.shown, tf.where(state.finished, options.fill, chosen), state.step),
         finished=state.finished | ended,
         stop=stop,
     )
+
+
+def written(state: Any) -> tf.Tensor:
+    """Which of the ids are there and count: (B, S)"""
+    return state.mask & (tf.range(sizes(state.mask)[1]) < state.length)
 
 
 def put(row: tf.Tensor, value: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
@@ -169,53 +206,19 @@ def put(row: tf.Tensor, value: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
     return tf.where(tf.range(sizes(row)[-1]) == place, value[..., None], row)
 
 
-def recorded(state: State, logits: tf.Tensor, processed: tf.Tensor, chosen: tf.Tensor) -> Records:
-    """The records with those of one more step; filling has the log-probability 0."""
-    step = {"logits": logits, "scores": processed}
-    if "log_probs" in state.records:
-        log_probs = tf.gather(tf.nn.log_softmax(processed), chosen, batch_dims=1)
-        step["log_probs"] = tf.where(state.finished, tf.zeros((), processed.dtype), log_probs)
-    return noted(state.records, state.step, step)
-
-
-def noted(records: Records, step: tf.Tensor, values: Records) -> Records:
-    """The records with these values at a step."""
-    at = tf.reshape(step, (1, 1))
-    return {name: tf.tensor_scatter_nd_update(kept, at, values[name][None]) for name, kept in records.items()}
-
-
-def written(mask: tf.Tensor, ids: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-    """Which of the ids (B, S) are there and count, after so many steps."""
-    (batch, length), places = sizes(mask), sizes(ids)[1]
-    made = tf.broadcast_to(tf.range(places - length) < step, (batch, places - length))
-    return tf.concat([mask, made], 1)
-
-
-def segments(
-    model: TFGPT2LMHeadModel, prompt: Prompt, state: State, new: int, options: Options, jit: bool, stride: int
-) -> Iterator[State]:
-    """The states after every `stride` tokens, or where a window is full, of texts that a window slides over."""
-    first, following = (model.decoders[f"{name} {'xla' if jit else 'graph'}"] for name in ("begin", "advance"))
-    step, longest = 0, model.transformer.wpe.input_dim
-    while step < new:
-        window, count = slid(longest, prompt, state)
-        full = min(step + longest - count + 1, new)
-        state = state._replace(cache=first(window, bucket(longest - count), 1))
-        while step < full:
-            step = min(step + stride, full)
-            state = following(prompt, window, state, tf.constant(step), options)
-            yield state
-            if tf.reduce_all(state.finished):
-                return
-
-
-def slid(longest: int, prompt: Prompt, state: State) -> tuple[Prompt, int]:
-    """What the window shows of each row, and how many tokens that are at most; see `sampling.window_start`."""
-    length = prompt.ids.shape[1] + int(state.step)
-    mask = written(prompt.mask, state.ids, state.step).numpy()[:, :length]
-    counts = mask.cumsum(-1)
+def slide(prompt: Prompt, state: State, longest: int) -> tuple[Prompt, int]:
+    """What a window shows of each row by now, and how many tokens that are at most; see `rules.window_start`."""
+    length = int(state.length)
+    mask = state.mask.numpy()[:, :length]
+    counts = mask.cumsum(-1)  # (B, length)
     starts = np.array([window_start(int(count), longest) for count in counts[:, -1]])
     count = int((counts[:, -1] - starts).max())
     part = slice(length - count, length)
     shown = tf.constant((mask & (counts > starts[:, None]))[:, part])
     return prompt._replace(ids=state.ids[:, part], mask=shown).bucketed(), count
+
+
+def align(ids: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Ids and mask (B, T) with padding on the left, where they are traced and have no values yet."""
+    order = tf.argsort(tf.cast(mask, tf.int32), axis=-1, stable=True)  # hidden tokens first
+    return tf.gather(ids, order, batch_dims=1), tf.gather(mask, order, batch_dims=1)

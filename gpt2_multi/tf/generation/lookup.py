@@ -1,55 +1,57 @@
 """Prompt-lookup decoding in TensorFlow: greedy choice in fewer steps, where a text repeats itself.
 
 What followed the last tokens when they were there before is read together with them, and kept as far as the model would
-have chosen it (Saxena 2023). One row; S places (prompt and room), N guesses, V vocabulary.
+have chosen it (Saxena 2023). S places (prompt and room), N guesses, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import tensorflow as tf
 
-from gpt2_multi.tf.attention import KVCache, sizes, widened
-from gpt2_multi.tf.generation.decoding import Prompt, State, accept, follow, written
-from gpt2_multi.tf.generation.rules import Options, choose, process
-
-if TYPE_CHECKING:
-    from gpt2_multi.tf.heads import TFGPT2LMHeadModel
+from gpt2_multi.generation.options import Options
+from gpt2_multi.tf.attention import KVCache
+from gpt2_multi.tf.generation.decoding import Proposed, Sampling, State, written
+from gpt2_multi.tf.layers import sizes
 
 
-def speculate(
-    model: TFGPT2LMHeadModel,
-    prompt: Prompt,
-    state: State,
-    until: tf.Tensor,
-    new: tf.Tensor,
-    options: Options,
-    guesses: int,
-) -> State:
-    """Read on until at least `until` tokens of `new` are made, or the row is finished."""
+class Lookup(Sampling):
+    """Greedy choice in one row, several tokens at a time."""
 
-    def going(state: State) -> tf.Tensor:
-        return (state.step < until) & ~state.finished[0]
+    def propose(self, state: State, options: Options) -> Proposed:
+        """What followed before: (1, N)"""
+        tokens, count = guess(state.ids[0], written(state)[0], state.length, self.guesses, options)
+        return tokens[None], tf.minimum(count, self.room - state.step - 1)
 
-    def once(state: State) -> tuple[State]:
-        tokens, count = guessed(prompt, state, new, options, guesses)
-        logits, cache = read(model, prompt, state, tokens, count)
-        return (kept(prompt, state._replace(cache=cache), logits, tokens[1:], count, options),)
+    def update(
+        self, state: State, logits: tf.Tensor, proposed: Proposed | None, until: tf.Tensor, options: Options
+    ) -> State:
+        """Go on as far as the proposed tokens are what is chosen, and by one token more: logits (1, 1 + N, V)"""
+        assert proposed is not None
+        tokens, count = proposed
 
-    return tf.while_loop(going, once, (state,))[0]
+        def going(place: tf.Tensor, is_right: tf.Tensor, state: State) -> tf.Tensor:
+            return is_right & self.is_open(state)
+
+        def once(place: tf.Tensor, _: tf.Tensor, state: State) -> tuple[tf.Tensor, tf.Tensor, State]:
+            row = tf.gather(logits, [place], axis=1)
+            after = Sampling.update(self, state, row, None, until, options)
+            guessed = tokens[0, tf.minimum(place, self.guesses - 1)]
+            return place + 1, (place < count) & (after.ids[0, state.length] == guessed), after
+
+        state = tf.while_loop(going, once, (tf.constant(0), tf.constant(True), state))[2]
+        cache = KVCache(state.cache.layers, state.cache.cross, state.length - 1)  # without the wrong ones
+        return state._replace(cache=cache)
 
 
-def guessed(
-    prompt: Prompt, state: State, new: tf.Tensor, options: Options, guesses: int
+def guess(
+    ids: tf.Tensor, keep: tf.Tensor, length: tf.Tensor, guesses: int, options: Options
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The last token, and what followed the longest n-gram that the text ends with when it was there before: (1 + N,)
+    """What followed the longest n-gram that a text, ids (S,) up to `length`, ends with when it was there before: (N,)
 
     That is the latest time that N tokens followed, or else the first, which the most followed. And how many of these
-    guesses count: as many as are known, and as there is room for.
+    guesses are known, ().
     """
-    ids, keep = state.ids[0], written(prompt.mask, state.ids, state.step)[0]  # (S,)
-    last, place = sizes(prompt.ids)[1] + state.step - 1, tf.range(sizes(ids)[0])
+    last, place = length - 1, tf.range(sizes(ids)[0])
 
     def longer(back: tf.Tensor, is_same: tf.Tensor, size: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         before = tf.maximum(place - back, 0)
@@ -57,44 +59,9 @@ def guessed(
         return back + 1, is_same, size + tf.cast(is_same, tf.int32)
 
     start = (tf.constant(0), place < last, tf.zeros_like(place))
-    longest = tf.minimum(options.longest_match, last)
+    longest = tf.minimum(options.max_matching_ngram_size, last)
     size = tf.while_loop(lambda back, is_same, _: (back < longest) & tf.reduce_any(is_same), longer, start)[2]
     known = size * (guesses + 1) + tf.minimum(last - place, guesses)
     end = tf.argmax(known * sizes(ids)[0] + place, output_type=tf.int32)  # of the n-gram
-    count = tf.where(size[end] > 0, tf.minimum(tf.minimum(guesses, last - end), new - state.step - 1), 0)
-    following = tf.gather(ids, tf.minimum(end + 1 + tf.range(guesses), sizes(ids)[0] - 1))
-    return tf.concat([ids[last][None], following], 0), count
-
-
-def read(
-    model: TFGPT2LMHeadModel, prompt: Prompt, state: State, tokens: tf.Tensor, count: tf.Tensor
-) -> tuple[tf.Tensor, KVCache]:
-    """The logits (1 + N, V) after the last token and its guesses; where none counts, the others are not read."""
-
-    def alone() -> tuple[tf.Tensor, KVCache]:
-        logits, cache = follow(model, prompt, state.cache, tokens[None, :1])
-        return tf.pad(logits, [(0, sizes(tokens)[0] - 1), (0, 0)]), cache
-
-    return tf.cond(count > 0, lambda: follow(model, prompt, state.cache, tokens[None]), alone)
-
-
-def kept(
-    prompt: Prompt, state: State, logits: tf.Tensor, guesses: tf.Tensor, count: tf.Tensor, options: Options
-) -> State:
-    """The state with the first token after what is certain, and with one more for each guess that was right."""
-    length = sizes(prompt.ids)[1]
-
-    def going(place: tf.Tensor, right: tf.Tensor, state: State) -> tf.Tensor:
-        return right & ~state.finished[0]
-
-    def once(place: tf.Tensor, _: tf.Tensor, state: State) -> tuple[tf.Tensor, tf.Tensor, State]:
-        keep = written(prompt.mask, state.ids, state.step)
-        row = widened(tf.gather(logits, [place]))
-        processed = process(row, state.ids, keep, length + state.step, state.step, options)
-        chosen = choose(processed, state.step, options)
-        right = (place < count) & (chosen[0] == guesses[tf.minimum(place, sizes(guesses)[0] - 1)])
-        return place + 1, right, accept(state, chosen, length + state.step, options)
-
-    state = tf.while_loop(going, once, (tf.constant(0), tf.constant(True), state))[2]
-    layers, cross = state.cache.layers, state.cache.cross
-    return state._replace(cache=KVCache(layers, cross, length + state.step - 1))
+    count = tf.where(size[end] > 0, tf.minimum(guesses, last - end), 0)
+    return tf.gather(ids, tf.minimum(end + 1 + tf.range(guesses), sizes(ids)[0] - 1)), count

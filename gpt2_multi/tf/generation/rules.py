@@ -8,78 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.rules import PARITY, ROTATIONS, phrase_table
+from gpt2_multi.generation.options import Options
+from gpt2_multi.generation.rules import PARITY, ROTATIONS
 from gpt2_multi.generation.stopping import FOUND
-from gpt2_multi.tf.attention import sizes
-
-GREATEST = 2**31 - 1
+from gpt2_multi.tf.layers import sizes
 
 
-def whole(number: int) -> tf.Tensor:
-    """A number as int32; TensorFlow would let a greater one wrap around."""
-    return tf.constant(min(number, GREATEST), tf.int32)
-
-
-class Options(NamedTuple):
-    """The options of `GenerationConfig` as tensors."""
-
-    do_sample: tf.Tensor  # () bool
-    temperature: tf.Tensor  # () float64
-    top_k: tf.Tensor  # () int32; 0 is off
-    top_p: tf.Tensor  # () float64
-    min_p: tf.Tensor  # () float64; 0 is off
-    least_kept: tf.Tensor  # () int32
-    repetition_penalty: tf.Tensor  # () float64
-    no_repeat_ngram_size: tf.Tensor  # () int32
-    phrases: tf.Tensor  # (N, L) int32, and biases: see `sampling.phrase_table`
-    biases: tf.Tensor  # (N,) float32
-    min_length: tf.Tensor  # () int32
-    min_new_tokens: tf.Tensor  # () int32
-    length_penalty: tf.Tensor  # () float64
-    early_stopping: tf.Tensor  # () int32: 0 is False, 1 True, 2 "never"
-    candidates: tf.Tensor  # () int32
-    longest_match: tf.Tensor  # () int32, of prompt lookup
-    streams: tf.Tensor  # (B,) uint64, of each row's noise
-    table: tf.Tensor  # (S, V) int32, of the stop strings
-    ends: tf.Tensor  # (a multiple of 4,) int32; -1 is none
-    fill: tf.Tensor  # () int32
-
-    @classmethod
-    def of(cls, config: GenerationConfig, streams: tf.Tensor, table: Any) -> Options:
-        """The tensors of a configuration, of its rows' noise and of its stop strings."""
-        real, ends = partial(tf.constant, dtype=tf.float64), [min(end, GREATEST) for end in config.eos_token_ids]
-        phrases, biases = phrase_table(config.biases)
-        return cls(
-            do_sample=tf.constant(config.do_sample),
-            temperature=real(config.temperature),
-            top_k=whole(config.top_k or 0),
-            top_p=real(config.top_p),
-            min_p=real(config.min_p or 0),
-            least_kept=whole(config.least_kept),
-            repetition_penalty=real(config.repetition_penalty),
-            no_repeat_ngram_size=whole(config.no_repeat_ngram_size),
-            phrases=tf.constant(phrases),
-            biases=tf.constant(biases),
-            min_length=whole(config.min_length),
-            min_new_tokens=whole(config.min_new_tokens or 0),
-            length_penalty=real(config.length_penalty),
-            early_stopping=tf.constant([False, True, "never"].index(config.early_stopping)),
-            candidates=whole(config.candidates),
-            longest_match=whole(config.max_matching_ngram_size),
-            streams=streams,
-            table=tf.constant(table),
-            ends=tf.constant(ends + [-1] * (4 - len(ends) % 4), tf.int32),  # or each number of them would be traced
-            fill=whole(config.fill_token_id),
-        )
-
-    def row(self, row: int) -> Options:
-        """Those of one row alone."""
-        return self._replace(streams=self.streams[row : row + 1])
+def as_tensors(options: Options) -> Options:
+    """The options as tensors; those that are tensors already stay."""
+    kinds = {bool: tf.bool, int: tf.int32, float: tf.float64}
+    return Options(*(tf.convert_to_tensor(value, kinds.get(type(value))) for value in options))
 
 
 def process(
@@ -97,7 +38,7 @@ def process(
     logits = when(penalty != 1, lambda x: penalise(x, ids, keep, penalty), logits)
     logits = when(size > 0, lambda x: ban_repeats(x, ids, keep, place, size), logits)
     short = (lengths < options.min_length) | (step < options.min_new_tokens)
-    logits = without(logits, short & is_end(logits, options))
+    logits = when(tf.reduce_any(short), lambda x: without(x, short & is_end(x, options)), logits)
     return when(options.do_sample, lambda x: warp(x, options), logits)
 
 
@@ -110,9 +51,9 @@ def choose(processed: tf.Tensor, step: tf.Tensor, options: Options) -> tf.Tensor
     )
 
 
-def over(chosen: tf.Tensor, state: tf.Tensor, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
+def ends(chosen: tf.Tensor, state: tf.Tensor, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
     """Which tokens end their rows, and the states of the stop strings after them; all of one shape."""
-    state = tf.gather_nd(options.table, tf.stack([state, chosen], -1))
+    state = tf.gather_nd(options.stops, tf.stack([state, chosen], -1))
     ended = tf.reduce_any(chosen[..., None] == options.ends, -1)
     return ended | (state == FOUND), tf.maximum(state, 0)
 
@@ -130,16 +71,6 @@ def without(logits: tf.Tensor, gone: tf.Tensor) -> tf.Tensor:
 def is_end(logits: tf.Tensor, options: Options) -> tf.Tensor:
     """Which ids of the vocabulary are end tokens, (V,)."""
     return tf.reduce_any(tf.range(sizes(logits)[1])[:, None] == options.ends, -1)
-
-
-def warp(logits: tf.Tensor, options: Options) -> tf.Tensor:
-    """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
-    logits = logits / tf.cast(options.temperature, logits.dtype)
-    least = options.least_kept
-    kept = when(options.top_k > 0, lambda x: keep_top_k(x, tf.maximum(options.top_k, least)), logits)
-    kept = when(options.top_p < 1, lambda x: keep_top_p(x, options.top_p), kept)
-    kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
-    return when(least > 1, lambda x: tf.maximum(keep_top_k(logits, least), x), kept)
 
 
 def add_biases(
@@ -182,6 +113,16 @@ def ban_repeats(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, length: tf.T
 
     _, repeats = tf.while_loop(lambda back, _: back < size, narrowed, (tf.constant(1), keep))
     return without(logits, mark(logits, ids, repeats))
+
+
+def warp(logits: tf.Tensor, options: Options) -> tf.Tensor:
+    """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
+    logits = logits / tf.cast(options.temperature, logits.dtype)
+    least = options.least_kept
+    kept = when(options.top_k > 0, lambda x: keep_top_k(x, tf.maximum(options.top_k, least)), logits)
+    kept = when(options.top_p < 1, lambda x: keep_top_p(x, options.top_p), kept)
+    kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
+    return when(least > 1, lambda x: tf.maximum(keep_top_k(logits, least), x), kept)
 
 
 def keep_top_k(logits: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
@@ -240,9 +181,8 @@ def sample(logits: tf.Tensor, streams: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
 
 
 def gumbel(streams: tf.Tensor, step: tf.Tensor, tokens: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """The Gumbel noise of these tokens (K,) at a step, for rows with these streams (B,): (B, K)"""
-    words = (tf.bitwise.right_shift(streams[:, None], tf.constant(s, tf.uint64)) for s in (0, 32))
-    low, high = (tf.cast(word, tf.uint32) for word in words)
+    """The Gumbel noise of these tokens (K,) at a step, for rows with these streams (B, 2): (B, K)"""
+    low, high = tf.unstack(streams[:, None], axis=-1)
     x0, _ = threefry2x32((low, high), (tf.cast(step, tf.uint32), tf.cast(tokens, tf.uint32)))
     uniform = (tf.cast(tf.bitwise.right_shift(x0, tf.constant(9, tf.uint32)), dtype) + 0.5) * 2.0**-23
     return -tf.math.log(-tf.math.log(uniform))
@@ -251,7 +191,7 @@ def gumbel(streams: tf.Tensor, step: tf.Tensor, tokens: tf.Tensor, dtype: tf.DTy
 def threefry2x32(
     keys: tuple[tf.Tensor, tf.Tensor], counter: tuple[tf.Tensor, tf.Tensor]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """`sampling.threefry2x32` on uint32 tensors, which wrap around.
+    """`rules.threefry2x32` on uint32 tensors, which wrap around.
 
     The groups of rounds are a loop: XLA compiles all twenty rounds as one expression, and does not come to an end on a
     CPU where there are as many words as a multiple of 8.
@@ -269,11 +209,6 @@ def four_rounds(
     """A group of rounds and the words of the key, (3, ...), that follow it; the next group."""
     for rotation in tf.unstack(tf.gather(tf.constant(ROTATIONS, tf.uint32), group % 2)):
         x0 = x0 + x1
-        x1 = x0 ^ rotated(x1, rotation)
+        x1 = x0 ^ (tf.bitwise.left_shift(x1, rotation) | tf.bitwise.right_shift(x1, 32 - rotation))
     group += 1
     return group, x0 + words[group % 3], x1 + words[(group + 1) % 3] + tf.cast(group, tf.uint32)
-
-
-def rotated(word: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
-    """32-bit words rotated to the left."""
-    return tf.bitwise.left_shift(word, by) | tf.bitwise.right_shift(word, 32 - by)

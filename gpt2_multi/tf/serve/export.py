@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import keras
 import tensorflow as tf
 
 from gpt2_multi.errors import CheckpointError, InputError
@@ -19,7 +20,6 @@ from gpt2_multi.tf.serve.signatures import IDS, Continuing, logits_of, of_ids, o
 from gpt2_multi.tf.serve.tokenizer import TFGPT2Tokenizer
 
 if TYPE_CHECKING:
-    from gpt2_multi.tf.heads import TFGPT2LMHeadModel
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 # Options that no file can have, switched off.
@@ -27,7 +27,7 @@ UNWRITTEN: dict[str, Any] = {"max_length": None, "sliding_window": False, "promp
 
 
 def export_saved_model(
-    self: TFGPT2LMHeadModel,
+    self: keras.Model,
     folder: str | os.PathLike[str],
     *,
     generation_config: GenerationConfig | None = None,
@@ -76,7 +76,7 @@ def export_saved_model(
 
 
 def settled(
-    model: TFGPT2LMHeadModel, given: GenerationConfig | None, own: dict[str, Any], options: dict[str, Any]
+    model: keras.Model, given: GenerationConfig | None, own: dict[str, Any], options: dict[str, Any]
 ) -> GenerationConfig:
     """The options in the file; `own` are of the model's task. What of its settings no file can have is left out."""
     config, longest = model.generation_config.resolve(given, own | options), model.transformer.wpe.input_dim

@@ -9,20 +9,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation.config import OPTIONS, GenerationConfig
-from gpt2_multi.tf.attention import sizes, widened
-from gpt2_multi.tf.generation.decoding import State
-from gpt2_multi.tf.generation.generate import PARTS, prepare
-from gpt2_multi.tf.generation.rules import Options, over, whole
+from gpt2_multi.generation.options import Options, within
+from gpt2_multi.tf.attention import upcast
+from gpt2_multi.tf.generation.beams import BeamState
+from gpt2_multi.tf.generation.generate import request_of, strategy_of
+from gpt2_multi.tf.generation.rules import as_tensors, ends
+from gpt2_multi.tf.generation.tracing import counted, traced
+from gpt2_multi.tf.layers import sizes
 from gpt2_multi.tf.serve.encoding import repaired
 from gpt2_multi.tf.serve.tokenizer import TFGPT2Tokenizer
 
 if TYPE_CHECKING:
     from gpt2_multi.model.config import GPT2Config
-    from gpt2_multi.tf.heads import TFGPT2LMHeadModel
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 IDS = [tf.TensorSpec((None, None), tf.int32, name) for name in ("input_ids", "attention_mask")]
@@ -50,7 +53,7 @@ class Choices(NamedTuple):
             tf.constant(config.total_length(0)),
             tf.constant(config.do_sample),
             tf.constant(config.temperature, real),
-            whole(config.top_k or 0),
+            tf.constant(within(config.top_k or 0)),
             tf.constant(config.top_p, real),
             tf.constant(config.repetition_penalty, real),
             tf.constant(seed, tf.int64),
@@ -67,7 +70,7 @@ class Choices(NamedTuple):
         return options._replace(
             do_sample=self.do_sample,
             top_k=self.top_k,
-            streams=options.streams + tf.cast(self.seed, tf.uint64),
+            streams=counted(tf.cast(self.seed, tf.uint64), sizes(options.streams)[0]),
             **{name: tf.cast(getattr(self, name), tf.float64) for name in reals},
         )
 
@@ -92,7 +95,7 @@ def signature(function: Callable[..., dict[str, tf.Tensor]], specs: list[tf.Tens
     return tf.function(function, input_signature=specs, autograph=False)
 
 
-def logits_of(model: TFGPT2LMHeadModel, jit: bool) -> Callable[..., dict[str, tf.Tensor]]:
+def logits_of(model: keras.Model, jit: bool) -> Callable[..., dict[str, tf.Tensor]]:
     """The function behind the signature `logits`."""
 
     def run(ids: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
@@ -111,10 +114,10 @@ class Continuing:
     """What `generate` makes of ids in a graph, where the options of a call are tensors."""
 
     def __init__(
-        self, model: TFGPT2LMHeadModel, config: GenerationConfig, tokenizer: GPT2Tokenizer | None, jit: bool
+        self, model: keras.Model, config: GenerationConfig, tokenizer: GPT2Tokenizer | None, jit: bool
     ) -> None:
         """tokenizer: of the stop strings."""
-        self.defaults = Choices.of(config, widened(tf.zeros((), model.compute_dtype)).dtype)
+        self.defaults = Choices.of(config, upcast(tf.zeros((), model.compute_dtype)).dtype)
         self.model, self.tokenizer = model, tokenizer
         self.config = replace(config, seed=0, return_dict_in_generate=False, output_scores=False, output_logits=False)
         self.compiled = tf.function(self.run, jit_compile=jit or None, autograph=False)
@@ -142,15 +145,14 @@ class Continuing:
 
     def run(self, ids: tf.Tensor, mask: tf.Tensor, choices: Choices) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """The same, with room for all tokens; this is what XLA compiles."""
-        prompt, options, _ = prepare(self.model, self.config, ids, mask, self.tokenizer, None, None)
-        options, new, config = choices.into(options), choices.max_new_tokens, self.config
-        part = PARTS["beams " if config.num_beams > 1 else ""]
-        made = part(self.model, prompt, new, new, options, config.rows, ())
-        if isinstance(made, State):
-            tokens, count = made.shown, made.step
-        else:
-            tokens, _, beams = made[0].best(config.num_return_sequences, config.fill_token_id)
+        request, prompt = request_of(self.model, self.config, ids, mask, self.tokenizer, None, None)
+        options, new, config = choices.into(as_tensors(request.options)), choices.max_new_tokens, self.config
+        state = traced(self.model, strategy_of(config, new), prompt, options, new)
+        if isinstance(state, BeamState):
+            tokens, _, beams = state.found.best(config.num_return_sequences, config.fill_token_id)
             count = tf.reduce_max(tf.math.count_nonzero(beams >= 0, -1, dtype=tf.int32))
+        else:
+            tokens, count = state.shown, state.step
         lengths, finished = until_end(tokens, options)
         return tokens, tf.minimum(lengths, count), finished
 
@@ -163,7 +165,7 @@ def until_end(tokens: tf.Tensor, options: Options) -> tuple[tf.Tensor, tf.Tensor
     def once(
         column: tf.Tensor, length: tf.Tensor, finished: tf.Tensor, state: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        ended, state = over(tf.gather(tokens, column, axis=1), state, options)
+        ended, state = ends(tf.gather(tokens, column, axis=1), state, options)
         return column + 1, length + tf.cast(~finished, tf.int32), finished | ended, state
 
     start = tf.constant(0), zeros, tf.zeros((rows,), tf.bool), zeros
@@ -247,7 +249,7 @@ def begun(rows: tf.RaggedTensor, model: GPT2Config) -> tf.RaggedTensor:
     return tf.concat([tf.RaggedTensor.from_row_lengths(first, empty, validate=False), rows], 1)
 
 
-def assertions(model: TFGPT2LMHeadModel, ids: tf.Tensor, mask: tf.Tensor, new: Any) -> list[tf.Operation]:
+def assertions(model: keras.Model, ids: tf.Tensor, mask: tf.Tensor, new: Any) -> list[tf.Operation]:
     """What eager calls look at before they run, as assertions in the graph."""
     vocab, room = model.transformer.wte.input_dim, model.transformer.wpe.input_dim
     lengths = tf.reduce_sum(tf.cast(tf.cast(mask, tf.bool), tf.int32), -1)

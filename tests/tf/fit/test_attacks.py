@@ -13,9 +13,11 @@ from gpt2_multi import tf as tfm
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files import folders
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.tf.generation import rules
+from gpt2_multi.tf.generation.decoders import Decoders
 
 SMALL = GPT2Config(
     vocab_size=40, n_positions=24, n_embd=12, n_layer=2, n_head=3, eos_token_id=None, initializer_range=0.4
@@ -133,9 +135,9 @@ def test_options_beyond_32_bits_do_not_wrap_around():
     config = GenerationConfig(
         top_k=2**32 + 1, min_length=2**32 + 1, no_repeat_ngram_size=2**32 + 1, eos_token_id=[3, 2**32 + 1]
     )
-    options = rules.Options.of(config, tf.constant([0], tf.uint64), stop_table([], None, 9))
+    options = rules.as_tensors(Options.of(config, stop_table([], None, 9), [0]))
     assert options.top_k == options.min_length == options.no_repeat_ngram_size == most
-    assert options.ends.numpy().tolist() == [3, most, -1, -1]
+    assert options.ends.numpy().tolist() == [3, most] + [-1] * 30
 
 
 def test_n_grams_longer_than_the_text_repeat_nothing(model):
@@ -148,7 +150,9 @@ def test_another_number_of_end_tokens_traces_nothing_and_traces_warn_of_nothing(
     with caplog.at_level(logging.WARNING, "tensorflow"):
         for rows in range(1, 7):
             model.generate(IDS[:1].repeat(rows, 0), eos_token_id=list(range(rows % 4)), **GRAPH)
-    assert model.decoders["graph"].experimental_get_tracing_count() == 2 and not caplog.records
+    functions = Decoders.of(model, False)
+    counts = [part.experimental_get_tracing_count() for part in (functions.prefill, functions.decode)]
+    assert counts == [2, 2] and not caplog.records
 
 
 def test_a_row_in_which_every_token_is_banned_is_what_pytorch_makes_of_it():
@@ -157,7 +161,7 @@ def test_a_row_in_which_every_token_is_banned_is_what_pytorch_makes_of_it():
 
     logits = np.full((2, 9), -np.inf)
     logits[1, 4:7] = 1.0
-    ours = rules.sample(tf.constant(logits), tf.constant([3, 4], tf.uint64), tf.constant(0))
+    ours = rules.sample(tf.constant(logits), tf.constant([[3, 0], [4, 0]], tf.uint32), tf.constant(0))
     theirs = pt_rules.sample(torch.tensor(logits), pt_rules.stream_keys([3, 4], torch.device("cpu")), 0)
     assert ours.numpy().tolist() == theirs.tolist() and ours[0] == 0
 

@@ -12,7 +12,8 @@ keras = pytest.importorskip("keras")
 from gpt2_multi import tf as tfm
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.tf.training import AdamW, CosineSchedule, cosine_schedule
+from gpt2_multi.tf.fit.optimizers import AdamW, CosineSchedule
+from gpt2_multi.tf.training import cosine_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
 SMALL = GPT2Config(

@@ -8,7 +8,7 @@ keras = pytest.importorskip("keras")
 
 from gpt2_multi import tf as tfm
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.tf.training import AdamW
+from gpt2_multi.tf.fit.optimizers import AdamW
 from tests.tf.fit.test_fit import IDS, LABELLED, fit, new
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2

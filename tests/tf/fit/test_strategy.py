@@ -17,7 +17,7 @@ import keras, numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from gpt2_multi.tf import TFGPT2ForSequenceClassification, TFGPT2LMHeadModel
-from gpt2_multi.tf.training import AdamW
+from gpt2_multi.tf.fit.optimizers import AdamW
 
 rng = np.random.default_rng(0)
 ids = rng.integers(1, 50, (9, 12))

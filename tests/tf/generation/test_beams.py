@@ -10,7 +10,7 @@ tf = pytest.importorskip("tensorflow")
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation.rules import bucket, window_start
 from gpt2_multi.tf import TFGPT2LMHeadModel
-from gpt2_multi.tf.generation import decoding, lookup
+from gpt2_multi.tf.generation.decoders import Decoders
 from tests.support import fixtures
 from tests.support import generation_cases as cases
 
@@ -117,14 +117,17 @@ def test_lookup_gives_the_tokens_of_greedy_choice(model, jit):
 
 
 def test_lookup_reads_less_often_where_a_text_repeats_itself(model, monkeypatch, eager):
-    reads, follow = [], decoding.follow
-    monkeypatch.setattr(lookup, "follow", lambda *given: reads.append(given[3].shape[1]) or follow(*given))
+    reads, call = [], model.call
+    counted = lambda **given: reads.append(given["input_ids"].shape[1]) or call(**given)  # noqa: E731
+    monkeypatch.setitem(vars(model), "call", counted)
     text = model.generate(IDS[:1, :8], max_new_tokens=20, eos_token_id=None).numpy()  # what it says after IDS
     again = np.concatenate([text, text[:, :8]], 1)
     options = {"max_new_tokens": 16, "eos_token_id": None}
     expected = model.generate(again, **options)
+    assert reads[0] == 47 and reads[1:] == [1] * 16
+    reads.clear()
     assert np.array_equal(model.generate(again, prompt_lookup_num_tokens=4, **options), expected)
-    assert len(reads) < 16 and max(reads) == 5
+    assert len(reads[1:]) < 16 and max(reads[1:]) == 5
 
 
 def test_a_sliding_window_shows_what_the_model_is_called_on(model):
@@ -183,6 +186,11 @@ OPTIONS = [
 OF_BEAMS = [{"length_penalty": -1.0}, {"early_stopping": True}, {"early_stopping": "never"}, SAMPLED, {}]
 
 
+def traces(function):
+    """How often a compiled function was traced."""
+    return function.experimental_get_tracing_count()
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_calls_compile_no_more_than_there_are_buckets(beams):
     fresh, rng, buckets = TFGPT2LMHeadModel.from_pretrained(fixtures.folder("lm")), np.random.default_rng(0), set()
@@ -193,5 +201,6 @@ def test_calls_compile_no_more_than_there_are_buckets(beams):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # not every option changes something
             fresh.generate(rng.integers(0, 500, (2, length)), num_beams=beams, max_new_tokens=new, **options)
-    counts = {name: function.experimental_get_tracing_count() for name, function in fresh.decoders.items()}
-    assert counts["beams xla" if beams > 1 else "xla"] == sum(counts.values()) == len(buckets) == 2
+    xla, graph = Decoders.of(fresh, True), Decoders.of(fresh, False)
+    assert traces(xla.prefill) == traces(xla.decode) == len(buckets) == 2
+    assert traces(graph.prefill) == traces(graph.decode) == 0

@@ -11,6 +11,8 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.tf import TFGPT2LMHeadModel
 from gpt2_multi.tf.generation import rules
+from gpt2_multi.tf.generation.decoders import Decoders
+from gpt2_multi.tf.generation.tracing import counted
 from tests.support import fixtures
 from tests.support.cases import SAMPLING
 
@@ -107,10 +109,11 @@ def test_another_prompt_of_the_bucket_and_other_options_trace_nothing(model):
     ]
     for number, options in enumerate(calls):
         fresh.generate(rng.integers(0, 500, (2, 17 + number)), **options)
-    counts = {name: function.experimental_get_tracing_count() for name, function in fresh.decoders.items()}
-    assert counts["xla"] == 1 and sum(counts.values()) == 1
+    ways = [Decoders.of(fresh, jit) for jit in (True, False)]
+    counts = [part.experimental_get_tracing_count() for way in ways for part in (way.prefill, way.decode)]
+    assert counts == [1, 1, 0, 0]
     fresh.generate(rng.integers(0, 500, (2, 33)), max_new_tokens=16)
-    assert fresh.decoders["xla"].experimental_get_tracing_count() == 2
+    assert ways[0].prefill.experimental_get_tracing_count() == ways[0].decode.experimental_get_tracing_count() == 2
 
 
 def test_padding_may_stand_on_either_side_and_in_the_middle(model):
@@ -230,7 +233,9 @@ def test_rules_equal_the_specification(rule, dtype):
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**63 + 7, 2**64 - 1])
 def test_noise_equals_the_specification(seed):
-    tokens, noise = np.arange(5000), tf.constant(np.array(spec.noise_streams(seed, 3, 1), np.uint64))
+    tokens, noise = np.arange(5000), counted(tf.constant(seed, tf.uint64), 3)
+    words = [[stream & 0xFFFFFFFF, stream >> 32] for stream in spec.noise_streams(seed, 3, 1)]
+    assert noise.numpy().tolist() == words
     for step in (0, 1, 1000):
         found = rules.gumbel(noise, step, tokens, tf.float64).numpy()
         for row in range(3):
@@ -241,7 +246,7 @@ def test_noise_equals_the_specification(seed):
 def test_xla_compiles_samples_from_a_multiple_of_eight_words():
     """As one expression, the rounds of the noise kept it busy without an end there."""
     logits = tf.constant(np.random.default_rng(0).normal(size=(2, 64)))
-    noise, step = tf.constant([5, 6], tf.uint64), tf.constant(3)
+    noise, step = tf.constant([[5, 0], [6, 0]], tf.uint32), tf.constant(3)
     compiled = tf.function(rules.sample, jit_compile=True, autograph=False)
     assert (compiled(logits, noise, step) == rules.sample(logits, noise, step)).numpy().all()
 
