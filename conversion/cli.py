@@ -13,7 +13,7 @@ import click
 
 from gpt2_multi.app.comparison import table
 from gpt2_multi.app.terminal import Commands, console
-from gpt2_multi.model.formats import KINDS
+from gpt2_multi.model.formats import FORMATS
 
 from . import converting, inspection, verification
 
@@ -29,7 +29,9 @@ def main() -> None:
 @main.command()
 @click.argument("source")
 @click.argument("target")
-@click.option("--to", type=click.Choice(list(KINDS)), default="safetensors", show_default=True, help="The new format.")
+@click.option(
+    "--to", type=click.Choice(list(FORMATS)), default="safetensors", show_default=True, help="The new format."
+)
 @click.option("--dtype", type=click.Choice(list(converting.FLOATS)), help="Cast the tensors. Default: as they are.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of safetensors and pytorch_model.bin.")
 @click.option("--untie", is_flag=True, help="Store the language-model head as a tensor of its own.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,21 +14,23 @@ import numpy as np
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files.arrays import Array, Made
 from gpt2_multi.files.containers.safetensors import DTYPES
-from gpt2_multi.files.folders import PathLike, swapped
+from gpt2_multi.files.folders import PathLike, replaced
+from gpt2_multi.files.hub import RENAMED, SETTINGS, TOKENIZER, matches
 from gpt2_multi.files.json_files import write_json
-from gpt2_multi.model import spelling
+from gpt2_multi.model import fields
 from gpt2_multi.model.checkpoint import Checkpoint, open
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import ARCHITECTURES, KINDS, Kind
+from gpt2_multi.model.formats import ARCHITECTURES, FORMATS, Format
+from gpt2_multi.model.spelling import parts_of
 from gpt2_multi.model.weights import Weight, table
 
 REPORT = "conversion.json"
-FLOATS = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name in ("float16", "bfloat16", "float32", "float64")}
-TOKENIZER = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # transformers' name -> OpenAI's
-COMPANIONS = (  # files that go along as they are
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+FLOATS = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name in fields.DTYPES}
+COMPANIONS = (
+    SETTINGS[1],
+    *(name for name in TOKENIZER if name not in RENAMED),
     "chat_template.jinja",
-)  # fmt: skip
+)  # go as they are
 
 
 @dataclass
@@ -67,7 +68,7 @@ def convert(
     check: Callable[[Checkpoint, Checkpoint], None] | None = None,
     watch: Callable[[str, int, int], None] | None = None,
 ) -> ConversionReport:
-    """Write the checkpoint `source` to the folder `target` in the format `to`, a key of `formats.KINDS`.
+    """Write the checkpoint `source` to the folder `target` in the format `to`, a key of `formats.FORMATS`.
 
     dtype: what the tensors are cast to, by default what they are. max_shard_size: of safetensors and pytorch_model.bin.
     untie: store the head of a tied model as a tensor of its own. force: replace a model that is there, and go on where
@@ -76,8 +77,8 @@ def convert(
     Memory is a few megabytes, or the largest tensor where a layout changes.
 
     Configuration, generation settings and tokenizer go along; `conversion.json` says what was done. `target` is the old
-    folder or the new one at any moment; other files in it stay. Raises CheckpointError, and changes nothing, where
-    something is damaged, would be lost, or is there already.
+    folder or the new one at any moment; where other files are in it, they stay: see `files.folders.replaced`. Raises
+    CheckpointError, and changes nothing, where something is damaged, would be lost, or is there already.
     """
     old, place = open(source), Path(target)
     kind = _kind(to)
@@ -86,7 +87,7 @@ def convert(
     _check_room(kind, to, config, old.head, force, report)
     _check_place(old, place, force)
     made = _made(old, config, kind, dtype, report, watch)
-    with swapped(place, _is_ours) as stage:
+    with replaced(place, _is_ours) as stage:
         kind.write(stage, made, config, max_shard_size)
         _carry(old, stage, to, report)
         write_json(stage / REPORT, report.to_dict())
@@ -95,10 +96,10 @@ def convert(
     return report
 
 
-def _kind(to: str) -> Kind:
-    if to not in KINDS:
-        raise InputError(f"to: expected one of {', '.join(KINDS)}, found {to!r}")
-    return KINDS[to]
+def _kind(to: str) -> Format:
+    if to not in FORMATS:
+        raise InputError(f"to: expected one of {', '.join(FORMATS)}, found {to!r}")
+    return FORMATS[to]
 
 
 def _configuration(old: Checkpoint, dtype: str | None, untie: bool) -> GPT2Config:
@@ -111,7 +112,7 @@ def _configuration(old: Checkpoint, dtype: str | None, untie: bool) -> GPT2Confi
     return old.config.replace(architectures=[ARCHITECTURES[old.head]], dtype=stored, **changes)
 
 
-def _check_room(kind: Kind, to: str, config: GPT2Config, head: str, force: bool, report: ConversionReport) -> None:
+def _check_room(kind: Format, to: str, config: GPT2Config, head: str, force: bool, report: ConversionReport) -> None:
     """Whether the target can hold the model, and its program compute the same with it."""
     if head not in kind.heads:
         raise CheckpointError(f"{to}: expected a model with the head {' or '.join(kind.heads)}, found {head}")
@@ -139,22 +140,26 @@ def _check_place(old: Checkpoint, place: Path, force: bool) -> None:
     here = old.path if old.path.is_dir() else old.path.parent
     if place.resolve() == here.resolve():
         raise CheckpointError(f"{place}: is the folder that is read; give another, and delete the old one after it")
-    files = [file.name for file in place.iterdir() if not file.is_dir()] if place.exists() else []
-    there = sorted(filter(_is_ours, files))
+    work = Path.cwd()
+    if place.resolve() in (work, *work.parents):
+        raise CheckpointError(
+            f"{place}: is the folder that you work in, or holds it; give another, such as {work / 'new'}"
+        )
+    there = sorted(file.name for file in place.iterdir() if _is_ours(file)) if place.exists() else []
     if there and not force:
         raise CheckpointError(f"{place}: holds a model already ({', '.join(there[:4])}); give another, or force it")
 
 
-def _is_ours(name: str) -> bool:
-    """Whether a file of this name belongs to a model, and goes with it."""
-    known = ("config.json", REPORT, *COMPANIONS, *TOKENIZER)
-    return name in known or any(re.fullmatch(kind.own, name) for kind in KINDS.values())
+def _is_ours(path: Path) -> bool:
+    """Whether a file belongs to a model, and goes with it."""
+    known = (*SETTINGS, REPORT, *COMPANIONS, *RENAMED, *(name for kind in FORMATS.values() for name in kind.own))
+    return matches(path.name, known) and not path.is_dir()
 
 
 def _made(
     old: Checkpoint,
     config: GPT2Config,
-    kind: Kind,
+    kind: Format,
     dtype: str | None,
     report: ConversionReport,
     watch: Callable[[str, int, int], None] | None,
@@ -169,10 +174,10 @@ def _made(
         source = "wte.weight" if name not in old else name  # a head that is untied
         array = old[source]
         stored = FLOATS[dtype] if dtype else array.dtype
-        parts = kind.form.spellings(row, old.head != "base")
+        parts = kind.spelling.spellings(row, old.head != "base")
         for number, part in enumerate(parts):
             make = partial(_part, old, kind, row, source, number, watch)
-            made[part] = (stored, kind.form.shape(row), make)
+            made[part] = (stored, kind.spelling.shape(row), make)
         _note(report, old.places[source], list(parts), array, stored, name)
     return made
 
@@ -181,12 +186,12 @@ def _tied(name: str) -> bool:
     return name == "lm_head.weight"
 
 
-def _part(old: Checkpoint, kind: Kind, row: Weight, source: str, number: int, watch: Any) -> Array:
+def _part(old: Checkpoint, kind: Format, row: Weight, source: str, number: int, watch: Any) -> Array:
     old.release()
     array = old[source]
     if watch is not None and not number:
         watch(row.name, array.nbytes, old.bytes)
-    return spelling.parts(kind.form, row, array)[number]
+    return parts_of(kind.spelling, row, array)[number]
 
 
 def _note(
@@ -204,7 +209,7 @@ def _carry(old: Checkpoint, stage: Path, to: str, report: ConversionReport) -> N
     """Take along what is not weights: tokenizer files under the names that the target's program reads."""
     folder = old.path if old.path.is_dir() else old.path.parent
     names: dict[str, str] = {name: name for name in COMPANIONS}
-    for ours, theirs in TOKENIZER.items():
+    for ours, theirs in RENAMED.items():
         names |= {name: theirs if to == "openai" else ours for name in (theirs, ours)}
     for name, new in names.items():
         if (folder / name).is_file():

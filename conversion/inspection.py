@@ -10,8 +10,9 @@ from gpt2_multi.files.arrays import Array, Shape
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.model.checkpoint import head_of, recognised
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import KINDS
-from gpt2_multi.model.weights import Weight, is_known_extra, named_rows
+from gpt2_multi.model.formats import FORMATS
+from gpt2_multi.model.spelling import is_known_extra, named_rows
+from gpt2_multi.model.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class Inspection:
 def inspect(path: PathLike) -> Inspection:
     """List what a checkpoint of any format holds. Raises CheckpointError where it cannot be read at all."""
     format, main = recognised(Path(path))
-    kind = KINDS[format]
+    kind = FORMATS[format]
     arrays, config = kind.read(main), kind.config(main)
     head = head_of(kind, arrays, config)
-    rows = named_rows(arrays, config, head, kind.form, str(path))
+    rows = named_rows(arrays, config, head, kind.spelling, str(path))
     result = Inspection(str(path), format, kind.title, head, config.to_dict())
     result.tensors = [_entry(name, array, rows.get(name), config, format) for name, array in arrays.items()]
     result.missing = [name for name in rows if name not in arrays]
@@ -65,10 +66,10 @@ def inspect(path: PathLike) -> Inspection:
 
 
 def _entry(name: str, array: Array, row: Weight | None, config: GPT2Config, format: str) -> TensorEntry:
-    shape, dtype, form = tuple(array.shape), array.dtype.name, KINDS[format].form
+    shape, dtype, spelling = tuple(array.shape), array.dtype.name, FORMATS[format].spelling
     if row is None:
-        known = is_known_extra(name, config, form)
+        known = is_known_extra(name, config, spelling)
         return TensorEntry(name, shape, dtype, None, "dropped when loaded" if known else "unknown")
-    if shape != form.shape(row):
-        return TensorEntry(name, shape, dtype, row.name, f"expected {form.shape(row)}")
+    if shape != spelling.shape(row):
+        return TensorEntry(name, shape, dtype, row.name, f"expected {spelling.shape(row)}")
     return TensorEntry(name, shape, dtype, row.name)

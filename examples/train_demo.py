@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gpt2_multi.errors import ConfigError
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import parameter_count
+from gpt2_multi.model.weights import table
 from gpt2_multi.pt import GPT2LMHeadModel
 from gpt2_multi.pt.training import cosine_schedule, parameter_groups, train_step
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
@@ -245,7 +245,7 @@ def measure(model: GPT2LMHeadModel, data: Data, curve: Curve, folder: Path) -> d
     samples = {prompt: sample(model, data.tokenizer, prompt) for prompt in PROMPTS}
     return {
         "text": describe(data),
-        "parameters": parameter_count(model.config),
+        "parameters": sum(math.prod(weight.shape) for weight in table(model.config)),
         "file_bytes": (folder / "model.safetensors").stat().st_size,
         "minutes": curve.seconds / 60,
         "best_step": curve.best.step,

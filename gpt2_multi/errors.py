@@ -1,5 +1,8 @@
 """The errors that bad input raises: each names the file or argument, what was expected, what was found, what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class GPT2Error(ValueError):
     """Base of every error that this library raises on purpose."""
@@ -24,3 +27,9 @@ class InputError(GPT2Error):
 def shortened(text: str, most: int = 200) -> str:
     """What a file says, cut where it is too long for the sentence of an error."""
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the known one that looks like it, if any."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""

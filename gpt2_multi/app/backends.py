@@ -64,13 +64,13 @@ class Backend:
 
 
 def _to_torch(model: Any, ids: Array) -> Any:
-    from gpt2_multi.pt.loading import to_torch
+    from gpt2_multi.pt.layers import to_torch
 
     return to_torch(ids).to(model.device)
 
 
 def _from_torch(tensor: Any) -> Array:
-    from gpt2_multi.pt.loading import to_numpy
+    from gpt2_multi.pt.layers import to_numpy
 
     return to_numpy(tensor)
 

@@ -16,13 +16,13 @@ import numpy as np
 from gpt2_multi.errors import CheckpointError, ConfigError, shortened
 
 Array = np.ndarray[Any, Any]
-PIECE = 1 << 24  # bytes
+CHUNK = 1 << 24  # bytes
 
 
-def pieces(array: Array, dtype: np.dtype[Any], name: str) -> Iterator[Array]:
+def chunks(array: Array, dtype: np.dtype[Any], name: str) -> Iterator[Array]:
     """The rows of an array in this dtype, in C order, a few megabytes at a time; `name` is for an error of `cast`."""
     array = np.atleast_1d(array)
-    rows = max(1, PIECE // max(1, array.itemsize * math.prod(array.shape[1:])))
+    rows = max(1, CHUNK // max(1, array.itemsize * math.prod(array.shape[1:])))
     for start in range(0, len(array), rows):
         yield cast(np.ascontiguousarray(array[start : start + rows]), dtype, name)
 
@@ -52,7 +52,7 @@ def same(array: Array, other: Array, name: str) -> bool:
     if array.shape != other.shape:
         return False
     start, rows = 0, np.atleast_1d(other)
-    for piece in pieces(array, other.dtype, name):
+    for piece in chunks(array, other.dtype, name):
         if piece.tobytes() != rows[start : start + len(piece)].tobytes():
             return False
         start += len(piece)

@@ -7,7 +7,8 @@ mean there. It is imported when a name has to be fetched, not before.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,25 +16,33 @@ from gpt2_multi.errors import CheckpointError
 
 DEMO = Path(__file__).parents[1] / "demo"
 TIMEOUT = 10.0  # seconds without an answer; the hub's own client would wait for ever
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-WEIGHTS = (  # of each format, the first that a model has is fetched
-    ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
-    ("tf_model.h5", "tf_model-*.h5", "tf_model.h5.index.json"),
-    ("flax_model.msgpack", "flax_model-*.msgpack", "flax_model.msgpack.index.json"),
-    ("model.weights.h5", "metadata.json"),
-    ("model.ckpt.*", "checkpoint", "hparams.json", "encoder.json", "vocab.bpe"),
-    ("ckpt.pt",),
-)
+
+
+def _sharded(single: str) -> tuple[str, ...]:
+    """A file of weights, its shards, and their index."""
+    stem, suffix = single.split(".")
+    return single, f"{stem}-[0-9]*-of-[0-9]*.{suffix}", f"{single}.index.json"
+
+
+# The files of a model folder, as patterns of the shell: nothing else in the library lists them.
+SETTINGS = ("config.json", "generation_config.json")
+RENAMED = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # transformers' name -> OpenAI's
+TOKENIZER = (*RENAMED, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+WEIGHTS = {  # of each format; the first that a model has is fetched
+    "safetensors": _sharded("model.safetensors"),
+    "pytorch": _sharded("pytorch_model.bin"),
+    "tf-h5": _sharded("tf_model.h5"),
+    "flax-msgpack": _sharded("flax_model.msgpack"),
+    "keras-hub": ("model.weights.h5", "metadata.json"),
+    "openai": ("model.ckpt.*", "checkpoint", "hparams.json", *RENAMED.values()),
+    "nanogpt": ("ckpt.pt",),
+}
+SAVED_MODEL = ("assets", "assets.extra", "fingerprint.pb", "keras_metadata.pb", "saved_model.pb", "variables")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file's name is one of these."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def resolve(
@@ -65,8 +74,8 @@ def resolve(
     options = {"revision": revision, "token": token, "cache_dir": cache_dir}
     if allow_patterns is not None:
         return _fetch(repo, options, local_files_only, list(allow_patterns))
-    for weights in WEIGHTS:
-        found = _fetch(repo, options, local_files_only, [*FILES, *weights])
+    for weights in WEIGHTS.values():
+        found = _fetch(repo, options, local_files_only, [*SETTINGS, *TOKENIZER, *weights])
         if any(list(found.glob(pattern)) for pattern in weights):
             break
     return found

@@ -9,18 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpt2_multi.errors import CheckpointError
+from gpt2_multi.errors import CheckpointError, GPT2Error
 
 LARGEST = 1 << 22  # bytes of JSON: what is made of them can be seventy times as large
-
-
-def read_small(path: Path) -> bytes:
-    """The bytes of a JSON file. CheckpointError for a pipe, which would be read for ever, and for a giant."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: expected a file, found something else; check the path")
-    if (size := path.stat().st_size) > LARGEST:
-        raise CheckpointError(f"{path}: has {size} bytes, more than such a file of a model ({LARGEST}); fetch it again")
-    return path.read_bytes()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -37,18 +28,32 @@ def write_whole(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError where there is none."""
+def read_json(
+    path: Path,
+    damaged: type[GPT2Error] = CheckpointError,
+    missing: type[GPT2Error] = CheckpointError,
+    largest: int = LARGEST,
+) -> dict[str, Any]:
+    """The object in a JSON file; an error of one of these classes where there is none.
+
+    A pipe, which would be read for ever, is refused, and so is a giant.
+    """
     try:
-        value = json.loads(read_small(path).decode())
+        if path.exists() and not path.is_file():
+            raise missing(f"{path}: expected a file, found something else; check the path")
+        if (size := path.stat().st_size) > largest:
+            raise damaged(f"{path}: has {size} bytes, more than such a file of a model ({largest}); fetch it again")
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a model folder holds it beside the weights") from None
-    except CheckpointError:
+        raise missing(f"{path}: there is no such file; a model folder holds it beside the weights") from None
+    except OSError as error:
+        raise missing(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except GPT2Error:
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch or save it again") from None
+    except (ValueError, RecursionError) as error:
+        raise damaged(f"{path}: not valid JSON ({error}); fetch or save it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; fetch or save it again")
+        raise damaged(f"{path}: expected a JSON object, found {type(value).__name__}; fetch or save it again")
     return value
 
 

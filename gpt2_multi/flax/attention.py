@@ -64,6 +64,16 @@ class KVCache(Sequence[Pair]):
         return (self[layer] for layer in range(len(self)))
 
 
+def empty_cache(config: GPT2Config, batch: Any, capacity: int, dtype: Any, scan_layers: bool) -> KVCache:
+    """A cache without tokens."""
+    head_dim = config.n_embd // config.n_head
+    shapes = [(batch, len(config.heads(i)), capacity, head_dim) for i in range(config.n_layer)]
+    if scan_layers:
+        whole = (config.n_layer, *shapes[0])
+        return KVCache((jnp.zeros(whole, dtype), jnp.zeros(whole, dtype)), None, jnp.int32(0))
+    return KVCache(tuple((jnp.zeros(s, dtype), jnp.zeros(s, dtype)) for s in shapes), None, jnp.int32(0))
+
+
 class Shared(NamedTuple):
     """What every block of one call shares; a bias is added to the scores."""
 

@@ -14,12 +14,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.checks import check_call, check_classes, extremes, is_concrete
+from gpt2_multi.flax.attention import KVCache, empty_cache
 from gpt2_multi.flax.generation import generate as generation
 from gpt2_multi.flax.generation import scoring
-from gpt2_multi.flax.layers import dense
-from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel, empty_cache
+from gpt2_multi.flax.layers import check_classes, dense, facts
+from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.flax.model import ACTIVATIONS, GPT2Module
 from gpt2_multi.flax.training.losses import classification_loss, cross_entropy, lm_loss, span_loss
 from gpt2_multi.generation.config import GenerationConfig
@@ -145,7 +144,7 @@ class SequenceSummary(nn.Module):
         )
         if config.summary_use_proj:
             x = dense(self, 1 if config.summary_proj_to_labels else config.n_embd, "summary", head="double_heads")(x)
-        return ACTIVATIONS[config.summary_activation](x) if config.summary_activation else x
+        return ACTIVATIONS[config.summary_function](x) if config.summary_function else x
 
     def _pool(self, hidden: Array, mask: Array, mc_token_ids: Array | None) -> Array:
         kind = self.config.summary_type
@@ -216,14 +215,11 @@ class FlaxGPT2DoubleHeadsModel(FlaxGPT2PreTrainedModel):
         source: Any = embeds if ids is None else ids
         inputs.check_choices(source.shape, 4 if ids is None else 3)
         whole = ("past_key_values", "head_mask")
-        check_call(self, {name: x if name in whole else rows(x) for name, x in arrays.items()})
+        super().check({name: x if name in whole else rows(x) for name, x in arrays.items()})
         check_classes(arrays.get("labels"), self.config.vocab_size)
         check_classes(arrays.get("mc_labels"), source.shape[1])
         if (index := arrays.get("mc_token_ids")) is not None:
-            inputs.check_shape("mc_token_ids", index.shape, source.shape[:2])
-            inputs.check_integers("mc_token_ids", index.dtype, bool(jnp.issubdtype(index.dtype, jnp.integer)))
-            if is_concrete(index):
-                inputs.check_choice_tokens(*extremes(index), source.shape[2])
+            inputs.check_choice_tokens(facts(index), source.shape[:3])
 
 
 class GPT2ForSequenceClassificationModule(Headed):
@@ -306,7 +302,7 @@ class GPT2ForTokenClassificationModule(Headed):
             input_ids, attention_mask, position_ids, None, None, past_key_values,
             token_type_ids, head_mask, inputs_embeds, train, output_attentions, output_hidden_states,
         )  # fmt: skip
-        hidden = nn.Dropout(classifier_dropout(self.config))(outputs.last_hidden_state, deterministic=not train)
+        hidden = nn.Dropout(self.config.classifier_dropout)(outputs.last_hidden_state, deterministic=not train)
         logits = dense(self, self.config.num_labels, "classifier", head="token_classification")(hidden)
         loss = None if labels is None else cross_entropy(logits, labels, present(attention_mask, labels))
         return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
@@ -360,12 +356,6 @@ class FlaxGPT2ForQuestionAnswering(FlaxGPT2PreTrainedModel):
 
     head = "question_answering"
     module_class = GPT2ForQuestionAnsweringModule
-
-
-def classifier_dropout(config: GPT2Config) -> float:
-    """The dropout before the token classifier: a key that a file may have, 0.1 otherwise, as in transformers."""
-    given = config.extra.get("classifier_dropout", config.extra.get("hidden_dropout"))
-    return 0.1 if given is None else float(given)
 
 
 def present(mask: Array | None, labels: Array) -> Array | None:

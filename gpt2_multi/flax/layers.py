@@ -1,4 +1,4 @@
-"""Linen's stock layers with the table's initial values."""
+"""Linen's stock layers with the table's initial values, and what is known of their inputs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,27 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from gpt2_multi.errors import InputError
+from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.fields import float_name
+from gpt2_multi.model.inputs import Facts
 from gpt2_multi.model.weights import table
 
 ROW_AXES = ("data", "fsdp")  # of a mesh, over which the rows of a batch are cut
+POLICIES = (  # of jax.checkpoint_policies
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "checkpoint_dots",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots_with_no_batch_dims",
+)
 
 
 def by_rows(x: Array, others: Any = None) -> Array:
@@ -84,3 +98,96 @@ def norm(owner: Any, name: str) -> nn.LayerNorm:
         use_fast_variance=False,
         name=name,
     )
+
+
+def facts(x: Any) -> Facts:
+    """What is known of an input; while it is traced, not its values."""
+    kinds = {"integers": jnp.integer, "floats": jnp.floating}
+    kind = next((kind for kind, dtype in kinds.items() if jnp.issubdtype(x.dtype, dtype)), "others")
+    return Facts(tuple(x.shape), str(x.dtype), kind, lambda: np.asarray(x) if is_concrete(x) else None)
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether an array has values already."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def as_array(name: str, value: Any) -> Any:
+    """Lists and NumPy arrays as arrays of JAX."""
+    if value is None or isinstance(value, jax.Array):
+        return value
+    try:
+        return jnp.asarray(narrowed(value))
+    except OverflowError:
+        raise InputError(f"{name}: found an integer that no id can be; give what the tokenizer made") from None
+    except (TypeError, ValueError):
+        raise no_numbers(name, value) from None
+
+
+def on_host(name: str, value: Any) -> Any:
+    """Lists as arrays of NumPy; arrays of JAX stay where they are."""
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        found = np.asarray(value)
+    except (TypeError, ValueError):
+        raise no_numbers(name, value) from None
+    if found.dtype.kind in "OSU":
+        raise no_numbers(name, value)
+    return found
+
+
+def no_numbers(name: str, value: Any) -> InputError:
+    """The error for what is no array."""
+    return InputError(
+        f"{name}: expected rows of numbers, all of one length, found {type(value).__name__}; pad them, and give "
+        "attention_mask"
+    )
+
+
+def narrowed(value: Any) -> Any:
+    """An array of NumPy; integers that JAX's would cut off are as great as they can be, so that they stay wrong."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
+        return value
+    limit = np.iinfo(np.int64 if jax.config.jax_enable_x64 else np.int32)  # type: ignore[attr-defined]
+    return value.clip(limit.min, limit.max) if value.dtype.itemsize == 8 else value
+
+
+def check_remat(policy: str | None) -> None:
+    """What a backward pass computes again is the name of a policy, one that needs nothing more."""
+    if policy is not None and policy not in POLICIES:
+        raise InputError(f"remat: expected None or one of {', '.join(POLICIES)}, found {policy!r}")
+
+
+def as_dtype(name: str, dtype: Any) -> Any:
+    """A floating-point dtype by itself or by its name, such as "bfloat16"; None stays None."""
+    if dtype is None:
+        return None
+    found = jnp.dtype(float_name(name, dtype))
+    if found == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise InputError(f'{name}: JAX computes in float64 only after jax.config.update("jax_enable_x64", True)')
+    return found
+
+
+def check_classes(labels: Array | None, number: int) -> None:
+    """Labels have to be classes or -100; what is wrong in them but their values, the loss finds while it is traced."""
+    if labels is not None and jnp.issubdtype(labels.dtype, jnp.integer):
+        inputs.check_classes(facts(labels), number)
+
+
+def check_key(name: str, key: Any) -> None:
+    """Dropout is drawn with one key, typed or of the old kind."""
+    dtype, rank = getattr(key, "dtype", None), np.ndim(key)
+    if dtype is None or not (
+        dtype == np.uint32 if rank == 1 else not rank and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    ):
+        found = type(key).__name__ if dtype is None else f"{dtype}{list(np.shape(key))}"
+        raise InputError(f"{name}: expected one key, such as jax.random.key(0), found {found}")
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """Whether something is wanted; it decides what is compiled."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError):  # traced, or several values
+        raise InputError(f"{name}: expected True or False, found {type(value).__name__}; it cannot be traced") from None

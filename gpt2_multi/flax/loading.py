@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -12,41 +11,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array, lax
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.files.folders import replaced
-from gpt2_multi.files.hub import resolve
-from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.checks import as_array, as_flag, check_alive, check_call, check_key, check_remat, is_concrete
-from gpt2_multi.flax.params import Tree, check_tree, dtypes_of, initial, leaves, placed, rows_of
+from gpt2_multi.flax.attention import KVCache, empty_cache
+from gpt2_multi.flax.layers import as_array, as_dtype, as_flag, check_key, check_remat, facts, is_concrete
+from gpt2_multi.flax.params import (
+    Tree,
+    as_mask,
+    check_alive,
+    check_tree,
+    dtypes_of,
+    initial,
+    leaves,
+    placed,
+    resized,
+    rows_of,
+)
 from gpt2_multi.flax.sharding import param_shardings
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
-from gpt2_multi.model.checkpoint import Source, is_model_file, read_config, read_weights, write_weights
-from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.checkpoint import load, save
+from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.weights import table
-
-FLOATS = ("float64", "float32", "float16", "bfloat16")
-
-
-def as_dtype(name: str, dtype: Any) -> Any:
-    """A floating-point dtype by itself or by its name, such as "bfloat16"; None stays None."""
-    if dtype is None:
-        return None
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = dtype
-    if str(found) not in FLOATS:
-        raise InputError(f"{name}: expected float64, float32, float16 or bfloat16, found {dtype!r}")
-    if str(found) == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        raise InputError(f'{name}: JAX computes in float64 only after jax.config.update("jax_enable_x64", True)')
-    return found
 
 
 class FlaxGPT2PreTrainedModel:
@@ -73,13 +63,7 @@ class FlaxGPT2PreTrainedModel:
         remat: str | None = None,
         scan_layers: bool = False,
     ) -> None:
-        given: object = config  # transformers has a class of the same name
-        if not isinstance(given, GPT2Config):
-            raise InputError(
-                f"config: expected gpt2_multi.GPT2Config, found {type(given).__module__}.{type(given).__name__}; "
-                "GPT2Config.from_dict(config.to_dict()) makes one"
-            )
-        self.config, self.scan_layers = config, scan_layers
+        self.config, self.scan_layers = check_config(config), scan_layers
         self.param_dtype = as_dtype("param_dtype", param_dtype)
         self.dtype = as_dtype("dtype", dtype) or self.param_dtype
         check_remat(remat)
@@ -186,8 +170,29 @@ class FlaxGPT2PreTrainedModel:
         return arrays
 
     def check(self, arrays: Mapping[str, Any]) -> None:
-        """Look at what a call was given, before it is compiled."""
-        check_call(self, arrays)
+        """Look at what a call was given, before it is compiled: all has to fit the configuration and the others."""
+        config, cache = self.config, arrays.get("past_key_values")
+        found = {name: facts(x) for name, x in arrays.items() if x is not cache}
+        batch, length = inputs.check_source(config, found).shape[:2]
+        past = 0 if cache is None else self._check_cache(cache, batch, length)
+        keys = length if cache is None else cache.capacity
+        inputs.check_call(config, found, (config.vocab_size, config.n_positions), past, keys)
+
+    def _check_cache(self, cache: KVCache, batch: int | None, length: int | None) -> int | None:
+        """The tokens in a cache, which comes from `init_cache`, for as many rows, and has room for the new ones."""
+        layers, stacked = self.config.n_layer, self.scan_layers
+        if not isinstance(cache, KVCache) or len(cache) != layers or cache.stacked != stacked:
+            raise InputError(
+                f"past_key_values: expected a cache of {layers} layers from init_cache(batch_size, max_length) of "
+                f"this model{' with scan_layers' if stacked else ''}, or what a call made of it, found "
+                f"{type(cache).__name__}"
+            )
+        check_alive("past_key_values", cache)
+        key = (cache.layers if cache.stacked else cache.layers[0])[0]
+        inputs.check_cache(key.shape[-4], str(key.dtype), batch, str(jnp.dtype(self.dtype)))
+        past = int(cache.length) if is_concrete(cache.length) else None
+        inputs.check_room(length, past, cache.capacity)
+        return past
 
     def _applied(
         self, flags: tuple[Any, ...], settings: str, params: Tree, arrays: Mapping[str, Any], dropout_rng: Array | None
@@ -202,43 +207,6 @@ class FlaxGPT2PreTrainedModel:
         inputs.check_size("max_length", max_length)
         inputs.check_positions(0, max_length - 1, self.config.n_positions)
         return empty_cache(self.config, batch_size, max_length, self.dtype, self.scan_layers)
-
-    def to_bf16(self, params: Tree | None = None, mask: Any = None) -> Tree:
-        """The parameters in bfloat16: the model's own, or those given, where `mask`, a tree of booleans, is True."""
-        return self._cast(params, jnp.bfloat16, mask)
-
-    def to_fp16(self, params: Tree | None = None, mask: Any = None) -> Tree:
-        """The parameters in float16; see `to_bf16`."""
-        return self._cast(params, jnp.float16, mask)
-
-    def to_fp32(self, params: Tree | None = None, mask: Any = None) -> Tree:
-        """The parameters in float32; see `to_bf16`."""
-        return self._cast(params, jnp.float32, mask)
-
-    def _cast(self, params: Tree | None, dtype: Any, mask: Any) -> Tree:
-        flat = flatten_dict(self.fitting(params))
-        wanted = dict.fromkeys(flat, True) if mask is None else as_mask(mask)
-        if wanted.keys() != flat.keys():
-            name = "/".join(map(str, min(wanted.keys() ^ flat.keys(), key=str)))
-            raise InputError(f"mask: expected a tree of booleans like the parameters, found {name} in one of them only")
-        return unflatten_dict({path: x.astype(dtype) if wanted[path] else x for path, x in flat.items()})
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, params: Tree | None = None) -> Tree:
-        """Give the vocabulary `new_num_tokens` ids; each new row is the mean of the old ones (Hewitt 2021).
-
-        Returns the parameters, the model's own or those given, so changed; a model that holds parameters holds these
-        from now on. A mean keeps the logits of a new token from drowning the others.
-        """
-        params = self.fitting(params)
-        if new_num_tokens is None:
-            return params
-        found, flat = leaves(self.config, self.head, self.scan_layers), flatten_dict(params)
-        self.config.replace(vocab_size=new_num_tokens)  # refuses what no vocabulary can have
-        params = unflatten_dict({path: resized(flat[path], leaf.axes, new_num_tokens) for path, leaf in found.items()})
-        self.config.vocab_size = new_num_tokens
-        if self._params is not None:
-            self.params = params
-        return params
 
     @classmethod
     def from_pretrained(
@@ -269,16 +237,15 @@ class FlaxGPT2PreTrainedModel:
         """
         if rules and mesh is None:
             raise InputError("rules: expected a mesh beside them, found none; sharding.make_mesh makes one")
-        folder = resolve(
-            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        config = read_config(folder, **overrides)
+        folder, config, arrays = load(
+            name_or_path, cls.head, overrides, revision=revision, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )  # fmt: skip
         stored = (config.dtype or "float32") if param_dtype == "auto" else param_dtype or "float32"
-        arrays = read_weights(folder, config, cls.head)
         model = cls(
             config, seed=seed, dtype=dtype, param_dtype=stored, remat=remat, scan_layers=scan_layers, _do_init=False
         )
-        params = model._loaded(arrays, str(folder), mesh, rules or {})
+        params = model._assign(arrays, mesh, rules or {})
         if model.generation_config is not None:
             model.generation_config = GenerationConfig.from_pretrained(folder, config)
         if not _do_init:
@@ -286,14 +253,11 @@ class FlaxGPT2PreTrainedModel:
         model.params = params
         return model
 
-    def _loaded(self, arrays: dict[str, Any], source: str, mesh: Mesh | None, rules: Mapping[str, str | None]) -> Tree:
-        fresh = [row for row in table(self.config, self.head) if row.name not in arrays]
-        if fresh:
-            names = " and ".join(row.name for row in fresh)
-            warnings.warn(f"{source} has no {names}: initialised anew; train the model before you use it", stacklevel=3)
+    def _assign(self, arrays: dict[str, Any], mesh: Mesh | None, rules: Mapping[str, str | None]) -> Tree:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(self.key)))
-        for row in fresh:
-            arrays[row.name] = rng.normal(row.constant if not row.std else 0, row.std, row.shape)
+        for row in table(self.config, self.head):
+            if row.name not in arrays:
+                arrays[row.name] = rng.normal(row.constant if not row.std else 0, row.std, row.shape)
         shape: dict[str, Any] = {"head": self.head, "scan_layers": self.scan_layers}
         shardings = {} if mesh is None else flatten_dict(param_shardings(self.config, mesh, rules, **shape))
         return unflatten_dict(
@@ -319,48 +283,49 @@ class FlaxGPT2PreTrainedModel:
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("Flax")], dtype=str(dtype))
         sources = [(row, dtypes[row.name], rows[row.name]) for row in table(config, self.head)]
         if jax.process_index() == 0:
-            self._write(folder, config, sources, max_shard_size)
+            save(folder, config, self.generation_config, sources, self.head, max_shard_size)
         else:
             for _, _, gather in sources:
                 gather()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("saved")
 
-    def _write(
-        self, folder: str | os.PathLike[str], config: GPT2Config, sources: list[Source], max_shard_size: int | str
-    ) -> None:
-        with replaced(folder, is_model_file) as stage:
-            config.save_pretrained(stage)
-            if self.generation_config is not None:
-                self.generation_config.save_pretrained(stage)
-            write_weights(stage, sources, self.head, max_shard_size=max_shard_size)
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, params: Tree | None = None) -> Tree:
+        """Give the vocabulary `new_num_tokens` ids; each new row is the mean of the old ones (Hewitt 2021).
 
+        Returns the parameters, the model's own or those given, so changed; a model that holds parameters holds these
+        from now on. A mean keeps the logits of a new token from drowning the others.
+        """
+        params = self.fitting(params)
+        if new_num_tokens is None:
+            return params
+        found, flat = leaves(self.config, self.head, self.scan_layers), flatten_dict(params)
+        self.config.replace(vocab_size=new_num_tokens)  # refuses what no vocabulary can have
+        params = unflatten_dict({path: resized(flat[path], leaf.axes, new_num_tokens) for path, leaf in found.items()})
+        self.config.vocab_size = new_num_tokens
+        if self._params is not None:
+            self.params = params
+        return params
 
-def as_mask(mask: Any) -> dict[Any, Any]:
-    """A nested dict of booleans, by path."""
-    if not isinstance(mask, (dict, FrozenDict)):
-        raise InputError(f"mask: expected a nested dict of booleans, found {type(mask).__name__}")
-    return flatten_dict(mask)
+    def to_bf16(self, params: Tree | None = None, mask: Any = None) -> Tree:
+        """The parameters in bfloat16: the model's own, or those given, where `mask`, a tree of booleans, is True."""
+        return self._cast(params, jnp.bfloat16, mask)
 
+    def to_fp16(self, params: Tree | None = None, mask: Any = None) -> Tree:
+        """The parameters in float16; see `to_bf16`."""
+        return self._cast(params, jnp.float16, mask)
 
-def resized(value: Array, axes: tuple[str, ...], number: int) -> Array:
-    """A leaf with so many entries of the vocabulary; one without a vocabulary stays."""
-    if "vocab" not in axes:
-        return value
-    axis = axes.index("vocab")
-    extra = [value.mean(axis, keepdims=True)] * max(number - value.shape[axis], 0)
-    return jnp.concatenate([lax.slice_in_dim(value, 0, min(number, value.shape[axis]), axis=axis), *extra], axis)
+    def to_fp32(self, params: Tree | None = None, mask: Any = None) -> Tree:
+        """The parameters in float32; see `to_bf16`."""
+        return self._cast(params, jnp.float32, mask)
 
-
-def empty_cache(config: GPT2Config, batch: Any, capacity: int, dtype: Any, scan_layers: bool) -> KVCache:
-    """A cache without tokens."""
-    head_dim = config.n_embd // config.n_head
-    heads = [config.n_head - len(config.pruned_heads.get(i, ())) for i in range(config.n_layer)]
-    shapes = [(batch, number, capacity, head_dim) for number in heads]
-    if scan_layers:
-        whole = (config.n_layer, *shapes[0])
-        return KVCache((jnp.zeros(whole, dtype), jnp.zeros(whole, dtype)), None, jnp.int32(0))
-    return KVCache(tuple((jnp.zeros(s, dtype), jnp.zeros(s, dtype)) for s in shapes), None, jnp.int32(0))
+    def _cast(self, params: Tree | None, dtype: Any, mask: Any) -> Tree:
+        flat = flatten_dict(self.fitting(params))
+        wanted = dict.fromkeys(flat, True) if mask is None else as_mask(mask)
+        if wanted.keys() != flat.keys():
+            name = "/".join(map(str, min(wanted.keys() ^ flat.keys(), key=str)))
+            raise InputError(f"mask: expected a tree of booleans like the parameters, found {name} in one of them only")
+        return unflatten_dict({path: x.astype(dtype) if wanted[path] else x for path, x in flat.items()})
 
 
 def devices() -> list[str]:

@@ -26,8 +26,7 @@ from gpt2_multi.flax.attention import (
     key_bias,
     positions,
 )
-from gpt2_multi.flax.checks import check_remat
-from gpt2_multi.flax.layers import by_rows, dense, embed, norm
+from gpt2_multi.flax.layers import by_rows, check_remat, dense, embed, norm
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
@@ -48,13 +47,10 @@ def quick_gelu(x: Array) -> Array:
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": gelu,
-    "gelu_new": jax.nn.gelu,  # by tanh
-    "gelu_fast": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
+    "tanh_gelu": jax.nn.gelu,
     "quick_gelu": quick_gelu,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
 
@@ -70,7 +66,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = dense(self, self.config.n_inner or 4 * self.config.n_embd, "c_fc")(x)
-        x = dense(self, self.config.n_embd, "c_proj")(ACTIVATIONS[self.config.activation_function](x))
+        x = dense(self, self.config.n_embd, "c_proj")(ACTIVATIONS[self.config.activation](x))
         return nn.Dropout(self.config.resid_pdrop)(x, deterministic=not self.train)
 
 
@@ -135,7 +131,7 @@ class Blocks(nn.Module):
             return scanned(**options, heads=self.config.n_head, name="layers")(x, shared, layers)  # type: ignore[return-value]
         seen = []
         for i in range(self.config.n_layer):
-            heads = self.config.n_head - len(self.config.pruned_heads.get(i, ()))
+            heads = len(self.config.heads(i))
             layer = Layer._make(None if part is None else part[i] for part in layers)
             x, more = block(**options, heads=heads, name=str(i))(x, shared, layer)
             seen.append(more)
@@ -216,8 +212,7 @@ class GPT2Module(nn.Module):
 
     def _layers(self, cache: KVCache | None, head_mask: Array | None) -> Layer:
         config = self.config
-        base = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-        scales = [base / (i + 1) if config.scale_attn_by_inverse_layer_idx else base for i in range(config.n_layer)]
+        scales = [config.score_scale(i) for i in range(config.n_layer)]
         masks = None if head_mask is None else head_masks(config, head_mask.astype(self.dtype))
         past, cross = (None, None) if cache is None else (cache.layers, cache.cross)
         if not self.scan_layers:
@@ -229,9 +224,7 @@ def head_masks(config: GPT2Config, head_mask: Array) -> list[Array]:
     """One (B or 1, heads, T or 1, S or 1) mask per layer, without its pruned heads."""
     if head_mask.ndim != 5:
         head_mask = jnp.broadcast_to(head_mask, (config.n_layer, config.n_head))[:, None, :, None, None]
-    gone = (config.pruned_heads.get(i, ()) for i in range(config.n_layer))
-    left = ([head for head in range(config.n_head) if head not in heads] for heads in gone)
-    return [m if m.shape[1] == 1 else m[:, jnp.asarray(heads)] for m, heads in zip(head_mask, left, strict=True)]
+    return [m if m.shape[1] == 1 else m[:, jnp.asarray(config.heads(i))] for i, m in enumerate(head_mask)]
 
 
 def unstacked(values: Any) -> tuple[Array, ...]:

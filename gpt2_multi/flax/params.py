@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array
+from jax import Array, lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_multi.errors import ConfigError, InputError
+from gpt2_multi.flax.layers import is_concrete
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import FLAX, Weight, sizes, table
+from gpt2_multi.model.spelling import FLAX
+from gpt2_multi.model.weights import Weight, sizes, table
 
 Path = tuple[str, ...]
 Tree = dict[str, Any]
@@ -156,3 +158,28 @@ def dtypes_of(params: Tree, config: GPT2Config, head: str, scan_layers: bool) ->
     flat = flatten_dict(params)
     found = leaves(config, head, scan_layers).items()
     return {row.name: np.dtype(flat[path].dtype) for path, leaf in found for row in leaf.rows}
+
+
+def check_alive(name: str, tree: Any) -> None:
+    """JAX gives the memory of a donated argument to the function that it is donated to."""
+    if any(isinstance(x, Array) and is_concrete(x) and x.is_deleted() for x in jax.tree.leaves(tree)):
+        raise InputError(
+            f"{name}: the memory was given away, to a function that arguments are donated to such as train_step; go on "
+            "with what that returned, or give it a copy"
+        )
+
+
+def as_mask(mask: Any) -> dict[Any, Any]:
+    """A nested dict of booleans, by path."""
+    if not isinstance(mask, (dict, FrozenDict)):
+        raise InputError(f"mask: expected a nested dict of booleans, found {type(mask).__name__}")
+    return flatten_dict(mask)
+
+
+def resized(value: Array, axes: tuple[str, ...], number: int) -> Array:
+    """A leaf with so many entries of the vocabulary; one without a vocabulary stays."""
+    if "vocab" not in axes:
+        return value
+    axis = axes.index("vocab")
+    extra = [value.mean(axis, keepdims=True)] * max(number - value.shape[axis], 0)
+    return jnp.concatenate([lax.slice_in_dim(value, 0, min(number, value.shape[axis]), axis=axis), *extra], axis)

@@ -9,9 +9,8 @@ layers also `layer`. What no rule names is whole on every device. Rows of a batc
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,9 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt2_multi.errors import InputError
-from gpt2_multi.flax.checks import on_host
-from gpt2_multi.flax.layers import ROW_AXES
+from gpt2_multi.errors import InputError, nearest
+from gpt2_multi.flax.layers import ROW_AXES, on_host
 from gpt2_multi.flax.params import Leaf, Tree, check_tree, leaves
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
@@ -62,12 +60,6 @@ def _axis(part: str) -> tuple[str, int]:
     if not size.isdecimal() or not int(size):
         raise InputError(f"mesh: expected a positive number for '{name}', found '{size}'; write for example {name}=2")
     return name, int(size)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def param_specs(config: GPT2Config, rules: Rules, head: str = "lm", scan_layers: bool = False) -> Tree:

@@ -68,9 +68,9 @@ class GenerationConfig:
         for option in fields(self):
             setattr(self, option.name, plain(getattr(self, option.name)))
         self.top_k = self.top_k or 0
-        for name, (fits, expected) in OPTIONS.items():
-            if not fits(getattr(self, name)):
-                raise InputError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+        for name, allowed in OPTIONS.items():
+            if not allowed.fits(getattr(self, name)):
+                raise InputError(f"{name}: expected {allowed.words}, found {getattr(self, name)!r}")
         for wrong, sentence in self._conflicts():
             if wrong:
                 raise InputError(sentence)
@@ -206,7 +206,7 @@ class GenerationConfig:
         """Every id of a phrase has to lie in the vocabulary."""
         for phrase, bias in self.biases:
             name = "bad_words_ids" if bias == -math.inf else "logit_bias"
-            inputs.check_ids(name, min(phrase), max(phrase), vocab_size)
+            inputs.check_vocabulary(name, min(phrase), max(phrase), vocab_size)
 
     def total_length(self, prompt: int) -> int:
         """How long the longest row may become from a prompt of this length, in tokens."""

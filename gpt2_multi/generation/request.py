@@ -70,7 +70,7 @@ class Request:
         new = new_tokens_after(config, ids.shape[1])
         if len(ids):
             inputs.check_prompts(int(mask.sum(-1).min()))
-            inputs.check_ids("input_ids", int(ids.min()), int(ids.max()), model.vocab_size)
+            inputs.check_ids("input_ids", inputs.Facts.of(ids), model.vocab_size)
             config.check_context(int(mask.sum(-1).max()), new, model.n_positions)
         options = options_of(config, model, len(ids), tokenizer)
         return cls(config, model, tokenizer, prompts, ids, *aligned(ids, mask), new, options)
@@ -133,7 +133,7 @@ def checked_rows(ids: Any, mask: Any) -> tuple[Array, Array]:
     inputs.check_shape("input_ids", ids.shape, (None, None))
     mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) != 0
     inputs.check_shape("attention_mask", mask.shape, ids.shape)
-    inputs.check_integers("input_ids", ids.dtype, ids.dtype.kind in "iu")
+    inputs.check_integers("input_ids", inputs.Facts.of(ids))
     return ids.astype(np.int64), mask
 
 

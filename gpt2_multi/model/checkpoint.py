@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.arrays import Array, Shape, mapping, release, same
 from gpt2_multi.files.containers.safetensors import write_safetensors, write_shards
-from gpt2_multi.files.folders import PathLike
+from gpt2_multi.files.folders import PathLike, replaced
+from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, resolve
 from gpt2_multi.files.json_files import read_json
-from gpt2_multi.model import spelling
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import ARCHITECTURES, KINDS, Kind
-from gpt2_multi.model.weights import HEADS, TRANSFORMERS, Format, Weight, head_rows, match
+from gpt2_multi.model.formats import ARCHITECTURES, FORMATS, Format
+from gpt2_multi.model.spelling import TRANSFORMERS, Spelling, match, row_of
+from gpt2_multi.model.weights import HEADS, Weight, head_rows, table
 
 
 class Checkpoint(Mapping[str, Array]):
     """The tensors of a checkpoint: canonical name -> array in the table's layout, mapped from its file as a rule.
 
-    `format` is a key of `formats.KINDS`, `head` one of `weights.HEADS`, `found` every tensor as the file has it, and
+    `format` is a key of `formats.FORMATS`, `head` one of `weights.HEADS`, `found` every tensor as the file has it, and
     `places` the names there of each row of the table.
     """
 
@@ -32,7 +34,7 @@ class Checkpoint(Mapping[str, Array]):
         shapes = {name: array.shape for name, array in found.items()}
         self.weights: dict[str, Weight] = {}
         self.places: dict[str, list[str]] = {}
-        for name, weight in match(shapes, config, head, self.kind.form, str(path)).items():
+        for name, weight in match(shapes, config, head, self.spelling, str(path)).items():
             self.weights[weight.name] = weight
             self.places.setdefault(weight.name, []).append(name)
         self._check_dtypes()
@@ -45,9 +47,9 @@ class Checkpoint(Mapping[str, Array]):
         return f"Checkpoint({str(self.path)!r}, format={self.format!r}, head={self.head!r}, {len(self)} tensors)"
 
     @property
-    def kind(self) -> Kind:
-        """How the format is read."""
-        return KINDS[self.format]
+    def spelling(self) -> Spelling:
+        """How the format spells and stores the table."""
+        return FORMATS[self.format].spelling
 
     @property
     def dropped(self) -> list[str]:
@@ -66,7 +68,7 @@ class Checkpoint(Mapping[str, Array]):
             release(array)
 
     def __getitem__(self, name: str) -> Array:
-        return spelling.row(self.kind.form, self.weights[name], [self.found[place] for place in self.places[name]])
+        return row_of(self.spelling, self.weights[name], [self.found[place] for place in self.places[name]])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
@@ -82,39 +84,79 @@ class Checkpoint(Mapping[str, Array]):
 
     def _check_tie(self) -> None:
         """A head that is stored although it is tied has to be the embedding."""
-        form, config = self.kind.form, self.config
+        spelling, config = self.spelling, self.config
         if not config.tie_word_embeddings or self.head not in ("lm", "double_heads", "base"):
             return
         (head,) = head_rows(config.replace(tie_word_embeddings=False), "lm")
-        stored = self.found.get(form.spell(head))
-        if stored is None or form.shape(head) != stored.shape:
+        stored = self.found.get(spelling.spell(head))
+        if stored is None or spelling.shape(head) != stored.shape:
             return
-        tied, embedding = form.layout(head, stored), self["wte.weight"]
-        if tied.dtype != embedding.dtype or not same(tied, embedding, form.spell(head)):
+        tied, embedding = spelling.layout(head, stored), self["wte.weight"]
+        if tied.dtype != embedding.dtype or not same(tied, embedding, spelling.spell(head)):
             raise CheckpointError(
-                f"{self.path}: {form.spell(head)} differs from {self.places['wte.weight'][0]}, although "
+                f"{self.path}: {spelling.spell(head)} differs from {self.places['wte.weight'][0]}, although "
                 "tie_word_embeddings is true; set tie_word_embeddings to false in config.json to keep both"
             )
 
 
 def open(path: PathLike, config: GPT2Config | None = None, head: str | None = None) -> Checkpoint:
-    """Open a folder, or the main file of a checkpoint, in any of the formats of `formats.KINDS`.
+    """Open a folder, or the main file of a checkpoint, in any of the formats of `formats.FORMATS`.
 
     config and head, by default, are what the files say. Nothing but names and shapes is read before it is used, apart
     from checksums where a format has them. Raises CheckpointError or ConfigError for whatever is missing, damaged, or
     does not fit.
     """
     format, main = recognised(Path(path))
-    kind = KINDS[format]
+    kind = FORMATS[format]
     found = kind.read(main)
     config = config or kind.config(main)
     return Checkpoint(Path(path), format, found, config, head or head_of(kind, found, config))
 
 
+class Loaded(NamedTuple):
+    """What a model is made of: its folder, its configuration, and its tensors by the table's names, in its layout."""
+
+    folder: Path
+    config: GPT2Config
+    arrays: dict[str, Array]
+
+
+def load(
+    name_or_path: PathLike,
+    head: str,
+    overrides: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: PathLike | None = None,
+    local_files_only: bool = False,
+) -> Loaded:
+    """Find a model's folder, and read what is in it in whichever format, for a model with this head.
+
+    `overrides` change settings of the configuration; what is lent to the hub is of `files.hub.resolve`. Warns of a task
+    head that the files lack as a whole. Raises CheckpointError or ConfigError for whatever does not fit.
+    """
+    folder = resolve(
+        name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    config = read_config(folder, **overrides)
+    arrays = read_weights(folder, config, head)
+    warn_of_fresh(arrays, config, head, folder, stacklevel=4)
+    return Loaded(folder, config, arrays)
+
+
+def warn_of_fresh(arrays: Collection[str], config: GPT2Config, head: str, source: PathLike, stacklevel: int) -> None:
+    """Say which tensors of a task head the files lack."""
+    if fresh := [weight.name for weight in table(config, head) if weight.name not in arrays]:
+        names = " and ".join(fresh)
+        sentence = f"{source} has no {names}: initialised anew; train the model before you use it"
+        warnings.warn(sentence, stacklevel=stacklevel)
+
+
 def read_config(path: PathLike, **overrides: Any) -> GPT2Config:
     """The configuration of a checkpoint in any format, with changes."""
     format, main = recognised(Path(path))
-    config = KINDS[format].config(main)
+    config = FORMATS[format].config(main)
     return config.replace(**overrides) if overrides else config
 
 
@@ -129,9 +171,9 @@ def read_weights(path: PathLike, config: GPT2Config, head: str) -> dict[str, Arr
 def recognised(path: Path) -> tuple[str, Path]:
     """The format of a folder or of a file, and its main file."""
     there = _files(path)
-    for format, kind in KINDS.items():
+    for format, kind in FORMATS.items():
         for file in there:
-            if re.fullmatch(kind.main, file.name) and _is(format, file):
+            if matches(file.name, kind.main) and _is(format, file):
                 return format, file
     names = ", ".join(file.name for file in there[:8]) or "nothing"
     raise CheckpointError(
@@ -158,17 +200,17 @@ def _is(format: str, file: Path) -> bool:
         config = file.with_name("config.json")
         return config.exists() and "class_name" in read_json(config)
     if format == "safetensors":
-        return not any("/" in name for name in KINDS[format].read(file))
+        return not any("/" in name for name in FORMATS[format].read(file))
     return True
 
 
-def head_of(kind: Kind, found: Mapping[str, Array], config: GPT2Config) -> str:
+def head_of(format: Format, found: Mapping[str, Array], config: GPT2Config) -> str:
     """The head that a checkpoint has: the one whose tensors are there, or else what config.json names."""
     shapes: dict[str, Shape] = {name: array.shape for name, array in found.items()}
     heads = {architecture: head for head, architecture in ARCHITECTURES.items()}
     architecture = re.sub("^(TF|Flax)", "", (config.architectures or [""])[0])
     named = heads.get(architecture, "lm")
-    fitting = [head for head in HEADS if (rows := _own(config, head)) and _are_there(kind, rows, shapes)]
+    fitting = [head for head in HEADS if (rows := _own(config, head)) and _are_there(format.spelling, rows, shapes)]
     return fitting[0] if fitting and named not in fitting else named
 
 
@@ -176,31 +218,52 @@ def _own(config: GPT2Config, head: str) -> list[Weight]:
     return [row for row in head_rows(config, head) if row.path != "lm_head"]
 
 
-def _are_there(kind: Kind, rows: list[Weight], shapes: Mapping[str, Shape]) -> bool:
-    return all(shapes.get(kind.form.spell(row)) == kind.form.shape(row) for row in rows)
+def _are_there(spelling: Spelling, rows: list[Weight], shapes: Mapping[str, Shape]) -> bool:
+    return all(shapes.get(spelling.spell(row)) == spelling.shape(row) for row in rows)
 
 
 Source = tuple[Weight, np.dtype[Any], Callable[[], Array]]
 
 
+def save(
+    folder: PathLike,
+    config: GPT2Config,
+    generation_config: Any,
+    sources: Iterable[Source],
+    head: str,
+    max_shard_size: int | str,
+) -> None:
+    """Write config.json, generation_config.json (where there is one) and model.safetensors, or its shards and index.
+
+    The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`.
+    """
+    with replaced(folder, is_model_file) as stage:
+        config.save_pretrained(stage)
+        if generation_config is not None:
+            generation_config.save_pretrained(stage)
+        write_weights(stage, sources, head, max_shard_size=max_shard_size)
+
+
 def write_weights(
-    folder: Path, sources: Iterable[Source], head: str, form: Format = TRANSFORMERS, max_shard_size: int | str = "5GB"
+    folder: Path,
+    sources: Iterable[Source],
+    head: str,
+    spelling: Spelling = TRANSFORMERS,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write rows of the table, each with its dtype and a function that makes its array in the table's layout."""
     rooted = head != "base"
     tensors = {
-        form.spell(weight, rooted): (dtype, form.shape(weight), lambda w=weight, make=make: form.layout(w, make()))
+        spelling.spell(weight, rooted): (
+            dtype,
+            spelling.shape(weight),
+            lambda w=weight, make=make: spelling.layout(w, make()),
+        )
         for weight, dtype, make in sources
     }
-    write_shards(folder / SINGLE, tensors, write_safetensors, max_shard_size)
+    write_shards(folder / WEIGHTS["safetensors"][0], tensors, write_safetensors, max_shard_size)
 
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-
-
-def is_model_file(name: str) -> bool:
+def is_model_file(path: Path) -> bool:
     """Whether a file of a folder is one of those that save_pretrained writes."""
-    return name in (SINGLE, INDEX, "config.json", "generation_config.json") or bool(SHARD.fullmatch(name))
+    return matches(path.name, (*SETTINGS, *WEIGHTS["safetensors"])) and not path.is_dir()

@@ -6,19 +6,18 @@ What a file holds beyond the fields is kept in `extra` and written back: reading
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from gpt2_multi.errors import CheckpointError, ConfigError, shortened
+from gpt2_multi.errors import ConfigError, InputError, nearest, shortened
 from gpt2_multi.files.hub import ARCHIVE, resolve
-from gpt2_multi.files.json_files import read_small, write_whole
-from gpt2_multi.model.fields import CHECKS, check_together, count, wrong
+from gpt2_multi.files.json_files import read_json, write_whole
+from gpt2_multi.model.fields import ACTIVATIONS, COUNT, FIELDS, check_together, wrong
 
 ALIASES = {
     "hidden_size": "n_embd",
@@ -28,14 +27,25 @@ ALIASES = {
     "n_ctx": "n_positions",
     "torch_dtype": "dtype",
 }
-_NAMES = CHECKS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor takes
+_NAMES = FIELDS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor takes
 MOST_LABELS = 1 << 16  # that are numbered without being named: a file with a few digits would make a dict of them
 _KEYS = _NAMES - {"extra", "from_file"}  # what a file may set
 
 
+def check_config(config: object) -> GPT2Config:
+    """The configuration of a model is one of ours: transformers has a class of the same name."""
+    if not isinstance(config, GPT2Config):
+        raise InputError(
+            f"config: expected gpt2_multi.GPT2Config, found {type(config).__module__}.{type(config).__name__}; "
+            "GPT2Config.from_dict(config.to_dict()) makes one"
+        )
+    return config
+
+
 def _label_count(number: Any) -> int:
     """How many labels to number."""
-    if (found := count("num_labels", number)) > MOST_LABELS:
+    found: int = COUNT("num_labels", number)
+    if found > MOST_LABELS:
         raise wrong("num_labels", f"at most {MOST_LABELS} where id2label does not name them", number)
     return found
 
@@ -45,8 +55,7 @@ def _numbered_labels(number: int) -> dict[int, str]:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, _KEYS, n=1)
-    return f"GPT2Config has no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"GPT2Config has no setting {name!r}{nearest(name, _KEYS)}"
 
 
 def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +63,7 @@ def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in _NAMES:
             raise TypeError(_unknown(name))
-    values = {name: value for name, value in given.items() if name in CHECKS}
+    values = {name: value for name, value in given.items() if name in FIELDS}
     for alias, name in ALIASES.items():
         if given.get(alias) is not None and values.setdefault(name, given[alias]) != given[alias]:
             raise ConfigError(
@@ -62,7 +71,7 @@ def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
             )
     if "num_labels" in given:
         number = _label_count(given["num_labels"])
-        labels = CHECKS["id2label"]("id2label", values.setdefault("id2label", _numbered_labels(number)))
+        labels = FIELDS["id2label"]("id2label", values.setdefault("id2label", _numbered_labels(number)))
         if len(labels) != number:
             raise ConfigError(f"num_labels is {number} but id2label has {len(labels)} labels: give one of the two")
     return values
@@ -74,7 +83,7 @@ def _check_all(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"extra is for keys that are not GPT-2's; {min(taken)!r} is a setting of its own")
 
 
-def _settled(known: dict[str, Any]) -> dict[str, Any]:
+def _resolved(known: dict[str, Any]) -> dict[str, Any]:
     """A file's keys, its contradictions decided as transformers does: files of 2019 and 2020 are full of them.
 
     Changing `n_positions` left `n_ctx` behind, and the double-heads model set `num_labels` to 1 beside two labels.
@@ -175,14 +184,46 @@ class GPT2Config:
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _NAMES:
             raise AttributeError(_unknown(name))
-        if name not in CHECKS:
+        if name not in FIELDS:
             return super().__setattr__(name, value)  # a property, which sets its field
-        values = {**vars(self), name: CHECKS[name](name, value)}
+        values = {**vars(self), name: FIELDS[name](name, value)}
         if name == "id2label" or not values.get("label2id", True):
             values["label2id"] = {label: i for i, label in values["id2label"].items()}
-        if len(values) == len(CHECKS):  # the constructor comes here once per field
+        if len(values) == len(FIELDS):  # the constructor comes here once per field
             _check_all(values)
         vars(self).update(values)
+
+    @property
+    def activation(self) -> str:
+        """The function that `activation_function` names: relu, silu, gelu, tanh_gelu, quick_gelu or tanh."""
+        return ACTIVATIONS[self.activation_function]
+
+    @property
+    def summary_function(self) -> str | None:
+        """The function that `summary_activation` names."""
+        return None if self.summary_activation is None else ACTIVATIONS[self.summary_activation]
+
+    @property
+    def classifier_dropout(self) -> float:
+        """The dropout before the token classifier: a key that a file may have, 0.1 otherwise, as in transformers."""
+        given = self.extra.get("classifier_dropout", self.extra.get("hidden_dropout"))
+        return 0.1 if given is None else float(given)
+
+    def score_scale(self, layer: int) -> float:
+        """What a layer's products of queries and keys are multiplied by."""
+        scale = (self.n_embd // self.n_head) ** -0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    def heads(self, layer: int) -> list[int]:
+        """The heads of a layer that are not pruned, numbered as in the whole model."""
+        gone = self.pruned_heads.get(layer, ())
+        return [head for head in range(self.n_head) if head not in gone]
+
+    def pruned(self, more: Mapping[int, Iterable[int]]) -> dict[int, list[int]]:
+        """What `pruned_heads` is once these heads, by layer, are pruned too."""
+        layers = [*self.pruned_heads, *(layer for layer in more if layer not in self.pruned_heads)]
+        gone = {layer: {*self.pruned_heads.get(layer, ()), *more.get(layer, ())} for layer in layers}
+        return {layer: sorted(heads) for layer, heads in gone.items() if heads}
 
     @property
     def use_return_dict(self) -> bool:
@@ -214,26 +255,13 @@ class GPT2Config:
         if keys and not known and "model_type" not in keys:
             raise ConfigError(f"none of these keys is one of a GPT-2 configuration: {', '.join(sorted(keys)[:5])}")
         extra = {key: value for key, value in keys.items() if key not in known and key != "model_type"}
-        config = cls(**_settled(known), extra=extra, from_file=frozenset(keys))
+        config = cls(**_resolved(known), extra=extra, from_file=frozenset(keys))
         return config.replace(**overrides) if overrides else config
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPT2Config:
         """Read a config.json."""
-        try:
-            keys = json.loads(read_small(Path(path)))
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{os.fspath(path)}: there is no such file; a model folder has a config.json"
-            ) from None
-        except CheckpointError:
-            raise
-        except OSError as error:
-            raise CheckpointError(f"{os.fspath(path)}: could not be read ({error.strerror}); check the path") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{os.fspath(path)}: not valid JSON ({error}); it may be damaged") from None
-        if not isinstance(keys, dict):
-            raise ConfigError(f"{os.fspath(path)}: expected a JSON object; found {type(keys).__name__}")
+        keys = read_json(Path(path), damaged=ConfigError)
         try:
             config = cls.from_dict(keys)
         except ConfigError as error:

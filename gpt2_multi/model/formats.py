@@ -17,10 +17,12 @@ from gpt2_multi.files.containers.msgpack_files import read_msgpack, write_msgpac
 from gpt2_multi.files.containers.safetensors import read_safetensors, read_shards, write_safetensors, write_shards
 from gpt2_multi.files.containers.tf_bundle import read_bundle, write_bundle
 from gpt2_multi.files.containers.torch_save import read_torch, write_torch
+from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.spelling import FLAX_FILE, KERAS_HUB, KERAS_WEIGHTS, NANOGPT, OPENAI, TF
-from gpt2_multi.model.weights import TRANSFORMERS, Format, table
+from gpt2_multi.model.fields import ACTIVATIONS
+from gpt2_multi.model.spelling import FLAX_FILE, KERAS_HUB, KERAS_WEIGHTS, NANOGPT, OPENAI, TF, TRANSFORMERS, Spelling
+from gpt2_multi.model.weights import table
 
 ARCHITECTURES = {  # of each head, the class that config.json names
     "base": "GPT2Model",
@@ -30,7 +32,7 @@ ARCHITECTURES = {  # of each head, the class that config.json names
     "token_classification": "GPT2ForTokenClassification",
     "question_answering": "GPT2ForQuestionAnswering",
 }
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function under three names
+TANH_GELU = tuple(name for name, function in ACTIVATIONS.items() if function == "tanh_gelu")
 PLAIN = {  # what GPT-2 is where nothing can be set
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -41,18 +43,18 @@ Tensors = dict[str, Array]
 
 
 @dataclass(frozen=True)
-class Kind:
+class Format:
     """A format of checkpoints.
 
-    `main` matches the name of the file that a folder of this format is recognised by, `own` those of all its files but
+    `main` are patterns of the file that a folder of this format is recognised by, `own` those of all its files but
     config.json. `fixed` are the values of settings that its program computes with, whatever they should be; `no_room`
     those without which it has no names for all tensors. An empty `heads` is all heads.
     """
 
     title: str
-    form: Format
-    main: str
-    own: str
+    spelling: Spelling
+    main: tuple[str, ...]
+    own: tuple[str, ...]
     read: Callable[[Path], Tensors]
     write: Callable[[Path, dict[str, Made], GPT2Config, int | str], None]
     config: Callable[[Path], GPT2Config]
@@ -249,46 +251,46 @@ def _write_keras_weights(folder: Path, tensors: dict[str, Made], config: GPT2Con
     config.save_pretrained(folder)
 
 
-_SAFETENSORS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+_MAIN = {format: (files[0], files[-1]) for format, files in WEIGHTS.items()}  # one file, or the index of shards
 _TANH = {**PLAIN, "activation_function": TANH_GELU}
 _QUARTER = {**NO_ROOM, "n_inner": (None,)}
 _DECODERS = ("lm", "base")
-KINDS: Mapping[str, Kind] = {
-    "safetensors": Kind(
-        "transformers' safetensors", TRANSFORMERS, r"model\.safetensors(\.index\.json)?", _SAFETENSORS,
+FORMATS: Mapping[str, Format] = {
+    "safetensors": Format(
+        "transformers' safetensors", TRANSFORMERS, _MAIN["safetensors"], WEIGHTS["safetensors"],
         sharded(read_safetensors), _write_safetensors, beside,
     ),
-    "tf-safetensors": Kind(
-        "transformers' safetensors of TensorFlow", TF, r"model\.safetensors(\.index\.json)?", _SAFETENSORS,
+    "tf-safetensors": Format(
+        "transformers' safetensors of TensorFlow", TF, _MAIN["safetensors"], WEIGHTS["safetensors"],
         sharded(read_safetensors), _write_tf_safetensors, beside, no_room={"tie_word_embeddings": (True,)},
     ),
-    "pytorch": Kind(
-        "transformers' pytorch_model.bin", TRANSFORMERS, r"pytorch_model\.bin(\.index\.json)?",
-        r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?", sharded(_read_pytorch), _write_pytorch, beside,
+    "pytorch": Format(
+        "transformers' pytorch_model.bin", TRANSFORMERS, _MAIN["pytorch"], WEIGHTS["pytorch"],
+        sharded(_read_pytorch), _write_pytorch, beside,
     ),
-    "tf-h5": Kind(
-        "transformers' tf_model.h5", TF, r"tf_model\.h5(\.index\.json)?", r"tf_model(-\d+-of-\d+)?\.h5(\.index\.json)?",
+    "tf-h5": Format(
+        "transformers' tf_model.h5", TF, _MAIN["tf-h5"], WEIGHTS["tf-h5"],
         sharded(_read_tf_h5), _write_tf_h5, beside, no_room={"tie_word_embeddings": (True,)},
     ),
-    "flax-msgpack": Kind(
-        "transformers' flax_model.msgpack", FLAX_FILE, r"flax_model\.msgpack(\.index\.json)?",
-        r"flax_model(-\d+-of-\d+)?\.msgpack(\.index\.json)?", sharded(read_msgpack), _write_flax, beside,
+    "flax-msgpack": Format(
+        "transformers' flax_model.msgpack", FLAX_FILE, _MAIN["flax-msgpack"], WEIGHTS["flax-msgpack"],
+        sharded(read_msgpack), _write_flax, beside,
     ),
-    "openai": Kind(
-        "OpenAI's TensorFlow 1 checkpoint", OPENAI, r"model\.ckpt(-\d+)?\.index",
-        r"model\.ckpt.*|hparams\.json|checkpoint|encoder\.json|vocab\.bpe",
+    "openai": Format(
+        "OpenAI's TensorFlow 1 checkpoint", OPENAI, ("model.ckpt.index", "model.ckpt-[0-9]*.index"), WEIGHTS["openai"],
         lambda main: read_bundle(main.with_suffix("")), _write_openai, _openai_config, _TANH, _QUARTER, _DECODERS,
     ),
-    "nanogpt": Kind(
-        "nanoGPT's ckpt.pt", NANOGPT, r"ckpt\.pt", r"ckpt\.pt", _read_nanogpt, _write_nanogpt, _nanogpt_config,
-        {**PLAIN, "activation_function": ("gelu",)}, _QUARTER, _DECODERS,
+    "nanogpt": Format(
+        "nanoGPT's ckpt.pt", NANOGPT, WEIGHTS["nanogpt"], WEIGHTS["nanogpt"],
+        _read_nanogpt, _write_nanogpt, _nanogpt_config, {**PLAIN, "activation_function": ("gelu",)},
+        _QUARTER, _DECODERS,
     ),
-    "keras-hub": Kind(
-        "KerasHub's preset", KERAS_HUB, r"model\.weights\.h5", r"model\.weights\.h5|metadata\.json",
+    "keras-hub": Format(
+        "KerasHub's preset", KERAS_HUB, WEIGHTS["keras-hub"][:1], WEIGHTS["keras-hub"],
         read_hdf5, _write_keras_hub, _keras_hub_config, _TANH, NO_ROOM, _DECODERS,
     ),
-    "keras-weights": Kind(
-        "Keras' .weights.h5 of gpt2_multi.tf", KERAS_WEIGHTS, r".*\.weights\.h5", r"model\.weights\.h5",
+    "keras-weights": Format(
+        "Keras' .weights.h5 of gpt2_multi.tf", KERAS_WEIGHTS, ("*.weights.h5",), WEIGHTS["keras-hub"][:1],
         read_hdf5, _write_keras_weights, beside,
     ),
 }  # fmt: skip

@@ -1,22 +1,52 @@
-"""What a model call may be given, in one sentence each: the same words whichever framework finds the fault."""
+"""What a model call may be given, in one sentence each: the same words whichever framework finds the fault.
+
+A check looks at facts. A framework says what it knows of an array, and that is all that it has to say.
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from gpt2_multi.errors import InputError
+import numpy as np
 
-Shape = Sequence[int]
+from gpt2_multi.errors import InputError, nearest
+from gpt2_multi.model.config import GPT2Config
+
+Shape = Sequence[int | None]  # None: not known yet
+
+
+class Facts(NamedTuple):
+    """What is known of an array: `kind` is "integers", "floats", "strings" or "others".
+
+    `values` gives the array to NumPy, or None where there are no values yet; it is called only where a check needs it,
+    since it waits for the device.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: str
+    kind: str
+    values: Callable[[], Any]
+
+    @classmethod
+    def of(cls, x: np.ndarray[Any, Any]) -> Facts:
+        """What is known of an array of NumPy."""
+        kind = {"i": "integers", "u": "integers", "f": "floats", "U": "strings", "S": "strings"}
+        return cls(x.shape, x.dtype.name, kind.get(x.dtype.kind, "others"), lambda: x)
+
+
+def extremes(x: Facts) -> tuple[int, int] | None:
+    """The least and the greatest of some integers; (0, 0) of none, and None where they are not known."""
+    if (values := x.values()) is None:
+        return None
+    return (int(values.min()), int(values.max())) if values.size else (0, 0)
 
 
 def check_names(call: str, given: Sequence[str], known: Sequence[str], kind: str = "argument") -> None:
     """An argument that a call does not have is a TypeError, with the nearest name; so is one that is there twice."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            raise TypeError(f"{call} has no {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise TypeError(f"{call} has no {kind} {name!r}{nearest(str(name), known)}")
         if given.count(name) > 1:
             raise TypeError(f"{call}: {name} is given twice; give it once")
 
@@ -34,47 +64,150 @@ def check_given(input_ids: object, inputs_embeds: object) -> None:
         raise InputError(f"expected one of input_ids and inputs_embeds, found {found}; give one of them")
 
 
-def check_shape(name: str, found: Shape, expected: Sequence[int | None]) -> None:
-    """`found` has to be `expected`, in which None stands for any length and 1 is broadcast."""
-    fits = len(found) == len(expected) and all(e in (None, f) for f, e in zip(found, expected, strict=True))
-    if not fits:
+def check_source(config: GPT2Config, given: Mapping[str, Facts]) -> Facts:
+    """The ids (B, T) or the embeddings (B, T, E), whichever is given."""
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    check_given(ids, embeds)
+    if ids is not None:
+        check_shape("input_ids", ids.shape, (None, None))
+        return ids
+    assert embeds is not None
+    check_shape("inputs_embeds", embeds.shape, (None, None, config.n_embd))
+    if embeds.kind != "floats":
+        raise InputError(f"inputs_embeds: expected floats, found {embeds.dtype}; ids are input_ids")
+    return embeds
+
+
+def check_call(
+    config: GPT2Config,
+    given: Mapping[str, Facts],
+    tables: tuple[int, int],
+    past: int | None,
+    keys: int | None,
+    values: bool = True,
+) -> None:
+    """Every input of the body has to fit the configuration and the others.
+
+    `tables` are the rows of the embeddings of tokens and of positions, `past` the tokens in the cache, `keys` the
+    columns of a mask; None is not known yet. Without `values` shapes are looked at alone: nothing waits for the device.
+    """
+    batch, length = check_source(config, given).shape[:2]
+    _check_beside(config, given, batch, length, keys)
+    check_states(config, batch, given)
+    if values:
+        _check_values(given, tables, None if past is None or length is None else past + length)
+
+
+def _check_beside(
+    config: GPT2Config, given: Mapping[str, Facts], batch: int | None, length: int | None, keys: int | None
+) -> None:
+    for name in ("attention_mask", "head_mask"):
+        check_numbers(name, given)
+    if "attention_mask" in given:
+        check_mask(given["attention_mask"].shape, batch, config.n_head, length, keys)
+    if "token_type_ids" in given:
+        check_shape("token_type_ids", given["token_type_ids"].shape, (batch, length))
+    if "position_ids" in given:
+        shape = given["position_ids"].shape
+        check_shape("position_ids", shape, (1 if shape[:1] == (1,) else batch, length))
+    if "head_mask" in given:
+        check_head_mask(given["head_mask"].shape, (config.n_layer, batch, config.n_head, length, keys))
+
+
+def check_states(config: GPT2Config, batch: int | None, given: Mapping[str, Facts]) -> None:
+    """An encoder's states are (B, encoder length, E), their mask (B, encoder length)."""
+    states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+    for name in ("encoder_hidden_states", "encoder_attention_mask"):
+        check_numbers(name, given)
+    if states is not None:
+        check_encoder(config.add_cross_attention)
+        check_shape("encoder_hidden_states", states.shape, (batch, None, config.n_embd))
+    if mask is not None:
+        check_shape("encoder_attention_mask", mask.shape, (batch, None) if states is None else states.shape[:2])
+
+
+def _check_values(given: Mapping[str, Facts], tables: tuple[int, int], keys: int | None) -> None:
+    """Ids lie in the vocabulary, and positions in their table: those given, or those that count unmasked keys."""
+    for name in ("input_ids", "token_type_ids"):
+        if name in given:
+            check_ids(name, given[name], tables[0])
+    if "position_ids" in given:
+        check_integers("position_ids", given["position_ids"])
+        check_positions(*(extremes(given["position_ids"]) or (0, 0)), tables[1])
+    elif keys is not None and keys > tables[1]:  # or no mask can make them too many
+        check_positions(0, _counted(given.get("attention_mask"), keys) - 1, tables[1])
+
+
+def _counted(mask: Facts | None, keys: int) -> int:
+    """The most keys that a row of the mask keeps, which are so many without one; 0 where its values are not known."""
+    if mask is None or len(mask.shape) != 2:
+        return keys
+    values = mask.values()
+    return 0 if values is None else int((values[:, :keys] != 0).sum(-1).max(initial=0))
+
+
+def _fits(found: int | None, expected: int | None) -> bool:
+    return found is None or expected is None or found == expected
+
+
+def check_shape(name: str, found: Shape, expected: Shape) -> None:
+    """`found` has to be `expected`, in which None stands for any length; so does one of `found` that is not known."""
+    if len(found) != len(expected) or not all(map(_fits, found, expected)):
         shape = str(tuple("any" if e is None else e for e in expected)).replace("'", "")
         raise InputError(f"{name}: expected shape {shape}, found {tuple(found)}; batch and length must fit the input")
 
 
-def check_mask(found: Shape, batch: int, heads: int, length: int, keys: int) -> None:
+def check_mask(found: Shape, batch: int | None, heads: int, length: int | None, keys: int | None) -> None:
     """An attention mask is (batch, keys), or broadcasts to (batch, heads, length, keys)."""
     if len(found) == 4:
-        sizes = zip(found, (batch, heads, length, keys), strict=True)
-        if all(f in (1, e) for f, e in sizes) and found[-1] == keys:
+        if _broadcasts(found, (batch, heads, length, keys)) and _fits(found[-1], keys):
             return
-    elif tuple(found) == (batch, keys):
+    elif len(found) == 2 and all(map(_fits, found, (batch, keys))):
         return
-    past = f" ({keys - length} of them cached)" if keys > length else ""
+    past = f" ({keys - length} of them cached)" if keys and length and keys > length else ""
     raise InputError(
         f"attention_mask: expected shape ({batch}, {keys}){past} or one that broadcasts to "
         f"({batch}, {heads}, {length}, {keys}), found {tuple(found)}; it needs a column for every token"
     )
 
 
-def check_integers(name: str, found: object, fits: bool) -> None:
+def _broadcasts(found: Shape, sizes: Shape) -> bool:
+    return all(f == 1 or _fits(f, size) for f, size in zip(found, sizes, strict=True))
+
+
+def check_integers(name: str, x: Facts) -> None:
     """Ids are integers."""
-    if not fits:
-        raise InputError(f"{name}: expected integers, found {found}; ids are int32 or int64, from the tokenizer")
+    if x.kind != "integers":
+        raise InputError(f"{name}: expected integers, found {x.dtype}; ids are int32 or int64, from the tokenizer")
+
+
+def check_numbers(name: str, given: Mapping[str, Facts]) -> None:
+    """What is cast has to be numbers or booleans."""
+    if name in given and given[name].kind == "strings":
+        raise InputError(f"{name}: expected numbers, found strings; the tokenizer makes them of texts")
 
 
 def check_head_mask(found: Shape, sizes: Shape) -> None:
     """A head mask is (heads,), (layers, heads), or broadcasts to `sizes`: (layers, batch, heads, length, keys)."""
     layers, heads = sizes[0], sizes[2]
-    if len(found) == 5 and found[0] == layers and all(f in (1, s) for f, s in zip(found, sizes, strict=True)):
+    if len(found) == 5 and found[0] == layers and _broadcasts(found, sizes):
         return
     if tuple(found) not in ((heads,), (layers, heads)):
         raise InputError(f"head_mask: expected shape ({layers}, {heads}) or ({heads},), found {tuple(found)}")
 
 
-def check_cache(found_batch: int, found_dtype: str, batch: int, dtype: str) -> None:
+def check_past(past: object, fits: bool, layers: int) -> None:
+    """A cache is what a call returned."""
+    if not fits:
+        raise InputError(
+            f"past_key_values: expected what a call returned, a (key, value) pair for each of {layers} layers, "
+            f"found {type(past).__name__}; pass it back as it is, or use init_cache"
+        )
+
+
+def check_cache(found_batch: int | None, found_dtype: str, batch: int | None, dtype: str) -> None:
     """A cache belongs to one batch, and to one dtype."""
-    if (found_batch, found_dtype) != (batch, dtype):
+    if not _fits(found_batch, batch) or found_dtype != dtype:
         raise InputError(
             f"past_key_values: made for {found_batch} rows in {found_dtype}, but the input has {batch} rows and the "
             f"model computes in {dtype}; make a new cache"
@@ -102,8 +235,14 @@ def check_size(name: str, value: Any, least: int = 0) -> None:
         raise InputError(f"{name}: expected a whole number from {least}, found {value!r}")
 
 
-def check_ids(name: str, low: int, high: int, vocab_size: int) -> None:
-    """Every id has to lie in the vocabulary; `low` and `high` are the extremes."""
+def check_ids(name: str, x: Facts, vocab_size: int) -> None:
+    """Ids are integers, and every one has to lie in the vocabulary."""
+    check_integers(name, x)
+    check_vocabulary(name, *(extremes(x) or (0, 0)), vocab_size)
+
+
+def check_vocabulary(name: str, low: int, high: int, vocab_size: int) -> None:
+    """Ids lie in the vocabulary; `low` and `high` are the extremes."""
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise InputError(
@@ -129,9 +268,9 @@ def check_recomputed(past: object) -> None:
         raise InputError("past_key_values: cannot be used while gradient checkpointing trains; disable one of the two")
 
 
-def check_room(new: int, past: int, capacity: int) -> None:
-    """A preallocated cache has to have room for the new tokens."""
-    if past + new > capacity:
+def check_room(new: int | None, past: int | None, capacity: int | None) -> None:
+    """A preallocated cache has to have room for the new tokens; None is not known yet."""
+    if None not in (new, past, capacity) and past + new > capacity:  # type: ignore[operator]
         raise InputError(
             f"past_key_values: {past} cached and {new} new tokens are more than the cache's max_length {capacity}; "
             "reset() it, or ask init_cache for a longer one"
@@ -176,15 +315,26 @@ def check_prompts(least: int) -> None:
         raise InputError("input_ids: a prompt has no token; give at least one, such as the bos_token_id")
 
 
-def check_labels(low: int, high: int, classes: int) -> None:
-    """A label is a class, or -100; `low` and `high` are the extremes."""
+def check_labels(x: Facts, logits: Shape) -> None:
+    """Labels (...) have to fit logits of shape (..., K), and be classes or -100."""
+    check_shape("labels", x.shape, logits[:-1])
+    check_integers("labels", x)
+    check_classes(x, logits[-1] or 0)
+
+
+def check_classes(x: Facts, classes: int) -> None:
+    """A label is a class, or -100."""
+    low, high = extremes(x) or (0, 0)
     if high >= classes or (low < 0 and low != -100):
         raise InputError(f"labels: {high if high >= classes else low} is not a class (0 to {classes - 1}, or -100)")
 
 
-def check_choice_tokens(low: int, high: int, length: int) -> None:
-    """A choice is scored at one of its tokens; `low` and `high` are the extremes."""
-    if low < 0 or high >= length:
+def check_choice_tokens(x: Facts, choices: Shape) -> None:
+    """A choice is scored at one of its tokens: (B, C) indices into (B, C, T) ids."""
+    check_shape("mc_token_ids", x.shape, choices[:2])
+    check_integers("mc_token_ids", x)
+    (low, high), length = extremes(x) or (0, 0), choices[2]
+    if length is not None and (low < 0 or high >= length):
         bad = low if low < 0 else high
         raise InputError(f"mc_token_ids: the index {bad} is outside the text (0 to {length - 1})")
 

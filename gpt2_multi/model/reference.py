@@ -35,13 +35,10 @@ def _sigmoid(x: Array) -> Array:
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),  # Hendrycks and Gimpel 2016
-    "gelu_new": _tanh_gelu,
-    "gelu_fast": _tanh_gelu,
-    "gelu_pytorch_tanh": _tanh_gelu,
+    "tanh_gelu": _tanh_gelu,
     "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x * _sigmoid(x),
-    "swish": lambda x: x * _sigmoid(x),
     "tanh": np.tanh,
 }
 
@@ -84,11 +81,7 @@ def _split(config: GPT2Config, x: Array) -> Array:
 
 
 def _attend(config: GPT2Config, layer: int, q: Array, k: Array, v: Array, keep: Array, head_mask: Any) -> Any:
-    scores = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
-    if config.scale_attn_weights:
-        scores = scores / math.sqrt(q.shape[-1])
-    if config.scale_attn_by_inverse_layer_idx:
-        scores = scores / (layer + 1)
+    scores = q @ k.swapaxes(-1, -2) * config.score_scale(layer)  # (B, H, T, S)
     probs = softmax(np.where(keep, scores, np.finfo(scores.dtype).min))
     probs = probs if head_mask is None else probs * head_mask
     return (probs @ v).swapaxes(1, 2).reshape(len(q), q.shape[2], -1), probs  # (B, T, E), (B, H, T, S)
@@ -127,9 +120,7 @@ def forward(
         x = x + _dense(w, f"h.{i}.attn.c_proj", a)
         if encoder_hidden_states is not None:
             x = x + _cross(config, w, i, x, encoder_hidden_states, encoder_attention_mask, trace)
-        hidden = ACTIVATIONS[config.activation_function](
-            _dense(w, f"h.{i}.mlp.c_fc", _layer_norm(config, w, f"h.{i}.ln_2", x))
-        )
+        hidden = ACTIVATIONS[config.activation](_dense(w, f"h.{i}.mlp.c_fc", _layer_norm(config, w, f"h.{i}.ln_2", x)))
         x = x + _dense(w, f"h.{i}.mlp.c_proj", hidden)
     trace.last_hidden_state = _layer_norm(config, w, "ln_f", x)
     trace.hidden_states.append(trace.last_hidden_state)
@@ -165,7 +156,7 @@ def summary(config: GPT2Config, w: Weights, hidden: Array, mask: Array, mc_token
     if config.summary_use_proj:
         name = "multiple_choice_head.summary"
         pooled = pooled @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-    return np.asarray(ACTIVATIONS[config.summary_activation](pooled) if config.summary_activation else pooled)
+    return np.asarray(ACTIVATIONS[config.summary_function](pooled) if config.summary_function else pooled)
 
 
 def cross_entropy(logits: Array, labels: Array) -> float:

@@ -1,17 +1,83 @@
-"""How each foreign format spells and stores the table of weights; a row of the table is the same in all of them."""
+"""How each format spells and stores the table of weights, and which row of it each tensor of a file is."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from gpt2_multi.model.weights import TORCH, Format, Weight
+from gpt2_multi.errors import CheckpointError, shortened
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import HEADS, Shape, Weight, table, weight_of
 
 Array = np.ndarray[Any, Any]
 
-TF = Format(  # transformers' TFGPT2; its Conv1D has a weight and a bias of (1, n), its Dense layers Keras' names
+
+@dataclass(frozen=True)
+class Spelling:
+    """How one format spells and stores the table: a root before the body's paths, a leaf name per kind, a layout.
+
+    `block` spells `h.{i}`, `first_block` that of layer 0 where it has no number, and `renamed` other paths, those of a
+    block without it. Where that gives several names, each has an equal part of the last dimension. The body's tensors
+    of a kind in `leading_one` have a first dimension of 1; with `unflattened` the named axes have dimensions of their
+    own. With `always_rooted` the bare model has the root too.
+    """
+
+    name: str
+    root: str
+    leaves: Mapping[str, str]
+    transposed: frozenset[str] = frozenset()
+    separator: str = "."
+    block: str = "h.{}"
+    first_block: str | None = None
+    renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    suffix: str = ""
+    leading_one: frozenset[str] = frozenset()
+    unflattened: bool = False
+    always_rooted: bool = False
+
+    def spell(self, weight: Weight, rooted: bool = True) -> str:
+        """The name of `weight` in this format, with the root in front of the body's tensors if `rooted`."""
+        return self.spellings(weight, rooted)[0]
+
+    def spellings(self, weight: Weight, rooted: bool = True) -> tuple[str, ...]:
+        """The names of all tensors that `weight` is in this format, one as a rule."""
+        block = re.match(r"h\.(\d+)\.", weight.path)
+        path = weight.path[block.end() :] if block else weight.path
+        before = self.root if weight.in_body and (rooted or self.always_rooted) else ""
+        before += self._block(block[1]) + self.separator if block else ""
+        leaf = self.leaves[weight.kind]
+        after = (self.separator + leaf if leaf else "") + self.suffix
+        return tuple(before + name + after for name in self.renamed.get(path, (path.replace(".", self.separator),)))
+
+    def _block(self, layer: str) -> str:
+        return self.first_block if self.first_block and layer == "0" else self.block.format(layer)
+
+    def shape(self, weight: Weight) -> Shape:
+        """The shape of `weight` as this format stores it, of each part of it where there are several."""
+        shape = weight.shape[::-1] if weight.kind in self.transposed else weight.shape
+        if self.unflattened:
+            named = zip(weight.axes, weight.lengths, strict=True)
+            shape = tuple(n for axes, lengths in named for axis, n in zip(axes, lengths, strict=True) if axis != "qkv")
+        return (1, *shape) if weight.in_body and weight.kind in self.leading_one else shape
+
+    def layout(self, weight: Weight, array: Any) -> Any:
+        """Turn `array` from the table's layout into this format's, or back: both are the same transposition."""
+        return array.T if weight.kind in self.transposed else array
+
+
+_WEIGHT_BIAS = dict(embedding="weight", kernel="weight", linear="weight", bias="bias", scale="weight", shift="bias")
+
+TRANSFORMERS = Spelling("transformers", "transformer.", _WEIGHT_BIAS)
+TORCH = Spelling("torch", "transformer.", _WEIGHT_BIAS, transposed=frozenset({"kernel"}))  # nn.Linear is (out, in)
+_KERAS = dict(embedding="embeddings", kernel="kernel", linear="kernel", bias="bias", scale="gamma", shift="beta")
+KERAS = Spelling("keras", "transformer.", _KERAS, transposed=frozenset({"linear"}))  # Dense is (in, out)
+_FLAX = dict(embedding="embedding", kernel="kernel", linear="kernel", bias="bias", scale="scale", shift="bias")
+FLAX = Spelling("flax", "transformer.", _FLAX, transposed=frozenset({"linear"}))
+TF = Spelling(  # transformers' TFGPT2; its Conv1D has a weight and a bias of (1, n), its Dense layers Keras' names
     "tf",
     "transformer/",
     dict(embedding="embeddings", kernel="weight", linear="kernel", bias="bias", scale="gamma", shift="beta"),
@@ -20,9 +86,9 @@ TF = Format(  # transformers' TFGPT2; its Conv1D has a weight and a bias of (1, 
     block="h_._{}",
     suffix=":0",
     always_rooted=True,
-    widened=frozenset({"bias"}),
+    leading_one=frozenset({"bias"}),
 )
-FLAX_FILE = Format(  # transformers' FlaxGPT2, whose FlaxConv1D stores (out, in)
+FLAX_FILE = Spelling(  # transformers' FlaxGPT2, whose FlaxConv1D stores (out, in)
     "flax",
     "transformer/",
     dict(embedding="embedding", kernel="kernel", linear="kernel", bias="bias", scale="scale", shift="bias"),
@@ -30,19 +96,19 @@ FLAX_FILE = Format(  # transformers' FlaxGPT2, whose FlaxConv1D stores (out, in)
     separator="/",
     block="h/{}",
 )
-OPENAI = Format(  # OpenAI's model.py: conv1d of (1, in, out)
+OPENAI = Spelling(  # OpenAI's model.py: conv1d of (1, in, out)
     "openai",
     "model/",
     dict(embedding="", kernel="w", linear="", bias="b", scale="g", shift="b"),
     separator="/",
     block="h{}",
     always_rooted=True,
-    widened=frozenset({"kernel"}),
+    leading_one=frozenset({"kernel"}),
 )
 NANOGPT = replace(TORCH, always_rooted=True)
 _VARS = dict(embedding="vars/0", kernel="vars/0", linear="vars/0", bias="vars/1", scale="vars/0", shift="vars/1")
 _ATTENTION, _FEEDFORWARD = "_self_attention_layer", "_feedforward"
-KERAS_HUB = Format(
+KERAS_HUB = Spelling(
     "keras-hub",
     "layers/",
     _VARS,
@@ -63,7 +129,7 @@ KERAS_HUB = Format(
     unflattened=True,
     always_rooted=True,
 )
-KERAS_WEIGHTS = Format(  # what `save_weights` makes of gpt2_multi.tf; a head is a Dense layer, whatever it is for
+KERAS_WEIGHTS = Spelling(  # what `save_weights` makes of gpt2_multi.tf; a head is a Dense layer, whatever it is for
     "keras-weights",
     "layers/tfgpt2_model/",
     _VARS,
@@ -83,17 +149,89 @@ KERAS_WEIGHTS = Format(  # what `save_weights` makes of gpt2_multi.tf; a head is
     },
 )
 
+# The causal mask that old PyTorch checkpoints carry as a buffer: known, and dropped.
+MASK_BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias|masked_bias)")
 
-def parts(form: Format, weight: Weight, array: Array) -> list[Array]:
+
+def match(
+    found: Mapping[str, Shape], config: GPT2Config, head: str, spelling: Spelling, source: str
+) -> dict[str, Weight]:
+    """Which row of the table each tensor of a checkpoint is: name in `spelling` -> Weight.
+
+    Strict: raises CheckpointError for a missing, an unexpected or a wrongly shaped tensor, naming `source`. Old masks
+    and a head that this model does not have are dropped; so is a tied `lm_head.weight`, which the caller has to compare
+    with `wte`. The root prefix may be missing from all names, or be there although the model is the bare one. A task
+    head that is missing as a whole is left out of the answer: fine-tuning starts so, and the caller initialises it.
+    """
+    wanted = named_rows(found, config, head, spelling, source)
+    fresh = {name for name, weight in wanted.items() if not weight.in_body and weight.path != "lm_head"}
+    if not fresh & set(found):
+        wanted = {name: weight for name, weight in wanted.items() if name not in fresh}
+    _refuse(source, "lacks", [_both(name, weight) for name, weight in wanted.items() if name not in found])
+    known = wanted.keys() | _heads(config, spelling)
+    extra = [name for name in found if name not in known and not MASK_BUFFERS.fullmatch(name)]
+    _refuse(source, "has unexpected", extra)
+    for name, weight in wanted.items():
+        if tuple(found[name]) != spelling.shape(weight):
+            raise CheckpointError(
+                f"{source}: {_both(name, weight)} has shape {tuple(found[name])}, expected {spelling.shape(weight)} by "
+                "config.json; the weights and config.json belong to different models"
+            )
+    return wanted
+
+
+def named_rows(
+    found: Collection[str], config: GPT2Config, head: str, spelling: Spelling, source: str
+) -> dict[str, Weight]:
+    """The rows of the table by the names that a file in `spelling` has for them, with the root if any name has it.
+
+    Raises CheckpointError for far more layers than the file can have, a table of which would be absurd.
+    """
+    if config.n_layer > max(1000, len(found)):
+        raise CheckpointError(
+            f"{source} has {len(found)} tensors, too few for the {shortened(str(config.n_layer))} layers of its "
+            "configuration; the weights and config.json belong to different models"
+        )
+    rooted = any(name.startswith(spelling.root) for name in found)
+    return {name: weight for weight in table(config, head) for name in spelling.spellings(weight, rooted)}
+
+
+def is_known_extra(name: str, config: GPT2Config, spelling: Spelling) -> bool:
+    """Whether a tensor that a model does not have may be in its file: an old mask, or another head."""
+    return bool(MASK_BUFFERS.fullmatch(name)) or name in _heads(config, spelling)
+
+
+def _heads(config: GPT2Config, spelling: Spelling) -> set[str]:
+    return {
+        name for rows in HEADS.values() for param in rows for name in spelling.spellings(weight_of(param, config, None))
+    }
+
+
+def _both(name: str, weight: Weight) -> str:
+    return name if name == weight.name else f"{name} ({weight.name} in the table)"
+
+
+def _refuse(source: str, verb: str, names: Iterable[str]) -> None:
+    names = [shortened(name) for name in sorted(names)]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        tensors = "the tensor" if len(names) == 1 else f"{len(names)} tensors:"
+        raise CheckpointError(
+            f"{source} {verb} {tensors} {', '.join(names[:3])}{more}; it is not a checkpoint of this configuration and "
+            "class: check n_layer, add_cross_attention, tie_word_embeddings and the class that you load it with"
+        )
+
+
+def parts_of(spelling: Spelling, weight: Weight, array: Array) -> list[Array]:
     """A row of the table in this format's shape and layout: a part per name."""
-    count = len(form.spellings(weight))
-    return [form.layout(weight, part).reshape(form.shape(weight)) for part in np.split(array, count, -1)]
+    count = len(spelling.spellings(weight))
+    return [spelling.layout(weight, part).reshape(spelling.shape(weight)) for part in np.split(array, count, -1)]
 
 
-def row(form: Format, weight: Weight, found: list[Array]) -> Array:
+def row_of(spelling: Spelling, weight: Weight, found: list[Array]) -> Array:
     """A row of the table from its parts in this format. One part is not copied."""
     *others, last = weight.shape
     shape = (*others, last // len(found))
-    shape = shape[::-1] if weight.kind in form.transposed else shape
-    rows: list[Array] = [form.layout(weight, part.reshape(shape)) for part in found]
+    shape = shape[::-1] if weight.kind in spelling.transposed else shape
+    rows: list[Array] = [spelling.layout(weight, part.reshape(shape)) for part in found]
     return rows[0] if len(rows) == 1 else np.concatenate(rows, -1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.pt.loading import replace_parameter
+from gpt2_multi.pt.layers import replace_parameter
 
 Pair = tuple[Tensor, Tensor]
 
@@ -192,9 +192,7 @@ class BaseAttention(nn.Module):
         self.config = config
         self.layer = layer
         self.head_dim = config.n_embd // config.n_head
-        self.scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer + 1
+        self.scale = config.score_scale(layer)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def attend(
@@ -224,8 +222,7 @@ class Attention(BaseAttention):
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__(config, layer)
-        pruned = config.pruned_heads.get(layer, ())
-        self.present = [head for head in range(config.n_head) if head not in pruned]
+        self.present = config.heads(layer)
         inner = self.head_dim * len(self.present)
         self.c_attn = nn.Linear(config.n_embd, 3 * inner)
         self.c_proj = nn.Linear(inner, config.n_embd)

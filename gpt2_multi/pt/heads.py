@@ -23,8 +23,8 @@ from gpt2_multi.model.outputs import (
     TokenClassifierOutput,
 )
 from gpt2_multi.pt.attention import KVCache, Pair
-from gpt2_multi.pt.checks import extremes
 from gpt2_multi.pt.generation import generate as generation
+from gpt2_multi.pt.layers import facts
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, recast
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
@@ -119,7 +119,7 @@ class SequenceSummary(nn.Module):
         """(B, C, T, E) hidden states and (B, C, T) mask -> (B, C, 1), or (B, C, E) without `summary_proj_to_labels`."""
         x = self.dropout(self._pool(hidden, mask, mc_token_ids))
         x = self.summary(x) if self.config.summary_use_proj else x
-        return ACTIVATIONS[self.config.summary_activation](x) if self.config.summary_activation else x
+        return ACTIVATIONS[self.config.summary_function](x) if self.config.summary_function else x
 
     def _pool(self, hidden: Tensor, mask: Tensor, mc_token_ids: Tensor | None) -> Tensor:
         kind = self.config.summary_type
@@ -180,12 +180,10 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         hidden = outputs.last_hidden_state.view(*choices, self.config.n_embd)  # (B, C, T, E)
         mask = hidden.new_ones(choices) if attention_mask is None else attention_mask[..., -choices[-1] :]
         if mc_token_ids is not None:
-            inputs.check_shape("mc_token_ids", mc_token_ids.shape, choices[:2])
-            inputs.check_choice_tokens(*extremes(mc_token_ids), choices[2])
-        logits = recast(self.lm_head, self.transformer.compute_dtype, hidden)
-        scores = recast(self.multiple_choice_head, self.transformer.compute_dtype, hidden, mask, mc_token_ids).squeeze(
-            -1
-        )
+            inputs.check_choice_tokens(facts("mc_token_ids", mc_token_ids), choices)
+        dtype = self.transformer.compute_dtype
+        logits = recast(self.lm_head, dtype, hidden)
+        scores = recast(self.multiple_choice_head, dtype, hidden, mask, mc_token_ids).squeeze(-1)
         output = GPT2DoubleHeadsModelOutput(
             None if labels is None else lm_loss(logits, labels, mask),
             None if mc_labels is None else cross_entropy(scores, mc_labels),
@@ -259,7 +257,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
         super().__init__(config)
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
-            self.dropout = nn.Dropout(classifier_dropout(config))
+            self.dropout = nn.Dropout(config.classifier_dropout)
             self.classifier = nn.Linear(config.n_embd, config.num_labels)
 
     def forward(
@@ -327,12 +325,6 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
             loss = span_loss(start, end, start_positions, end_positions)
         output = QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states, outputs.attentions)
         return give(self.config, output, return_dict)
-
-
-def classifier_dropout(config: GPT2Config) -> float:
-    """The dropout before the token classifier: a key that a file may have, 0.1 otherwise, as in transformers."""
-    given = config.extra.get("classifier_dropout", config.extra.get("hidden_dropout"))
-    return 0.1 if given is None else float(given)
 
 
 def present(mask: Tensor | None, labels: Tensor) -> Tensor | None:

@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.files.folders import replaced
-from gpt2_multi.files.hub import resolve
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.model.checkpoint import is_model_file, read_config, read_weights, write_weights
-from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import TORCH, Weight, table
-
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_NUMPY = {
-    torch.float64: np.dtype(np.float64),
-    torch.float32: np.dtype(np.float32),
-    torch.float16: np.dtype(np.float16),
-    torch.bfloat16: _BFLOAT16,
-}
-
-
-def as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype by itself or by its name, such as "bfloat16"; None stays None."""
-    if dtype is None:
-        return None
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found not in _NUMPY:
-        raise InputError(f"{name}: expected float64, float32, float16 or bfloat16, found {dtype!r}")
-    return found
-
-
-def to_torch(array: np.ndarray[Any, Any]) -> Tensor:
-    """A tensor on the array's memory, bfloat16 included."""
-    if array.dtype == _BFLOAT16:  # which torch.from_numpy does not know
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """An array with the tensor's values, bfloat16 included, on its memory where that is the CPU's."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(_BFLOAT16)
-    return tensor.numpy()
+from gpt2_multi.model.checkpoint import load, read_weights, save, warn_of_fresh
+from gpt2_multi.model.config import GPT2Config, check_config
+from gpt2_multi.model.spelling import TORCH
+from gpt2_multi.model.weights import Weight, table
+from gpt2_multi.pt.layers import NUMPY, as_dtype, initialise, replace_parameter, to_numpy, to_torch
 
 
 class GPT2PreTrainedModel(nn.Module):
@@ -63,13 +28,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        given: object = config  # transformers has a class of the same name
-        if not isinstance(given, GPT2Config):
-            raise InputError(
-                f"config: expected gpt2_multi.GPT2Config, found {type(given).__module__}.{type(given).__name__}; "
-                "GPT2Config.from_dict(config.to_dict()) makes one"
-            )
-        self.config = config
+        self.config = check_config(config)
 
     @property
     def body(self) -> Any:
@@ -130,32 +89,28 @@ class GPT2PreTrainedModel(nn.Module):
         but mapped into memory. `overrides` change settings of the configuration. A task head that the files lack is
         initialised anew, with a warning. Raises CheckpointError or ConfigError for anything that does not fit.
         """
-        folder = resolve(
-            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        config = read_config(folder, **overrides)
+        folder, config, arrays = load(
+            name_or_path, cls.head, overrides, revision=revision, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )  # fmt: skip
         stored = torch_dtype if param_dtype is None else param_dtype
         stored = as_dtype("param_dtype", config.dtype if stored == "auto" else stored) or torch.get_default_dtype()
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation)
         with torch.device("meta"):
             model = cls(config, **options)
-        model._assign(read_weights(folder, config, cls.head), stored, str(folder))
+        model._assign(arrays, stored)
         if model.generation_config is not None:
             model.generation_config = GenerationConfig.from_pretrained(folder, config)
         return model.eval()
 
-    def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtype: torch.dtype, source: str) -> None:
-        tensors, fresh = {}, []
+    def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtype: torch.dtype) -> None:
+        tensors = {}
         for weight in table(self.config, self.head):
             if weight.name in arrays:
                 tensor = TORCH.layout(weight, to_torch(arrays[weight.name]).to(dtype))
             else:
                 tensor = initialise(weight, torch.empty(weight.shape, dtype=dtype, device="cpu"))
-                fresh.append(weight.name)
             tensors[TORCH.spell(weight, self.head != "base")] = tensor
-        if fresh:
-            names = " and ".join(fresh)
-            warnings.warn(f"{source} has no {names}: initialised anew; train the model before you use it", stacklevel=3)
         self.load_state_dict(tensors, strict=False, assign=True)  # every row is there; a tied lm_head is not
         self.tie_weights()
 
@@ -169,11 +124,8 @@ class GPT2PreTrainedModel(nn.Module):
         config = self.config.replace(
             architectures=[type(self).__name__], dtype=str(self.parameter(table(self.config, self.head)[0]).dtype)
         )
-        with replaced(folder, is_model_file) as stage:
-            config.save_pretrained(stage)
-            if self.generation_config is not None:
-                self.generation_config.save_pretrained(stage)
-            write_weights(stage, map(self._source, table(config, self.head)), self.head, max_shard_size=max_shard_size)
+        sources = map(self._source, table(config, self.head))
+        save(folder, config, self.generation_config, sources, self.head, max_shard_size)
 
     def _check_tie(self) -> None:
         if not self.config.tie_word_embeddings or not hasattr(self, "lm_head"):
@@ -187,7 +139,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def _source(self, weight: Weight) -> Any:
         parameter = self.parameter(weight)
-        return weight, _NUMPY[parameter.dtype], lambda: TORCH.layout(weight, to_numpy(parameter))
+        return weight, NUMPY[parameter.dtype], lambda: TORCH.layout(weight, to_numpy(parameter))
 
     def tie_weights(self) -> None:
         """Let the language-model head be the token embedding, where the configuration ties them."""
@@ -249,27 +201,14 @@ class GPT2PreTrainedModel(nn.Module):
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
-        gone = {layer: set(heads) for layer, heads in self.config.pruned_heads.items()}
-        for layer, heads in heads_to_prune.items():
-            gone[layer] = gone.get(layer, set()) | set(heads)
-        self.config.pruned_heads = {layer: sorted(heads) for layer, heads in gone.items() if heads}
+        self.config.pruned_heads = self.config.pruned(heads_to_prune)
         for layer, heads in heads_to_prune.items():
             self.body.h[layer].attn.prune(heads)
-
-
-def initialise(weight: Weight, tensor: Tensor) -> Tensor:
-    """Fill a new tensor as the table says."""
-    return tensor.normal_(std=weight.std) if weight.std else tensor.fill_(weight.constant)
 
 
 def _resized(rows: Tensor, number: int) -> Tensor:
     extra = max(number - len(rows), 0)
     return torch.cat([rows[:number], rows.mean(0, keepdim=True).expand(extra, -1)])
-
-
-def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give a parameter another value and shape; a frozen one stays frozen."""
-    setattr(module, name, nn.Parameter(value, getattr(module, name).requires_grad))
 
 
 def load_tf_weights_in_gpt2(
@@ -282,7 +221,8 @@ def load_tf_weights_in_gpt2(
     """
     where = os.fspath(path if gpt2_checkpoint_path is None else gpt2_checkpoint_path)
     arrays = read_weights(where, model.config, model.head)
-    model._assign(arrays, next(model.parameters()).dtype, where)
+    warn_of_fresh(arrays, model.config, model.head, where, stacklevel=3)
+    model._assign(arrays, next(model.parameters()).dtype)
     return model
 
 

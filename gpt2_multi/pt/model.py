@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
-from gpt2_multi.pt import checks
 from gpt2_multi.pt.attention import (
     Attention,
     Context,
@@ -30,7 +29,8 @@ from gpt2_multi.pt.attention import (
     positions,
     score_dtype,
 )
-from gpt2_multi.pt.loading import GPT2PreTrainedModel, as_dtype
+from gpt2_multi.pt.layers import as_dtype, facts
+from gpt2_multi.pt.loading import GPT2PreTrainedModel
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -41,13 +41,10 @@ def quick_gelu(x: Tensor) -> Tensor:
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_new": _tanh_gelu,
-    "gelu_fast": _tanh_gelu,
-    "gelu_pytorch_tanh": _tanh_gelu,
+    "tanh_gelu": _tanh_gelu,
     "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
-    "swish": F.silu,
     "tanh": torch.tanh,
 }
 
@@ -60,7 +57,7 @@ class MLP(nn.Module):
         inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, inner)
         self.c_proj = nn.Linear(inner, config.n_embd)
-        self.act = ACTIVATIONS[config.activation_function]
+        self.act = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,22 +171,18 @@ class GPT2Model(GPT2PreTrainedModel):
 
         Raises InputError for an id outside the vocabulary, a position beyond `n_positions` and shapes that do not fit.
         """
-        is_checked = torch.compiler.is_compiling() or getattr(past_key_values, "trusted", False)
-        if not is_checked:
-            checks.check_tensors(
+        inputs.check_given(input_ids, inputs_embeds)
+        source = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
+        cache = self._cache(past_key_values, use_cache)
+        if not (torch.compiler.is_compiling() or (cache is not None and cache.trusted)):
+            check_call(
+                self.config, cache, str(self.dtype), (self.wte.num_embeddings, self.wpe.num_embeddings),
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, head_mask=head_mask,
                 position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
             )  # fmt: skip
-            checks.check_past(self, past_key_values)
-        source = checks.check_source(self, input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
         past = cache.length if cache is not None else 0
-        if not is_checked:
-            checks.check_shapes(self, source, attention_mask, token_type_ids, position_ids, head_mask, cache)
-            checks.check_states(self, len(source), encoder_hidden_states, encoder_attention_mask)
         position_ids = positions(source, attention_mask, past) if position_ids is None else position_ids
-        if not is_checked:
-            checks.check_values(self, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
         x = self.embed(source, position_ids, token_type_ids)
         context = self._context(x, cache, attention_mask, encoder_hidden_states, encoder_attention_mask)
         self._wanted(context, output_attentions, output_hidden_states)
@@ -228,10 +221,8 @@ class GPT2Model(GPT2PreTrainedModel):
             if use_cache:
                 warnings.warn("use_cache is off: blocks recomputed by checkpointing cannot cache", stacklevel=4)
             return None
-        if isinstance(past, KVCache):
-            return past.fork()
         if past is not None:
-            return KVCache([(layer[0], layer[1]) for layer in past], past[0][0].shape[2])
+            return past if isinstance(past, KVCache) and past.trusted else as_cache(past, len(self.h)).fork()
         return KVCache() if (self.config.use_cache if use_cache is None else use_cache) else None
 
     def _context(
@@ -264,6 +255,34 @@ class GPT2Model(GPT2PreTrainedModel):
             rows = head_mask.to(self.dtype).expand(len(self.h), -1)[:, None, :, None, None]  # (n_layer, 1, H, 1, 1)
         present = (attn.present for attn in self.attentions())
         return [row if row.shape[1] == 1 else row[:, heads] for row, heads in zip(rows, present, strict=True)]
+
+
+def check_call(
+    config: GPT2Config, cache: KVCache | None, dtype: str, tables: tuple[int, int], **given: Tensor | None
+) -> None:
+    """Everything that the body was given has to fit its configuration, the others and the cache."""
+    found = {name: facts(name, x) for name, x in given.items() if x is not None}
+    batch, length = inputs.check_source(config, found).shape[:2]
+    past = cache.length if cache is not None else 0
+    if cache is not None and cache.layers:
+        key = cache.layers[0][0]
+        inputs.check_cache(key.shape[0], str(key.dtype), batch, dtype)
+        if cache.capacity is not None:
+            inputs.check_room(length, past, cache.capacity)
+    inputs.check_call(config, found, tables, past, past + (length or 0))
+
+
+def as_cache(past: KVCache | Sequence[Pair], layers: int) -> KVCache:
+    """A cache, or a (key, value) pair for each layer, each (B, H, S, D), as a cache; a new one may still be empty."""
+    pairs = past.layers if isinstance(past, KVCache) else past
+    fits = isinstance(pairs, (list, tuple)) and len(pairs) == layers and all(map(_is_pair, pairs))
+    inputs.check_past(past, fits or (isinstance(past, KVCache) and not pairs), layers)
+    return past if isinstance(past, KVCache) else KVCache([(pair[0], pair[1]) for pair in past], past[0][0].shape[2])
+
+
+def _is_pair(layer: object) -> bool:
+    parts = layer[:2] if isinstance(layer, (list, tuple)) else ()
+    return len(parts) == 2 and all(isinstance(x, Tensor) and x.dim() == 4 for x in parts)
 
 
 def note(kept: list[Tensor] | None, value: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import upcast
+from gpt2_multi.pt.layers import facts
 
 IGNORED = -100
 
@@ -22,7 +23,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None) ->
     A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0.
     """
     labels = labels.to(logits.device).long()
-    check_labels(labels, logits)
+    inputs.check_labels(facts("labels", labels), logits.shape)
     if mask is not None:
         labels = labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
     logits = upcast(logits)
@@ -30,20 +31,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None) ->
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Labels (...) have to fit logits (..., K) in shape, and be classes or -100."""
-    inputs.check_shape("labels", labels.shape, logits.shape[:-1])
-    if labels.numel() and not torch.compiler.is_compiling():
-        low, high = labels.aminmax()
-        inputs.check_labels(int(low), int(high), logits.shape[-1])
-
-
 def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
     """Next-token cross-entropy: (..., T, V) logits, (..., T) labels, shifted here.
 
     A token that the mask hides neither is predicted nor predicts.
     """
-    check_labels(labels, logits)
+    inputs.check_labels(facts("labels", labels), logits.shape)
     kept = None if mask is None else (mask != 0) & (mask.roll(-1, -1) != 0)
     labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # the labels move: to cut the logits would copy them
     return cross_entropy(logits, labels, kept)

@@ -189,9 +189,7 @@ class _Attention(keras.layers.Layer):
         self.config = config
         self.layer = layer
         self.head_dim = config.n_embd // config.n_head
-        self.scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer + 1
+        self.scale = config.score_scale(layer)
         self.attn_dropout = keras.layers.Dropout(config.attn_pdrop, dtype=self.dtype_policy)
         self.resid_dropout = keras.layers.Dropout(config.resid_pdrop, dtype=self.dtype_policy)
 
@@ -212,8 +210,7 @@ class Attention(_Attention):
 
     def __init__(self, config: GPT2Config, layer: int, **options: Any) -> None:
         super().__init__(config, layer, **options)
-        pruned = config.pruned_heads.get(layer, ())
-        self.present = [head for head in range(config.n_head) if head not in pruned]
+        self.present = config.heads(layer)
         inner = self.head_dim * len(self.present)
         self.c_attn = dense(config.n_embd, 3 * inner, "c_attn", self.dtype_policy)
         self.c_proj = dense(inner, config.n_embd, "c_proj", self.dtype_policy)

@@ -23,11 +23,10 @@ from gpt2_multi.model.outputs import (
     TokenClassifierOutput,
 )
 from gpt2_multi.tf.attention import KVCache, Pair, sizes
-from gpt2_multi.tf.checks import check_integers, extremes, is_concrete, shape
 from gpt2_multi.tf.fit.policies import Policy
 from gpt2_multi.tf.generation import generate as generation
 from gpt2_multi.tf.generation import scoring
-from gpt2_multi.tf.layers import dense
+from gpt2_multi.tf.layers import dense, facts
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 from gpt2_multi.tf.model import ACTIVATIONS, TFGPT2Model, give
 from gpt2_multi.tf.serve import export
@@ -131,7 +130,7 @@ class SequenceSummary(keras.layers.Layer):
         """(B, C, T, E) hidden states and (B, C, T) mask -> (B, C, 1), or (B, C, E) without `summary_proj_to_labels`."""
         x = self.dropout(self._pool(hidden, keep, mc_token_ids))
         x = self.summary(x) if self.config.summary_use_proj else x
-        return ACTIVATIONS[self.config.summary_activation](x) if self.config.summary_activation else x
+        return ACTIVATIONS[self.config.summary_function](x) if self.config.summary_function else x
 
     def _pool(self, hidden: tf.Tensor, mask: tf.Tensor, mc_token_ids: tf.Tensor | None) -> tf.Tensor:
         kind = self.config.summary_type
@@ -186,7 +185,7 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         """
         source: Any = input_ids if input_ids is not None else inputs_embeds
         inputs.check_given(input_ids, inputs_embeds)
-        inputs.check_choices(shape(source), 4 if input_ids is None else 3)
+        inputs.check_choices(facts("input_ids", source).shape, 4 if input_ids is None else 3)
         choices = sizes(source)[:3]
         outputs = self.transformer(
             rows(input_ids), past_key_values, rows(attention_mask), rows(token_type_ids), rows(position_ids), head_mask,
@@ -195,10 +194,7 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         hidden = tf.reshape(outputs.last_hidden_state, (*choices, self.config.n_embd))  # (B, C, T, E)
         mask = tf.ones(choices, tf.int32) if attention_mask is None else attention_mask[..., -choices[2] :]
         if mc_token_ids is not None:
-            inputs.check_shape("mc_token_ids", shape(mc_token_ids, *source.shape[:2]), source.shape[:2])
-            check_integers("mc_token_ids", mc_token_ids)
-            if is_concrete(mc_token_ids):
-                inputs.check_choice_tokens(*extremes(mc_token_ids), choices[2])
+            inputs.check_choice_tokens(facts("mc_token_ids", mc_token_ids), source.shape[:3])
         logits = lm_logits(self, hidden)
         scores = self.multiple_choice_head(hidden, keep=mask, mc_token_ids=mc_token_ids)
         scores = tf.squeeze(scores, -1) if scores.shape[-1] == 1 else scores
@@ -275,7 +271,7 @@ class TFGPT2ForTokenClassification(TFGPT2PreTrainedModel):
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
-        self.dropout = keras.layers.Dropout(classifier_dropout(config), dtype=self.dtype_policy)
+        self.dropout = keras.layers.Dropout(config.classifier_dropout, dtype=self.dtype_policy)
         self.classifier = dense(config.n_embd, config.num_labels, "classifier", self.dtype_policy)
         self.initialise()
 
@@ -357,12 +353,6 @@ def lm_logits(model: TFGPT2PreTrainedModel, hidden: tf.Tensor) -> tf.Tensor:
     if wte.quantization_mode is not None:
         return wte(hidden, reverse=True)
     return tf.matmul(hidden, tf.cast(wte.embeddings, hidden.dtype), transpose_b=True)  # Keras would transpose a copy
-
-
-def classifier_dropout(config: GPT2Config) -> float:
-    """The dropout before the token classifier: a key that a file may have, 0.1 otherwise, as in transformers."""
-    given = config.extra.get("classifier_dropout", config.extra.get("hidden_dropout"))
-    return 0.1 if given is None else float(given)
 
 
 def present(mask: tf.Tensor | None, labels: tf.Tensor) -> tf.Tensor | None:

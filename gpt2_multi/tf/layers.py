@@ -10,7 +10,11 @@ import keras
 import optree
 import tensorflow as tf
 
+from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.inputs import Facts
+from gpt2_multi.model.spelling import KERAS
+from gpt2_multi.model.weights import Weight
 
 
 def dense(inputs: int, outputs: int, name: str, policy: keras.DTypePolicy, use_bias: bool = True) -> keras.layers.Dense:
@@ -75,3 +79,27 @@ def register(cls: _Class) -> _Class:
     cls.__tf_unflatten__ = staticmethod(whole)  # type: ignore[attr-defined]
     optree.register_pytree_node(cls, lambda value: parts(value)[::-1], whole, namespace="keras")  # Keras' own
     return cls
+
+
+def initial(weight: Weight, dtype: str) -> tf.Tensor:
+    """A first value as the table says, in Keras' layout."""
+    shape = KERAS.shape(weight)
+    if weight.std:
+        return keras.random.normal(shape, stddev=weight.std, dtype=dtype)
+    return tf.fill(shape, tf.constant(weight.constant, dtype))
+
+
+def facts(name: str, x: Any) -> Facts:
+    """What is known of an input: while a function is traced, its rank and the sizes that are not None."""
+    if not tf.is_tensor(x):
+        raise InputError(f"{name}: expected a tensor, found {type(x).__name__}; use tf.convert_to_tensor")
+    if x.shape.rank is None:
+        raise InputError(f"{name}: found a tensor whose rank is not known while tracing; tell it with tf.ensure_shape")
+    kinds = {tf.int64: "integers", tf.int32: "integers", tf.string: "strings"}
+    kind = "floats" if x.dtype.is_floating else kinds.get(x.dtype, "others")
+    return Facts(tuple(x.shape), x.dtype.name, kind, lambda: x.numpy() if is_concrete(x) else None)
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether a tensor has values already."""
+    return bool(hasattr(x, "numpy")) and tf.executing_eagerly()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict
@@ -13,18 +12,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.files.folders import replaced
-from gpt2_multi.files.hub import resolve
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.model.checkpoint import is_model_file, read_config, read_weights, write_weights
-from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.checkpoint import load, save
+from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
-from gpt2_multi.model.weights import KERAS, Weight, table
+from gpt2_multi.model.spelling import KERAS
+from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.tf.fit import fitting, quantization
 from gpt2_multi.tf.fit.arguments import as_keywords
 from gpt2_multi.tf.fit.policies import Policy, policy_of
-from gpt2_multi.tf.layers import replace_variable
+from gpt2_multi.tf.layers import initial, replace_variable
 
 _READING = ContextVar("_READING", default=False)  # a file's values will follow: random ones would cost half the time
 
@@ -52,18 +49,12 @@ class TFGPT2PreTrainedModel(keras.Model):
     ) -> None:
         policy = policy_of(dtype, param_dtype)
         super().__init__(dtype=policy, name=name, autocast=False, **options)  # or labels would lose digits
-        given: object = config  # transformers has a class of the same name
-        if not isinstance(given, GPT2Config):
-            raise InputError(
-                f"config: expected gpt2_multi.GPT2Config, found {type(given).__module__}.{type(given).__name__}; "
-                "GPT2Config.from_dict(config.to_dict()) makes one"
-            )
-        self.config = config
+        self.config = check_config(config)
 
     def initialise(self) -> None:
         """Give every variable its path, and its first value as the table says, unless the body did that."""
         for weight in table(self.config, self.head):
-            variable = self.variable(weight)
+            variable = self.parameter(weight)
             variable._path = f"{self.name}/{KERAS.spell(weight, self.head != 'base').replace('.', '/')}"
             if not _READING.get() and (self.head == "base" or not weight.in_body):
                 variable.assign(initial(weight, self.variable_dtype))
@@ -87,7 +78,7 @@ class TFGPT2PreTrainedModel(keras.Model):
         """Every layer that has weights, by its name in the table."""
         return {weight.path: self.owner(weight) for weight in table(self.config, self.head)}
 
-    def variable(self, weight: Weight) -> Any:
+    def parameter(self, weight: Weight) -> Any:
         """The variable that a row of the table is; with LoRA, its value with the update merged in."""
         return getattr(self.owner(weight), KERAS.leaves[weight.kind])
 
@@ -149,33 +140,27 @@ class TFGPT2PreTrainedModel(keras.Model):
         such as "mixed_bfloat16". `overrides` change settings of the configuration. A task head that the files lack is
         initialised anew, with a warning. Raises CheckpointError or ConfigError for anything that does not fit.
         """
-        folder = resolve(
-            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        config = read_config(folder, **overrides)
+        folder, config, arrays = load(
+            name_or_path, cls.head, overrides, revision=revision, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )  # fmt: skip
         stored = (config.dtype or keras.config.floatx()) if param_dtype == "auto" else param_dtype
-        arrays = read_weights(folder, config, cls.head)
         reading = _READING.set(True)
         try:
             model = cls(config, dtype=dtype, param_dtype=stored, name=name)
         finally:
             _READING.reset(reading)
-        model._assign(arrays, str(folder))
+        model._assign(arrays)
         if model.generation_config is not None:
             model.generation_config = GenerationConfig.from_pretrained(folder, config)
         return model
 
-    def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], source: str) -> None:
-        fresh = []
+    def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         for weight in table(self.config, self.head):
             if weight.name in arrays:
-                self.variable(weight).assign(KERAS.layout(weight, arrays[weight.name]))
+                self.parameter(weight).assign(KERAS.layout(weight, arrays[weight.name]))
             else:
-                self.variable(weight).assign(initial(weight, self.variable_dtype))
-                fresh.append(weight.name)
-        if fresh:
-            names = " and ".join(fresh)
-            warnings.warn(f"{source} has no {names}: initialised anew; train the model before you use it", stacklevel=3)
+                self.parameter(weight).assign(initial(weight, self.variable_dtype))
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
@@ -184,16 +169,15 @@ class TFGPT2PreTrainedModel(keras.Model):
         updates are merged in. Raises CheckpointError, and leaves what was there, where a tensor is not what the
         configuration says, or the model is quantized.
         """
-        refuse_quantized(self, "saved as safetensors; save it as .keras, or save it before you quantize it")
+        quantization.refuse_quantized(
+            self, "saved as safetensors; save it as .keras, or save it before you quantize it"
+        )
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("TF")], dtype=self.variable_dtype)
-        with replaced(folder, is_model_file) as stage:
-            config.save_pretrained(stage)
-            if self.generation_config is not None:
-                self.generation_config.save_pretrained(stage)
-            write_weights(stage, map(self._source, table(config, self.head)), self.head, max_shard_size=max_shard_size)
+        sources = map(self._source, table(config, self.head))
+        save(folder, config, self.generation_config, sources, self.head, max_shard_size)
 
     def _source(self, weight: Weight) -> Any:
-        value = self.variable(weight)
+        value = self.parameter(weight)
         dtype = tf.as_dtype(keras.backend.standardize_dtype(value.dtype)).as_numpy_dtype
         return weight, np.dtype(dtype), lambda: KERAS.layout(weight, tf.convert_to_tensor(value).numpy())
 
@@ -215,7 +199,7 @@ class TFGPT2PreTrainedModel(keras.Model):
         """
         if new_num_tokens is None:
             return self.get_input_embeddings()
-        refuse_adapted(self, "resized")
+        quantization.refuse_adapted(self, "resized")
         self.config.vocab_size = new_num_tokens
         wte = self.body().wte
         replace_variable(wte, "embeddings", _resized(wte.embeddings, new_num_tokens))
@@ -229,11 +213,8 @@ class TFGPT2PreTrainedModel(keras.Model):
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
-        refuse_adapted(self, "pruned")
-        gone = {layer: set(heads) for layer, heads in self.config.pruned_heads.items()}
-        for layer, heads in heads_to_prune.items():
-            gone[layer] = gone.get(layer, set()) | set(heads)
-        self.config.pruned_heads = {layer: sorted(heads) for layer, heads in gone.items() if heads}
+        quantization.refuse_adapted(self, "pruned")
+        self.config.pruned_heads = self.config.pruned(heads_to_prune)
         for layer, heads in heads_to_prune.items():
             self.body().h[layer].attn.prune(heads)
         self.forget_functions()
@@ -241,27 +222,6 @@ class TFGPT2PreTrainedModel(keras.Model):
     def forget_functions(self) -> None:
         """Forget what was traced with variables that are no more."""
         self.train_function = self.test_function = self.predict_function = None
-
-
-def initial(weight: Weight, dtype: str) -> tf.Tensor:
-    """A first value as the table says, in Keras' layout."""
-    shape = KERAS.shape(weight)
-    if weight.std:
-        return keras.random.normal(shape, stddev=weight.std, dtype=dtype)
-    return tf.fill(shape, tf.constant(weight.constant, dtype))
-
-
-def refuse_quantized(model: keras.Model, what: str) -> None:
-    """Quantized variables are not what the table says."""
-    if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
-        raise CheckpointError(f"{model.name}: a quantized model cannot be {what}")
-
-
-def refuse_adapted(model: keras.Model, what: str) -> None:
-    """LoRA's updates have the shapes that the variables had."""
-    refuse_quantized(model, f"{what}; do it before you quantize the model")
-    if any(getattr(layer, "lora_enabled", False) for layer in model._flatten_layers()):
-        raise CheckpointError(f"{model.name}: a model with LoRA cannot be {what}; save_pretrained merges its updates")
 
 
 def _resized(rows: tf.Tensor, number: int) -> tf.Tensor:

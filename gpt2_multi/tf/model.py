@@ -15,7 +15,6 @@ import tensorflow as tf
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
-from gpt2_multi.tf import checks
 from gpt2_multi.tf.attention import (
     Attention,
     Context,
@@ -29,7 +28,7 @@ from gpt2_multi.tf.attention import (
     sizes,
 )
 from gpt2_multi.tf.fit.policies import Policy
-from gpt2_multi.tf.layers import dense, lookup, norm, register
+from gpt2_multi.tf.layers import dense, facts, lookup, norm, register
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 
 for output_class in Output.__subclasses__():
@@ -53,13 +52,10 @@ def quick_gelu(x: tf.Tensor) -> tf.Tensor:
 
 ACTIVATIONS: Mapping[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "gelu": gelu,
-    "gelu_new": tanh_gelu,
-    "gelu_fast": tanh_gelu,
-    "gelu_pytorch_tanh": tanh_gelu,
+    "tanh_gelu": tanh_gelu,
     "quick_gelu": quick_gelu,
     "relu": tf.nn.relu,
     "silu": tf.nn.silu,
-    "swish": tf.nn.silu,
     "tanh": tf.tanh,
 }
 
@@ -72,7 +68,7 @@ class MLP(keras.layers.Layer):
         inner = config.n_inner or 4 * config.n_embd
         self.c_fc = dense(config.n_embd, inner, "c_fc", self.dtype_policy)
         self.c_proj = dense(inner, config.n_embd, "c_proj", self.dtype_policy)
-        self.act = ACTIVATIONS[config.activation_function]
+        self.act = ACTIVATIONS[config.activation]
         self.dropout = keras.layers.Dropout(config.resid_pdrop, dtype=self.dtype_policy)
         self.built = True
 
@@ -174,13 +170,17 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         Raises InputError for an id outside the vocabulary, a position beyond `n_positions` and shapes that do not fit;
         while a function is traced, for the shapes that are known.
         """
-        source = checks.check_source(self, input_ids, inputs_embeds)
-        past = checks.check_past(self, past_key_values)
-        checks.check_shapes(self, source, attention_mask, token_type_ids, position_ids, head_mask, past)
-        checks.check_states(self, source.shape[0], encoder_hidden_states, encoder_attention_mask)
+        inputs.check_given(input_ids, inputs_embeds)
+        source = inputs_embeds if input_ids is None else input_ids
+        past = as_cache(past_key_values, len(self.h))
+        check_call(
+            self.config, past, self.compute_dtype, (self.wte.input_dim, self.wpe.input_dim),
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, head_mask=head_mask,
+            position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+        )  # fmt: skip
         if position_ids is None:
             position_ids = positions(source, attention_mask, past.length)
-        checks.check_values(self, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
         x = self.embed(source, position_ids, token_type_ids)
         context = self._context(x, past, attention_mask, encoder_hidden_states, encoder_attention_mask)
         self._want(context, output_attentions, output_hidden_states)
@@ -240,6 +240,37 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         present = (attn.present for attn in self.attentions())
         masks = zip(tf.unstack(rows, len(self.h)), present, strict=True)
         return [row if row.shape[1] == 1 else tf.gather(row, heads, axis=1) for row, heads in masks]
+
+
+def check_call(
+    config: GPT2Config, cache: KVCache, dtype: str, tables: tuple[int, int], **given: tf.Tensor | None
+) -> None:
+    """Everything that the body was given has to fit its configuration, the others and the cache, as far as known."""
+    found = {name: facts(name, x) for name, x in given.items() if x is not None}
+    batch, length = inputs.check_source(config, found).shape[:2]
+    past = cache.length if isinstance(cache.length, int) else None
+    if cache.layers:
+        key = cache.layers[0][0]
+        inputs.check_cache(key.shape[0], key.dtype.name, batch, dtype)
+        inputs.check_room(length, past, key.shape[2] if cache.capacity is not None else None)
+    inputs.check_call(config, found, tables, past, None if past is None or length is None else past + length)
+
+
+def as_cache(past: KVCache | Sequence[Pair] | None, layers: int) -> KVCache:
+    """A cache, or a (key, value) pair for each layer, each (B, H, S, D), as a cache; no cache is an empty one."""
+    if past is None or (isinstance(past, KVCache) and not past.layers):
+        return KVCache()
+    pairs = past.layers if isinstance(past, KVCache) else past
+    fits = isinstance(pairs, (list, tuple)) and len(pairs) == layers and all(map(_is_pair, pairs))
+    inputs.check_past(past, fits, layers)
+    return past if isinstance(past, KVCache) else KVCache(tuple((pair[0], pair[1]) for pair in past))
+
+
+def _is_pair(layer: Any) -> bool:
+    if tf.is_tensor(layer):  # as transformers stacks them
+        return bool(layer.shape.rank == 5 and layer.shape[0] == 2)
+    parts = layer[:2] if isinstance(layer, (list, tuple)) else ()
+    return len(parts) == 2 and all(tf.is_tensor(x) and x.shape.rank == 4 for x in parts)
 
 
 def give(config: GPT2Config, output: Any, return_dict: bool | None) -> Any:

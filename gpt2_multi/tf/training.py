@@ -9,8 +9,8 @@ import keras
 import tensorflow as tf
 
 from gpt2_multi.model import inputs
-from gpt2_multi.tf.checks import check_integers, extremes, is_concrete, shape
 from gpt2_multi.tf.fit.strategy import over_replicas
+from gpt2_multi.tf.layers import facts
 
 IGNORED = -100
 UNDECAYED = r"(^|/)(bias|gamma|beta)(/replica_\d+)?(:\d+)?$"  # as TensorFlow names its variables
@@ -22,7 +22,7 @@ def cross_entropy(logits: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor | None =
     A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0. Under a strategy the
     mean is over the labels of all replicas.
     """
-    check_labels(labels, logits)
+    inputs.check_labels(facts("labels", labels), logits.shape)
     counted = labels != IGNORED
     if mask is not None:
         counted &= tf.cast(mask, tf.bool)
@@ -42,21 +42,12 @@ def widened(logits: tf.Tensor) -> tf.Tensor:
     return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
 
 
-def check_labels(labels: tf.Tensor, logits: tf.Tensor) -> None:
-    """Labels (...) have to fit logits (..., K) in shape, and be classes or -100."""
-    expected = logits.shape[:-1]
-    inputs.check_shape("labels", shape(labels, *expected), expected)
-    check_integers("labels", labels)
-    if is_concrete(labels):
-        inputs.check_labels(*extremes(labels), logits.shape[-1])
-
-
 def lm_loss(logits: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
     """Next-token cross-entropy: (..., T, V) logits, (..., T) labels, shifted here.
 
     A token that the mask hides neither is predicted nor predicts.
     """
-    check_labels(labels, logits)
+    inputs.check_labels(facts("labels", labels), logits.shape)
     kept = None
     if mask is not None:
         keep = tf.cast(mask, tf.bool)
@@ -78,18 +69,13 @@ def classification_loss(logits: tf.Tensor, labels: tf.Tensor, problem_type: str 
         return cross_entropy(logits, labels)
     if problem_type == "regression" and labels.shape.rank == 1:
         logits = tf.squeeze(logits, -1)
-    check_fit(labels, logits)
+    inputs.check_shape("labels", facts("labels", labels).shape, logits.shape)
     labels = tf.cast(labels, logits.dtype)
     if problem_type == "regression":
         each = tf.square(logits - labels)
     else:
         each = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
     return mean(tf.reduce_sum(each), tf.cast(tf.size(each), each.dtype))
-
-
-def check_fit(labels: tf.Tensor, logits: tf.Tensor) -> None:
-    """Labels that are numbers have to have the logits' shape."""
-    inputs.check_shape("labels", shape(labels, *logits.shape), logits.shape)
 
 
 def span_loss(start_logits: tf.Tensor, end_logits: tf.Tensor, start: tf.Tensor, end: tf.Tensor) -> tf.Tensor:

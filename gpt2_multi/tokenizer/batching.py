@@ -31,7 +31,7 @@ def check_size(name: str, value: Any, least: int = 0) -> None:
         raise TokenizerError(f"{name}: expected a whole number of at least {least}, found {value!r}")
 
 
-def cut(sizes: Sequence[int], limit: int, strategy: str, stride: int | None, side: str) -> list[list[range]]:
+def truncate(sizes: Sequence[int], limit: int, strategy: str, stride: int | None, side: str) -> list[list[range]]:
     """Which tokens of one or two sequences stay, so that there are at most `limit`.
 
     Args:

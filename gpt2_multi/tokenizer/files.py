@@ -7,18 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
+from gpt2_multi.files import json_files
+from gpt2_multi.files.hub import RENAMED
 from gpt2_multi.files.json_files import write_whole
-
-FILE_PATTERNS = [
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "encoder.json",
-    "vocab.bpe",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-]
 
 
 @dataclass(frozen=True)
@@ -52,16 +43,13 @@ class Vocabulary:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, which with a large vocabulary is large.
 
     Raises:
-        TokenizerError: the file is missing, cannot be read, or is not JSON.
+        TokenizerError: the file is missing, cannot be read, or is not such JSON.
     """
-    try:
-        return json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{path}: expected JSON, found something else ({error}); fetch the file again") from error
+    return json_files.read_json(path, damaged=TokenizerError, missing=TokenizerError, largest=1 << 28)
 
 
 def _read_text(path: Path) -> str:
@@ -149,8 +137,6 @@ def read_folder(folder: Path) -> Vocabulary:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path := folder / name).exists():
             settings = read_json(path)
-            if not isinstance(settings, dict):
-                raise TokenizerError(f"{path}: expected an object, found {_describe(settings)}")
             _merge_added(found, _decoder_tokens(settings.pop("added_tokens_decoder", {}), path))
             found.settings |= {key: _plain(value) for key, value in settings.items()}
     return found
@@ -159,7 +145,7 @@ def read_folder(folder: Path) -> Vocabulary:
 def _read_core(folder: Path) -> Vocabulary:
     if (path := folder / "tokenizer.json").exists():
         return read_tokenizer_json(path)
-    for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+    for vocab, merges in (tuple(RENAMED), tuple(RENAMED.values())):
         if (folder / vocab).exists() or (folder / merges).exists():
             return Vocabulary(read_vocab(folder / vocab), read_merges(folder / merges))
     raise TokenizerError(

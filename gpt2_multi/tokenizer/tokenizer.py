@@ -1,28 +1,26 @@
 """GPT2Tokenizer: GPT-2's byte-level BPE in pure Python, with the calls that transformers' users know."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-from gpt2_multi.errors import TokenizerError
+from gpt2_multi.errors import TokenizerError, nearest
 from gpt2_multi.tokenizer.batching import (
     PADDINGS,
     TRUNCATIONS,
     as_batch,
     check_size,
     choose,
-    cut,
     merge_encodings,
     pad_rows,
+    truncate,
     width_of,
 )
 from gpt2_multi.tokenizer.bpe import BPE
 from gpt2_multi.tokenizer.encoding import BatchEncoding, Row, Span, Tokens, char_spans, repair, to_arrays, unrepaired
 from gpt2_multi.tokenizer.files import (
-    FILE_PATTERNS,
     AddedToken,
     Vocabulary,
     check_merges,
@@ -139,7 +137,7 @@ class GPT2Tokenizer(TokenTable):
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
-            from gpt2_multi.files.hub import resolve
+            from gpt2_multi.files.hub import RENAMED, TOKENIZER, resolve
 
             folder = resolve(
                 str(name_or_path),
@@ -147,7 +145,7 @@ class GPT2Tokenizer(TokenTable):
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
-                allow_patterns=FILE_PATTERNS,
+                allow_patterns=[*TOKENIZER, *RENAMED.values()],
             )
         tokenizer = cls._from_vocabulary(read_folder(folder), overrides)
         tokenizer.name_or_path = str(name_or_path)
@@ -384,7 +382,9 @@ class GPT2Tokenizer(TokenTable):
             room = limit - len(prefix) * len(sequences)
             if strategy and room < 0:
                 raise TokenizerError(f"max_length: expected room for {limit - room} added tokens, found {limit}")
-            for parts in cut([len(tokens.ids) for tokens in sequences], room, strategy, stride, self.truncation_side):
+            for parts in truncate(
+                [len(tokens.ids) for tokens in sequences], room, strategy, stride, self.truncation_side
+            ):
                 rows.append(Row(list(sequences), parts, prefix))
                 owners.append(owner)
         return rows, owners
@@ -483,5 +483,4 @@ def _refuse_unknown(where: str, unknown: Mapping[str, Any], function: Any) -> No
         if name in LEFTOVERS:
             raise TypeError(f"{where} has no argument {name!r}, which only transformers' AutoTokenizer needs; drop it")
         known = [item for item in signature(function).parameters if item not in ("self", "unknown")]
-        near = get_close_matches(name, known, n=1)
-        raise TypeError(f"{where} has no argument {name!r}; {f'did you mean {near[0]!r}?' if near else 'leave it out'}")
+        raise TypeError(f"{where} has no argument {name!r}{nearest(name, known) or '; leave it out'}")

@@ -17,8 +17,8 @@ from gpt2_multi.files.hub import DEMO
 from gpt2_multi.model import reference
 from gpt2_multi.model.checkpoint import read_weights
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import parameter_count
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+from tests.support.fixtures import parameter_count
 from tests.support.shared_data import shared
 
 torch = pytest.importorskip("torch")

@@ -16,10 +16,10 @@ from gpt2_multi.files.containers.safetensors import read_safetensors
 from gpt2_multi.model import reference
 from gpt2_multi.model.checkpoint import write_weights
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import ARCHITECTURES, KINDS
-from gpt2_multi.model.weights import parameter_count, table
+from gpt2_multi.model.formats import ARCHITECTURES, FORMATS
+from gpt2_multi.model.weights import table
 from tests.support import fixtures
-from tests.support.fixtures import write_model
+from tests.support.fixtures import parameter_count, write_model
 from tests.support.shared_data import shared
 
 LM_FORMATS = {  # folder -> its format, the model whose weights it has, and its head
@@ -122,7 +122,7 @@ def random_model(rng, formats):
         n_layer=rng.choice([1, 2, 11]), n_head=n_head, bos_token_id=0, eos_token_id=0, num_labels=rng.choice([1, 2, 5]),
         activation_function="gelu" if "nanogpt" in formats else "gelu_new", summary_proj_to_labels=rng.random() < 0.5,
     )  # fmt: skip
-    kinds = [KINDS[name] for name in formats]
+    kinds = [FORMATS[name] for name in formats]
     changes = {"n_inner": 17, "add_cross_attention": True, "tie_word_embeddings": False}
     for name, value in changes.items():
         if rng.random() < 0.5 and not any(name in kind.no_room for kind in kinds):
@@ -133,7 +133,7 @@ def random_model(rng, formats):
     return config.replace(architectures=[ARCHITECTURES[head]]), head
 
 
-@pytest.mark.parametrize(("source", "target"), list(itertools.product(KINDS, KINDS)))
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(FORMATS, FORMATS)))
 def test_every_format_becomes_every_other_bit_for_bit(tmp_path, source, target):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")

@@ -15,7 +15,7 @@ import pytest
 
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import ARCHITECTURES, KINDS
+from gpt2_multi.model.formats import ARCHITECTURES, FORMATS
 from tests.support.fixtures import write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
@@ -193,7 +193,7 @@ def test_keras_loads_and_saves_weights(tmp_path, head, compute, stored):
     model.load_weights(folder / "model.weights.h5")
     for weight in conversion.open(folder).weights.values():
         assert (
-            keras.ops.convert_to_numpy(model.variable(weight)).tobytes()
+            keras.ops.convert_to_numpy(model.parameter(weight)).tobytes()
             == tf_layout(weight, arrays[weight.name]).tobytes()
         )
     model.save_weights(folder / "again.weights.h5")
@@ -270,7 +270,7 @@ if "GPT2_MULTI_PEER_TF_TRANSFORMERS" in os.environ:
     @pytest.mark.parametrize("head", WITH_TF)
     @pytest.mark.parametrize("format", ["tf-h5", "tf-safetensors"])
     def test_the_last_transformers_with_tensorflow(tmp_path, format, head):
-        assert head in KINDS[format].heads
+        assert head in FORMATS[format].heads
         _computes(tmp_path, "GPT2_MULTI_PEER_TF_TRANSFORMERS", TRANSFORMERS, format, head)
 
 

@@ -15,9 +15,8 @@ from gpt2_multi_conversion import convert
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import KINDS
-from gpt2_multi.model.weights import parameter_count
-from tests.support.fixtures import write_model
+from gpt2_multi.model.formats import FORMATS
+from tests.support.fixtures import parameter_count, write_model
 
 SMALL = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
 KILLS = 50
@@ -34,7 +33,7 @@ def written(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("format", KINDS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("head", "changes"),
     [
@@ -49,7 +48,7 @@ def written(folder):
     ],
 )
 def test_what_a_format_has_no_room_for_is_refused(tmp_path, format, head, changes):
-    config, kind = SMALL.replace(**changes), KINDS[format]
+    config, kind = SMALL.replace(**changes), FORMATS[format]
     write_model(tmp_path / "model", config, head, dtype=np.float32)
     lost = head not in kind.heads or any(
         getattr(config, name) not in kind.no_room.get(name, (getattr(config, name),)) for name in changes
@@ -96,7 +95,7 @@ def test_a_head_is_untied(model, tmp_path):
         convert(folder, tmp_path / "other", to="tf-h5", untie=True)
 
 
-@pytest.mark.parametrize("format", KINDS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_number_beyond_the_dtype_leaves_nothing_behind(tmp_path, format):
     config = SMALL.replace(activation_function="gelu" if format == "nanogpt" else "gelu_new")
     write_model(tmp_path / "model", config, "lm", dtype=np.float64)
@@ -183,7 +182,7 @@ def test_where_it_is_written(model, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="expected a folder to write, found a file"):
         convert(folder, tmp_path / "file", force=True)
-    with pytest.raises(CheckpointError, match="expected a place to write a folder"):
+    with pytest.raises(CheckpointError, match="expected a folder to save the model in"):
         convert(folder, tmp_path / "file" / "new")
     assert written(folder) == before and (tmp_path / "file").read_text() == "x"
 

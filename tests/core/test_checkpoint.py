@@ -66,7 +66,7 @@ def test_shards_are_written_as_transformers_does_and_read_back(tmp_path):
     (tmp_path / "many").mkdir()
     rows = [(w, np.dtype(np.float64), lambda w=w: arrays[w.name]) for w in table(SMALL)]
     checkpoint.write_weights(tmp_path / "many", rows, "lm", max_shard_size=2000)
-    index = json.loads((tmp_path / "many" / checkpoint.INDEX).read_text())
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
@@ -143,7 +143,7 @@ def test_folders_without_weights(tmp_path):
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        ("{", "not readable as JSON"),
+        ("{", "not valid JSON"),
         ("[]", "expected a JSON object, found list"),
         ("{}", "expected a 'weight_map'"),
         ('{"weight_map": {"a": 3}}', "expected a 'weight_map'"),
@@ -156,7 +156,7 @@ def test_folders_without_weights(tmp_path):
 )
 def test_an_index_that_lies(tmp_path, index, sentence):
     good_file(tmp_path / "x.safetensors")
-    (tmp_path / checkpoint.INDEX).write_text(index)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=sentence):
         checkpoint.open(tmp_path, SMALL)
 
@@ -165,7 +165,13 @@ def old_model(target):
     """A folder with a model and other things in it."""
     (target / "deep").mkdir(parents=True)
     (target / "deep" / "notes.txt").write_text("mine")
-    for old in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", checkpoint.INDEX, "vocab.json"):
+    for old in (
+        "config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "vocab.json",
+    ):
         (target / old).write_text("old")
     return target
 
@@ -198,19 +204,21 @@ def test_a_failed_write_leaves_the_old_model_whole(tmp_path):
     assert contents(tmp_path / "m") == before
 
 
+@pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()], ids=["full", "stopped"])
 @pytest.mark.parametrize("failing", range(3))
-def test_an_error_while_files_change_places_puts_the_old_ones_back(tmp_path, monkeypatch, failing):
+def test_an_error_while_files_change_places_puts_the_old_ones_back(tmp_path, monkeypatch, failing, error):
     before = contents(old_model(tmp_path / "m"))
     real, calls = checkpoint.Path.replace, []
 
     def replace(self, to):
         calls.append(to)
         if len(calls) == failing + 1:
-            raise OSError("no space")
+            raise error
         return real(self, to)
 
     monkeypatch.setattr(checkpoint.Path, "replace", replace)
-    with pytest.raises(CheckpointError, match=r"could not be saved \(no space\)"), replaced(tmp_path / "m") as stage:
+    expected = (CheckpointError, r"could not be written \(no space\)") if str(error) else (KeyboardInterrupt, None)
+    with pytest.raises(expected[0], match=expected[1]), replaced(tmp_path / "m") as stage:
         for name in ("config.json", "generation_config.json", "model.safetensors"):
             (stage / name).write_text("new")
     assert {k: v for k, v in contents(tmp_path / "m").items() if k in before} == before
@@ -246,6 +254,18 @@ def test_the_current_folder_can_be_saved_into(tmp_path, monkeypatch):
     with replaced(".") as stage:
         (stage / "config.json").write_text("new")
     assert Path("config.json").read_text() == "new" and Path.cwd() == tmp_path / "m"
+
+
+def test_a_folder_of_nothing_else_is_exchanged_as_a_whole(tmp_path):
+    """Not its files: who has the old folder open goes on to read the old model."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("old")
+    inode = (tmp_path / "m").stat().st_ino
+    with replaced(tmp_path / "m") as stage:
+        (stage / "model.safetensors").write_text("new")
+        assert contents(tmp_path / "m") == {"config.json": "old"}
+    assert contents(tmp_path / "m") == {"model.safetensors": "new"} and (tmp_path / "m").stat().st_ino != inode
+    assert {p.name for p in tmp_path.iterdir()} == {"m"}
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path):

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from gpt2_multi.errors import CheckpointError, ConfigError
 from gpt2_multi.files.hub import ARCHIVE
 from gpt2_multi.model.config import ALIASES, GPT2Config
-from gpt2_multi.model.fields import CHECKS
-from gpt2_multi.model.weights import parameter_count, table
-from tests.support.fixtures import MODELS, folder
+from gpt2_multi.model.fields import FIELDS
+from gpt2_multi.model.weights import table
+from tests.support.fixtures import MODELS, folder, parameter_count
 
 # What GPT2Config and PretrainedConfig of transformers 4.57 document.
 DEFAULTS: dict[str, Any] = {
@@ -75,7 +75,7 @@ def test_default(name: str) -> None:
 
 
 def test_every_field_has_a_default_to_compare_with() -> None:
-    assert DEFAULTS.keys() == CHECKS.keys() - {"extra", "from_file"}
+    assert DEFAULTS.keys() == FIELDS.keys() - {"extra", "from_file"}
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
@@ -135,7 +135,7 @@ def test_wrong_values_are_refused_when_made_and_when_assigned(name: str, value: 
 
 def test_every_field_is_tried_with_a_wrong_value() -> None:
     (marks,) = test_wrong_values_are_refused_when_made_and_when_assigned.pytestmark  # type: ignore[attr-defined]
-    assert CHECKS.keys() - {"from_file"} <= {name for name, _ in marks.args[1]}
+    assert FIELDS.keys() - {"from_file"} <= {name for name, _ in marks.args[1]}
 
 
 def test_what_is_given_is_not_shared() -> None:
@@ -264,7 +264,7 @@ def test_to_dict_is_a_copy() -> None:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "expected a JSON object; found list"),
+        ("[]", "expected a JSON object, found list"),
         ('{"model_type": "bert"}', "model_type must be 'gpt2'; found 'bert'"),
         ('{"hidden": 3}', "none of these keys is one of a GPT-2 configuration: hidden"),
         ('{"n_layer": 0}', "n_layer must be at least 1; found 0"),

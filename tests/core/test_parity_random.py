@@ -31,7 +31,7 @@ def random_config(rng):
         n_head=n_head,
         n_layer=n_layer,
         n_inner=rng.choice([None, 1, 7]),
-        activation_function=str(rng.choice(ACTIVATIONS)),
+        activation_function=str(rng.choice(list(ACTIVATIONS))),
         summary_activation=rng.choice([None, "tanh"]),
         summary_type=str(rng.choice(SUMMARY_TYPES)),
         layer_norm_epsilon=float(rng.choice([1e-5, 1e-2])),

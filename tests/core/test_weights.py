@@ -1,15 +1,17 @@
-"""The table of weights: counts, names, shapes, strictness, initialisation, sharding."""
+"""The table of weights: counts, names, shapes, strictness, initialisation."""
 
 import math
 
 import numpy as np
 import pytest
 
-from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.errors import CheckpointError
 from gpt2_multi.model import checkpoint
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import TORCH, TRANSFORMERS, match, parameter_count, sharding, table
+from gpt2_multi.model.spelling import TORCH, TRANSFORMERS, match
+from gpt2_multi.model.weights import table
 from tests.support import fixtures
+from tests.support.fixtures import parameter_count
 
 SMALL = GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
 
@@ -97,17 +99,3 @@ def test_pruned_heads_shrink_their_own_layer_only():
     assert pruned["transformer.h.1.attn.c_attn.weight"] == (6, 6)
     assert pruned["transformer.h.1.attn.c_proj.weight"] == (2, 6)
     assert pruned["transformer.h.1.crossattention.c_attn.weight"] == (6, 12)
-
-
-def test_sharding_follows_named_axes():
-    weights = {weight.name: weight for weight in table(SMALL)}
-    rules = {"vocab": "tensor", "mlp": "tensor", "embed": "fsdp"}
-    assert sharding(weights["wte.weight"], rules) == ("tensor", "fsdp")
-    assert sharding(weights["h.0.mlp.c_fc.weight"], rules) == ("fsdp", "tensor")
-    assert sharding(weights["h.0.attn.c_proj.weight"], {"head": "tensor"}) == ("tensor", None)
-
-
-def test_sharding_an_inner_axis_is_refused():
-    weight = next(weight for weight in table(SMALL) if weight.name == "h.0.attn.c_attn.weight")
-    with pytest.raises(InputError, match=r"'head' lies inside \(qkv head head_dim\).*shard 'qkv' or unflatten"):
-        sharding(weight, {"head": "tensor"})

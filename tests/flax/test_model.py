@@ -20,7 +20,8 @@ from gpt2_multi.flax import FlaxGPT2LMHeadModel, FlaxGPT2Model, GPT2LMHeadModule
 from gpt2_multi.flax.params import rows_of
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import TRANSFORMERS, table
+from gpt2_multi.model.spelling import TRANSFORMERS
+from gpt2_multi.model.weights import table
 from tests.support import fixtures
 from tests.support.cases import CHANGES
 
@@ -127,7 +128,7 @@ def test_outputs_and_gradients_do_not_depend_on_the_layout(layout, make):
 
 
 def test_every_policy_of_remat_computes_the_same(make):
-    from gpt2_multi.flax.checks import POLICIES
+    from gpt2_multi.flax.layers import POLICIES
 
     assert all(hasattr(jax.checkpoint_policies, name) for name in POLICIES)
     with pytest.raises(InputError, match=r"remat: expected None or one of everything_saveable, .*, found 'dots'"):
@@ -462,7 +463,7 @@ def test_calls_are_mapped_over_parameters_and_differentiated(make):
 def test_double_precision_has_to_be_switched_on():
     code = """if True:
         import numpy as np
-        from gpt2_multi.config import GPT2Config
+        from gpt2_multi.model.config import GPT2Config
         from gpt2_multi.flax import FlaxGPT2Model
         config = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=1, n_head=3)
         for call in (

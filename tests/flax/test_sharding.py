@@ -143,6 +143,7 @@ def test_specs_follow_from_named_axes():
     assert block["attn"]["c_proj"] == {"kernel": P("tensor", None, "fsdp"), "bias": P("fsdp")}
     assert block["mlp"]["c_fc"] == {"kernel": P("fsdp", "tensor"), "bias": P("tensor")}
     assert specs["wte"]["embedding"] == P(None, "fsdp") and specs["ln_f"]["scale"] == P("fsdp")
+    assert param_specs(SMALL, {"vocab": "tensor"} | FSDP)["transformer"]["wte"]["embedding"] == P("tensor", "fsdp")
     stacked = param_specs(SMALL, TENSOR | {"layer": "data"}, scan_layers=True)["transformer"]["h"]["layers"]
     assert stacked["attn"]["c_attn"]["kernel"] == P("data", None, None, "tensor", None)
     assert all(set(spec) <= {None} for spec in flatten_dict(param_specs(SMALL, DATA)).values())

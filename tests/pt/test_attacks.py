@@ -160,6 +160,28 @@ def test_models_are_pickled_and_traced(activation, tmp_path):
     assert torch.allclose(traced(IDS)[0], model(IDS)[0])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("where", ["vmap", "meta", "fake"])
+def test_values_that_are_not_there_are_not_looked_at(model, where):
+    """Shapes are checked all the same."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if where == "vmap":
+        found = torch.func.vmap(lambda ids: model(ids, use_cache=False).logits)(IDS[None])
+        assert torch.allclose(found[0], model(IDS).logits)
+    elif where == "meta":
+        with torch.device("meta"):
+            empty = pt.GPT2LMHeadModel(SMALL)
+        ids = IDS.to("meta")
+        assert empty(ids, labels=ids).loss.is_meta
+        with pytest.raises(InputError, match="token_type_ids: expected shape"):
+            empty(ids, token_type_ids=ids[:, 1:])
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            ids = torch.zeros(2, 3, dtype=torch.long)
+            assert model(ids, labels=ids).logits.shape[:2] == ids.shape
+
+
 def test_lora_for_language_models(model):
     import peft
 

@@ -68,7 +68,7 @@ BROKEN = {  # what to do to a folder of 31 words, the error, and a part of its s
     "no JSON for generation": (
         lambda f: write(f, generation_config__json=b"]"),
         CheckpointError,
-        "not readable as JSON",
+        "not valid JSON",
     ),
     "odd generation": (
         lambda f: write(f, generation_config__json=json.dumps({"top_p": 7}).encode()),

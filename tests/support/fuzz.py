@@ -29,7 +29,7 @@ from gpt2_multi_conversion import convert
 from gpt2_multi.errors import CheckpointError, ConfigError
 from gpt2_multi.model.checkpoint import open as open_checkpoint
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import KINDS
+from gpt2_multi.model.formats import FORMATS
 from tests.support import damage
 from tests.support.fixtures import write_model
 
@@ -58,9 +58,9 @@ def sources(folder: Path) -> dict[str, Source]:
     config = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2)
     write_model(folder / "model", config, "lm", dtype=np.float32)
     write_model(folder / "labels", config, "token_classification", dtype=np.float32)
-    for name in KINDS:
+    for name in FORMATS:
         convert(folder / "model", folder / "made" / name, to=name, force=True)
-        if "token_classification" in KINDS[name].heads:
+        if "token_classification" in FORMATS[name].heads:
             convert(folder / "labels", folder / "made" / f"{name} with a head", to=name)
     for name in ("safetensors", "pytorch"):
         convert(folder / "model", folder / "made" / f"{name} in shards", to=name, max_shard_size=3000)

@@ -45,7 +45,7 @@ def same(left, right, bound=0.0):
 
 
 def arrays_of(model):
-    return {weight.name: model.variable(weight).numpy() for weight in table(model.config, model.head)}
+    return {weight.name: model.parameter(weight).numpy() for weight in table(model.config, model.head)}
 
 
 def random_model(cls, config=SMALL, **options):

@@ -11,7 +11,8 @@ keras = pytest.importorskip("keras")
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import KERAS, TRANSFORMERS, table
+from gpt2_multi.model.spelling import KERAS, TRANSFORMERS
+from gpt2_multi.model.weights import table
 from gpt2_multi.tf import KVCache, TFGPT2LMHeadModel, TFGPT2Model
 from tests.support import fixtures
 from tests.support.cases import CHANGES
@@ -250,7 +251,7 @@ def test_gradients_equal_the_recorded():
     weights = table(model.config, "lm")
     with tf.GradientTape() as tape:
         loss = model(recorded["in.input_ids"], labels=recorded["in.labels"]).loss
-    grads = tape.gradient(loss, [model.variable(weight).value for weight in weights])
+    grads = tape.gradient(loss, [model.parameter(weight).value for weight in weights])
     for weight, grad in zip(weights, grads, strict=True):
         expected = recorded[f"grad.{TRANSFORMERS.spell(weight)}"]
         found = KERAS.layout(weight, tf.convert_to_tensor(grad).numpy())
@@ -281,13 +282,13 @@ def test_initialisation_has_the_stds_of_the_table():
     config = GPT2Config(vocab_size=2000, n_positions=512, n_embd=128, n_layer=4, n_head=4, initializer_range=0.05)
     model = TFGPT2Model(config)
     for weight in table(config, "base"):
-        value = model.variable(weight).numpy()
+        value = model.parameter(weight).numpy()
         if weight.kind in ("bias", "shift", "scale"):
             assert (value == (weight.kind == "scale")).all()
         else:
             expected = 0.05 / math.sqrt(8) if "c_proj" in weight.name else 0.05
             assert value.std() == pytest.approx(expected, rel=0.03), weight.name
-    seen = {tuple(model.variable(weight).numpy().flat[:4]) for weight in table(config, "base") if weight.std}
+    seen = {tuple(model.parameter(weight).numpy().flat[:4]) for weight in table(config, "base") if weight.std}
     assert len(seen) == 18  # no two layers start alike
 
 

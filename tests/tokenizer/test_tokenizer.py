@@ -567,9 +567,9 @@ def test_unknown_arguments_name_the_nearest():
     ("name", "content", "message"),
     [
         ("vocab.json", None, "vocab.json: there is no such file"),
-        ("vocab.json", "{", "vocab.json: expected JSON"),
-        ("vocab.json", "[" * 10**5, "vocab.json: expected JSON"),
-        ("vocab.json", "[]", "vocab.json: expected an object"),
+        ("vocab.json", "{", "vocab.json: not valid JSON"),
+        ("vocab.json", "[" * 10**5, "vocab.json: not valid JSON"),
+        ("vocab.json", "[]", "vocab.json: expected a JSON object"),
         ("vocab.json", '{"a": "b"}', "expected a whole number as the id of 'a', found 'b'"),
         ("vocab.json", '{"a": 1, "b": 1}', "expected each id once"),
         ("vocab.json", '{"a": 1}', "merge 0"),
@@ -577,7 +577,7 @@ def test_unknown_arguments_name_the_nearest():
         ("merges.txt", "a b c\n", "merges.txt, merge 0: expected two tokens"),
         ("merges.txt", "x yz\n", "merge 0.*names 'yz'"),
         ("merges.txt", "\u0120 \u0121\n", "merge 0.*makes"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected an object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object"),
         ("tokenizer_config.json", '{"padding_side": "top"}', "padding_side"),
         ("tokenizer_config.json", '{"added_tokens_decoder": 3}', "added_tokens_decoder"),
         (

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_multi.files.arrays import MOST, Array, pieces, release, tensor
+from gpt2_multi.files.arrays import MOST, Array, chunks, release, tensor
 
 START = b"PK\x03\x04"
 ZIP64 = 1  # the extra field of lengths beyond 4 GB
@@ -48,7 +48,7 @@ def member(data: Array, entry: Member) -> Array:
         raise ValueError(f"{entry.name} is not where the archive says")
     found = tensor(data, entry.header + 30 + name + extra, _BYTE, (entry.size,), entry.name)
     checksum = 0
-    for piece in pieces(found, _BYTE, entry.name):
+    for piece in chunks(found, _BYTE, entry.name):
         checksum = zlib.crc32(piece.data, checksum)
     release(found)
     if checksum != entry.checksum:

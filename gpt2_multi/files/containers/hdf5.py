@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from gpt2_multi.files.arrays import LONGEST, MOST, Array, Made, Shape, mapped, pieces, reading, tensor
+from gpt2_multi.files.arrays import LONGEST, MOST, Array, Made, Shape, chunks, mapped, reading, tensor
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 DATASPACE, DATATYPE, EXTERNAL, LAYOUT, FILTERS, CONTINUED, GROUP = 1, 3, 7, 8, 11, 16, 17  # types of messages
@@ -197,6 +197,6 @@ def write_hdf5(path: Path, tensors: Mapping[str, Made], attributes: Mapping[str,
             place, start = file.create_dataset(name, shape, stored), 0
             if dtype != stored:
                 place.attrs["dtype"] = dtype.name
-            for piece in pieces(make().reshape(shape), dtype, name):
+            for piece in chunks(make().reshape(shape), dtype, name):
                 place[start : start + len(piece)] = piece.view(stored)
                 start += len(piece)

@@ -17,7 +17,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
-from gpt2_multi.files.arrays import LONGEST, MOST, Array, Made, mapped, pieces, reading, tensor
+from gpt2_multi.files.arrays import LONGEST, MOST, Array, Made, chunks, mapped, reading, tensor
 
 DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16", "int32", "int64", "uint8", "bool")}
 DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
@@ -161,5 +161,5 @@ def _write_array(write: Callable[[Any], object], made: Made, name: str) -> None:
     count = dtype.itemsize * math.prod(shape)
     start = b"\x93" + msgpack.packb(shape) + msgpack.packb(dtype.name) + b"\xc6" + struct.pack(">I", count)
     write(b"\xc9" + struct.pack(">Ib", len(start) + count, NDARRAY) + start)
-    for piece in pieces(make(), dtype, name):
+    for piece in chunks(make(), dtype, name):
         write(piece.reshape(-1).view(np.uint8).data)

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt2_multi.errors import CheckpointError, shortened
-from gpt2_multi.files.arrays import Made, pieces
+from gpt2_multi.files.arrays import Made, chunks
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.files.json_files import LARGEST, read_json, sync, write_json
 
@@ -115,7 +115,7 @@ def write_safetensors(path: PathLike, tensors: Mapping[str, Made], framework: st
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape, make) in tensors.items():
-            for piece in pieces(_fitting(name, make(), shape), dtype, name):
+            for piece in chunks(_fitting(name, make(), shape), dtype, name):
                 file.write(piece.reshape(-1).view(np.uint8).data)
         sync(file)
 

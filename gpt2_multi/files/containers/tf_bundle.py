@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from google_crc32c import extend
 
-from gpt2_multi.files.arrays import LONGEST, MOST, Array, Made, Shape, mapped, pieces, reading, release, tensor
+from gpt2_multi.files.arrays import LONGEST, MOST, Array, Made, Shape, chunks, mapped, reading, release, tensor
 
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {  # numbers of tensorflow/core/framework/types.proto
@@ -70,7 +70,7 @@ def masked(checksum: int) -> int:
 
 def _checksum(array: Array, name: str) -> int:
     found = 0
-    for piece in pieces(array, array.dtype, name):
+    for piece in chunks(array, array.dtype, name):
         found = extend(found, bytes(piece.reshape(-1).view(np.uint8)))
     release(array)
     return found
@@ -187,7 +187,7 @@ def write_bundle(prefix: Path, tensors: Mapping[str, Made]) -> None:
         for name in sorted(tensors):
             dtype, shape, make = tensors[name]
             checksum = 0
-            for piece in pieces(make(), dtype, name):
+            for piece in chunks(make(), dtype, name):
                 part = bytes(piece.reshape(-1).view(np.uint8))
                 file.write(part)
                 checksum = extend(checksum, part)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.files.arrays import MOST, Array, Made, mapped, mapping, pieces, reading, tensor
+from gpt2_multi.files.arrays import MOST, Array, Made, chunks, mapped, mapping, reading, tensor
 from gpt2_multi.files.containers import archive
 from gpt2_multi.files.containers.pickles import STORAGES, Machine, Storage, Stored
 
@@ -113,7 +113,7 @@ def write_torch(path: Path, tensors: Mapping[str, Made], around: Callable[[Any],
         _write_member(archive, f"{ROOT}/byteorder", [b"little"])
         for name, (dtype, _, make) in tensors.items():
             if make in keys:
-                parts = pieces(make(), dtype, name)
+                parts = chunks(make(), dtype, name)
                 _write_member(
                     archive, f"{ROOT}/data/{keys.pop(make)}", (part.reshape(-1).view(np.uint8) for part in parts)
                 )

@@ -16,7 +16,6 @@ import numpy as np
 from jax import Array
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.flax.checks import as_array, check_states, extremes, is_concrete
 from gpt2_multi.flax.generation import lookup
 from gpt2_multi.flax.generation.beams import Found, search
 from gpt2_multi.flax.generation.decoding import (
@@ -34,6 +33,7 @@ from gpt2_multi.flax.generation.decoding import (
     tokenwise,
 )
 from gpt2_multi.flax.generation.rules import Options
+from gpt2_multi.flax.layers import as_array, facts, is_concrete
 from gpt2_multi.flax.params import Tree
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
@@ -176,8 +176,10 @@ def prepare(
     inputs.check_shape("input_ids", ids.shape, (None, None))
     mask = np.ones(ids.shape, bool) if mask is None else as_array("attention_mask", mask) != 0
     inputs.check_shape("attention_mask", mask.shape, ids.shape)
-    inputs.check_integers("input_ids", ids.dtype, bool(jnp.issubdtype(ids.dtype, jnp.integer)))
-    check_states(model.config, len(ids), states, states_mask)
+    inputs.check_ids("input_ids", facts(ids), model.config.vocab_size)
+    encoder = {"encoder_hidden_states": states, "encoder_attention_mask": states_mask}
+    found = {name: facts(x) for name, x in encoder.items() if x is not None}
+    inputs.check_states(model.config, len(ids), found)
     new = config.total_length(ids.shape[1]) - ids.shape[1]
     if not is_traced(ids, mask):
         ids, mask = np.asarray(ids), np.asarray(mask)
@@ -190,11 +192,10 @@ def prepare(
 
 
 def check_values(model: FlaxGPT2LMHeadModel, config: GenerationConfig, ids: Any, mask: Any, new: int) -> None:
-    """Every prompt needs a token, and room; every id lies in the vocabulary."""
+    """Every prompt needs a token, and room."""
     if len(ids):
         counts = mask.sum(-1)
         inputs.check_prompts(int(counts.min()))
-        inputs.check_ids("input_ids", *extremes(ids), model.config.vocab_size)
         config.check_context(int(counts.max()), new, model.config.n_positions)
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from gpt2_multi.flax.checks import extremes, is_concrete
+from gpt2_multi.flax.layers import facts
 from gpt2_multi.model import inputs
-from gpt2_multi.model.weights import FLAX
+from gpt2_multi.model.spelling import FLAX
 
 IGNORED = -100
 DECAYED = {FLAX.leaves[kind] for kind in ("embedding", "kernel", "linear")}  # of the table's kinds
@@ -22,7 +22,7 @@ def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> Ar
 
     A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0.
     """
-    check_labels(labels, logits)
+    inputs.check_labels(facts(labels), logits.shape)
     labels = labels.astype(jnp.int32)  # an unsigned dtype has no -100
     counted = labels != IGNORED if mask is None else (labels != IGNORED) & (mask != 0)
     each = optax.softmax_cross_entropy_with_integer_labels(widened(logits), jnp.where(counted, labels, 0))
@@ -34,20 +34,12 @@ def widened(logits: Array) -> Array:
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def check_labels(labels: Array, logits: Array) -> None:
-    """Labels (...) have to fit logits (..., K) in shape, and be classes or -100."""
-    inputs.check_shape("labels", labels.shape, logits.shape[:-1])
-    inputs.check_integers("labels", labels.dtype, bool(jnp.issubdtype(labels.dtype, jnp.integer)))
-    if is_concrete(labels):
-        inputs.check_labels(*extremes(labels), logits.shape[-1])
-
-
 def lm_loss(logits: Array, labels: Array, mask: Array | None = None) -> Array:
     """Next-token cross-entropy: (..., T, V) logits, (..., T) labels, shifted here.
 
     A token that the mask hides neither is predicted nor predicts.
     """
-    check_labels(labels, logits)
+    inputs.check_labels(facts(labels), logits.shape)
     return cross_entropy(logits, shifted(labels, mask))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gpt2_multi.errors import CheckpointError, InputError
-from gpt2_multi.flax.checks import check_alive
+from gpt2_multi.flax.params import check_alive
 from gpt2_multi.flax.training.state import TrainState
 from gpt2_multi.model import inputs
 
@@ -36,7 +36,8 @@ class Windows:
         inputs.check_size("seed", seed)
         self.ids, self.length, self.batch_size, self.seed = np.asarray(ids), length, batch_size, seed  # or a file's map
         inputs.check_shape("ids", self.ids.shape, (None,))
-        inputs.check_integers("ids", self.ids.dtype, not len(self.ids) or self.ids.dtype.kind in "iu")
+        if len(self.ids):
+            inputs.check_integers("ids", inputs.Facts.of(self.ids))
         self.steps_per_epoch = (len(self.ids) // length - 1) // batch_size
         if self.steps_per_epoch < 1:
             raise InputError(

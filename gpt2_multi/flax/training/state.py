@@ -25,8 +25,8 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from gpt2_multi.errors import InputError
-from gpt2_multi.flax.checks import check_alive, on_host
-from gpt2_multi.flax.params import Tree
+from gpt2_multi.flax.layers import on_host
+from gpt2_multi.flax.params import Tree, check_alive
 from gpt2_multi.flax.sharding import shard_batch
 from gpt2_multi.flax.training.losses import IGNORED, shifted, widened
 from gpt2_multi.model import inputs

@@ -21,7 +21,7 @@ from gpt2_multi.generation.request import Request, aligned
 from gpt2_multi.generation.rules import window_start
 from gpt2_multi.pt.attention import KVCache, upcast
 from gpt2_multi.pt.generation.rules import choose, ends, process
-from gpt2_multi.pt.loading import to_numpy
+from gpt2_multi.pt.layers import to_numpy
 
 
 class Prompt(NamedTuple):

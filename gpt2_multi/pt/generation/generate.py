@@ -18,14 +18,14 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.request import Request
 from gpt2_multi.generation.scoring import Array
+from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
 from gpt2_multi.pt.attention import upcast
-from gpt2_multi.pt.checks import check_states, check_tensors
 from gpt2_multi.pt.generation.beams import BeamSearch, BeamState
 from gpt2_multi.pt.generation.decoding import Prompt, Sampling, State, decode
 from gpt2_multi.pt.generation.lookup import Lookup
 from gpt2_multi.pt.generation.rules import as_tensors
-from gpt2_multi.pt.loading import to_numpy
+from gpt2_multi.pt.layers import facts, to_numpy
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 
@@ -89,7 +89,7 @@ def stream_tokens(
     """What `generate` appends, one column (B * num_return_sequences,) of ids at a time, as soon as it is known."""
     config = self.generation_config.resolve(generation_config, options)
     config.check_streaming()
-    check_tensors(input_ids=input_ids)
+    facts("input_ids", input_ids)  # texts are streamed by `stream`
     encoder = encoder_hidden_states, encoder_attention_mask
     request = request_of(self, config, input_ids, attention_mask, tokenizer, *encoder)
     return columns(self, request, Prompt.of(request, input_ids.device, *encoder))
@@ -135,12 +135,14 @@ def request_of(
     states_mask: Tensor | None,
 ) -> Request:
     """Check what was given, and take it from tensors to NumPy."""
+    given = {"encoder_hidden_states": states, "encoder_attention_mask": states_mask}
     if not texts.are_texts(ids):
-        check_tensors(input_ids=ids, attention_mask=mask)
+        given |= {"input_ids": ids, "attention_mask": mask}
+    found = {name: facts(name, x) for name, x in given.items() if x is not None}
+    if "input_ids" in found:
         ids, mask = to_numpy(ids), None if mask is None else to_numpy(mask)
-    check_tensors(encoder_hidden_states=states, encoder_attention_mask=states_mask)
     request = Request.of(config, model.config, ids, mask, tokenizer)
-    check_states(model.transformer, len(request.ids), states, states_mask)
+    inputs.check_states(model.config, len(request.ids), found)
     return request
 
 

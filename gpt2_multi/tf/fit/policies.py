@@ -7,9 +7,8 @@ from typing import Any
 
 import keras
 
-from gpt2_multi.errors import InputError
+from gpt2_multi.model.fields import float_name
 
-FLOATS = ("float64", "float32", "float16", "bfloat16")
 Policy = keras.DTypePolicy | str | None
 
 
@@ -24,15 +23,7 @@ class TwoDtypes(keras.DTypePolicy):
 
 def as_dtype(name: str, dtype: Any) -> str | None:
     """The name of a floating-point dtype, given by itself or by its name; None stays None."""
-    if dtype is None:
-        return None
-    try:
-        found = keras.backend.standardize_dtype(dtype)
-    except (TypeError, ValueError):
-        found = str(dtype)
-    if found not in FLOATS:
-        raise InputError(f"{name}: expected float64, float32, float16 or bfloat16, found {dtype!r}")
-    return found
+    return None if dtype is None else float_name(name, dtype)
 
 
 def policy_of(dtype: Any, param_dtype: Any) -> keras.DTypePolicy:

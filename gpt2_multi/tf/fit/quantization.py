@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from gpt2_multi.errors import CheckpointError
+
 if TYPE_CHECKING:
     from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 
@@ -58,3 +60,16 @@ def load_weights(self: TFGPT2PreTrainedModel, filepath: Any, skip_mismatch: bool
         if getattr(layer, "lora_enabled", False):
             first = layer.lora_kernel_a if hasattr(layer, "lora_kernel_a") else layer.lora_embeddings_a
             first.assign(keras.initializers.HeUniform()(first.shape))
+
+
+def refuse_quantized(model: keras.Model, what: str) -> None:
+    """Quantized variables are not what the table says."""
+    if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
+        raise CheckpointError(f"{model.name}: a quantized model cannot be {what}")
+
+
+def refuse_adapted(model: keras.Model, what: str) -> None:
+    """LoRA's updates have the shapes that the variables had."""
+    refuse_quantized(model, f"{what}; do it before you quantize the model")
+    if any(getattr(layer, "lora_enabled", False) for layer in model._flatten_layers()):
+        raise CheckpointError(f"{model.name}: a model with LoRA cannot be {what}; save_pretrained merges its updates")

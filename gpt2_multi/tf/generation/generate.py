@@ -23,12 +23,12 @@ from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
 from gpt2_multi.tf.attention import KVCache, sizes, widened
-from gpt2_multi.tf.checks import check_integers, check_numbers, check_states, extremes, is_concrete, shape
 from gpt2_multi.tf.fit.arguments import as_tensor
 from gpt2_multi.tf.generation.beams import Found, search
 from gpt2_multi.tf.generation.decoding import Prompt, Records, State, advance, begin, decode, segments, start
 from gpt2_multi.tf.generation.lookup import speculate
 from gpt2_multi.tf.generation.rules import Options
+from gpt2_multi.tf.layers import facts, is_concrete
 
 if TYPE_CHECKING:
     from gpt2_multi.tf.heads import TFGPT2LMHeadModel
@@ -148,20 +148,22 @@ def prepare(
         None if value is None and name != "input_ids" else tf.convert_to_tensor(as_tensor(name, value))
         for name, value in {**given, "encoder_attention_mask": states_mask}.items()
     )
-    inputs.check_shape("input_ids", shape(ids), (None, None))
-    check_integers("input_ids", ids)
-    check_numbers(attention_mask=mask)
+    parts = {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": states}
+    parts["encoder_attention_mask"] = states_mask
+    found = {name: facts(name, x) for name, x in parts.items() if x is not None}
+    inputs.check_shape("input_ids", found["input_ids"].shape, (None, None))
     check_traced(config)
     new, longest, vocab_size = room_after(config, ids.shape[1]), model.transformer.wpe.input_dim, vocabulary(model)
     if mask is None and not is_concrete(ids):
         config.check_context(ids.shape[1] or 0, new, longest)
+    inputs.check_numbers("attention_mask", found)
     mask = tf.ones_like(ids, tf.bool) if mask is None else tf.cast(mask, tf.bool)
-    inputs.check_shape("attention_mask", shape(mask, *ids.shape), tuple(ids.shape))
-    check_states(model.transformer, ids.shape[0], states, states_mask)
+    inputs.check_shape("attention_mask", facts("attention_mask", mask).shape, found["input_ids"].shape)
+    inputs.check_states(model.config, ids.shape[0], found)
+    inputs.check_ids("input_ids", found["input_ids"], vocab_size)
     if is_concrete(ids) and len(ids):
         counts = tf.math.count_nonzero(mask, -1)
         inputs.check_prompts(int(tf.reduce_min(counts)))
-        inputs.check_ids("input_ids", *extremes(ids), vocab_size)
         config.check_context(int(tf.reduce_max(counts)), new, longest)
     config.check_vocabulary(vocab_size)
     options = Options.of(config, noise(config, ids), stop_table(config.stops, tokenizer, vocab_size))

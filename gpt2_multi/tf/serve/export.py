@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 
 from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.files.folders import replaced
+from gpt2_multi.files.hub import SAVED_MODEL
 from gpt2_multi.generation.config import GenerationConfig, task_options
 from gpt2_multi.model import inputs
 from gpt2_multi.tf.serve.signatures import IDS, Continuing, logits_of, of_ids, of_texts, signature
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from gpt2_multi.tf.heads import TFGPT2LMHeadModel
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
-WRITTEN = {"assets", "assets.extra", "fingerprint.pb", "keras_metadata.pb", "saved_model.pb", "variables"}
 # Options that no file can have, switched off.
 UNWRITTEN: dict[str, Any] = {"max_length": None, "sliding_window": False, "prompt_lookup_num_tokens": None}
 
@@ -70,7 +68,11 @@ def export_saved_model(
     functions["logits"] = signature(logits_of(self, jit_compile), IDS)
     for name, function in functions.items():
         setattr(root, name, function)
-    _save_whole(target, lambda stage: tf.saved_model.save(root, stage, functions))
+    with replaced(target, lambda path: path.name in SAVED_MODEL) as stage:
+        try:
+            tf.saved_model.save(root, str(stage), functions)
+        except tf.errors.OpError as error:
+            raise OSError(" ".join(str(error).split())) from error
 
 
 def settled(
@@ -103,31 +105,8 @@ def place_of(folder: str | os.PathLike[str]) -> Path:
         is_other = target.exists() and not target.is_dir()
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder!r}: expected the path of a folder ({error})") from None
-    other = sorted(found - WRITTEN if "saved_model.pb" in found else found)
+    other = sorted(found.difference(SAVED_MODEL) if "saved_model.pb" in found else found)
     if other or is_other:
         also = f"{', '.join(other[:3])} in it" if other else "no folder"
         raise CheckpointError(f"{target}: expected a new folder or a SavedModel to replace, found {also}")
     return target
-
-
-def _save_whole(target: Path, save: Callable[[str], None]) -> None:
-    inside = Path.cwd() == target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{target.name[:20]}-", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"{target}: expected a folder to write a SavedModel in, found none ({error})") from None
-    new, old = stage / "new", stage / "old"
-    try:
-        save(str(new))
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    except (OSError, tf.errors.OpError) as error:
-        raise CheckpointError(f"{target}: cannot be written ({' '.join(str(error).split())})") from None
-    finally:
-        if old.exists() and not target.exists():  # stopped between the two
-            old.rename(target)
-        if inside:
-            os.chdir(target)
-        shutil.rmtree(stage, ignore_errors=True)

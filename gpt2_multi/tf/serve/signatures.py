@@ -83,7 +83,7 @@ class Choices(NamedTuple):
             "seed": self.seed >= 0,
         }
         return [
-            tf.debugging.Assert(fit, [f"{name}: expected {OPTIONS[name][1]}, found", getattr(self, name)])
+            tf.debugging.Assert(fit, [f"{name}: expected {OPTIONS[name].words}, found", getattr(self, name)])
             for name, fit in fits.items()
         ]
 

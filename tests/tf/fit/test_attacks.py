@@ -11,6 +11,7 @@ keras = pytest.importorskip("keras")
 
 from gpt2_multi import tf as tfm
 from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.files import folders
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model.config import GPT2Config
@@ -178,7 +179,7 @@ def test_an_export_is_followed_through_links_and_from_inside(model, tmp_path, mo
 
 def test_an_export_without_a_place_or_without_room_is_one_sentence(model, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="expected a folder to write a SavedModel in, found none"):
+    with pytest.raises(CheckpointError, match="expected a folder to save the model in, found none"):
         model.export_saved_model(tmp_path / "file" / "x", max_new_tokens=1)
     with pytest.raises(InputError, match="1 prompt tokens and 24 new ones are more than n_positions 24"):
         model.export_saved_model(tmp_path / "x", max_new_tokens=24)
@@ -188,11 +189,12 @@ def test_an_export_that_is_stopped_leaves_the_old_one(model, tmp_path, monkeypat
     target = tmp_path / "m"
     target.mkdir()
     (target / "saved_model.pb").write_text("old")
-    monkeypatch.setattr(tf.saved_model, "save", lambda root, stage, signatures: Path(stage).mkdir())
+    monkeypatch.setattr(tf.saved_model, "save", lambda root, stage, signatures: None)
+    monkeypatch.setattr(folders.ctypes, "CDLL", lambda *_, **__: None)  # a system that cannot do it in one step
     rename = type(target).rename
 
     def stopped(path, to):
-        if path.name == "new":
+        if to == target and not path.name.endswith(".old"):
             raise KeyboardInterrupt
         return rename(path, to)
 

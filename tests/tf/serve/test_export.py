@@ -265,7 +265,7 @@ def test_a_disk_that_is_full_is_one_sentence(model, tmp_path, monkeypatch):
         raise tf.errors.ResourceExhaustedError(None, None, "no space left")
 
     monkeypatch.setattr(tf.saved_model, "save", full)
-    with pytest.raises(CheckpointError, match=r"cannot be written .*no space left"):
+    with pytest.raises(CheckpointError, match=r"could not be written .*no space left"):
         model.export_saved_model(tmp_path / "saved", max_new_tokens=2)
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,69 @@
+"""Tensors and parameters of PyTorch: to and from NumPy, their dtypes, their first values, what is known of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from gpt2_multi.errors import InputError
+from gpt2_multi.model.fields import float_name
+from gpt2_multi.model.inputs import Facts
+from gpt2_multi.model.weights import Weight
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+NUMPY = {
+    torch.float64: np.dtype(np.float64),
+    torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: _BFLOAT16,
+}
+
+
+def as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype by itself or by its name, such as "bfloat16"; None stays None."""
+    return None if dtype is None else getattr(torch, float_name(name, dtype))
+
+
+def to_torch(array: np.ndarray[Any, Any]) -> Tensor:
+    """A tensor on the array's memory, bfloat16 included."""
+    if array.dtype == _BFLOAT16:  # which torch.from_numpy does not know
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """An array with the tensor's values, bfloat16 included, on its memory where that is the CPU's."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(_BFLOAT16)
+    return tensor.numpy()
+
+
+def facts(name: str, x: object) -> Facts:
+    """What is known of an input; while it is traced, or in vmap, not its values."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name}: expected a torch.Tensor, found {type(x).__name__}; use torch.as_tensor")
+    kind = "integers" if x.dtype in (torch.int64, torch.int32) else "floats" if x.is_floating_point() else "others"
+    return Facts(tuple(x.shape), str(x.dtype), kind, lambda: to_numpy(x) if is_concrete(x) else None)
+
+
+def is_concrete(x: Tensor) -> bool:
+    """Whether a tensor has values already."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (x.is_meta or isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def initialise(weight: Weight, tensor: Tensor) -> Tensor:
+    """Fill a new tensor as the table says."""
+    return tensor.normal_(std=weight.std) if weight.std else tensor.fill_(weight.constant)
+
+
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter another value and shape; a frozen one stays frozen."""
+    setattr(module, name, nn.Parameter(value, getattr(module, name).requires_grad))
