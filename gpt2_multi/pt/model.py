@@ -174,7 +174,7 @@ class GPT2Model(GPT2PreTrainedModel):
         inputs.check_given(input_ids, inputs_embeds)
         source = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
         cache = self._cache(past_key_values, use_cache)
-        if not (torch.compiler.is_compiling() or (cache is not None and cache.trusted)):
+        if not torch.compiler.is_compiling() and not getattr(past_key_values, "trusted", False):
             check_call(
                 self.config, cache, str(self.dtype), (self.wte.num_embeddings, self.wpe.num_embeddings),
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, head_mask=head_mask,

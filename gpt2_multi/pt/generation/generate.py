@@ -89,7 +89,7 @@ def stream_tokens(
     """What `generate` appends, one column (B * num_return_sequences,) of ids at a time, as soon as it is known."""
     config = self.generation_config.resolve(generation_config, options)
     config.check_streaming()
-    facts("input_ids", input_ids)  # texts are streamed by `stream`
+    facts("input_ids", input_ids)  # of ids alone: a stream of texts is `stream`
     encoder = encoder_hidden_states, encoder_attention_mask
     request = request_of(self, config, input_ids, attention_mask, tokenizer, *encoder)
     return columns(self, request, Prompt.of(request, input_ids.device, *encoder))
