@@ -222,7 +222,7 @@ class GPT2Model(GPT2PreTrainedModel):
                 warnings.warn("use_cache is off: blocks recomputed by checkpointing cannot cache", stacklevel=4)
             return None
         if past is not None:
-            return as_cache(past, len(self.h)).fork()
+            return past if isinstance(past, KVCache) and past.trusted else as_cache(past, len(self.h)).fork()
         return KVCache() if (self.config.use_cache if use_cache is None else use_cache) else None
 
     def _context(
