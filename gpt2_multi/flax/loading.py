@@ -34,7 +34,6 @@ from gpt2_multi.flax.parameters.tree import (
 )
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
-from gpt2_multi.model.checkpoint import load, save
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.weights import table
 
@@ -243,6 +242,8 @@ class FlaxGPT2PreTrainedModel:
         """
         if rules and mesh is None:
             raise InputError("rules: expected a mesh beside them, found none; sharding.make_mesh makes one")
+        from gpt2_multi.model.checkpoint import load  # with all formats, when a file is met
+
         folder, config, arrays = load(
             name_or_path, cls.head, overrides, revision=revision, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -289,6 +290,8 @@ class FlaxGPT2PreTrainedModel:
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("Flax")], dtype=str(dtype))
         sources = [(row, dtypes[row.name], rows[row.name]) for row in table(config, self.head)]
         if jax.process_index() == 0:
+            from gpt2_multi.model.checkpoint import save
+
             save(folder, config, self.generation_config, sources, self.head, max_shard_size)
         else:
             for _, _, gather in sources:

@@ -341,10 +341,6 @@ class GenerationConfig:
         if not self.sliding_window:
             inputs.check_context(longest, new, n_positions)
 
-    def longest_minimum(self) -> int:
-        """From this step on no row is too short to end, however much of the prompt is padding."""
-        return max(self.min_length, self.min_new_tokens or 0)
-
     @classmethod
     def of(cls, config: GPT2Config) -> Self:
         """The defaults, with the special tokens of a model."""

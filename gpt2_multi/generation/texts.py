@@ -6,7 +6,7 @@ The model sees ids in NumPy, padded on the left under a mask; nobody has to care
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -16,7 +16,6 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.stopping import stop_table, token_bytes, until_end
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.outputs import GenerateOutput
 
 if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
@@ -31,34 +30,6 @@ def are_texts(given: Any) -> bool:
     return isinstance(given, str) or (isinstance(given, (list, tuple)) and all(isinstance(text, str) for text in given))
 
 
-def generate(
-    run: Callable[[Array, Array], Any],
-    given: str | Sequence[str],
-    mask: Any,
-    tokenizer: GPT2Tokenizer | None,
-    config: GenerationConfig,
-    model: GPT2Config,
-    to_numpy: Callable[[Any], Array],
-) -> Any:
-    """Continue texts: `run` does it for ids and mask (B, T), and gives what `config` asks for."""
-    inputs.check_text_input(mask is not None, tokenizer)
-    tokenizer = cast("GPT2Tokenizer", tokenizer)
-    prompts = [given] if isinstance(given, str) else list(given)
-    rows = [encode(prompt, tokenizer, model) for prompt in prompts]
-    output: Any = GenerateOutput(np.zeros((0, 0), np.int64))
-    if rows:
-        output = run(*pad(rows))
-    ids = to_numpy(output.sequences if isinstance(output, GenerateOutput) else output) if rows else output.sequences
-    width, several, alone = max(map(len, rows), default=0), config.num_return_sequences, isinstance(given, str)
-    made = trim(ids[:, width:].tolist(), tokenizer, config, model)
-    texts = [prompts[i // several] + "".join(decode(tokenizer, row, config)) for i, row in enumerate(made)]
-    if not config.return_dict_in_generate:
-        return grouped(texts, alone, several)
-    output.texts = grouped(texts, alone, several)
-    output.token_ids = grouped([rows[i // several] + row for i, row in enumerate(made)], alone, several)
-    return output
-
-
 def encode(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
     """The ids of a prompt; an empty one is begun by the model's `bos_token_id`."""
     inputs.check_text("text", text)
@@ -67,13 +38,6 @@ def encode(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
         return ids
     inputs.check_start(model.bos_token_id, model.vocab_size)
     return [cast(int, model.bos_token_id)]
-
-
-def streamed(text: str, tokenizer: GPT2Tokenizer, config: GenerationConfig, model: GPT2Config) -> list[int]:
-    """The ids of a prompt whose text is streamed, and is one."""
-    if config.num_return_sequences > 1:
-        raise InputError("num_return_sequences: one text is streamed; leave it out, or call generate")
-    return encode(text, tokenizer, model)
 
 
 def pad(rows: Sequence[Sequence[int]], side: str = "left") -> tuple[Array, Array]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.model.checkpoint import load, read_weights, save, warn_of_fresh
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight, table
@@ -89,6 +88,8 @@ class GPT2PreTrainedModel(nn.Module):
         but mapped into memory. `overrides` change settings of the configuration. A task head that the files lack is
         initialised anew, with a warning. Raises CheckpointError or ConfigError for anything that does not fit.
         """
+        from gpt2_multi.model.checkpoint import load  # with all formats, when a file is met
+
         folder, config, arrays = load(
             name_or_path, cls.head, overrides, revision=revision, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -120,6 +121,8 @@ class GPT2PreTrainedModel(nn.Module):
         The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`.
         Raises CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
         """
+        from gpt2_multi.model.checkpoint import save
+
         self._check_tie()
         config = self.config.replace(
             architectures=[type(self).__name__], dtype=str(self.parameter(table(self.config, self.head)[0]).dtype)
@@ -219,6 +222,8 @@ def load_tf_weights_in_gpt2(
     The old function of transformers. It was given a configuration before the path: of three arguments the second is not
     looked at, since the model's own configuration counts. Raises CheckpointError for what does not fit.
     """
+    from gpt2_multi.model.checkpoint import read_weights, warn_of_fresh
+
     where = os.fspath(path if gpt2_checkpoint_path is None else gpt2_checkpoint_path)
     arrays = read_weights(where, model.config, model.head)
     warn_of_fresh(arrays, model.config, model.head, where, stacklevel=3)

@@ -13,7 +13,6 @@ import numpy as np
 import tensorflow as tf
 
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.model.checkpoint import load, save
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.model.spelling import KERAS
@@ -141,6 +140,8 @@ class TFGPT2PreTrainedModel(keras.Model):
         such as "mixed_bfloat16". `overrides` change settings of the configuration. A task head that the files lack is
         initialised anew, with a warning. Raises CheckpointError or ConfigError for anything that does not fit.
         """
+        from gpt2_multi.model.checkpoint import load  # with all formats, when a file is met
+
         folder, config, arrays = load(
             name_or_path, cls.head, overrides, revision=revision, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -170,6 +171,8 @@ class TFGPT2PreTrainedModel(keras.Model):
         updates are merged in. Raises CheckpointError, and leaves what was there, where a tensor is not what the
         configuration says, or the model is quantized.
         """
+        from gpt2_multi.model.checkpoint import save
+
         quantization.refuse_quantized(
             self, "saved as safetensors; save it as .keras, or save it before you quantize it"
         )

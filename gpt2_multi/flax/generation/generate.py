@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,14 +24,17 @@ from gpt2_multi.flax.generation.rules import as_tensors
 from gpt2_multi.flax.generation.tracing import check_guided, is_traced, traced_request
 from gpt2_multi.flax.layers import as_array, facts, is_concrete
 from gpt2_multi.flax.parameters.tree import Tree
-from gpt2_multi.generation import scoring, texts
+from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.options import Options
+from gpt2_multi.generation.request import Array as NumPyArray
 from gpt2_multi.generation.request import Request
 from gpt2_multi.generation.rules import bucket
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
-from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+
+if TYPE_CHECKING:
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 
 def generate(
@@ -121,10 +124,12 @@ def score(
     Texts beyond `n_positions` are read in windows, each `stride` tokens (by default half the context) further than the
     one before. Raises InputError for what is no text, and for a stride that would leave tokens out.
     """
+    from gpt2_multi.generation import scoring  # which few programs need
+
     return scoring.score(partial(log_probs, self, params), texts, tokenizer, self.config, stride, batch_size)
 
 
-def log_probs(model: Any, params: Tree | None, ids: scoring.Array, mask: scoring.Array) -> scoring.Array:
+def log_probs(model: Any, params: Tree | None, ids: NumPyArray, mask: NumPyArray) -> NumPyArray:
     """The log-probability of each id but the first, given those before it: (B, T) -> (B, T - 1)
 
     Lengths are filled up to a bucket, so that few are compiled.

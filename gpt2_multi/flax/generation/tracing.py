@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from gpt2_multi.flax.layers import facts, is_concrete
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.request import Request, new_tokens_after, options_of
 from gpt2_multi.model import inputs
-from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+
+if TYPE_CHECKING:
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 
 def traced_request(

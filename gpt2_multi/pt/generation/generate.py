@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gpt2_multi.generation import scoring, texts
+from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.options import Options
-from gpt2_multi.generation.request import Request
-from gpt2_multi.generation.scoring import Array
+from gpt2_multi.generation.request import Array, Request
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
 from gpt2_multi.pt.attention import upcast
@@ -110,6 +109,8 @@ def score(
     Texts beyond `n_positions` are read in windows, each `stride` tokens (by default half the context) further than the
     one before. Raises InputError for what is no text, and for a stride that would leave tokens out.
     """
+    from gpt2_multi.generation import scoring  # which few programs need
+
     was_training = self.training
     try:
         self.eval()  # dropout would score another model

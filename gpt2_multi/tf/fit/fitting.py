@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -25,12 +25,9 @@ from gpt2_multi.model.outputs import Output
 from gpt2_multi.tf.fit.arguments import as_keywords
 from gpt2_multi.tf.fit.strategy import LossOverReplicas, replicas
 
-if TYPE_CHECKING:
-    from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
-
 
 @functools.wraps(keras.Model.compile, assigned=())
-def compile(self: TFGPT2PreTrainedModel, *args: Any, **options: Any) -> None:
+def compile(self: Any, *args: Any, **options: Any) -> None:
     """Keras' own, which otherwise would keep the loss and the metrics of an earlier `compile`."""
     self._compile_loss = self._compile_metrics = self.loss = None
     keras.Model.compile(self, *args, **options)
@@ -49,14 +46,14 @@ def check_moments(optimizer: Any, dtype: str) -> None:
         )
 
 
-def compile_from_config(self: TFGPT2PreTrainedModel, config: dict[str, Any]) -> None:
+def compile_from_config(self: Any, config: dict[str, Any]) -> None:
     """Compile as a .keras file says, with the variables that the optimizer's state is read into."""
     self.compile(**keras.saving.deserialize_keras_object(config))
     if self.optimizer is not None:
         self.optimizer.build(self.trainable_variables)
 
 
-def build_compiled(self: TFGPT2PreTrainedModel, iterator: Any = None, data_batch: Any = None) -> None:
+def build_compiled(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
     """Under a strategy, make what `compile` named before the replicas run, from a first batch, or one replica's part.
 
     Keras' own averages the replicas' parts, which makes fractions of ids and fails where the parts differ in size.
@@ -71,7 +68,7 @@ def build_compiled(self: TFGPT2PreTrainedModel, iterator: Any = None, data_batch
     keras.Model._maybe_symbolic_build(self, data_batch=data_batch)
 
 
-def labelled(model: TFGPT2PreTrainedModel, data: Any) -> tuple[dict[str, Any], Any, Any]:
+def labelled(model: Any, data: Any) -> tuple[dict[str, Any], Any, Any]:
     """A batch of `fit` as (inputs, labels, sample weights); with no loss compiled, the labels are inputs too."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
     inputs = as_keywords(type(model), (x,), {"return_dict": True})
@@ -86,7 +83,7 @@ def labelled(model: TFGPT2PreTrainedModel, data: Any) -> tuple[dict[str, Any], A
     return inputs, labels if len(model.label_names) > 1 else next(iter(labels.values()), y), weight
 
 
-def named(model: TFGPT2PreTrainedModel, y: Any) -> dict[str, Any]:
+def named(model: Any, y: Any) -> dict[str, Any]:
     """`fit`'s y by the labels' names: an array is the first of them, a list is in their order."""
     if y is None:
         return {}
@@ -97,17 +94,17 @@ def named(model: TFGPT2PreTrainedModel, y: Any) -> dict[str, Any]:
     return dict(zip(model.label_names, parts, strict=False))
 
 
-def train_step(self: TFGPT2PreTrainedModel, data: Any) -> dict[str, Any]:
+def train_step(self: Any, data: Any) -> dict[str, Any]:
     """One update: Keras' own, on what `labelled` made of the batch."""
     return keras.Model.train_step(self, labelled(self, data))
 
 
-def test_step(self: TFGPT2PreTrainedModel, data: Any) -> dict[str, Any]:
+def test_step(self: Any, data: Any) -> dict[str, Any]:
     """One batch of `evaluate`."""
     return keras.Model.test_step(self, labelled(self, data))
 
 
-def predict_step(self: TFGPT2PreTrainedModel, data: Any) -> dict[str, Any]:
+def predict_step(self: Any, data: Any) -> dict[str, Any]:
     """One batch of `predict`: the outputs without labels, losses and caches, which do not add up over batches."""
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     inputs = as_keywords(type(self), (x,), {"return_dict": True})
@@ -116,19 +113,19 @@ def predict_step(self: TFGPT2PreTrainedModel, data: Any) -> dict[str, Any]:
 
 
 @functools.wraps(keras.Model.predict, assigned=())
-def predict(self: TFGPT2PreTrainedModel, *args: Any, **options: Any) -> Output:
+def predict(self: Any, *args: Any, **options: Any) -> Output:
     """Keras' own; the batches' outputs in one, as NumPy arrays."""
     return self.output_class(**keras.Model.predict(self, *args, **options))
 
 
 @functools.wraps(keras.Model.predict_on_batch, assigned=())
-def predict_on_batch(self: TFGPT2PreTrainedModel, x: Any) -> Output:
+def predict_on_batch(self: Any, x: Any) -> Output:
     """Keras' own; the output holds NumPy arrays."""
     return self.output_class(**keras.Model.predict_on_batch(self, x))
 
 
 def compute_loss(
-    self: TFGPT2PreTrainedModel,
+    self: Any,
     x: Any = None,
     y: Any = None,
     y_pred: Any = None,
@@ -152,14 +149,12 @@ def what_fit_needs(names: tuple[str, ...]) -> str:
     return f"fit and evaluate need {' and '.join(names)}, in x={{{example}}} or as y, or a compiled loss"
 
 
-def compute_metrics(
-    self: TFGPT2PreTrainedModel, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
-) -> dict[str, Any]:
+def compute_metrics(self: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
     """Keras' metrics, which see labels and logits."""
     return keras.Model.compute_metrics(self, x, y, logits_of(self, y, y_pred), sample_weight)
 
 
-def logits_of(model: TFGPT2PreTrainedModel, y: Any, output: Any) -> Any:
+def logits_of(model: Any, y: Any, output: Any) -> Any:
     """What a loss or a metric sees of an output: its logits, by the names of their labels where there are several."""
     if len(model.logit_names) == 1:
         return output[model.logit_names[0]]

@@ -15,17 +15,14 @@ saved as .keras; its weights do not train, but LoRA on top of them does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
 from gpt2_multi.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 
-
-def quantize(self: TFGPT2PreTrainedModel, mode: str | None = None, config: Any = None, filters: Any = None) -> None:
+def quantize(self: Any, mode: str | None = None, config: Any = None, filters: Any = None) -> None:
     """Keras' own: "int8", "int4" or "float8", of dense layers and, but for float8, embeddings; the tied head follows.
 
     `filters` chooses layers: a function of a layer, or patterns of names.
@@ -34,7 +31,7 @@ def quantize(self: TFGPT2PreTrainedModel, mode: str | None = None, config: Any =
     keras.Model.quantize(self, mode, config, filters or (lambda layer: isinstance(layer, kinds)))
 
 
-def modes(model: TFGPT2PreTrainedModel) -> dict[str, tuple[str, Any]]:
+def modes(model: Any) -> dict[str, tuple[str, Any]]:
     """How each quantized layer is quantized, by the layer's name in the table."""
     layers = {name: layer for name, layer in model.owners().items() if getattr(layer, "quantization_mode", None)}
     return {
@@ -43,14 +40,14 @@ def modes(model: TFGPT2PreTrainedModel) -> dict[str, tuple[str, Any]]:
     }
 
 
-def restore(model: TFGPT2PreTrainedModel, given: Mapping[str, Any]) -> None:
+def restore(model: Any, given: Mapping[str, Any]) -> None:
     """Quantize a new model's layers as `modes` had it, so that weights of a file can be read into them."""
     layers = model.owners()
     for name, (mode, config) in given.items():
         layers[name].quantize(mode, config=keras.saving.deserialize_keras_object(config))
 
 
-def load_weights(self: TFGPT2PreTrainedModel, filepath: Any, skip_mismatch: bool = False, **options: Any) -> None:
+def load_weights(self: Any, filepath: Any, skip_mismatch: bool = False, **options: Any) -> None:
     """Keras' own, of a .weights.h5 file. The file's weights are merged: LoRA starts anew on top of them.
 
     Keras sets both factors of LoRA to zero, where neither has a gradient; here the first is random.

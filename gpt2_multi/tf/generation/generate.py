@@ -15,12 +15,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gpt2_multi.generation import scoring, texts
+from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.options import Options
-from gpt2_multi.generation.request import Request
+from gpt2_multi.generation.request import Array, Request
 from gpt2_multi.generation.rules import bucket
-from gpt2_multi.generation.scoring import Array
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
 from gpt2_multi.tf.attention import upcast
@@ -122,6 +121,8 @@ def score(
     Texts beyond `n_positions` are read in windows, each `stride` tokens (by default half the context) further than the
     one before. Raises InputError for what is no text, and for a stride that would leave tokens out.
     """
+    from gpt2_multi.generation import scoring  # which few programs need
+
     return scoring.score(partial(log_probs, self), texts, tokenizer, self.config, stride, batch_size)
 
 
