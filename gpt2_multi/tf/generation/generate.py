@@ -169,7 +169,7 @@ def strategy_of(config: GenerationConfig, room: Any) -> Sampling | BeamSearch | 
 
 def rows_of(request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:
     """The prompts that are continued together, and their options: of prompt lookup each alone, otherwise all."""
-    options, count = as_tensors(request.options), len(request.ids)
+    options, count = as_tensors(request.options), request.ids.shape[0]
     if request.config.prompt_lookup_num_tokens is None or not count:
         return [(prompt, options)]
     return [(prompt.row(row), options.row(row)) for row in range(count)]
