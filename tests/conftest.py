@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for a second thread
-# LLVM's optimisations take longer than all that these models compute; tests/core/test_optimised.py lets it have them.
+# LLVM's optimisations take longer than all that these models compute; core/parity/test_optimised.py lets it have them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 from tests.support.adapters import BACKENDS

@@ -6,7 +6,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 
 from gpt2_multi.tf import TFGPT2LMHeadModel
-from tests.core.test_parity import run_oracle
+from tests.core.parity.test_parity import run_oracle
 from tests.support import fixtures
 
 BOUNDS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}

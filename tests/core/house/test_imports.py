@@ -81,7 +81,7 @@ def test_the_library_never_loads_the_application_above_it() -> None:
 
 
 def test_every_package_is_installed() -> None:
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     listed = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     found = [".".join(path.parent.relative_to(root).parts) for path in (root / "gpt2_multi").rglob("__init__.py")]
     assert sorted(listed) == sorted([*found, "gpt2_multi_conversion"])

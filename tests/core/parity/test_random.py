@@ -12,7 +12,7 @@ from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.fields import ACTIVATIONS, SUMMARY_TYPES
 from gpt2_multi.model.weights import HEADS
-from tests.core.test_parity import BOUND64, difference
+from tests.core.parity.test_parity import BOUND64, difference
 from tests.support import fixtures
 
 SEED = int(os.environ.get("GPT2_MULTI_SEED", random.SystemRandom().randrange(2**32)))

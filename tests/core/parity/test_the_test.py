@@ -8,7 +8,7 @@ import pytest
 
 from gpt2_multi.model.checkpoint import write_weights
 from gpt2_multi.model.weights import table
-from tests.core.test_parity import BOUND64
+from tests.core.parity.test_parity import BOUND64
 from tests.support import fixtures
 
 LM = "lm"

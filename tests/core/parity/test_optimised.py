@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TESTS = {
     "flax": [
-        "core/test_parity.py::test_float64_equals_the_oracle[flax-lm]",
-        "core/test_parity.py::test_float32_is_close_to_the_recording[flax-variant_untied]",
+        "core/parity/test_parity.py::test_float64_equals_the_oracle[flax-lm]",
+        "core/parity/test_parity.py::test_float32_is_close_to_the_recording[flax-variant_untied]",
         "flax/test_model.py::test_gradients_equal_the_recorded",
         "flax/generation/test_generation.py::test_greedy_tokens_equal_the_recorded",
         "flax/generation/test_generation.py::test_samples_equal_the_recorded",

@@ -49,7 +49,9 @@ def test_a_name_is_what_it_says(name: str) -> None:
 
 
 def test_every_error_and_every_output_has_a_face() -> None:
-    found = {name for name, value in vars(errors).items() if inspect.isclass(value)}
+    found = {
+        name for name, value in vars(errors).items() if inspect.isclass(value) and value.__module__ == errors.__name__
+    }
     found |= {name for name, value in vars(outputs).items() if dataclasses.is_dataclass(value)}
     assert found <= NAMES
 

@@ -1,0 +1,260 @@
+"""The plan of the house: how much stands on a level, who imports whom, and three packages that read side by side."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+MOST = 9  # entries of a level
+MARKERS = {"__init__.py", "__main__.py", "py.typed", "conftest.py", "LICENSE"}  # which no one has to look into
+DATA = {"demo", "data", "unicode16.json"}
+PACKAGES = ("pt", "tf", "flax")
+SHARED = (
+    "attention", "model", "heads", "loading", "training",
+    "generation/generate", "generation/decoding", "generation/beams", "generation/lookup", "generation/rules",
+)  # fmt: skip
+PLACES = {("flax", "training"): "training/losses"}  # JAX has no loop of its own, so that training is a room there
+HEADS = (
+    "GPT2LMHeadModel", "SequenceSummary", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
+)  # fmt: skip
+# What one or two of the packages have, and why: reason -> package -> file -> names.
+EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
+    "linen makes the constructors of its modules": {
+        package: {
+            "attention": [f"{name}.__init__" for name in ("BaseAttention", "Attention", "CrossAttention")],
+            "model": ["MLP.__init__", "Block.__init__"],
+            "heads": [f"{name}.__init__" for name in HEADS],
+        }
+        for package in ("pt", "tf")
+    },
+    "Flax keeps parameters and compiled functions beside the module, in a class that other packages need not": {
+        "flax": {
+            "loading": [
+                f"GPT2PreTrainedModel.{name}"
+                for name in (
+                    "compiled",
+                    "settings",
+                    "__getstate__",
+                    "init_weights",
+                    "params",
+                    "params",
+                    "params_shape_tree",
+                    "forward",
+                    "fitting",
+                    "_arrays",
+                    "check",
+                    "_check_cache",
+                    "init_cache",
+                    "to_bf16",
+                    "to_fp16",
+                    "to_fp32",
+                    "_cast",
+                )
+            ]
+            + ["interceptors"],
+            "heads": ["Headed", "Headed.body", "Headed.logits"],
+            "model": ["GPT2Model.logits"],
+        },
+        "pt": {
+            "model": ["GPT2Model.init_cache", "GPT2Model.attentions", "check_call", "as_cache", "_is_pair", "give"],
+            "heads": ["GPT2LMHeadModel.logits", "GPT2LMHeadModel.init_cache"],
+            "loading": [
+                f"GPT2PreTrainedModel.{name}"
+                for name in (
+                    "body",
+                    "parameter",
+                    "_source",
+                    "get_input_embeddings",
+                    "get_output_embeddings",
+                    "prune_heads",
+                )
+            ]
+            + ["_resized"],
+            "attention": ["Attention.prune"],
+        },
+        "tf": {
+            "model": ["GPT2Model.init_cache", "GPT2Model.attentions", "check_call", "as_cache", "_is_pair", "give"],
+            "heads": ["GPT2LMHeadModel.logits", "GPT2LMHeadModel.init_cache"],
+            "loading": [
+                f"GPT2PreTrainedModel.{name}"
+                for name in (
+                    "body",
+                    "parameter",
+                    "_source",
+                    "get_input_embeddings",
+                    "get_output_embeddings",
+                    "prune_heads",
+                )
+            ]
+            + ["_resized"],
+            "attention": ["Attention.prune"],
+        },
+    },
+    "linen's layers may be one scanned layer, and what a caller wants to see leaves it as values": {
+        "flax": {
+            "model": ["Seen", "Blocks", "Blocks.forward", "rematerialised", "GPT2Model._layers"],
+            "attention": ["KVCache.stacked", "Layer"],
+        },
+        "pt": {"model": ["GPT2Model._wanted", "note"]},
+        "tf": {"model": ["GPT2Model._wanted", "note"]},
+    },
+    "PyTorch's modules change in place: caches, dtypes, ties, memory and gradient checkpointing": {
+        "pt": {
+            "attention": ["KVCache.__init__", "KVCache.fork", "_flatten", "_unflatten", "score_dtype"],
+            "model": ["recast", "GPT2Model.dtype", "GPT2Model.checkpointing", "GPT2Model._cache"],
+            "heads": ["GPT2LMHeadModel.prepare_inputs_for_generation"],  # which PEFT asks for
+            "loading": [
+                f"GPT2PreTrainedModel.{name}"
+                for name in (
+                    "dtype",
+                    "device",
+                    "building",
+                    "_materialise",
+                    "_check_tie",
+                    "tie_weights",
+                    "set_input_embeddings",
+                    "set_output_embeddings",
+                    "gradient_checkpointing_enable",
+                    "gradient_checkpointing_disable",
+                    "set_attn_implementation",
+                )
+            ]
+            + ["load_tf_weights_in_gpt2"],
+            "training": ["parameter_groups", "train_step"],  # Keras and Optax have theirs
+            "generation/decoding": ["State.of"],
+            "generation/generate": ["parts"],
+        }
+    },
+    "Keras makes, names, restores and compiles layers by calls of its own": {
+        "tf": {
+            "attention": ["KVCache.spread", "KVCache.length"],
+            "heads": ["lm_logits"],
+            "loading": [
+                f"GPT2PreTrainedModel.{name}"
+                for name in (
+                    "initialise",
+                    "forward",
+                    "owner",
+                    "owners",
+                    "get_config",
+                    "from_config",
+                    "forget_functions",
+                )
+            ],
+            "generation/generate": ["rows_of", "output_of"],
+            "generation/decoding": ["blank", "written"],
+            "generation/beams": ["power"],
+        }
+    },
+    "compiled code has static shapes, branches that are functions, and no sort that is quick": {
+        "tf": {
+            "attention": ["write", "hiding"],
+            "generation/decoding": ["Prompt.bucketed", "put", "align"],
+            "generation/rules": ["when", "ordered", "greatest", "four_rounds"],
+        },
+        "flax": {
+            "attention": ["_write", "hiding"],
+            "generation/decoding": ["Prompt.bucketed", "put", "align"],
+            "generation/rules": ["when", "ordered", "greatest", "four_rounds"],
+            "generation/generate": ["parts"],
+            "training": ["shifted"],
+        },
+        "pt": {"generation/beams": ["greatest"]},
+    },
+    "frameworks lack different functions": {
+        "tf": {"model": ["gelu", "tanh_gelu"], "generation/beams": ["BeamSearch.propose"]},
+        "flax": {"model": ["gelu"], "generation/decoding": ["spread"]},
+        "pt": {"generation/beams": ["BeamSearch.propose"], "generation/decoding": ["spread"]},
+    },
+}
+
+
+def entries(folder: Path) -> list[str]:
+    """What stands in a folder, as far as it is in the repository."""
+    hidden = re.compile(r"\.|__pycache__|.*\.egg-info|build$|dist$|runs$")
+    return [path.name for path in folder.iterdir() if not hidden.match(path.name) and path.name not in MARKERS | DATA]
+
+
+def levels() -> list[Path]:
+    """Every folder of the code and of its tests, and the repository's own."""
+    found = {path.parent for room in ("gpt2_multi", "conversion", "tests") for path in (ROOT / room).rglob("*.py")}
+    return [ROOT, *sorted(found)]
+
+
+@pytest.mark.parametrize("folder", levels(), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_no_level_has_more_than_nine_entries(folder: Path) -> None:
+    assert len(entries(folder)) <= MOST, sorted(entries(folder))
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name."""
+    files = [path for room in ("gpt2_multi", "conversion") for path in (ROOT / room).rglob("*.py")]
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files)
+    return dict(zip(names, files, strict=True))
+
+
+def imported(module: str, path: Path) -> Iterator[str]:
+    """What a module imports, as it is written: for types only, or within a function, counts too."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (above, node.module) if part)
+            yield from (name for alias in node.names for name in (f"{base}.{alias.name}", base))
+
+
+def test_there_is_no_circle() -> None:
+    """Takes away what imports nothing that is left, until nothing more can go: what remains imports in a circle."""
+    left = {name: set(imported(name, path)) & modules().keys() - {name} for name, path in modules().items()}
+    packages = {name for name, path in modules().items() if path.name == "__init__.py"}
+    for name, found in left.items():  # a name of a package stands for the module that it is, where there is one
+        found -= {package for package in packages if any(other.startswith(f"{package}.") for other in found)}
+        left[name] = found
+    while free := [name for name, found in left.items() if not found & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, {name: found & left.keys() for name, found in left.items()}
+
+
+def normal(name: str) -> str:
+    """The name without what only says which framework it is for."""
+    name = re.sub(r"^(TF|Flax)", "", name)
+    name = re.sub(r"Module$", "Model" if re.fullmatch(r"GPT2(LMHead|DoubleHeads)?Module", name) else "", name)
+    return {"call": "forward", "__call__": "forward", "setup": "__init__"}.get(name, name)
+
+
+def definitions(package: str, file: str) -> list[str]:
+    """The functions, classes and methods of a file, in order."""
+    path = ROOT / "gpt2_multi" / package / f"{PLACES.get((package, file), file)}.py"
+
+    def within(body: list[ast.stmt], before: str) -> Iterator[str]:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                yield before + normal(node.name)
+            if isinstance(node, ast.ClassDef):
+                yield from within(node.body, f"{before}{normal(node.name)}.")
+
+    return list(within(ast.parse(path.read_text("utf-8")).body, ""))
+
+
+def exceptions(package: str, file: str) -> list[str]:
+    """What a file of a package may have that its counterparts lack."""
+    return [name for tables in EXCEPTIONS.values() for name in tables.get(package, {}).get(file, [])]
+
+
+@pytest.mark.parametrize("file", SHARED)
+def test_three_files_have_the_same_definitions_in_the_same_order(file: str) -> None:
+    """But for the exceptions, each of which has to be one: what all have, and what none has, is no exception."""
+    found = {package: definitions(package, file) for package in PACKAGES}
+    for package, names in found.items():
+        for name in exceptions(package, file):
+            names.remove(name)
+    assert found["pt"] == found["tf"] == found["flax"]
