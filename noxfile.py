@@ -33,15 +33,19 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
 
 
 def install(session: nox.Session, *packages: str) -> None:
-    """Install with pip, at the versions of .ci/constraints.txt."""
-    session.install("--quiet", "--constraint", ".ci/constraints.txt", *packages)
+    """Install with pip, at the versions of .ci/constraints.txt, and compile on all cores what pip would on one."""
+    session.install("--quiet", "--no-compile", "--constraint", ".ci/constraints.txt", *packages)
+    compiler = ["python", "-m", "compileall", "-qq", "-j", "0", session.virtualenv.location]
+    session.run(*compiler, success_codes=[0, 1])  # some packages have files that are no Python
 
 
 def pytest(session: nox.Session, *options: str) -> None:
     """Run the tests on all cores; none may be skipped where the shared data is there."""
     shared = os.environ.get("GPT2_MULTI_SHARED") or Path("..", "shared")
-    strict = ["--no-skips"] if Path(shared).is_dir() and "tests" in session.name else []
-    session.run("python", "-m", "pytest", "-n", "auto", *strict, *options, *session.posargs, env=QUIET)
+    strict = ["--no-skips"] if Path(shared).is_dir() and session.name in ("tests", "thorough") else []
+    # A worker that is done takes over what another would do last, so that most modules' fixtures are made once.
+    parallel = ["-n", "auto", "--dist", "worksteal"]
+    session.run("python", "-m", "pytest", *parallel, *strict, *options, *session.posargs, env=QUIET)
 
 
 @nox.session
@@ -58,6 +62,13 @@ def tests(session: nox.Session) -> None:
     """Run every test, with every framework installed in one environment."""
     install(session, ".[all,docs,examples]", *TOOLS, *PEERS)
     pytest(session, "--backends=pt,tf,flax")
+
+
+@nox.session
+def thorough(session: nox.Session) -> None:
+    """Run what `tests` runs, with all optimisations of XLA and TensorFlow, and the fuzzers at full length."""
+    session.env["GPT2_MULTI_THOROUGH"] = "1"
+    tests(session)
 
 
 @nox.session
@@ -87,6 +98,7 @@ def tf_oldest(session: nox.Session) -> None:
     project = nox.project.load_toml("pyproject.toml")["project"]
     oldest = [requirement.replace(">=", "==") for requirement in project["optional-dependencies"]["tf"]]
     session.install("--quiet", ".[tf]", *oldest, *TOOLS)
+    session.env["XLA_FLAGS"] = ""  # it has not all of those that tests/conftest.py sets
     pytest(session, "--backends=tf", "tests/tf")
 
 
@@ -121,6 +133,13 @@ def types(session: nox.Session) -> None:
     """Check types, strictly."""
     install(session, ".[pt]", "mypy")
     session.run("mypy")
+
+
+@nox.session
+def checks(session: nox.Session) -> None:
+    """Run `lint`, `types` and `demo`, in one environment."""
+    for check in (lint, types, demo):
+        check(session)
 
 
 @nox.session

@@ -3,13 +3,28 @@
 import gc
 import importlib.util
 import os
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests.support.effort import THOROUGH
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for a second thread
-# LLVM's optimisations take longer than all that these models compute; core/parity/test_optimised.py lets it have them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+gc.set_threshold(50_000, 20, 20)  # what is traced and compiled makes many objects that stay
+QUICK = [  # to compile: LLVM's optimisations take longer than all that these models compute
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+os.environ.setdefault("XLA_FLAGS", "" if THOROUGH else " ".join(QUICK))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers, and processes that tests start, compile nothing twice
+    CACHE = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from tests.support.adapters import BACKENDS
 
@@ -52,15 +67,18 @@ def no_seed_is_left():
     request._next = None
 
 
-@pytest.fixture(autouse=True)
-def collections_are_quick(request: pytest.FixtureRequest):
-    """Keras collects garbage for every variable that is deleted, which takes long where other tests have left much."""
-    if "tf" not in request.path.parts:
-        yield
-        return
+@pytest.fixture(scope="session", autouse=True)
+def graphs_are_quick():
+    """TensorFlow's optimisations of a graph take longer than the graph, too."""
+    if not THOROUGH and "tensorflow" in sys.modules:
+        sys.modules["tensorflow"].config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collections_are_quick():
+    """What earlier modules have left is looked at once; Keras collects garbage for every variable that is deleted."""
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.containers.tf_bundle import MAGIC, _message, _packed, _table
 from gpt2_multi.model.checkpoint import open as open_checkpoint
 from tests.support.damage import sealed
+from tests.support.effort import some
 
-CASES = 1500
+CASES = some(1500, 500)
 
 
 def test_damaged_files_of_every_format():

@@ -47,9 +47,10 @@ def new(found):
     return np.asarray(found)[:, 3:].tolist()
 
 
-def test_a_configuration_of_the_caller_keeps_the_model_s_end(model, ids):
+def test_a_configuration_of_the_caller_keeps_the_model_s_end(model, ids, monkeypatch):
     free = new(model.generate(ids, max_new_tokens=5))[0]
-    model.generation_config = model.generation_config.with_options({"eos_token_id": free[1], "pad_token_id": 19})
+    ending = model.generation_config.with_options({"eos_token_id": free[1], "pad_token_id": 19})
+    monkeypatch.setattr(model, "generation_config", ending)
     own = GenerationConfig(max_new_tokens=5)
     assert new(model.generate(ids, generation_config=own))[0] == free[: free.index(free[1]) + 1]
     assert new(model.generate(ids, generation_config=own, eos_token_id=None))[0] == free

@@ -3,6 +3,7 @@
 The keys are those of the fixtures: `logits`, `hidden_states.{i}`, `attentions.{i}`, `past.{i}.key` and so on.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 Outputs = dict[str, Any]
+kept = functools.lru_cache(maxsize=6)  # models, each for the calls that follow each other; calls do not change them
 LISTS = ("hidden_states", "attentions", "cross_attentions")
 
 
@@ -27,6 +29,7 @@ def flatten(output: Any, to_numpy: Callable[[Any], Any]) -> Outputs:
     return flat
 
 
+@kept
 def pt_model(head: str, folder: Path, dtype: str, **options: Any) -> Any:
     """A PyTorch model of this head, stored and computing in `dtype`."""
     from gpt2_multi import pt
@@ -49,6 +52,7 @@ def pt(head: str, folder: Path, dtype: str, inputs: dict[str, Any], call: Any = 
     return flatten(output, lambda value: value.numpy())
 
 
+@kept
 def tf_model(head: str, folder: Path, dtype: str, **options: Any) -> Any:
     """A TensorFlow model of this head, stored and computing in `dtype`; it has one attention only."""
     from gpt2_multi import tf
@@ -63,6 +67,7 @@ def tf(head: str, folder: Path, dtype: str, inputs: dict[str, Any], call: Any = 
     return flatten(tf_model(head, folder, dtype, **options)(inputs, **dict(call)), lambda value: value.numpy())
 
 
+@kept
 def flax_model(head: str, folder: Path, dtype: str, **options: Any) -> Any:
     """A Flax model of this head, stored and computing in `dtype`; it has one attention only."""
     import jax

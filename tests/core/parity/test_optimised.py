@@ -1,4 +1,4 @@
-"""Some tests again, with all of XLA's optimisations: the others are compiled without most of them."""
+"""A few tests again, with all of XLA's and TensorFlow's optimisations; `nox -s thorough` runs all tests so."""
 
 import os
 import subprocess
@@ -11,14 +11,10 @@ ROOT = Path(__file__).resolve().parents[3]
 TESTS = {
     "flax": [
         "core/parity/test_parity.py::test_float64_equals_the_oracle[flax-lm]",
-        "core/parity/test_parity.py::test_float32_is_close_to_the_recording[flax-variant_untied]",
-        "flax/test_model.py::test_gradients_equal_the_recorded",
         "flax/generation/test_generation.py::test_greedy_tokens_equal_the_recorded",
-        "flax/generation/test_generation.py::test_samples_equal_the_recorded",
     ],
     "tf": [
         "tf/generation/test_generation.py::test_greedy_tokens_equal_the_recorded",
-        "tf/generation/test_generation.py::test_samples_equal_the_recorded",
         "tf/generation/test_generation.py::test_xla_compiles_samples_from_a_multiple_of_eight_words",
     ],
 }
@@ -30,6 +26,6 @@ def test_numbers_and_tokens_are_the_same_with_optimisations(framework):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--backends={framework}", "--no-skips"]
     done = subprocess.run(
         [*command, *(f"tests/{name}" for name in TESTS[framework])],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""},
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": "", "GPT2_MULTI_THOROUGH": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

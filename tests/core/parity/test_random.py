@@ -14,9 +14,10 @@ from gpt2_multi.model.fields import ACTIVATIONS, SUMMARY_TYPES
 from gpt2_multi.model.weights import HEADS
 from tests.core.parity.test_parity import BOUND64, difference
 from tests.support import fixtures
+from tests.support.effort import some
 
 SEED = int(os.environ.get("GPT2_MULTI_SEED", random.SystemRandom().randrange(2**32)))
-ROUNDS = 40
+ROUNDS = some(40, 12)
 
 
 def random_config(rng):

@@ -24,15 +24,18 @@ def plain(value):
     value = value.numpy().tolist()
     return [text.decode() for text in value] if value and isinstance(value[0], bytes) else value
 
-loaded = tf.saved_model.load(sys.argv[1])
-for name, inputs in json.load(sys.stdin):
+def answer(loaded, name, inputs):
     if "text" in inputs:
         inputs["text"] = [text.encode("latin-1") for text in inputs["text"]]
     try:
-        answer = {key: plain(value) for key, value in getattr(loaded, name)(**inputs).items()}
+        return {key: plain(value) for key, value in getattr(loaded, name)(**inputs).items()}
     except tf.errors.InvalidArgumentError as error:
-        answer = " ".join(str(error).split())
-    print(json.dumps(answer))
+        return " ".join(str(error).split())
+
+for line in sys.stdin:
+    folder, calls = json.loads(line)
+    loaded = tf.saved_model.load(folder)
+    print(json.dumps([answer(loaded, *call) for call in calls]), flush=True)
 """
 TEXTS = ["ROMEO:\n", "", "To be, or not to be", "caf\u00e9 \U0001f600 <|endoftext|> x", "\ufffe"]
 CALLS = [
@@ -58,21 +61,25 @@ def demo(tmp_path_factory):
     return TFGPT2LMHeadModel.from_pretrained(folder), tokenizer
 
 
-def ask(folder, *calls):
+@pytest.fixture(scope="module")
+def ask():
     """What a fresh process gets from the functions of a folder, a call after the other; texts may be bytes."""
-    coded = [
-        (name, {k: [raw(t).decode("latin-1") for t in v] if k == "text" else v for k, v in given.items()})
-        for name, given in calls
-    ]
-    process = subprocess.run(
-        [sys.executable, "-c", LOADER, str(folder)],
-        input=json.dumps(coded),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )
-    assert process.returncode == 0, process.stderr
-    return [json.loads(line) for line in process.stdout.splitlines()]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command, environment = [sys.executable, "-c", LOADER], {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+    def answers(folder, *calls):
+        coded = [
+            (name, {k: [raw(t).decode("latin-1") for t in v] if k == "text" else v for k, v in given.items()})
+            for name, given in calls
+        ]
+        print(json.dumps([str(folder), coded]), file=process.stdin, flush=True)
+        line = process.stdout.readline()
+        assert line, "the process has ended; its error is above"
+        return json.loads(line)
+
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        yield answers
+        process.stdin.close()
 
 
 def raw(text):
@@ -94,7 +101,7 @@ def filled(rows, fill):
     return [row + [fill] * (max(map(len, rows)) - len(row)) for row in rows]
 
 
-def test_a_fresh_process_writes_what_a_pipeline_writes(demo, tmp_path):
+def test_a_fresh_process_writes_what_a_pipeline_writes(demo, tmp_path, ask):
     model, tokenizer = demo
     fixed = {"max_new_tokens": 12, "stop_strings": ["th", "e"]}
     model.export_saved_model(tmp_path / "saved", tokenizer=tokenizer, **fixed)
@@ -128,7 +135,7 @@ def test_a_fresh_process_writes_what_a_pipeline_writes(demo, tmp_path):
     assert all("are more than n_positions 256" in answer for answer in answers) and len(answers) == 2
 
 
-def test_beams_are_the_same(demo, tmp_path):
+def test_beams_are_the_same(demo, tmp_path, ask):
     model, tokenizer = demo
     options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "eos_token_id": [11, 1023]}
     model.export_saved_model(tmp_path / "saved", tokenizer=tokenizer, **options)
@@ -141,7 +148,7 @@ def test_beams_are_the_same(demo, tmp_path):
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
-def test_ids_are_continued_without_a_tokenizer(jit, model, tmp_path):
+def test_ids_are_continued_without_a_tokenizer(jit, model, tmp_path, ask):
     options = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": jit, "num_return_sequences": 1 + jit}
     model.export_saved_model(tmp_path / "saved", jit_compile=jit, **options)
     recorded = fixtures.reference("lm")
