@@ -42,7 +42,7 @@ def read_json(
         if path.exists() and not path.is_file():
             raise missing(f"{path}: expected a file, found something else; check the path")
         if (size := path.stat().st_size) > largest:
-            raise damaged(f"{path}: has {size} bytes, more than such a file of a model ({largest}); fetch it again")
+            raise missing(f"{path}: has {size} bytes, more than such a file of a model ({largest}); fetch it again")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise missing(f"{path}: there is no such file; a model folder holds it beside the weights") from None
