@@ -123,6 +123,7 @@ def test_lookup_reads_less_often_where_a_text_repeats_itself(model, monkeypatch,
     text = model.generate(IDS[:1, :8], max_new_tokens=20, eos_token_id=None).numpy()  # what it says after IDS
     again = np.concatenate([text, text[:, :8]], 1)
     options = {"max_new_tokens": 16, "eos_token_id": None}
+    reads.clear()
     expected = model.generate(again, **options)
     assert reads[0] == 47 and reads[1:] == [1] * 16
     reads.clear()
