@@ -28,6 +28,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers, and processes that
 
 from tests.support.adapters import BACKENDS
 
+ROOM = 1 << 30  # bytes that tests may leave behind before it is worth the time to look at all that is there
+STATM = Path("/proc/self/statm")
+memory_after: dict[str, int] = {}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="fail if a test is skipped")
@@ -79,6 +83,22 @@ def collections_are_quick():
     """What earlier modules have left is looked at once; Keras collects garbage for every variable that is deleted."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def memory_is_bounded():
+    """A compiled function and the model that it holds hold each other: they go where garbage is collected alone."""
+    yield
+    if resident() > memory_after.get("collection", 0) + ROOM:
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        memory_after["collection"] = resident()
+
+
+def resident() -> int:
+    """How many bytes of memory this process has; 0 where the system is not one that says so here."""
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if STATM.exists() else 0
 
 
 @pytest.fixture(scope="session")
