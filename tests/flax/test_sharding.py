@@ -61,8 +61,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What tests/support/flax_devices.py found on 8 virtual devices."""
-    out = finished(start("-m", "tests.support.flax_devices", str(folder / "model"), str(folder)))
+    """What tests/flax/devices.py found on 8 virtual devices."""
+    out = finished(start("-m", "tests.flax.devices", str(folder / "model"), str(folder)))
     return json.loads(out.splitlines()[-1])
 
 

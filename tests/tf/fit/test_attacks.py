@@ -162,7 +162,7 @@ def test_a_row_in_which_every_token_is_banned_is_what_pytorch_makes_of_it():
     logits = np.full((2, 9), -np.inf)
     logits[1, 4:7] = 1.0
     ours = rules.sample(tf.constant(logits), tf.constant([[3, 0], [4, 0]], tf.uint32), tf.constant(0))
-    theirs = pt_rules.sample(torch.tensor(logits), pt_rules.stream_keys([3, 4], torch.device("cpu")), 0)
+    theirs = pt_rules.sample(torch.tensor(logits), torch.tensor([[3, 0], [4, 0]], dtype=torch.int32), 0)
     assert ours.numpy().tolist() == theirs.tolist() and ours[0] == 0
 
 

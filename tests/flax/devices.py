@@ -1,6 +1,6 @@
 """What tests/flax/test_sharding.py runs in a process of its own, on 8 virtual devices: prints JSON.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.support.flax_devices MODEL_FOLDER OUTPUT
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.flax.devices MODEL_FOLDER OUTPUT
 """
 
 import json
