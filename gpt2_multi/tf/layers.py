@@ -115,3 +115,21 @@ def facts(name: str, x: Any) -> Facts:
 def is_concrete(x: Any) -> bool:
     """Whether a tensor has values already."""
     return bool(hasattr(x, "numpy")) and tf.executing_eagerly()
+
+
+def replicas() -> int:
+    """How many replicas run this code: 1 without a strategy."""
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else int(context.num_replicas_in_sync)
+
+
+def over_replicas(part: tf.Tensor) -> tf.Tensor:
+    """A number summed over all replicas, () -> ()."""
+    if replicas() == 1:
+        return part
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, part)
+
+
+def mean(total: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    """A sum over a count, both over all replicas; 0 where nothing counts."""
+    return total / tf.maximum(over_replicas(count), 1)

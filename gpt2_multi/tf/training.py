@@ -8,8 +8,7 @@ import tensorflow as tf
 
 from gpt2_multi.model import inputs
 from gpt2_multi.tf.attention import upcast
-from gpt2_multi.tf.fit.strategy import mean
-from gpt2_multi.tf.layers import facts
+from gpt2_multi.tf.layers import facts, mean
 
 IGNORED = -100
 

@@ -23,7 +23,8 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.tf.fit.arguments import as_keywords
-from gpt2_multi.tf.fit.strategy import LossOverReplicas, replicas
+from gpt2_multi.tf.fit.strategy import LossOverReplicas
+from gpt2_multi.tf.layers import replicas
 
 
 @functools.wraps(keras.Model.compile, assigned=())

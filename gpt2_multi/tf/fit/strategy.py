@@ -28,23 +28,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-
-def replicas() -> int:
-    """How many replicas run this code: 1 without a strategy."""
-    context = tf.distribute.get_replica_context()
-    return 1 if context is None else int(context.num_replicas_in_sync)
-
-
-def over_replicas(part: tf.Tensor) -> tf.Tensor:
-    """A number summed over all replicas, () -> ()."""
-    if replicas() == 1:
-        return part
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, part)
-
-
-def mean(total: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    """A sum over a count, both over all replicas; 0 where nothing counts."""
-    return total / tf.maximum(over_replicas(count), 1)
+from gpt2_multi.tf.layers import over_replicas, replicas
 
 
 class LossOverReplicas(keras.metrics.Mean):
