@@ -47,7 +47,7 @@ class KVCache(Sequence[Pair]):
     def extend(pair: Pair, key: Array, value: Array, start: Array | int) -> Pair:
         """A layer's pair with (B, H, T, D) keys and values from `start` on; XLA writes them in place where it may."""
         old_key, old_value = pair
-        return _write(old_key, key, start), _write(old_value, value, start)
+        return write(old_key, key, start), write(old_value, value, start)
 
     @property
     def stacked(self) -> bool:
@@ -80,7 +80,7 @@ class KVCache(Sequence[Pair]):
         return (self[layer] for layer in range(len(self)))
 
 
-def _write(buffer: Array, new: Array, start: Array | int) -> Array:
+def write(buffer: Array, new: Array, start: Array | int) -> Array:
     return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=2)
 
 

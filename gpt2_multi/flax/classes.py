@@ -15,8 +15,8 @@ from gpt2_multi.flax.heads import (
     GPT2LMHeadModule,
     rows,
 )
-from gpt2_multi.flax.layers import check_classes, facts
-from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel, interceptors
+from gpt2_multi.flax.layers import check_classes, facts, interceptors
+from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.flax.model import GPT2Module
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs

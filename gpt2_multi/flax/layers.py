@@ -197,3 +197,8 @@ def as_flag(name: str, value: Any) -> bool:
         return bool(value)
     except (TypeError, ValueError):  # traced, or several values
         raise InputError(f"{name}: expected True or False, found {type(value).__name__}; it cannot be traced") from None
+
+
+def interceptors() -> tuple[Any, ...]:
+    """The functions that `nn.intercept_methods` has set."""
+    return tuple(nn.module._global_interceptor_stack)  # Flax shows them nowhere else

@@ -18,11 +18,21 @@ from jax.sharding import Mesh
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.layers import as_array, as_dtype, as_flag, check_key, check_remat, facts, input_names, is_concrete
+from gpt2_multi.flax.layers import (
+    as_array,
+    as_dtype,
+    as_flag,
+    check_key,
+    check_remat,
+    facts,
+    input_names,
+    interceptors,
+    is_concrete,
+)
+from gpt2_multi.flax.parameters import casting
 from gpt2_multi.flax.parameters.sharding import param_shardings
 from gpt2_multi.flax.parameters.tree import (
     Tree,
-    as_mask,
     check_alive,
     check_tree,
     dtypes_of,
@@ -316,30 +326,9 @@ class FlaxGPT2PreTrainedModel:
             self.params = params
         return params
 
-    def to_bf16(self, params: Tree | None = None, mask: Any = None) -> Tree:
-        """The parameters in bfloat16: the model's own, or those given, where `mask`, a tree of booleans, is True."""
-        return self._cast(params, jnp.bfloat16, mask)
-
-    def to_fp16(self, params: Tree | None = None, mask: Any = None) -> Tree:
-        """The parameters in float16; see `to_bf16`."""
-        return self._cast(params, jnp.float16, mask)
-
-    def to_fp32(self, params: Tree | None = None, mask: Any = None) -> Tree:
-        """The parameters in float32; see `to_bf16`."""
-        return self._cast(params, jnp.float32, mask)
-
-    def _cast(self, params: Tree | None, dtype: Any, mask: Any) -> Tree:
-        flat = flatten_dict(self.fitting(params))
-        wanted = dict.fromkeys(flat, True) if mask is None else as_mask(mask)
-        if wanted.keys() != flat.keys():
-            name = "/".join(map(str, min(wanted.keys() ^ flat.keys(), key=str)))
-            raise InputError(f"mask: expected a tree of booleans like the parameters, found {name} in one of them only")
-        return unflatten_dict({path: x.astype(dtype) if wanted[path] else x for path, x in flat.items()})
-
-
-def interceptors() -> tuple[Any, ...]:
-    """The functions that `nn.intercept_methods` has set."""
-    return tuple(nn.module._global_interceptor_stack)  # Flax shows them nowhere else
+    to_bf16 = casting.to_bf16
+    to_fp16 = casting.to_fp16
+    to_fp32 = casting.to_fp32
 
 
 def devices() -> list[str]:

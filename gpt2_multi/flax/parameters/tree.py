@@ -169,13 +169,6 @@ def check_alive(name: str, tree: Any) -> None:
         )
 
 
-def as_mask(mask: Any) -> dict[Any, Any]:
-    """A nested dict of booleans, by path."""
-    if not isinstance(mask, (dict, FrozenDict)):
-        raise InputError(f"mask: expected a nested dict of booleans, found {type(mask).__name__}")
-    return flatten_dict(mask)
-
-
 def resized(value: Array, axes: tuple[str, ...], number: int) -> Array:
     """A leaf with so many entries of the vocabulary; one without a vocabulary stays."""
     if "vocab" not in axes:

@@ -63,7 +63,7 @@ def generate(
     given = input_ids, attention_mask, tokenizer, encoder_hidden_states, encoder_attention_mask
     request, prompt = request_of(self, config, *given)
     finals = []
-    for rows in rows_of(request, prompt):
+    for rows in parts(request, prompt):
         *_, state = run(self, request, *rows, request.new_tokens, jit_compile in (None, True))
         finals.append(state)
     output = output_of(request, finals)
@@ -167,7 +167,7 @@ def strategy_of(config: GenerationConfig, room: Any) -> Sampling | BeamSearch | 
     return Sampling(room, config.rows, config.records)
 
 
-def rows_of(request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:
+def parts(request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:
     """The prompts that are continued together, and their options: of prompt lookup each alone, otherwise all."""
     options, count = as_tensors(request.options), request.ids.shape[0]
     if request.config.prompt_lookup_num_tokens is None or not count:
@@ -177,7 +177,7 @@ def rows_of(request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:
 
 def columns(model: keras.Model, request: Request, prompt: Prompt, jit: bool) -> Iterator[tf.Tensor]:
     """One token of each row after the other, until the length, or until all are finished."""
-    alone = [columns_of(run(model, request, *rows, 1, jit), request.new_tokens) for rows in rows_of(request, prompt)]
+    alone = [columns_of(run(model, request, *rows, 1, jit), request.new_tokens) for rows in parts(request, prompt)]
     fill = tf.constant([request.options.fill])
     return (tf.concat(column, 0) for column in zip_longest(*alone, fillvalue=fill))
 

@@ -51,13 +51,8 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "check",
                     "_check_cache",
                     "init_cache",
-                    "to_bf16",
-                    "to_fp16",
-                    "to_fp32",
-                    "_cast",
                 )
-            ]
-            + ["interceptors"],
+            ],
             "heads": ["Headed", "Headed.body", "Headed.logits"],
             "model": ["GPT2Model.logits"],
         },
@@ -128,7 +123,6 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             + ["load_tf_weights_in_gpt2"],
             "training": ["parameter_groups", "train_step"],  # Keras and Optax have theirs
             "generation/decoding": ["State.of"],
-            "generation/generate": ["parts"],
         }
     },
     "Keras makes, names, restores and compiles layers by calls of its own": {
@@ -147,7 +141,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "forget_functions",
                 )
             ],
-            "generation/generate": ["rows_of", "output_of"],
+            "generation/generate": ["output_of"],
             "generation/decoding": ["blank", "written"],
             "generation/beams": ["power"],
         }
@@ -159,10 +153,9 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "generation/rules": ["when", "ordered", "greatest", "four_rounds"],
         },
         "flax": {
-            "attention": ["_write", "hiding"],
+            "attention": ["write", "hiding"],
             "generation/decoding": ["Prompt.bucketed", "put", "align"],
             "generation/rules": ["when", "ordered", "greatest", "four_rounds"],
-            "generation/generate": ["parts"],
             "training": ["shifted"],
         },
         "pt": {"generation/beams": ["greatest"]},
