@@ -44,10 +44,13 @@ class KVCache(Sequence[Pair]):
         return cls(list(zip(keys, values, strict=True)), preallocated=True)
 
     def fork(self) -> KVCache:
-        """The cache that the next call may extend: this one, or a shallow copy where this one must not change."""
-        if self.preallocated:
+        """The cache that the next call may extend: this one, or a shallow copy where this one must not change.
+
+        One of `generate`'s is copied although it is written in place, so that a forward may read the same tokens twice.
+        """
+        if self.preallocated and not self.trusted:
             return self
-        copy = KVCache(self.layers, self.length)
+        copy = KVCache(self.layers, self.length, self.preallocated, self.trusted)
         copy.cross = list(self.cross)
         return copy
 

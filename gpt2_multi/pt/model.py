@@ -222,7 +222,8 @@ class GPT2Model(GPT2PreTrainedModel):
                 warnings.warn("use_cache is off: blocks recomputed by checkpointing cannot cache", stacklevel=4)
             return None
         if past is not None:
-            return past if isinstance(past, KVCache) and past.trusted else as_cache(past, len(self.h)).fork()
+            is_trusted = isinstance(past, KVCache) and past.trusted
+            return (cast(KVCache, past) if is_trusted else as_cache(past, len(self.h))).fork()
         return KVCache() if (self.config.use_cache if use_cache is None else use_cache) else None
 
     def _context(

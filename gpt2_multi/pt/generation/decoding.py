@@ -6,6 +6,7 @@ step, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self, cast
@@ -120,9 +121,16 @@ def prefill(model: Any, prompt: Prompt, state: State) -> Tensor:
 def decode_step(model: Any, state: State, tokens: Tensor, count: int) -> Tensor:
     """Read tokens (R, N) after those in the cache: -> the logits after the last `count` of them, (R, count, V)"""
     cache = cast(KVCache, state.cache)
+    given: dict[str, Any] = dict(state.encoder)
     past = cache.length + tokens.shape[1]
-    given = state.encoder if state.keep is None else {**state.encoder, "attention_mask": state.keep[:, :past]}
-    output = model(tokens, past_key_values=cache, use_cache=True, return_dict=True, logits_to_keep=count, **given)
+    if state.keep is not None:
+        given["attention_mask"] = state.keep[:, :past]
+    if count < tokens.shape[1] and takes(model.forward, "logits_to_keep"):
+        given["logits_to_keep"] = count
+    output = model(tokens, past_key_values=cache, use_cache=True, return_dict=True, **given)
+    if isinstance(output, tuple):
+        raise InputError("return_dict: the model gave a tuple, which says no names; its forward has to give an output")
+    cache.trusted = False  # whoever kept it may give it other tokens
     state.cache = output.past_key_values  # which is another object where a wrapper took the first apart
     if state.cache is None or state.cache.length != past:
         raise InputError("past_key_values: the model gave no cache with the new tokens; its forward has to return it")
@@ -133,15 +141,25 @@ def decode_step(model: Any, state: State, tokens: Tensor, count: int) -> Tensor:
 def decode(model: Any, prompt: Prompt, strategy: Any, options: Options) -> Iterator[Any]:
     """The states after each step of a strategy, which is a Sampling, a Lookup or a BeamSearch."""
     state = strategy.start(prompt, options)
-    while strategy.is_open(state):
-        proposed = strategy.propose(state, options)
-        if state.cache is None or state.cache.length == state.cache.capacity:
-            logits = prefill(model, prompt, state)
-        else:
-            tokens = torch.cat([state.ids[:, state.length - 1 : state.length], proposed], 1)
-            logits = decode_step(model, state, tokens, tokens.shape[1])
-        strategy.update(state, logits, proposed, options)
-        yield state
+    try:
+        while strategy.is_open(state):
+            proposed = strategy.propose(state, options)
+            if state.cache is None or state.cache.length == state.cache.capacity:
+                logits = prefill(model, prompt, state)
+            else:
+                tokens = torch.cat([state.ids[:, state.length - 1 : state.length], proposed], 1)
+                logits = decode_step(model, state, tokens, tokens.shape[1])
+            strategy.update(state, logits, proposed, options)
+            yield state
+    finally:
+        if state.cache is not None:
+            state.cache.trusted = False
+
+
+def takes(function: Any, name: str) -> bool:
+    """Whether a function has an argument of this name, or takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(name == one.name or one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
 
 
 def spread(state: State, logits: Tensor, rows: int, room: int) -> Tensor:

@@ -122,7 +122,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             ]
             + ["load_tf_weights_in_gpt2"],
             "training": ["parameter_groups", "train_step"],  # Keras and Optax have theirs
-            "generation/decoding": ["State.of"],
+            "generation/decoding": ["State.of", "takes"],
         }
     },
     "Keras makes, names, restores and compiles layers by calls of its own": {

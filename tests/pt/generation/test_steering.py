@@ -209,8 +209,8 @@ def test_every_token_is_one_call_without_a_mask_and_with_a_cache():
     model.register_forward_pre_hook(lambda _m, given, named: calls.append((given, named)), with_kwargs=True)
     generated(model, PROMPTS[:1])
     assert [given[0].shape for given, _ in calls] == [(1, 8), *[(1, 1)] * 5]
-    for _, named in calls:
-        assert named.keys() == {"past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+    for i, (_, named) in enumerate(calls):
+        assert named.keys() == {"past_key_values", "use_cache", "return_dict", *(() if i else ["logits_to_keep"])}
 
 
 def test_a_forward_that_gives_no_cache_is_one_sentence():
@@ -231,3 +231,40 @@ def test_the_way_to_the_first_product_is_short(options):
     )
     generated(model, PROMPTS, **options)
     assert max(map(len, ways)) <= 9 and all(way[0] == "generate" for way in ways)
+
+
+class Twice(GPT2LMHeadModel):
+    """Reads everything two times, as an ensemble does, and takes few arguments."""
+
+    def forward(self, input_ids, past_key_values=None, attention_mask=None, use_cache=None, return_dict=True):
+        given = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        super().forward(input_ids, **given)
+        return super().forward(input_ids, **given)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_a_forward_may_read_the_same_twice(options):
+    found, expected = (
+        cls.from_pretrained("demo").generate(torch.tensor([[5, 9, 5, 9, 7]]), max_new_tokens=9, **options)
+        for cls in (Twice, GPT2LMHeadModel)
+    )
+    assert found.tolist() == expected.tolist()
+
+
+def test_a_cache_that_a_hook_kept_is_checked_like_any_other():
+    model, kept = GPT2LMHeadModel.from_pretrained("demo"), []
+    model.register_forward_hook(lambda module, given, output: kept.append(output.past_key_values))
+    model.generate(torch.tensor([[5, 9, 7]]), max_new_tokens=3)
+    assert [cache.length for cache in kept] == [3, 4, 5]
+    for cache in kept:
+        with pytest.raises(InputError, match="outside the vocabulary"):
+            model(torch.tensor([[10**6]]), past_key_values=cache)
+
+
+def test_a_forward_that_gives_a_tuple_is_one_sentence():
+    class Unnamed(GPT2LMHeadModel):
+        def forward(self, *args, **given):
+            return super().forward(*args, **given | {"return_dict": False})
+
+    with pytest.raises(InputError, match="return_dict: the model gave a tuple"):
+        Unnamed.from_pretrained("demo").generate(torch.tensor([[5, 9]]), max_new_tokens=2)
