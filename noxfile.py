@@ -61,7 +61,9 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run every test, with every framework installed in one environment."""
     install(session, ".[all,docs,examples]", *TOOLS, *PEERS)
-    pytest(session, "--backends=pt,tf,flax")
+    # One room after the other: what TensorFlow and JAX compile stays in memory as long as the process.
+    for rooms in [[]] if session.posargs else [[*CORE, "tests/pt"], ["tests/tf"], ["tests/flax"]]:
+        pytest(session, "--backends=pt,tf,flax", *rooms)
 
 
 @nox.session
