@@ -65,5 +65,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def sync(file: BinaryIO) -> None:
+    """Wait until what was written to a file is on the disk."""
     file.flush()
     os.fsync(file.fileno())

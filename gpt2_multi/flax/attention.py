@@ -81,6 +81,7 @@ class KVCache(Sequence[Pair]):
 
 
 def write(buffer: Array, new: Array, start: Array | int) -> Array:
+    """Keys or values (B, H, S, D) with new ones (B, H, T, D) from the place `start` on."""
     return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=2)
 
 

@@ -145,6 +145,7 @@ def sizes(config: GPT2Config, layer: int | None = None) -> dict[str, int]:
 
 
 def weight_of(param: Param, config: GPT2Config, layer: int | None) -> Weight:
+    """The tensor that a row of the table is in a model, in one of its layers or, with None, outside of them."""
     size = sizes(config, layer if ".attn." in param.path else None)  # pruning leaves cross-attention whole
     axes = tuple(tuple(dim.split()) for dim in (a or b for a, b in re.findall(r"\(([^)]*)\)|(\w+)", param.axes)))
     lengths = tuple(tuple(size[axis] for axis in dim) for dim in axes)

@@ -28,6 +28,7 @@ def to_fp32(self: Any, params: Tree | None = None, mask: Any = None) -> Tree:
 
 
 def cast(self: Any, params: Tree | None, dtype: Any, mask: Any) -> Tree:
+    """The parameters in a dtype, where the mask says so; InputError for a mask that is another tree."""
     flat = flatten_dict(self.fitting(params))
     wanted = dict.fromkeys(flat, True) if mask is None else as_mask(mask)
     if wanted.keys() != flat.keys():

@@ -56,39 +56,25 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "heads": ["Headed", "Headed.body", "Headed.logits"],
             "model": ["GPT2Model.logits"],
         },
-        "pt": {
-            "model": ["GPT2Model.init_cache", "GPT2Model.attentions", "check_call", "as_cache", "_is_pair", "give"],
-            "heads": ["GPT2LMHeadModel.logits", "GPT2LMHeadModel.init_cache"],
-            "loading": [
-                f"GPT2PreTrainedModel.{name}"
-                for name in (
-                    "body",
-                    "parameter",
-                    "_source",
-                    "get_input_embeddings",
-                    "get_output_embeddings",
-                    "prune_heads",
-                )
-            ]
-            + ["_resized"],
-            "attention": ["Attention.prune"],
-        },
-        "tf": {
-            "model": ["GPT2Model.init_cache", "GPT2Model.attentions", "check_call", "as_cache", "_is_pair", "give"],
-            "heads": ["GPT2LMHeadModel.logits", "GPT2LMHeadModel.init_cache"],
-            "loading": [
-                f"GPT2PreTrainedModel.{name}"
-                for name in (
-                    "body",
-                    "parameter",
-                    "_source",
-                    "get_input_embeddings",
-                    "get_output_embeddings",
-                    "prune_heads",
-                )
-            ]
-            + ["_resized"],
-            "attention": ["Attention.prune"],
+        **{
+            package: {
+                "model": ["GPT2Model.init_cache", "GPT2Model.attentions", "check_call", "as_cache", "_is_pair", "give"],
+                "heads": ["GPT2LMHeadModel.logits", "GPT2LMHeadModel.init_cache"],
+                "loading": [
+                    f"GPT2PreTrainedModel.{name}"
+                    for name in (
+                        "body",
+                        "parameter",
+                        "_source",
+                        "get_input_embeddings",
+                        "get_output_embeddings",
+                        "prune_heads",
+                    )
+                ]
+                + ["_resized"],
+                "attention": ["Attention.prune"],
+            }
+            for package in ("pt", "tf")
         },
     },
     "linen's layers may be one scanned layer, and what a caller wants to see leaves it as values": {
@@ -96,8 +82,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "model": ["Seen", "Blocks", "Blocks.forward", "rematerialised", "GPT2Model._layers"],
             "attention": ["KVCache.stacked", "Layer"],
         },
-        "pt": {"model": ["GPT2Model._wanted", "note"]},
-        "tf": {"model": ["GPT2Model._wanted", "note"]},
+        **{package: {"model": ["GPT2Model._wanted", "note"]} for package in ("pt", "tf")},
     },
     "PyTorch's modules change in place: caches, dtypes, ties, memory and gradient checkpointing": {
         "pt": {
