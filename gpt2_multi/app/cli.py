@@ -19,9 +19,9 @@ from gpt2_multi.app import backends
 from gpt2_multi.app.terminal import Commands
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.hub import DEMO, resolve
+from gpt2_multi.files.progress import busy, watched
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.progress import busy, watched
 
 if TYPE_CHECKING:
     from gpt2_multi.model.config import GPT2Config

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from gpt2_multi.app import backends
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.hub import DEMO, resolve
+from gpt2_multi.files.progress import watched
 from gpt2_multi.generation.config import TASK, GenerationConfig, task_options
-from gpt2_multi.generation.progress import watched
 from gpt2_multi.generation.request import seed_of
 from gpt2_multi.generation.rules import noise_streams
 from gpt2_multi.model import inputs

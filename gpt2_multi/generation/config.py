@@ -87,9 +87,9 @@ UNSUPPORTED = {
     "begin_suppress_tokens": None, "constraints": None, "diversity_penalty": 0.0, "dola_layers": None,
     "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "exponential_decay_length_penalty": None, "force_words_ids": None, "forced_bos_token_id": None,
-    "forced_eos_token_id": None, "guidance_scale": 1.0, "max_time": None, "num_beam_groups": 1, "penalty_alpha": None,
-    "remove_invalid_values": False, "renormalize_logits": False, "sequence_bias": None, "suppress_tokens": None,
-    "token_healing": False, "top_h": None, "typical_p": 1.0, "watermarking_config": None,
+    "forced_eos_token_id": None, "num_beam_groups": 1, "penalty_alpha": None, "remove_invalid_values": False,
+    "renormalize_logits": False, "sequence_bias": None, "suppress_tokens": None, "token_healing": False, "top_h": None,
+    "watermarking_config": None,
 }  # fmt: skip
 
 # What each option may be: in the language of model/fields.py.
@@ -103,6 +103,7 @@ OPTIONS: Mapping[str, Field] = {
     "top_k": _none_or(_from(0)),
     "top_p": Field(lambda v: _real(v) and 0 < v <= 1, "a number above 0, up to 1"),
     "min_p": _none_or(Field(lambda v: is_real(v, 0, 1), "a number from 0 to 1")),
+    "typical_p": _none_or(Field(lambda v: _real(v) and 0 < v <= 1, "a number above 0, up to 1")),
     "repetition_penalty": Field(lambda v: _real(v) and v > 0, "a number above 0"),
     "no_repeat_ngram_size": _from(0),
     "bad_words_ids": _none_or(Field(lambda v: _list_of(v, _phrase), "a list of lists of ids, none of them empty")),
@@ -117,7 +118,9 @@ OPTIONS: Mapping[str, Field] = {
         lambda v: isinstance(v, bool) or (isinstance(v, str) and v == "never"),
         'True, False or "never"',
     ),
+    "guidance_scale": _none_or(Field(lambda v: _real(v) and v > 0, "a number above 0")),
     "prompt_lookup_num_tokens": _none_or(_from(1)),
+    "num_assistant_tokens": _from(1),
     "max_matching_ngram_size": _from(1),
     "sliding_window": TRUTH,
     "seed": Field(
@@ -128,6 +131,7 @@ OPTIONS: Mapping[str, Field] = {
         lambda v: v is None or _text(v) or _list_of(v, _text),
         "a text, a list of texts, none of them empty, or None",
     ),
+    "max_time": _none_or(Field(lambda v: _real(v) and v >= 0, "a number of seconds from 0")),
     "cache_implementation": Field(
         lambda v: v is None or (isinstance(v, str) and v in ("static", "dynamic")),
         '"static", "dynamic" or None',
@@ -135,6 +139,8 @@ OPTIONS: Mapping[str, Field] = {
     "return_dict_in_generate": TRUTH,
     "output_scores": TRUTH,
     "output_logits": TRUTH,
+    "output_hidden_states": TRUTH,
+    "output_attentions": TRUTH,
     "bos_token_id": _none_or(_from(0)),
     "eos_token_id": Field(lambda v: v is None or _ids(v), "an id, a list of ids, or None"),
     "pad_token_id": _none_or(_from(0)),
@@ -162,6 +168,7 @@ class GenerationConfig:
     top_k: int | None = 50
     top_p: float = 1.0
     min_p: float | None = None
+    typical_p: float | None = 1.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     bad_words_ids: Sequence[Sequence[int]] | None = None
@@ -170,15 +177,20 @@ class GenerationConfig:
     num_return_sequences: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    guidance_scale: float | None = None
     prompt_lookup_num_tokens: int | None = None
+    num_assistant_tokens: int = 20
     max_matching_ngram_size: int = 2
     sliding_window: bool = False
     seed: int | Sequence[int] | None = None
     stop_strings: str | Sequence[str] | None = None
+    max_time: float | None = None
     cache_implementation: str | None = None
     return_dict_in_generate: bool = False
     output_scores: bool = False
     output_logits: bool = False
+    output_hidden_states: bool = False
+    output_attentions: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
@@ -197,7 +209,8 @@ class GenerationConfig:
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         beams, lookup = self.num_beams > 1, self.prompt_lookup_num_tokens is not None
-        several, detailed = self.num_return_sequences > 1, self.output_scores or self.output_logits
+        several = self.num_return_sequences > 1
+        detailed = self.output_scores or self.output_logits or self.output_hidden_states or self.output_attentions
         return [
             (
                 several and not self.do_sample and not beams,
@@ -214,7 +227,12 @@ class GenerationConfig:
             (beams and self.sliding_window, "sliding_window: cannot be used with num_beams; leave out one of the two"),
             (
                 detailed and not self.return_dict_in_generate,
-                "output_scores, output_logits: there is no place for them in ids; set return_dict_in_generate=True",
+                "output_scores, output_logits, output_hidden_states, output_attentions: ids have no place for them; "
+                "set return_dict_in_generate=True",
+            ),
+            (
+                self.is_guided and (lookup or self.sliding_window),
+                "guidance_scale: cannot be used with prompt_lookup_num_tokens and sliding_window; leave them out",
             ),
             (
                 lookup and self.return_dict_in_generate,
@@ -262,6 +280,11 @@ class GenerationConfig:
         return max(2, 1 + len(self.eos_token_ids)) if self.num_beams > 1 else 1
 
     @property
+    def is_guided(self) -> bool:
+        """Whether each prompt is read a second time, without most of it, for what guides away from that."""
+        return self.guidance_scale not in (None, 1)
+
+    @property
     def records(self) -> tuple[str, ...]:
         """What is kept of each step for the caller."""
         wanted = {"scores": self.output_scores, "logits": self.output_logits, "log_probs": self.return_dict_in_generate}
@@ -302,7 +325,7 @@ class GenerationConfig:
 
     def _useless(self, options: dict[str, Any]) -> list[tuple[str, str]]:
         needs = {
-            "do_sample=True": (self.do_sample, ("temperature", "top_k", "top_p", "min_p", "seed")),
+            "do_sample=True": (self.do_sample, ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")),
             "num_beams above 1": (self.num_beams > 1, ("length_penalty", "early_stopping")),
             "prompt_lookup_num_tokens": (self.prompt_lookup_num_tokens is not None, ("max_matching_ngram_size",)),
         }

@@ -26,6 +26,8 @@ class Options(NamedTuple):
     top_k: Any  # 0 is off
     top_p: Any
     min_p: Any  # 0 is off
+    typical_p: Any  # 1 is off
+    guidance_scale: Any
     least_kept: Any
     repetition_penalty: Any
     no_repeat_ngram_size: Any  # 0 is off
@@ -52,6 +54,8 @@ class Options(NamedTuple):
             top_k=within(config.top_k or 0),
             top_p=float(config.top_p),
             min_p=float(config.min_p or 0),
+            typical_p=float(config.typical_p or 1),
+            guidance_scale=float(config.guidance_scale or 1),
             least_kept=within(config.least_kept),
             repetition_penalty=float(config.repetition_penalty),
             no_repeat_ngram_size=within(config.no_repeat_ngram_size),

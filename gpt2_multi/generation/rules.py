@@ -132,6 +132,29 @@ def keep_min_p(logits: Array, p: float) -> Array:
     return np.where(logits < logits.max(-1, keepdims=True) + np.log(p), -np.inf, logits)
 
 
+def keep_typical(logits: Array, p: float) -> Array:
+    """Keep the tokens whose surprise is nearest to the entropy, until they reach probability p, and what ties with the
+    last (Meister et al. 2022, section 4)."""
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs = probs / probs.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        surprise = -np.log(probs)
+    entropy = np.where(probs > 0, probs * np.where(probs > 0, surprise, 0), 0).sum(-1, keepdims=True)
+    distance = np.abs(surprise - entropy)
+    order = np.argsort(distance, axis=-1, kind="stable")
+    reached = np.cumsum(np.take_along_axis(probs, order, -1), -1) < p
+    last = np.minimum(reached.sum(-1, keepdims=True), logits.shape[-1] - 1)
+    farthest = np.take_along_axis(np.take_along_axis(distance, order, -1), last, -1)
+    return np.where(distance > farthest, -np.inf, logits)
+
+
+def guide(logits: Array, others: Array, scale: float) -> Array:
+    """Log-probabilities led away from those without the prompt, all (..., V) (Sanchez et al. 2023, equation 7)."""
+    given, without = (x - x.max(-1, keepdims=True) for x in (logits, others))
+    given, without = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (given, without))
+    return without + scale * (given - without)
+
+
 def process(logits: Array, ids: Array, made: int, config: GenerationConfig) -> Array:
     """All rules of a step on a row: (V,) logits after (T,) unmasked ids, of which the last `made` are new."""
     logits = add_biases(logits, ids, config.biases)
@@ -153,6 +176,8 @@ def warp(logits: Array, config: GenerationConfig) -> Array:
         kept = keep_top_p(kept, config.top_p)
     if config.min_p:
         kept = keep_min_p(kept, config.min_p)
+    if (config.typical_p or 1) < 1:
+        kept = keep_typical(kept, config.typical_p or 1)
     if config.least_kept == 1:
         return kept
     return np.where(np.isfinite(keep_top_k(logits, config.least_kept)), logits, kept)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gpt2_multi.files.progress import watched
 from gpt2_multi.generation import texts
-from gpt2_multi.generation.progress import watched
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 
