@@ -1,6 +1,7 @@
 """Every check of this project, each in an environment of its own: `python3 -m nox -l` lists them."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import nox
@@ -20,6 +21,19 @@ PEERS = [
     "tokenizers",
     "transformers",
 ]  # what results are held against
+CLIENTS = [  # whose programs run on our classes
+    "accelerate",
+    "captum",
+    "lightning",
+    "lm_eval",
+    "nnsight",
+    "onnxruntime",
+    "onnxscript",
+    "outlines",
+    "peft",
+    "transformers",
+    "xgrammar",
+]
 TF_PEERS = {  # of the benchmarks, each in an environment of its own; TensorFlow at the version of constraints.txt
     "transformers": ["transformers==4.57.6", "tf-keras==2.21.0", "tensorflow==2.21.0"],  # the last with TensorFlow
     "kerashub": ["keras-hub==0.32.0", "safetensors", "tensorflow==2.21.0"],
@@ -111,6 +125,25 @@ def flax(session: nox.Session) -> None:
     """Run the tests of the core and of Flax, without any other framework."""
     install(session, ".[flax,examples]", *TOOLS)
     pytest(session, "--backends=flax", *CORE, "tests/flax")
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """Run the scripts of examples/clients, each in a process and a folder of its own: `nox -s clients -- peft`."""
+    install(session, ".[pt,tf,flax]", *CLIENTS)
+    scripts = sorted(Path("examples", "clients").resolve().glob("*/with_*.py"))
+    chosen = [path for path in scripts if not session.posargs or path.stem.removeprefix("with_") in session.posargs]
+    if failed := [path.name for path in chosen if not passes(session, path)]:
+        session.error(f"these failed: {', '.join(failed)}")
+
+
+def passes(session: nox.Session, script: Path) -> bool:
+    """Whether a script runs to its end, where the installed package is what it finds."""
+    session.chdir(tempfile.mkdtemp(dir=session.create_tmp()))
+    try:
+        return bool(session.run("python", str(script), env=QUIET))
+    except nox.command.CommandFailed:
+        return False
 
 
 @nox.session
