@@ -17,6 +17,12 @@ if TYPE_CHECKING:  # what type checkers read; `as` says that a name is given on
     from gpt2_multi.errors import GPT2Error as GPT2Error
     from gpt2_multi.errors import InputError as InputError
     from gpt2_multi.errors import TokenizerError as TokenizerError
+    from gpt2_multi.generation.callbacks import LogitsProcessor as LogitsProcessor
+    from gpt2_multi.generation.callbacks import LogitsProcessorList as LogitsProcessorList
+    from gpt2_multi.generation.callbacks import StoppingCriteria as StoppingCriteria
+    from gpt2_multi.generation.callbacks import StoppingCriteriaList as StoppingCriteriaList
+    from gpt2_multi.generation.callbacks import TextIteratorStreamer as TextIteratorStreamer
+    from gpt2_multi.generation.callbacks import TextStreamer as TextStreamer
     from gpt2_multi.generation.config import GenerationConfig as GenerationConfig
     from gpt2_multi.generation.request import set_seed as set_seed
     from gpt2_multi.generation.scoring import TextScore as TextScore
@@ -51,10 +57,16 @@ _ROOMS = {  # where each name is
     "GenerateOutput": "model.outputs",
     "GenerationConfig": "generation.config",
     "InputError": "errors",
+    "LogitsProcessor": "generation.callbacks",
+    "LogitsProcessorList": "generation.callbacks",
     "QuestionAnsweringModelOutput": "model.outputs",
     "SequenceClassifierOutputWithPast": "model.outputs",
+    "StoppingCriteria": "generation.callbacks",
+    "StoppingCriteriaList": "generation.callbacks",
     "TextGenerationPipeline": "app.pipeline",
+    "TextIteratorStreamer": "generation.callbacks",
     "TextScore": "generation.scoring",
+    "TextStreamer": "generation.callbacks",
     "TokenClassifierOutput": "model.outputs",
     "TokenizerError": "errors",
     "pipeline": "app.pipeline",

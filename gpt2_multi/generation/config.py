@@ -82,15 +82,42 @@ def _text(value: Any) -> bool:
 
 TRUTH = Field(lambda v: isinstance(v, bool), "True or False")
 
-# Options of transformers that change the text and are not here, and the value with which each changes nothing.
-UNSUPPORTED = {
-    "begin_suppress_tokens": None, "constraints": None, "diversity_penalty": 0.0, "dola_layers": None,
-    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "exponential_decay_length_penalty": None, "force_words_ids": None, "forced_bos_token_id": None,
-    "forced_eos_token_id": None, "num_beam_groups": 1, "penalty_alpha": None, "remove_invalid_values": False,
-    "renormalize_logits": False, "sequence_bias": None, "suppress_tokens": None, "token_healing": False, "top_h": None,
-    "watermarking_config": None,
+# Options of transformers that change the text and are not here: the value with which each changes nothing, and what
+# to do instead.
+_ON_LOGITS = "give a logits_processor that does it"
+UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
+    "assistant_early_exit": (None, "give an assistant_model of fewer layers"),
+    "assistant_tokenizer": (None, "give an assistant_model of the same vocabulary"),
+    "begin_suppress_tokens": (None, _ON_LOGITS),
+    "constraints": (None, "give a prefix_allowed_tokens_fn or a logits_processor"),
+    "custom_generate": (None, "call that function instead"),
+    "diversity_penalty": (0.0, "use num_beams with do_sample=True"),
+    "dola_layers": (None, _ON_LOGITS),
+    "encoder_no_repeat_ngram_size": (0, _ON_LOGITS),
+    "encoder_repetition_penalty": (1.0, "use repetition_penalty"),
+    "epsilon_cutoff": (0.0, "use min_p"),
+    "eta_cutoff": (0.0, "use typical_p or min_p"),
+    "exponential_decay_length_penalty": (None, _ON_LOGITS),
+    "force_words_ids": (None, "give a prefix_allowed_tokens_fn or a logits_processor"),
+    "forced_bos_token_id": (None, "give a prefix_allowed_tokens_fn"),
+    "forced_eos_token_id": (None, "append it"),
+    "num_beam_groups": (1, "use num_beams with do_sample=True"),
+    "penalty_alpha": (None, "use do_sample=True with top_k, or repetition_penalty"),
+    "remove_invalid_values": (False, _ON_LOGITS),
+    "renormalize_logits": (False, _ON_LOGITS),
+    "token_healing": (False, "leave a space at a prompt's end out"),
+    "top_h": (None, "use min_p"),
+    "watermarking_config": (None, _ON_LOGITS),
+}
+# Options of transformers that say how, and not what: with any value the text is the same.
+WITHOUT_EFFECT = {
+    "assistant_confidence_threshold", "assistant_lookbehind", "cache_config", "compile_config", "disable_compile",
+    "is_assistant", "low_memory", "num_assistant_tokens_schedule", "prefill_chunk_size",
+    "return_legacy_cache", "synced_gpus", "target_lookbehind", "transformers_version", "trust_remote_code",
+    "use_cache", "use_model_defaults",
 }  # fmt: skip
+
+RENAMED = ("sequence_bias", "suppress_tokens")  # options of transformers that have another name here
 
 # What each option may be: in the language of model/fields.py.
 OPTIONS: Mapping[str, Field] = {
@@ -308,6 +335,7 @@ class GenerationConfig:
         One that changes nothing beside the others is warned about.
         """
         self.check_names(options)
+        options = renamed(supported(options), self.bad_words_ids)
         if options.get("eos_token_id", 0) is None:  # no end, which is not the same as the model's
             options = {**options, "eos_token_id": []}
         if options.get("max_length") is not None:  # the length of the call wins, whichever way it is given
@@ -321,7 +349,8 @@ class GenerationConfig:
     def check_names(options: Iterable[str]) -> None:
         """TypeError, with the nearest name, for an option that does not exist."""
         known = [option.name for option in fields(GenerationConfig) if option.name != "extra"]
-        inputs.check_names("generate()", list(options), known, "option")
+        taken = {*WITHOUT_EFFECT, *UNSUPPORTED, *RENAMED}
+        inputs.check_names("generate()", [name for name in options if name not in taken], known, "option")
 
     def _useless(self, options: dict[str, Any]) -> list[tuple[str, str]]:
         needs = {
@@ -374,12 +403,12 @@ class GenerationConfig:
     def from_pretrained(cls, folder: str | os.PathLike[str], config: GPT2Config) -> Self:
         """Read generation_config.json; what it leaves open is taken from the model's configuration."""
         path = Path(folder) / "generation_config.json"
-        keys = read_json(path) if path.exists() else {}
+        keys = renamed(read_json(path)) if path.exists() else {}
         known = {f.name for f in fields(cls)} - {"extra"}
         given = {name: value for name, value in keys.items() if name in known and value is not None}
         given = {name: value for name, value in given.items() if not (name in TOKENS and value == -1)}
         extra = {name: value for name, value in keys.items() if name not in known}
-        ignored = [name for name, value in extra.items() if value not in (None, UNSUPPORTED.get(name, value))]
+        ignored = [name for name, value in extra.items() if is_unsupported(name, value)]
         if ignored:
             warnings.warn(f"{path}: {', '.join(ignored)} is not an option here, and is ignored", stacklevel=3)
         try:
@@ -407,6 +436,34 @@ def task_options(model: GPT2Config) -> dict[str, Any]:
         return {}
     known = {option.name for option in fields(GenerationConfig)} - {"extra"}
     return {name: value for name, value in own.items() if name in known and value is not None}
+
+
+def is_unsupported(name: str, value: Any) -> bool:
+    """Whether an option of transformers that is not here would change something."""
+    return name in UNSUPPORTED and value is not None and value != UNSUPPORTED[name][0]
+
+
+def supported(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those of transformers that change nothing; InputError for one that would, and is not here."""
+    for name, value in options.items():
+        if is_unsupported(name, value):
+            raise InputError(f"{name}: is not an option here; leave it out, and {UNSUPPORTED[name][1]}")
+    return {name: value for name, value in options.items() if name not in {*WITHOUT_EFFECT, *UNSUPPORTED}}
+
+
+def renamed(options: Mapping[str, Any], bad_words: Any = None) -> dict[str, Any]:
+    """Options under the names that they have here, where `bad_words` are ruled out already."""
+    own = {name: value for name, value in options.items() if name not in RENAMED}
+    bias, gone = (options.get(name) for name in RENAMED)
+    if bias is not None and own.get("logit_bias") is not None:
+        raise InputError("sequence_bias: is another name of logit_bias; give one of the two")
+    if bias is not None:
+        own["logit_bias"] = bias
+    if gone is not None:
+        if not _list_of(gone, lambda token: is_whole(token, 0)):
+            raise InputError(f"suppress_tokens: expected a list of ids, or None, found {gone!r}")
+        own["bad_words_ids"] = [*(own.get("bad_words_ids", bad_words) or ()), *([int(token)] for token in gone)]
+    return own
 
 
 def _pairs(given: Any) -> list[Bias]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation import texts
+from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.rules import noise_streams
@@ -32,21 +34,30 @@ Array = np.ndarray[Any, Any]
 
 _lock = Lock()
 _next: int | None = None  # the first stream of noise that no text has had since set_seed
+NO_CALLBACKS = Callbacks()
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Checked prompts of a model, and what is to follow them; B prompts, T their greatest length."""
+    """Checked prompts of a model, and what is to follow them; B prompts, T their greatest length.
+
+    Where embeddings stand for ids, these are `vocab_size`, which no rule knows and no model can read.
+    """
 
     config: GenerationConfig
     model: GPT2Config
     tokenizer: GPT2Tokenizer | None
     prompts: str | Sequence[str] | None  # where texts were given
-    given: Array  # (B, given length) int64, the ids as they were given
+    given: Array  # (B, given length) int64, the ids as they were given; (B, 0) where there were none
     ids: Array  # (B, T) int64, padded on the left, no more than the longest row needs
     mask: Array  # (B, T) bool, which of them count
     new_tokens: int  # how many may follow
     options: Options
+    callbacks: Callbacks = NO_CALLBACKS
+    order: Array | None = None  # (B, T), where each column stood; the first is repeated in what was filled up
+    types: Array | None = None  # (B, T) int64, token_type_ids
+    negative: tuple[Array, Array] | None = None  # (B, T) each, ids and mask of what is guided away from
+    past: int = 0  # how many columns are in a cache, and are not read again
 
     @classmethod
     def of(
@@ -56,24 +67,56 @@ class Request:
         input_ids: Any,
         attention_mask: Any = None,
         tokenizer: GPT2Tokenizer | None = None,
+        callbacks: Callbacks = NO_CALLBACKS,
+        *,
+        token_type_ids: Any = None,
+        embeds: inputs.Facts | None = None,
+        past: int = 0,
+        negative: tuple[Any, Any] = (None, None),
+        batch: int = 1,
     ) -> Request:
-        """Check what a call was given: a text, texts, or ids (B, T) and their mask in NumPy.
+        """Check what a call was given: a text, texts, or ids (B, T) and their mask in NumPy, or None.
 
+        None is a text that begins, in so many rows as `batch` says, unless there are `embeds` (B, T, E).
+        token_type_ids: (B, T). past: how many tokens are in a cache. negative: ids and mask, or texts, for
+        `guidance_scale`.
         Raises InputError for an id outside the vocabulary, a prompt without a token, and a text beyond `n_positions`.
         """
-        prompts = input_ids if texts.are_texts(input_ids) else None
-        if prompts is not None:
-            inputs.check_text_input(attention_mask is not None, tokenizer)
-            rows = [texts.encode(text, cast("GPT2Tokenizer", tokenizer), model) for text in listed(prompts)]
-            input_ids, attention_mask = texts.pad(rows)
-        ids, mask = checked_rows(input_ids, attention_mask)
+        callbacks.check(config)
+        prompts = input_ids if input_ids is not None and texts.are_texts(input_ids) else None
+        given, ids, mask = rows_of(config, model, input_ids, attention_mask, tokenizer, embeds, batch)
         new = new_tokens_after(config, ids.shape[1])
+        check_beside(config, embeds is not None, token_type_ids is not None, past > 0)
+        types = None if token_type_ids is None else types_of(token_type_ids, ids.shape, model)
         if len(ids):
             inputs.check_prompts(int(mask.sum(-1).min()))
-            inputs.check_ids("input_ids", inputs.Facts.of(ids), model.vocab_size)
             config.check_context(int(mask.sum(-1).max()), new, model.n_positions)
+        if past:
+            inputs.check_continued(ids.shape[1], past, bool(mask[:, -1].all()))
+        order = np.indices(mask.shape)[1] if past else order_of(mask, as_given=callbacks.see_ids)
+        ids, mask = np.take_along_axis(ids, order, 1), np.take_along_axis(mask, order, 1)
+        types = None if types is None else np.take_along_axis(types, order, 1)
         options = options_of(config, model, len(ids), tokenizer)
-        return cls(config, model, tokenizer, prompts, ids, *aligned(ids, mask), new, options)
+        request = cls(
+            config, model, tokenizer, prompts, given, ids, mask, new, options, callbacks, order, types, None, past
+        )
+        return request._guided(*negative)
+
+    def _guided(self, negative: Any, negative_mask: Any) -> Request:
+        """The same beside what `guidance_scale` leads away from: by default the last token of each row."""
+        if not self.config.is_guided:
+            if negative is not None or negative_mask is not None:
+                warnings.warn("negative_prompt_ids changes nothing without guidance_scale", stacklevel=4)
+            return self
+        others = self.ids[:, -1:], self.mask[:, -1:]
+        if negative is not None:
+            others = aligned(*negative_rows(self, negative, negative_mask))
+            self.config.check_context(int(others[1].sum(-1).max(initial=0)), self.new_tokens, self.model.n_positions)
+        width = max(self.ids.shape[1], others[0].shape[1])
+        ids, mask, order = (widened(x, width) for x in (self.ids, self.mask, cast(Array, self.order)))
+        return replace(
+            self, ids=ids, mask=mask, order=order, negative=(widened(others[0], width), widened(others[1], width))
+        )
 
     @classmethod
     def of_text(
@@ -127,6 +170,33 @@ def listed(prompts: str | Sequence[str]) -> Sequence[str]:
     return [prompts] if isinstance(prompts, str) else prompts
 
 
+def rows_of(
+    config: GenerationConfig,
+    model: GPT2Config,
+    ids: Any,
+    mask: Any,
+    tokenizer: GPT2Tokenizer | None,
+    embeds: inputs.Facts | None,
+    batch: int,
+) -> tuple[Array, Array, Array]:
+    """Ids as they were given, (B, given length), and what is read: ids and mask (B, T)."""
+    shape = None if embeds is None else inputs.check_source(model, {"inputs_embeds": embeds}).shape[:2]
+    if ids is not None and texts.are_texts(ids):
+        inputs.check_text_input(mask is not None, tokenizer)
+        ids, mask = texts.pad([texts.encode(text, cast("GPT2Tokenizer", tokenizer), model) for text in listed(ids)])
+    elif ids is None and shape is None:
+        inputs.check_begin(config.bos_token_id, model.vocab_size)
+        ids = np.full((batch, 1), config.bos_token_id)
+    if ids is None:
+        ids, mask = checked_rows(np.full(cast("tuple[int, int]", shape), model.vocab_size), mask)
+        return ids[:, :0], ids, mask
+    ids, mask = checked_rows(ids, mask)
+    inputs.check_ids("input_ids", inputs.Facts.of(ids), model.vocab_size)
+    if shape is not None:
+        inputs.check_shape("inputs_embeds", shape, ids.shape)
+    return ids, ids, mask
+
+
 def checked_rows(ids: Any, mask: Any) -> tuple[Array, Array]:
     """Ids (B, T) int64 and their mask (B, T) bool; without one every id counts."""
     ids = np.asarray(ids)
@@ -137,11 +207,68 @@ def checked_rows(ids: Any, mask: Any) -> tuple[Array, Array]:
     return ids.astype(np.int64), mask
 
 
+def types_of(given: Any, shape: tuple[int, ...], model: GPT2Config) -> Array:
+    """token_type_ids (B, T) int64: they are ids, one for each token."""
+    types: Array = np.asarray(given)
+    found = inputs.Facts.of(types)
+    inputs.check_shape("token_type_ids", found.shape, shape)
+    inputs.check_ids("token_type_ids", found, model.vocab_size)
+    return types.astype(np.int64, copy=False)
+
+
+def check_beside(config: GenerationConfig, has_embeds: bool, has_types: bool, has_past: bool) -> None:
+    """What cannot be given together."""
+    given = {"inputs_embeds": has_embeds, "token_type_ids": has_types, "past_key_values": has_past}
+    options = {
+        "sliding_window": config.sliding_window,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
+        "guidance_scale": config.is_guided,
+    }
+    cannot = {
+        "inputs_embeds": ["sliding_window", "prompt_lookup_num_tokens", "guidance_scale", "past_key_values"],
+        "token_type_ids": ["guidance_scale"],
+        "past_key_values": ["sliding_window", "prompt_lookup_num_tokens", "guidance_scale"],
+    }
+    for name, others in cannot.items():
+        if found := [other for other in others if given[name] and {**given, **options}[other]]:
+            raise InputError(f"{name}: cannot be used with {found[0]}; leave out one of the two")
+
+
+def order_of(mask: Array, as_given: bool = False) -> Array:
+    """Where each column stood, (B, T), when padding goes to the left and stays only as far as the longest row needs it.
+
+    mask: (B, given length). `as_given`, none of it goes.
+    """
+    order = mask.argsort(axis=-1, kind="stable")  # hidden tokens first
+    hidden = mask.shape[1] - int(mask.sum(-1).max()) if len(mask) and not as_given else 0
+    return order[:, hidden:]
+
+
 def aligned(ids: Array, mask: Array) -> tuple[Array, Array]:
     """Ids and mask (B, T) with padding on the left, and no more of it than the longest row needs."""
-    order = mask.argsort(axis=-1, kind="stable")  # hidden tokens first
-    hidden = ids.shape[1] - int(mask.sum(-1).max()) if len(ids) else 0
-    return np.take_along_axis(ids, order, 1)[:, hidden:], np.take_along_axis(mask, order, 1)[:, hidden:]
+    order = order_of(mask)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(mask, order, 1)
+
+
+def widened(x: Array, width: int) -> Array:
+    """Rows (B, T) with zeros on the left: (B, width)"""
+    return np.pad(x, [(0, 0), (width - x.shape[1], 0)])
+
+
+def negative_rows(request: Request, given: Any, mask: Any) -> tuple[Array, Array]:
+    """What is guided away from, one row for each prompt, as ids and mask."""
+    if texts.are_texts(given):
+        inputs.check_text_input(mask is not None, request.tokenizer)
+        tokenizer = cast("GPT2Tokenizer", request.tokenizer)
+        given, mask = texts.pad([texts.encode(text, tokenizer, request.model) for text in listed(given)])
+    given = np.asarray(given)
+    keep = np.ones(given.shape, bool) if mask is None else np.asarray(mask) != 0
+    inputs.check_shape("negative_prompt_ids", given.shape, (len(request.ids), None))
+    inputs.check_shape("negative_prompt_attention_mask", keep.shape, given.shape)
+    inputs.check_ids("negative_prompt_ids", inputs.Facts.of(given), request.model.vocab_size)
+    if not keep.any(-1).all():
+        raise InputError("negative_prompt_ids: a row has no token; give at least one, such as the bos_token_id")
+    return given.astype(np.int64), keep
 
 
 def new_tokens_after(config: GenerationConfig, prompt: int | None) -> int:

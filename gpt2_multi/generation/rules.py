@@ -152,7 +152,7 @@ def guide(logits: Array, others: Array, scale: float) -> Array:
     """Log-probabilities led away from those without the prompt, all (..., V) (Sanchez et al. 2023, equation 7)."""
     given, without = (x - x.max(-1, keepdims=True) for x in (logits, others))
     given, without = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (given, without))
-    return without + scale * (given - without)
+    return np.asarray(without + scale * (given - without))
 
 
 def process(logits: Array, ids: Array, made: int, config: GenerationConfig) -> Array:

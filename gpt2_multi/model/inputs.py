@@ -379,6 +379,27 @@ def check_start(start: int | None, vocab_size: int) -> None:
         raise InputError(f"the prompt is empty, and bos_token_id {start} of the model starts no text; give a prompt")
 
 
+def check_begin(start: int | None, vocab_size: int) -> None:
+    """Generation without an input begins with the token that begins a text."""
+    if start is None or not 0 <= start < vocab_size:
+        raise InputError(
+            f"input_ids: expected ids or texts, found None; bos_token_id {start} begins no text, so give ids, or set it"
+        )
+
+
+def check_continued(length: int, past: int, are_aligned: bool) -> None:
+    """What goes on from a cache has tokens that are not in it, and each row's last one stands at the end."""
+    if length <= past:
+        raise InputError(
+            f"past_key_values: holds {past} tokens, and input_ids, which are the whole text, only {length}; give those "
+            "in the cache and at least one more"
+        )
+    if not are_aligned:
+        raise InputError(
+            "attention_mask: hides the last token of a row, after which a cache cannot go on; pad on the left"
+        )
+
+
 def check_scoring(are_texts: bool, stride: int | None, batch_size: int, n_positions: int) -> None:
     """What is scored is text, in windows that leave no token out."""
     if not are_texts:

@@ -130,6 +130,9 @@ class GenerateOutput(Output):
     (B * K, V) with beams, the logits (with beams log-probabilities) after all rules. logits: the same before them.
     sequences_scores: (B * n,), of beams: the sum of log_probs, divided by length ** length_penalty.
     beam_indices: (B * n, N), the row of `scores` that each token was chosen in; -1 where a row is finished.
+    hidden_states, attentions: for each step those of all layers, as in the model's output; of the first step for the
+    prompts, (B, T, E) and (B, H, T, T), and of those after it for the token that was read, (R, 1, E) and (R, H, 1, S).
+    past_key_values: the cache of `sequences` but their last column, to go on from; None with beams.
     """
 
     sequences: Any = None
@@ -140,3 +143,6 @@ class GenerateOutput(Output):
     logits: tuple[Any, ...] | None = None
     sequences_scores: Any = None
     beam_indices: Any = None
+    hidden_states: tuple[tuple[Any, ...], ...] | None = None
+    attentions: tuple[tuple[Any, ...], ...] | None = None
+    past_key_values: Any = None

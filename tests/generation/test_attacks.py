@@ -142,8 +142,8 @@ def test_options_of_a_file_that_are_not_here_are_named_unless_they_are_off(tmp_p
     path = tmp_path / "generation_config.json"
     path.write_text('{"guidance_scale": 1.0, "num_beam_groups": 1, "typical_p": 1.0, "eos_token_id": -1, "x": 1}')
     assert GenerationConfig.from_pretrained(tmp_path, SMALL).eos_token_ids == () and not recwarn.list
-    path.write_text('{"guidance_scale": 1.5, "forced_eos_token_id": 0}')
-    with pytest.warns(UserWarning, match="guidance_scale, forced_eos_token_id is not an option here"):
+    path.write_text('{"penalty_alpha": 0.6, "forced_eos_token_id": 0}')
+    with pytest.warns(UserWarning, match="penalty_alpha, forced_eos_token_id is not an option here"):
         GenerationConfig.from_pretrained(tmp_path, SMALL)
 
 

@@ -118,7 +118,10 @@ def test_ban_repeats():
         ({"cache_implementation": "quantized"}, 'cache_implementation: expected "static", "dynamic" or None'),
         ({"prompt_lookup_num_tokens": 3, "do_sample": True}, "prompt_lookup_num_tokens: is for greedy choice"),
         ({"sliding_window": True, "num_beams": 2}, "sliding_window: cannot be used with num_beams"),
-        ({"output_scores": True}, "output_scores, output_logits: there is no place for them in ids"),
+        (
+            {"output_scores": True},
+            "output_scores, output_logits, output_hidden_states, output_attentions: ids have no place for them",
+        ),
     ],
 )
 def test_bad_options_are_one_sentence(options, sentence):

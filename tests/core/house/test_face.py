@@ -15,9 +15,10 @@ from gpt2_multi.model import outputs
 NAMES = {
     "AddedToken", "BaseModelOutputWithPastAndCrossAttentions", "BatchEncoding", "CausalLMOutputWithCrossAttentions",
     "CheckpointError", "ConfigError", "GPT2Config", "GPT2DoubleHeadsModelOutput", "GPT2Error", "GPT2Tokenizer",
-    "GPT2TokenizerFast", "GenerateOutput", "GenerationConfig", "InputError", "QuestionAnsweringModelOutput",
-    "SequenceClassifierOutputWithPast", "TextGenerationPipeline", "TextScore", "TokenClassifierOutput",
-    "TokenizerError", "__version__", "pipeline", "set_seed",
+    "GPT2TokenizerFast", "GenerateOutput", "GenerationConfig", "InputError", "LogitsProcessor",
+    "LogitsProcessorList", "QuestionAnsweringModelOutput", "SequenceClassifierOutputWithPast", "StoppingCriteria",
+    "StoppingCriteriaList", "TextGenerationPipeline", "TextIteratorStreamer", "TextScore", "TextStreamer",
+    "TokenClassifierOutput", "TokenizerError", "__version__", "pipeline", "set_seed",
 }  # fmt: skip
 # Of each framework: what its classes begin with, and what it shows beside the classes that all three have.
 FRAMEWORKS = {
