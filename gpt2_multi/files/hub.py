@@ -160,3 +160,15 @@ ARCHIVE = {
     "gpt2-xl": Archived("openai-community/gpt2-xl", 48, 25, 1600),
     "distilgpt2": Archived("distilbert/distilgpt2", 6, 12, 768),
 }
+
+# What programs of 2019 and 2020 look a published GPT-2 up in: its short name -> where the hub keeps a file of it.
+GPT2_PRETRAINED_MODEL_ARCHIVE_LIST = TF_GPT2_PRETRAINED_MODEL_ARCHIVE_LIST = list(ARCHIVE)
+
+
+def _archive_map(file: str) -> dict[str, str]:
+    return {name: f"https://huggingface.co/{known.hub_id}/resolve/main/{file}" for name, known in ARCHIVE.items()}
+
+
+GPT2_PRETRAINED_CONFIG_ARCHIVE_MAP = _archive_map("config.json")
+GPT2_PRETRAINED_MODEL_ARCHIVE_MAP = _archive_map("pytorch_model.bin")
+TF_GPT2_PRETRAINED_MODEL_ARCHIVE_MAP = _archive_map("tf_model.h5")

@@ -27,6 +27,21 @@ from gpt2_multi.flax.model import GPT2Module
 from gpt2_multi.flax.training.losses import cosine_schedule
 from gpt2_multi.flax.training.optimizers import cosine_rate, decay_mask, optimizer
 from gpt2_multi.flax.training.state import TrainState, create_train_state, eval_step, train_step
+from gpt2_multi.model import outputs
+
+# There is one architecture, and so an Auto class is the class of its task.
+FlaxAutoModel = FlaxGPT2Model
+FlaxAutoModelForCausalLM = FlaxAutoModelForPreTraining = FlaxGPT2LMHeadModel
+FlaxAutoModelForSequenceClassification = FlaxGPT2ForSequenceClassification
+FlaxAutoModelForTokenClassification = FlaxGPT2ForTokenClassification
+FlaxAutoModelForQuestionAnswering = FlaxGPT2ForQuestionAnswering
+# transformers names outputs by framework; the classes hold any kind of array.
+FlaxBaseModelOutputWithPastAndCrossAttentions = outputs.BaseModelOutputWithPastAndCrossAttentions
+FlaxCausalLMOutputWithCrossAttentions = outputs.CausalLMOutputWithCrossAttentions
+FlaxGPT2DoubleHeadsModelOutput = outputs.GPT2DoubleHeadsModelOutput
+FlaxSequenceClassifierOutput = outputs.SequenceClassifierOutputWithPast
+FlaxTokenClassifierOutput = outputs.TokenClassifierOutput
+FlaxQuestionAnsweringModelOutput = outputs.QuestionAnsweringModelOutput
 
 __all__ = [  # noqa: RUF022  the order of the other two packages
     "FlaxGPT2PreTrainedModel",
@@ -36,6 +51,18 @@ __all__ = [  # noqa: RUF022  the order of the other two packages
     "FlaxGPT2ForSequenceClassification",
     "FlaxGPT2ForTokenClassification",
     "FlaxGPT2ForQuestionAnswering",
+    "FlaxAutoModel",
+    "FlaxAutoModelForCausalLM",
+    "FlaxAutoModelForPreTraining",
+    "FlaxAutoModelForSequenceClassification",
+    "FlaxAutoModelForTokenClassification",
+    "FlaxAutoModelForQuestionAnswering",
+    "FlaxBaseModelOutputWithPastAndCrossAttentions",
+    "FlaxCausalLMOutputWithCrossAttentions",
+    "FlaxGPT2DoubleHeadsModelOutput",
+    "FlaxSequenceClassifierOutput",
+    "FlaxTokenClassifierOutput",
+    "FlaxQuestionAnsweringModelOutput",
     "GPT2Module",
     "GPT2LMHeadModule",
     "GPT2DoubleHeadsModule",

@@ -318,3 +318,11 @@ class GPT2Config:
 
 
 _ALWAYS_WRITTEN = [f.name for f in fields(GPT2Config)].index("pad_token_id")
+AutoConfig = GPT2Config  # there is one architecture
+
+
+class BitsAndBytesConfig:
+    """What scripts of transformers ask bitsandbytes for. No model here is quantized so: `from_pretrained` says that."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options

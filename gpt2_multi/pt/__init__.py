@@ -17,6 +17,13 @@ from gpt2_multi.pt.loading import GPT2PreTrainedModel, load_tf_weights_in_gpt2
 from gpt2_multi.pt.model import GPT2Model
 from gpt2_multi.pt.training import cosine_schedule, parameter_groups, train_step
 
+# There is one architecture, and so an Auto class is the class of its task.
+AutoModel = GPT2Model
+AutoModelForCausalLM = AutoModelForPreTraining = AutoModelWithLMHead = GPT2LMHeadModel
+AutoModelForSequenceClassification = GPT2ForSequenceClassification
+AutoModelForTokenClassification = GPT2ForTokenClassification
+AutoModelForQuestionAnswering = GPT2ForQuestionAnswering
+
 __all__ = [  # noqa: RUF022  the order of the other two packages
     "GPT2PreTrainedModel",
     "GPT2Model",
@@ -25,6 +32,13 @@ __all__ = [  # noqa: RUF022  the order of the other two packages
     "GPT2ForSequenceClassification",
     "GPT2ForTokenClassification",
     "GPT2ForQuestionAnswering",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForPreTraining",
+    "AutoModelWithLMHead",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
     "KVCache",
     "load_tf_weights_in_gpt2",
     "cosine_schedule",

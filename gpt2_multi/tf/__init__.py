@@ -14,6 +14,7 @@ if keras.config.backend() != "tensorflow":
     )
 
 from gpt2_multi.errors import GPT2Error
+from gpt2_multi.model import outputs
 from gpt2_multi.tf.attention import KVCache
 from gpt2_multi.tf.fit.optimizers import AdamW, CosineSchedule
 from gpt2_multi.tf.heads import (
@@ -31,6 +32,21 @@ from gpt2_multi.tf.training import cosine_schedule
 GPT2Error._keras_call_info_injected = True  # type: ignore[attr-defined]  # or Keras buries the sentence in a page
 GPT2Error.ag_pass_through = True  # type: ignore[attr-defined]  # or AutoGraph raises a page of its own in its place
 
+TFGPT2MainLayer = TFGPT2Model  # which is a layer, too
+# There is one architecture, and so an Auto class is the class of its task.
+TFAutoModel = TFGPT2Model
+TFAutoModelForCausalLM = TFAutoModelForPreTraining = TFAutoModelWithLMHead = TFGPT2LMHeadModel
+TFAutoModelForSequenceClassification = TFGPT2ForSequenceClassification
+TFAutoModelForTokenClassification = TFGPT2ForTokenClassification
+TFAutoModelForQuestionAnswering = TFGPT2ForQuestionAnswering
+# transformers names outputs by framework; the classes hold any kind of array.
+TFBaseModelOutputWithPastAndCrossAttentions = outputs.BaseModelOutputWithPastAndCrossAttentions
+TFCausalLMOutputWithCrossAttentions = outputs.CausalLMOutputWithCrossAttentions
+TFGPT2DoubleHeadsModelOutput = outputs.GPT2DoubleHeadsModelOutput
+TFSequenceClassifierOutputWithPast = outputs.SequenceClassifierOutputWithPast
+TFTokenClassifierOutput = outputs.TokenClassifierOutput
+TFQuestionAnsweringModelOutput = outputs.QuestionAnsweringModelOutput
+
 __all__ = [  # noqa: RUF022  the order of the other two packages
     "TFGPT2PreTrainedModel",
     "TFGPT2Model",
@@ -39,7 +55,21 @@ __all__ = [  # noqa: RUF022  the order of the other two packages
     "TFGPT2ForSequenceClassification",
     "TFGPT2ForTokenClassification",
     "TFGPT2ForQuestionAnswering",
+    "TFAutoModel",
+    "TFAutoModelForCausalLM",
+    "TFAutoModelForPreTraining",
+    "TFAutoModelWithLMHead",
+    "TFAutoModelForSequenceClassification",
+    "TFAutoModelForTokenClassification",
+    "TFAutoModelForQuestionAnswering",
+    "TFBaseModelOutputWithPastAndCrossAttentions",
+    "TFCausalLMOutputWithCrossAttentions",
+    "TFGPT2DoubleHeadsModelOutput",
+    "TFSequenceClassifierOutputWithPast",
+    "TFTokenClassifierOutput",
+    "TFQuestionAnsweringModelOutput",
     "KVCache",
+    "TFGPT2MainLayer",
     "TFGPT2Tokenizer",
     "cosine_schedule",
     "AdamW",

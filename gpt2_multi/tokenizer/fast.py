@@ -6,6 +6,8 @@ points it classes differently, and a text with one of them goes to the Python en
 
 import re
 from functools import lru_cache
+from importlib.util import find_spec
+from os import PathLike
 from typing import Any
 
 from gpt2_multi.tokenizer.bpe import byte_characters
@@ -60,6 +62,18 @@ class GPT2TokenizerFast(GPT2Tokenizer):
             for part in windows(text, WITHIN):
                 ids += self._engine.encode(part).tolist() if knows(part) else self._bpe.encode(part)
         return ids
+
+
+class AutoTokenizer:
+    """There is one kind of tokenizer: `from_pretrained` gives the fast one where its engine is installed."""
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | PathLike[str], *, use_fast: bool = True, **options: Any
+    ) -> GPT2Tokenizer:
+        """What `from_pretrained` of GPT2TokenizerFast gives, which see, or of GPT2Tokenizer; their ids are the same."""
+        is_there = use_fast and find_spec("gigatoken") is not None
+        return (GPT2TokenizerFast if is_there else GPT2Tokenizer).from_pretrained(name_or_path, **options)
 
 
 def knows(text: str) -> bool:
