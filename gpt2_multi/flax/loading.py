@@ -224,6 +224,11 @@ class FlaxGPT2PreTrainedModel:
         return KVCache.empty(self.config, batch_size, max_length, self.dtype, self.scan_layers)
 
     @classmethod
+    def from_config(cls, config: GPT2Config, **options: Any) -> Self:
+        """A new model of a configuration; `options` are of the constructor."""
+        return cls(config, **options)
+
+    @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from gpt2_multi.errors import InputError, nearest
 from gpt2_multi.model.config import GPT2Config
 
 Shape = Sequence[int | None]  # None: not known yet
+OLD_NAMES = {"past": "past_key_values", "lm_labels": "labels"}  # of 2019 and 2020 -> today's
 
 
 class Facts(NamedTuple):
@@ -49,6 +50,15 @@ def check_names(call: str, given: Sequence[str], known: Sequence[str], kind: str
             raise TypeError(f"{call} has no {kind} {name!r}{nearest(str(name), known)}")
         if given.count(name) > 1:
             raise TypeError(f"{call}: {name} is given twice; give it once")
+
+
+def renamed(call: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments under today's names; one that is there under both is a TypeError."""
+    for old, name in OLD_NAMES.items():
+        if given.get(old) is not None and given.get(name) is not None:
+            raise TypeError(f"{call}: {old} is {name} under its old name; give one of the two")
+    new = {OLD_NAMES[name]: value for name, value in given.items() if name in OLD_NAMES}
+    return {name: value for name, value in given.items() if name not in OLD_NAMES} | new
 
 
 def check_count(call: str, given: int, known: int) -> None:

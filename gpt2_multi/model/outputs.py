@@ -12,7 +12,12 @@ from typing import Any
 
 
 class Output:
-    """Access by attribute, by name (`out["logits"]`) and by position (`out[0]`, `loss, logits = out.to_tuple()`)."""
+    """Access by attribute, by name (`out["logits"]`) and by position (`out[0]`, `loss, logits = out.to_tuple()`).
+
+    A loop over it is one over names; over values after a call with names of 2019, as `logits, past = model(x, past=p)`.
+    """
+
+    unpacks = False
 
     def keys(self) -> list[str]:
         """The names of the fields that are there."""
@@ -40,8 +45,8 @@ class Output:
     def __contains__(self, key: object) -> bool:
         return key in self.keys()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.to_tuple() if self.unpacks else self.keys())
 
     def __len__(self) -> int:
         return len(self.keys())

@@ -26,7 +26,7 @@ from gpt2_multi.pt.attention import KVCache, Pair
 from gpt2_multi.pt.generation import generate as generation
 from gpt2_multi.pt.layers import facts
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
-from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, recast
+from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, old_calls, recast
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
 
 Dtype = torch.dtype | str | None
@@ -68,6 +68,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
         return self.transformer.init_cache(batch_size, max_length)
 
+    @old_calls
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -147,6 +148,7 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
             self.multiple_choice_head = SequenceSummary(config)
         self.tie_weights()
 
+    @old_calls
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -205,6 +207,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
             self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
 
+    @old_calls
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -260,6 +263,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
             self.dropout = nn.Dropout(config.classifier_dropout)
             self.classifier = nn.Linear(config.n_embd, config.num_labels)
 
+    @old_calls
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -299,6 +303,7 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
             self.qa_outputs = nn.Linear(config.n_embd, 2)
 
+    @old_calls
     def forward(
         self,
         input_ids: Tensor | None = None,

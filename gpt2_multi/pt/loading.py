@@ -67,6 +67,11 @@ class GPT2PreTrainedModel(nn.Module):
         return self.get_parameter(TORCH.spell(weight, self.head != "base"))
 
     @classmethod
+    def from_config(cls, config: GPT2Config, **options: Any) -> Self:
+        """A new model of a configuration; `options` are of the constructor."""
+        return cls(config, **options)
+
+    @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],

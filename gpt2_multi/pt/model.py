@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -101,6 +102,39 @@ def recast(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
     return torch.func.functional_call(module, cast, inputs)
 
 
+def old_calls(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a forward be called as in 2019: with `past` and `lm_labels`, and with ids (T,), which are one row.
+
+    Outputs of the first unpack as tuples did; logits and states of the second are (T, ...).
+    """
+
+    @wraps(forward)
+    def called(self: GPT2PreTrainedModel, *args: Any, **given: Any) -> Any:
+        is_old = any(name in given for name in inputs.OLD_NAMES)
+        if is_old:
+            given = inputs.renamed(f"{type(self).__name__}.forward()", given)
+        ids = args[0] if args else given.get("input_ids")
+        if isinstance(ids, Tensor) and ids.dim() == 1:
+            output = of_row(forward, signature(forward).bind(self, *args, **given).arguments, ids.shape)
+        else:
+            output = forward(self, *args, **given)
+        if is_old and isinstance(output, Output):
+            output.unpacks = True
+        return output
+
+    return called
+
+
+def of_row(forward: Callable[..., Any], given: Mapping[str, Any], shape: torch.Size) -> Any:
+    """A call whose ids are one row (T,), and so is what stands beside them, and what it gives for each token."""
+    row = {name: x[None] if isinstance(x, Tensor) and x.shape == shape else x for name, x in given.items()}
+    output = forward(**row | {"return_dict": True})
+    for name in ("last_hidden_state", "logits"):
+        if getattr(output, name, None) is not None and output[name].shape[:-1] == (1, *shape):
+            setattr(output, name, output[name][0])
+    return give(given["self"].config, output, given.get("return_dict"))
+
+
 class GPT2Model(GPT2PreTrainedModel):
     """The bare GPT-2, without a head.
 
@@ -145,6 +179,7 @@ class GPT2Model(GPT2PreTrainedModel):
         shapes = [(batch_size, len(attn.present), max_length, attn.head_dim) for attn in self.attentions()]
         return KVCache.empty(shapes, self.dtype, [next(attn.parameters()).device for attn in self.attentions()])
 
+    @old_calls
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -282,6 +317,8 @@ def as_cache(past: KVCache | Sequence[Pair], layers: int) -> KVCache:
 
 
 def _is_pair(layer: object) -> bool:
+    if isinstance(layer, Tensor):  # as transformers stacked them until 2020
+        return layer.dim() == 5 and len(layer) == 2
     parts = layer[:2] if isinstance(layer, (list, tuple)) else ()
     return len(parts) == 2 and all(isinstance(x, Tensor) and x.dim() == 4 for x in parts)
 

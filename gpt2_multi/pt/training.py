@@ -20,9 +20,10 @@ IGNORED = -100
 def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
     """The mean negative log-likelihood of the labels that count: (..., K) logits, (...) labels -> ().
 
-    A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0.
+    A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0. One row may have its
+    label alone, ().
     """
-    labels = labels.to(logits.device).long()
+    labels = batched(labels).to(logits.device).long()
     inputs.check_labels(facts("labels", labels), logits.shape)
     if mask is not None:
         labels = labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
@@ -47,7 +48,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
 
     Without `problem_type`, one label means regression, integer labels one class each, float labels several.
     """
-    labels, logits = labels.to(logits.device), upcast(logits)
+    labels, logits = batched(labels).to(logits.device), upcast(logits)
     if problem_type is None:
         single = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         problem_type = "regression" if logits.shape[-1] == 1 else single
@@ -70,6 +71,11 @@ def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tens
         return cross_entropy(logits, position.masked_fill(outside, IGNORED))
 
     return (one(start_logits, start) + one(end_logits, end)) / 2
+
+
+def batched(labels: Tensor) -> Tensor:
+    """A label () alone as that of a batch of one row, (1,); others as they are."""
+    return labels[None] if labels.dim() == 0 else labels
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:

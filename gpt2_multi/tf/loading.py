@@ -18,7 +18,7 @@ from gpt2_multi.model.outputs import Output
 from gpt2_multi.model.spelling import KERAS
 from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.tf.fit import fitting, quantization
-from gpt2_multi.tf.fit.arguments import as_keywords, signature_of
+from gpt2_multi.tf.fit.arguments import as_keywords, is_old, signature_of
 from gpt2_multi.tf.fit.policies import Policy, policy_of
 from gpt2_multi.tf.layers import initial, replace_variable
 
@@ -61,7 +61,10 @@ class TFGPT2PreTrainedModel(keras.Model):
         self.built = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(**as_keywords(type(self), args, kwargs))
+        output = super().__call__(**as_keywords(type(self), args, kwargs))
+        if isinstance(output, Output) and is_old(args, kwargs):
+            output.unpacks = True
+        return output
 
     def body(self) -> Any:  # no property, or Keras would look into it for weights to save
         """The bare model inside."""

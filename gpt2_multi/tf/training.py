@@ -16,9 +16,10 @@ IGNORED = -100
 def cross_entropy(logits: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
     """The mean negative log-likelihood of the labels that count: (..., K) logits, (...) labels -> ().
 
-    A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0. Under a strategy the
-    mean is over the labels of all replicas.
+    A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0. One row may have its
+    label alone, (). Under a strategy the mean is over the labels of all replicas.
     """
+    labels = batched(labels)
     inputs.check_labels(facts("labels", labels), logits.shape)
     counted = labels != IGNORED
     if mask is not None:
@@ -48,7 +49,7 @@ def classification_loss(logits: tf.Tensor, labels: tf.Tensor, problem_type: str 
 
     labels: (B,) classes; (B, L) floats for several labels; (B,) or (B, L) floats for regression.
     """
-    logits = upcast(logits)
+    labels, logits = batched(labels), upcast(logits)
     if problem_type is None:
         single = "multi_label_classification" if labels.dtype.is_floating else "single_label_classification"
         problem_type = "regression" if logits.shape[-1] == 1 else single
@@ -74,6 +75,11 @@ def span_loss(start_logits: tf.Tensor, end_logits: tf.Tensor, start: tf.Tensor, 
         return cross_entropy(logits, tf.where(outside, tf.constant(IGNORED, position.dtype), position))
 
     return (one(start_logits, start) + one(end_logits, end)) / 2
+
+
+def batched(labels: tf.Tensor) -> tf.Tensor:
+    """A label () alone as that of a batch of one row, (1,); others as they are."""
+    return labels[None] if labels.shape.rank == 0 else labels
 
 
 def cosine_schedule(step: tf.Tensor, steps: int, warmup: int = 0, least: float = 0.1) -> tf.Tensor:

@@ -1,5 +1,7 @@
 """The heads in PyTorch beyond parity: padding and pooling, losses, kinds of summary and of problems."""
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
-from tests.support.cases import PROBLEMS
+from tests.support.cases import ALONE, PROBLEMS
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3)
 RNG = np.random.default_rng(5)
@@ -159,3 +161,32 @@ def test_double_heads_ask_for_choices():
 def test_bad_labels_are_one_sentence(both, head, inputs, sentence):
     with pytest.raises(InputError, match=sentence):
         both(head, {"input_ids": IDS} | inputs)
+
+
+@pytest.mark.parametrize(("head", "labels"), ALONE)
+def test_one_row_may_have_its_label_alone(head, labels, both):
+    ids = IDS[None, :2] if head == "double_heads" else IDS[:1]
+    alone = both(head, {"input_ids": ids, **labels})[0]
+    found = both(head, {"input_ids": ids, **{name: x[None] for name, x in labels.items()}})[0]
+    key = "mc_loss" if head == "double_heads" else "loss"
+    assert float(alone[key]) == float(found[key]) > 0
+    two = np.repeat(ids, 2, 0)
+    with pytest.raises(InputError, match=r"expected shape \(2,\), found \(1,\)"):
+        both(head, {"input_ids": two, "attention_mask": np.ones_like(two), **labels})
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_names_and_shapes_of_2019(stacked):
+    model = pt.GPT2LMHeadModel(SMALL, param_dtype="float64").eval()
+    ids, past, context = torch.as_tensor(IDS[:1]), None, torch.as_tensor(IDS[:1, :4])
+    for at in range(4, 9):
+        logits, past = model(context, past=past)
+        assert torch.allclose(logits[..., -1, :], model(ids[:, :at]).logits[:, -1], atol=1e-12)
+        past = [torch.stack(pair[:2]) for pair in past] if stacked else past
+        context = ids[0, at : at + 1]  # one row, (1,)
+    loss, logits, _ = model(ids[0], lm_labels=ids[0])
+    assert logits.shape == (9, 31) and torch.allclose(loss, model(ids, labels=ids).loss, atol=1e-12)
+    assert list(model(ids)) == ["logits", "past_key_values"]
+    with pytest.raises(TypeError, match=r"forward\(\): lm_labels is labels under its old name; give one of the two"):
+        model(ids, lm_labels=ids, labels=ids)
+    assert "lm_labels" not in inspect.signature(model.forward).parameters  # or Trainer would wait for them

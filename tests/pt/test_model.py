@@ -296,7 +296,7 @@ BAD = {
     "negative positions": ((IDS,), {"position_ids": IDS * 0 - 1}, "position_ids: -1 is negative"),
     "neither": ((), {}, "expected one of input_ids and inputs_embeds, found neither"),
     "both": ((IDS,), {"inputs_embeds": np.zeros((3, 9, 12))}, "found both"),
-    "one dimension": ((IDS[0],), {}, r"input_ids: expected shape \(any, any\), found \(9,\)"),
+    "three dimensions": ((IDS[None],), {}, r"input_ids: expected shape \(any, any\), found \(1, 3, 9\)"),
     "wide embeddings": ((), {"inputs_embeds": np.zeros((3, 9, 13))}, r"expected shape \(any, any, 12\)"),
     "a short mask": ((IDS,), {"attention_mask": np.ones((3, 8), int)}, r"attention_mask: expected shape \(3, 9\)"),
     "a wrong rank-4 mask": ((IDS,), {"attention_mask": np.ones((3, 2, 9, 9), bool)}, "attention_mask: expected"),

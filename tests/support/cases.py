@@ -76,3 +76,10 @@ BROKEN = {  # what to do to a folder of 31 words, the error, and a part of its s
         r"generation_config\.json: top_p: expected",
     ),
 }
+
+# Labels of one row that are no list of one: head, and what it is given.
+ALONE = [
+    ("sequence_classification", {"labels": np.array(1)}),
+    ("question_answering", {"start_positions": np.array(2), "end_positions": np.array(4)}),
+    ("double_heads", {"mc_labels": np.array(0)}),
+]

@@ -42,6 +42,7 @@ FORMS = {
     "a dict and a name": lambda m, i, a: m({"input_ids": i}, attention_mask=a),
     "a dict with nothing": lambda m, i, a: m({"input_ids": i, "attention_mask": a, "position_ids": None}),
     "a list": lambda m, i, a: m([i, None, a]),
+    "a list without a past": lambda m, i, a: m([i, a]),
     "a tuple": lambda m, i, a: m((i, None, a)),
     "a list and a name": lambda m, i, a: m([i], attention_mask=a),
 }
@@ -58,7 +59,7 @@ KINDS = {
 }
 
 
-IN_A_LIST = {"a list", "a tuple", "a list and a name"}
+IN_A_LIST = {"a list", "a list without a past", "a tuple", "a list and a name"}
 OTHER_CALLS = {"lists": IN_A_LIST, "tuples": IN_A_LIST, "rows": {*IN_A_LIST, "in order", "a name beside the ids"}}
 CALLS = [(form, kind) for form in FORMS for kind in KINDS if form not in OTHER_CALLS.get(kind, ())]
 
@@ -78,6 +79,28 @@ def test_what_the_tokenizer_returns_is_a_call(kind):
     logits = model(encoded).logits
     assert logits.shape == (2, len(encoded["input_ids"][0]), len(tokenizer))
     assert np.array_equal(logits, model(**encoded).logits)
+
+
+def test_a_list_may_have_no_past_and_a_past_may_be_stacked(model, expected):
+    ids, mask = tf.constant(IDS), tf.constant(MASK)
+    assert_close(model([ids, mask, ids]).logits, model(ids, attention_mask=mask, token_type_ids=ids).logits)
+    past = model([ids[:, :5], mask[:, :5]]).past_key_values
+    stacked = tuple(tf.stack(pair[:2]) for pair in past)
+    for given in (past, stacked, [past[0], stacked[1]]):
+        assert_close(model([ids[:, 5:], given, mask]).logits, expected[:, 5:])
+    with pytest.raises(InputError, match=r"attention_mask: expected shape \(2, 7\)"):
+        model([ids, tf.zeros((2, 3))])
+
+
+def test_names_of_2019(model):
+    logits, past = model(IDS[:, :5], past=None)
+    loss, more, _ = model({"input_ids": IDS[:, 5:], "past": past}, lm_labels=IDS[:, 5:])
+    now = model(IDS[:, 5:], past, labels=IDS[:, 5:])
+    assert_close(more, now.logits)
+    assert_close(loss, now.loss)
+    assert list(now) == ["loss", "logits", "past_key_values"] and logits.shape == (2, 5, 31)
+    with pytest.raises(TypeError, match="past is past_key_values under its old name; give one of the two"):
+        model(IDS, past=past, past_key_values=past)
 
 
 def test_lists_of_one_token_and_of_none(model):

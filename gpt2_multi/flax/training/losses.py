@@ -18,8 +18,10 @@ IGNORED = -100
 def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> Array:
     """The mean negative log-likelihood of the labels that count: (..., K) logits, (...) labels -> ().
 
-    A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0.
+    A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0. One row may have its
+    label alone, ().
     """
+    labels = batched(labels)
     inputs.check_labels(facts(labels), logits.shape)
     labels = labels.astype(jnp.int32)  # an unsigned dtype has no -100
     counted = labels != IGNORED if mask is None else (labels != IGNORED) & (mask != 0)
@@ -50,7 +52,7 @@ def classification_loss(logits: Array, labels: Array, problem_type: str | None) 
 
     labels: (B,) classes; (B, L) floats for several labels; (B,) or (B, L) floats for regression.
     """
-    logits = upcast(logits)
+    labels, logits = batched(labels), upcast(logits)
     if problem_type is None:
         floats = jnp.issubdtype(labels.dtype, jnp.floating)
         single = "multi_label_classification" if floats else "single_label_classification"
@@ -73,6 +75,11 @@ def span_loss(start_logits: Array, end_logits: Array, start: Array, end: Array) 
         return cross_entropy(logits, jnp.where(outside, IGNORED, position))
 
     return (one(start_logits, start) + one(end_logits, end)) / 2
+
+
+def batched(labels: Array) -> Array:
+    """A label () alone as that of a batch of one row, (1,); others as they are."""
+    return labels[None] if labels.ndim == 0 else labels
 
 
 def cosine_schedule(step: Any, steps: int, warmup: int = 0, least: float = 0.1) -> Array:

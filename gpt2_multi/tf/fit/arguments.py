@@ -41,8 +41,8 @@ def as_keywords(cls: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dic
     The first may hold others: in a mapping, as a tokenizer returns it, or in a list of tensors in their order.
     """
     call, names = f"{cls.__name__}()", names_of(cls)
-    held = by_name(call, names, args[0]) if args else {}
-    parts = [held, in_order(call, names, (None, *args[1:])), kwargs]
+    held = inputs.renamed(call, by_name(call, names, args[0])) if args else {}
+    parts = [held, in_order(call, names, (None, *args[1:])), inputs.renamed(call, kwargs)]
     given = [(name, value) for part in parts for name, value in part.items() if value is not None]
     inputs.check_names(call, [name for name, _ in given], names)
     return {name: as_tensor(name, value) for name, value in given}
@@ -53,8 +53,24 @@ def by_name(call: str, names: Sequence[str], first: Any) -> Mapping[str, Any]:
     if hasattr(first, "keys"):
         return dict(first)
     if isinstance(first, (list, tuple)) and any(hasattr(x, "shape") for x in first):
-        return in_order(call, names, first)
+        return in_order(call, names, without_past(names, first))
     return {names[0]: first}
+
+
+def without_past(names: Sequence[str], values: Sequence[Any]) -> Sequence[Any]:
+    """Tensors in the order of a call's arguments, in which a past may be missing: [ids, mask] are no [ids, past].
+
+    A past is a cache, or a sequence with a pair or a tensor (2, B, H, S, D) for each layer.
+    """
+    place = names.index("past_key_values") if "past_key_values" in names else len(values)
+    is_tensor = place < len(values) < len(names) and hasattr(values[place], "shape")
+    return [*values[:place], None, *values[place:]] if is_tensor else values
+
+
+def is_old(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call has an argument under its name of 2019."""
+    held = args[0] if args and hasattr(args[0], "keys") else ()
+    return any(name in kwargs or name in held for name in inputs.OLD_NAMES)
 
 
 def in_order(call: str, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:

@@ -87,7 +87,14 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
     "PyTorch's modules change in place: caches, dtypes, ties, memory and gradient checkpointing": {
         "pt": {
             "attention": ["KVCache.__init__", "KVCache.fork", "_flatten", "_unflatten", "score_dtype"],
-            "model": ["recast", "GPT2Model.dtype", "GPT2Model.checkpointing", "GPT2Model._cache"],
+            "model": [
+                "recast",
+                "old_calls",
+                "of_row",
+                "GPT2Model.dtype",
+                "GPT2Model.checkpointing",
+                "GPT2Model._cache",
+            ],
             "heads": ["GPT2LMHeadModel.prepare_inputs_for_generation"],  # which PEFT asks for
             "loading": [
                 f"GPT2PreTrainedModel.{name}"
@@ -122,7 +129,6 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "owner",
                     "owners",
                     "get_config",
-                    "from_config",
                     "forget_functions",
                 )
             ],
