@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Queue
 from typing import TYPE_CHECKING, Any
@@ -176,6 +177,15 @@ class Callbacks:
     def see_ids(self) -> bool:
         """Whether any looks at ids, in whose columns it may count."""
         return self.are_rules or bool(self.criteria)
+
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """Within it tokens are streamed; whoever waits for them is told of the end, however it comes."""
+        try:
+            yield
+        finally:
+            if self.streamer is not None:
+                self.streamer.end()
 
     def check(self, config: GenerationConfig) -> None:
         """What is streamed is not known better later."""

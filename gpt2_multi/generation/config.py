@@ -346,9 +346,9 @@ class GenerationConfig:
         return changed
 
     @staticmethod
-    def check_names(options: Iterable[str]) -> None:
-        """TypeError, with the nearest name, for an option that does not exist."""
-        known = [option.name for option in fields(GenerationConfig) if option.name != "extra"]
+    def check_names(options: Iterable[str], arguments: Sequence[str] = ()) -> None:
+        """TypeError, with the nearest name, for an option that does not exist, and is none of these arguments."""
+        known = [*(option.name for option in fields(GenerationConfig) if option.name != "extra"), *arguments]
         taken = {*WITHOUT_EFFECT, *UNSUPPORTED, *RENAMED}
         inputs.check_names("generate()", [name for name in options if name not in taken], known, "option")
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -37,6 +37,51 @@ _next: int | None = None  # the first stream of noise that no text has had since
 NO_CALLBACKS = Callbacks()
 
 
+class Given(NamedTuple):
+    """What a call of `generate` brings beside its options, in tensors of the framework; docs/generation.md explains it."""
+
+    input_ids: Any = None
+    attention_mask: Any = None
+    tokenizer: GPT2Tokenizer | None = None
+    token_type_ids: Any = None
+    inputs_embeds: Any = None
+    past_key_values: Any = None
+    encoder_hidden_states: Any = None
+    encoder_attention_mask: Any = None
+    negative_prompt_ids: Any = None
+    negative_prompt_attention_mask: Any = None
+    logits_processor: Any = None
+    prefix_allowed_tokens_fn: Any = None
+    stopping_criteria: Any = None
+    streamer: Any = None
+    assistant_model: Any = None
+
+    @classmethod
+    def of(
+        cls, own: GenerationConfig, input_ids: Any, attention_mask: Any, config: Any, more: Mapping[str, Any]
+    ) -> tuple[Given, GenerationConfig]:
+        """The arguments of a call, and what a model with an `own` configuration is to do by its options.
+
+        `inputs` is another name of the first; a configuration may stand second too, as in transformers. Raises
+        TypeError for what is neither an argument nor an option.
+        """
+        if isinstance(attention_mask, GenerationConfig) and config is None:
+            attention_mask, config = None, attention_mask
+        arguments = [*cls._fields[2:], "inputs"]
+        GenerationConfig.check_names(more, arguments)
+        if more.get("inputs") is not None and input_ids is not None:
+            raise InputError("inputs: is another name of input_ids; give one of the two")
+        first = more.get("inputs") if input_ids is None else input_ids
+        given = cls(first, attention_mask, **{name: more[name] for name in cls._fields[2:] if name in more})
+        return given, own.resolve(config, {name: value for name, value in more.items() if name not in arguments})
+
+    @property
+    def callbacks(self) -> Callbacks:
+        """The functions of the caller, checked."""
+        rules = self.logits_processor, self.prefix_allowed_tokens_fn
+        return Callbacks.of(*rules, self.stopping_criteria, self.streamer)
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """Checked prompts of a model, and what is to follow them; B prompts, T their greatest length.
@@ -57,7 +102,7 @@ class Request:
     order: Array | None = None  # (B, T), where each column stood; the first is repeated in what was filled up
     types: Array | None = None  # (B, T) int64, token_type_ids
     negative: tuple[Array, Array] | None = None  # (B, T) each, ids and mask of what is guided away from
-    past: int = 0  # how many columns are in a cache, and are not read again
+    past: int | None = None  # how many columns are in the cache that was given, and are not read again
 
     @classmethod
     def of(
@@ -71,14 +116,14 @@ class Request:
         *,
         token_type_ids: Any = None,
         embeds: inputs.Facts | None = None,
-        past: int = 0,
+        past: int | None = None,
         negative: tuple[Any, Any] = (None, None),
         batch: int = 1,
     ) -> Request:
         """Check what a call was given: a text, texts, or ids (B, T) and their mask in NumPy, or None.
 
         None is a text that begins, in so many rows as `batch` says, unless there are `embeds` (B, T, E).
-        token_type_ids: (B, T). past: how many tokens are in a cache. negative: ids and mask, or texts, for
+        token_type_ids: (B, T). past: how many tokens are in a cache, if there is one. negative: ids and mask, or texts, for
         `guidance_scale`.
         Raises InputError for an id outside the vocabulary, a prompt without a token, and a text beyond `n_positions`.
         """
@@ -86,14 +131,15 @@ class Request:
         prompts = input_ids if input_ids is not None and texts.are_texts(input_ids) else None
         given, ids, mask = rows_of(config, model, input_ids, attention_mask, tokenizer, embeds, batch)
         new = new_tokens_after(config, ids.shape[1])
-        check_beside(config, embeds is not None, token_type_ids is not None, past > 0)
+        check_beside(config, embeds is not None, token_type_ids is not None, past is not None)
         types = None if token_type_ids is None else types_of(token_type_ids, ids.shape, model)
         if len(ids):
             inputs.check_prompts(int(mask.sum(-1).min()))
             config.check_context(int(mask.sum(-1).max()), new, model.n_positions)
-        if past:
+        if past is not None:
             inputs.check_continued(ids.shape[1], past, bool(mask[:, -1].all()))
-        order = np.indices(mask.shape)[1] if past else order_of(mask, as_given=callbacks.see_ids)
+        as_given = callbacks.see_ids and mask.shape[1] + new <= model.n_positions
+        order = order_of(mask, as_given) if past is None else np.indices(mask.shape)[1]
         ids, mask = np.take_along_axis(ids, order, 1), np.take_along_axis(mask, order, 1)
         types = None if types is None else np.take_along_axis(types, order, 1)
         options = options_of(config, model, len(ids), tokenizer)
@@ -123,11 +169,7 @@ class Request:
         cls, config: GenerationConfig, model: GPT2Config, text: str, tokenizer: GPT2Tokenizer | None
     ) -> Request:
         """Check what is streamed as text: one text, continued once."""
-        config.check_streaming()
-        if config.num_return_sequences > 1:
-            raise InputError("num_return_sequences: one text is streamed; leave it out, or call generate")
-        inputs.check_text("text", text)
-        inputs.check_tokenizer(tokenizer)
+        check_streamed(config, Given(text, tokenizer=tokenizer))
         return cls.of(config, model, text, None, tokenizer)
 
     def answer(self, output: GenerateOutput, sequences: Array | None) -> Any:
@@ -163,6 +205,18 @@ class Request:
 
     def _grouped(self, made: list[Any]) -> Any:
         return texts.grouped(made, isinstance(self.prompts, str), self.config.num_return_sequences)
+
+
+def check_streamed(config: GenerationConfig, given: Given, is_text: bool = True) -> None:
+    """What is streamed is known token by token, and a text is one that is continued once."""
+    config.check_streaming()
+    if given.streamer is not None:
+        raise InputError("streamer: the tokens are given one by one anyway; leave it out, or call generate")
+    if is_text and config.num_return_sequences > 1:
+        raise InputError("num_return_sequences: one text is streamed; leave it out, or call generate")
+    if is_text:
+        inputs.check_text("text", given.input_ids)
+        inputs.check_tokenizer(given.tokenizer)
 
 
 def listed(prompts: str | Sequence[str]) -> Sequence[str]:
