@@ -38,7 +38,7 @@ NO_CALLBACKS = Callbacks()
 
 
 class Given(NamedTuple):
-    """What a call of `generate` brings beside its options, in tensors of the framework; docs/generation.md explains it."""
+    """What a call of `generate` brings beside its options, in tensors of the framework (docs/generation.md)."""
 
     input_ids: Any = None
     attention_mask: Any = None
@@ -123,8 +123,8 @@ class Request:
         """Check what a call was given: a text, texts, or ids (B, T) and their mask in NumPy, or None.
 
         None is a text that begins, in so many rows as `batch` says, unless there are `embeds` (B, T, E).
-        token_type_ids: (B, T). past: how many tokens are in a cache, if there is one. negative: ids and mask, or texts, for
-        `guidance_scale`.
+        token_type_ids: (B, T). past: how many tokens are in the cache, if there is one. negative: ids and mask, or
+        texts, for `guidance_scale`.
         Raises InputError for an id outside the vocabulary, a prompt without a token, and a text beyond `n_positions`.
         """
         callbacks.check(config)
