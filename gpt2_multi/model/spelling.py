@@ -153,6 +153,23 @@ KERAS_WEIGHTS = Spelling(  # what `save_weights` makes of gpt2_multi.tf; a head 
 MASK_BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias|masked_bias)")
 
 
+# A kernel in a state dictionary of PyTorch, whatever stands before its name.
+KERNEL = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.\w+\.weight$")
+
+
+def out_first(found: Mapping[str, Shape]) -> bool | None:
+    """Whether a state dictionary of PyTorch has kernels of (out, in), so that it is of `TORCH` and not transformers'.
+
+    A bias tells, since it is as long as what comes out; None where nothing does, as where all kernels are square.
+    """
+    for name, shape in found.items():
+        if KERNEL.search(name) and len(shape) == 2 and shape[0] != shape[1]:
+            out = tuple(found.get(f"{name.removesuffix('weight')}bias", ()))
+            if out in ((shape[0],), (shape[1],)):
+                return out == (shape[0],)
+    return None
+
+
 def match(
     found: Mapping[str, Shape], config: GPT2Config, head: str, spelling: Spelling, source: str
 ) -> dict[str, Weight]:

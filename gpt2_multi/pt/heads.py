@@ -27,6 +27,7 @@ from gpt2_multi.pt.generation import generate as generation
 from gpt2_multi.pt.layers import facts
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, old_calls, recast
+from gpt2_multi.pt.state import lend_embedding
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
 
 Dtype = torch.dtype | str | None
@@ -55,7 +56,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary: (..., E) -> (..., V)"""
-        return recast(self.lm_head, self.transformer.compute_dtype, hidden)
+        return lm_logits(self, hidden)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: KVCache | None = None, **inputs: Any
@@ -183,9 +184,10 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         mask = hidden.new_ones(choices) if attention_mask is None else attention_mask[..., -choices[-1] :]
         if mc_token_ids is not None:
             inputs.check_choice_tokens(facts("mc_token_ids", mc_token_ids), choices)
-        dtype = self.transformer.compute_dtype
-        logits = recast(self.lm_head, dtype, hidden)
-        scores = recast(self.multiple_choice_head, dtype, hidden, mask, mc_token_ids).squeeze(-1)
+        logits = lm_logits(self, hidden)
+        scores = recast(self.multiple_choice_head, self.transformer.compute_dtype, hidden, mask, mc_token_ids).squeeze(
+            -1
+        )
         output = GPT2DoubleHeadsModelOutput(
             None if labels is None else lm_loss(logits, labels, mask),
             None if mc_labels is None else cross_entropy(scores, mc_labels),
@@ -330,6 +332,13 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
             loss = span_loss(start, end, start_positions, end_positions)
         output = QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states, outputs.attentions)
         return give(self.config, output, return_dict)
+
+
+def lm_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits over the vocabulary, by the head, which may be tied: (..., E) -> (..., V)"""
+    if model.lm_head.weight.is_meta:
+        lend_embedding(model)
+    return recast(model.lm_head, model.transformer.compute_dtype, hidden)
 
 
 def present(mask: Tensor | None, labels: Tensor) -> Tensor | None:

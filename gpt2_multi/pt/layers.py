@@ -44,6 +44,11 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.numpy()
 
 
+def contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in row-major order and in this dtype, copied once where it has to be."""
+    return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
 def facts(name: str, x: object) -> Facts:
     """What is known of an input; while it is traced, or in vmap, not its values."""
     if not isinstance(x, Tensor):

@@ -16,7 +16,8 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight, table
-from gpt2_multi.pt.layers import NUMPY, as_dtype, initialise, replace_parameter, to_numpy, to_torch
+from gpt2_multi.pt.layers import NUMPY, as_dtype, contiguous, initialise, replace_parameter, to_numpy, to_torch
+from gpt2_multi.pt.state import register_hooks
 
 
 class GPT2PreTrainedModel(nn.Module):
@@ -28,6 +29,7 @@ class GPT2PreTrainedModel(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = check_config(config)
+        register_hooks(self)
 
     @property
     def body(self) -> Any:
@@ -47,7 +49,7 @@ class GPT2PreTrainedModel(nn.Module):
     @contextmanager
     def building(self, param_dtype: torch.dtype | str | None) -> Iterator[None]:
         """Make parameters without memory, then allocate each once, in `param_dtype`, and initialise it by the table."""
-        device = torch.get_default_device()
+        device = nn.LayerNorm(1).weight.device  # as whoever moves new parameters elsewhere has it
         with torch.device("meta"):
             yield
         self.to(dtype=as_dtype("param_dtype", param_dtype))
@@ -84,14 +86,17 @@ class GPT2PreTrainedModel(nn.Module):
         param_dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         attn_implementation: str = "sdpa",
+        mmap: bool = False,
         **overrides: Any,
     ) -> Self:
         """Load a model folder, the demo model ("demo"), or a model of the hub by its name; in evaluation mode.
 
         `param_dtype` (transformers' `torch_dtype`) is what the parameters are stored in: float32 by default, "auto" for
-        what config.json names. `dtype` is what the model computes in, by default the same. float32 files are not read
-        but mapped into memory. `overrides` change settings of the configuration. A task head that the files lack is
-        initialised anew, with a warning. Raises CheckpointError or ConfigError for anything that does not fit.
+        what config.json names. `dtype` is what the model computes in, by default the same. Parameters are contiguous,
+        which copies the kernels; with `mmap` those that need no other dtype stay views of the mapped file, so that a
+        program that only reads starts at once. `overrides` change settings of the configuration. A task head that the
+        files lack is initialised anew, with a warning. Raises CheckpointError or ConfigError for anything that does not
+        fit.
         """
         from gpt2_multi.model.checkpoint import load  # with all formats, when a file is met
 
@@ -104,21 +109,21 @@ class GPT2PreTrainedModel(nn.Module):
         options: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation)
         with torch.device("meta"):
             model = cls(config, **options)
-        model._assign(arrays, stored)
+        model._assign(arrays, stored, mmap)
         if model.generation_config is not None:
             model.generation_config = GenerationConfig.from_pretrained(folder, config)
         return model.eval()
 
-    def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtype: torch.dtype) -> None:
+    def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtype: torch.dtype, mmap: bool = False) -> None:
         tensors = {}
         for weight in table(self.config, self.head):
             if weight.name in arrays:
-                tensor = TORCH.layout(weight, to_torch(arrays[weight.name]).to(dtype))
+                tensor = TORCH.layout(weight, to_torch(arrays[weight.name]))
+                tensor = tensor.to(dtype) if mmap else contiguous(tensor, dtype)
             else:
                 tensor = initialise(weight, torch.empty(weight.shape, dtype=dtype, device="cpu"))
             tensors[TORCH.spell(weight, self.head != "base")] = tensor
-        self.load_state_dict(tensors, strict=False, assign=True)  # every row is there; a tied lm_head is not
-        self.tie_weights()
+        self.load_state_dict(tensors, strict=False, assign=True)  # every row is there; a subclass may have more
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
@@ -251,5 +256,5 @@ def dtypes(device: str) -> list[str]:
 
 
 def load_on(device: str, model_class: type[GPT2PreTrainedModel], name: Any, **options: Any) -> GPT2PreTrainedModel:
-    """What `from_pretrained` of a class gives, on a device."""
-    return model_class.from_pretrained(name, **options).to(device)
+    """What `from_pretrained` of a class gives, on a device, for a program that does not change it."""
+    return model_class.from_pretrained(name, mmap=True, **options).to(device)

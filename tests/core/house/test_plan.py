@@ -59,7 +59,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
         **{
             package: {
                 "model": ["GPT2Model.init_cache", "GPT2Model.attentions", "check_call", "as_cache", "_is_pair", "give"],
-                "heads": ["GPT2LMHeadModel.logits", "GPT2LMHeadModel.init_cache"],
+                "heads": ["GPT2LMHeadModel.logits", "GPT2LMHeadModel.init_cache", "lm_logits"],
                 "loading": [
                     f"GPT2PreTrainedModel.{name}"
                     for name in (
@@ -120,7 +120,6 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
     "Keras makes, names, restores and compiles layers by calls of its own": {
         "tf": {
             "attention": ["KVCache.spread", "KVCache.length"],
-            "heads": ["lm_logits"],
             "loading": [
                 f"GPT2PreTrainedModel.{name}"
                 for name in (

@@ -1,0 +1,156 @@
+"""State dictionaries and parameters as others use them: savers, loaders, optimizers, pruning, averages."""
+
+import copy
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
+
+from gpt2_multi import GPT2Config, pt
+from tests.support import fixtures
+
+SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3, pad_token_id=0)
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+TIED = [pt.GPT2LMHeadModel, pt.GPT2DoubleHeadsModel]
+
+
+def make(cls=pt.GPT2LMHeadModel, seed=0, **changes):
+    torch.manual_seed(seed)
+    model = cls(SMALL.replace(initializer_range=0.3, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def logits(model):
+    return model(IDS).logits.detach()
+
+
+def is_tied(model):
+    return model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("name", ["lm", "double_heads", "cross_attention", "sequence_classification"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_are_contiguous_after_loading_and_views_where_asked_for(name, dtype):
+    cls = next(cls for cls in vars(pt).values() if getattr(cls, "head", None) == fixtures.head(name))
+    model, view = (cls.from_pretrained(fixtures.folder(name), param_dtype=dtype, mmap=mmap) for mmap in (False, True))
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    assert not view.get_parameter(model.head != "base" and "transformer.h.0.mlp.c_fc.weight").is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), view.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("cls", TIED)
+def test_a_tied_head_is_saved_once_and_loaded_back(cls, tmp_path):
+    import safetensors.torch
+
+    model = make(cls)
+    state = model.state_dict()
+    assert HEAD not in state and len(state) == len(list(model.parameters()))
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    safetensors.torch.save_model(model, str(tmp_path / "b.safetensors"))
+    torch.save(state, tmp_path / "c.bin")
+    for given in (
+        safetensors.torch.load_file(tmp_path / "a.safetensors"),
+        safetensors.torch.load_file(tmp_path / "b.safetensors"),
+        torch.load(tmp_path / "c.bin"),
+        state | {HEAD: state[EMBEDDING]},
+        {HEAD if name == EMBEDDING else name: x for name, x in state.items()},  # as savers that drop the other do it
+    ):
+        for assign in (False, True):
+            other = make(cls, seed=1)
+            other.load_state_dict(given, assign=assign)
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+            assert is_tied(other) and all(parameter.requires_grad for parameter in other.parameters())
+    other = make(cls, seed=1)
+    assert safetensors.torch.load_model(other, str(tmp_path / "a.safetensors")) == (set(), [])
+
+
+@pytest.mark.parametrize("holder", [lambda model: model, torch.nn.Sequential], ids=["alone", "held by another"])
+def test_a_head_that_is_another_is_one_sentence(holder):
+    state = holder(make(tie_word_embeddings=False)).state_dict()
+    head, embedding = (next(name for name in state if name.endswith(end)) for end in (HEAD, EMBEDDING))
+    model = holder(make())
+    with pytest.raises(RuntimeError, match=f"{head} differs from {embedding}, although the head is the token"):
+        model.load_state_dict(state)
+    holder(make(tie_word_embeddings=False)).load_state_dict(state)
+    assert head not in model.state_dict()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*lm_head"):
+        holder(make(tie_word_embeddings=False)).load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("changes", [{}, {"add_cross_attention": True}, {"tie_word_embeddings": False}], ids=str)
+def test_a_state_dictionary_of_transformers_is_taken(changes):
+    transformers = pytest.importorskip("transformers")
+    settings = SMALL.replace(**changes).to_dict()
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
+    model = make(seed=1, **changes)
+    model.load_state_dict(theirs.state_dict())
+    assert (logits(model) - logits(theirs)).abs().max() < 1e-5
+    model.transformer.load_state_dict(theirs.transformer.state_dict())
+
+
+def test_copies_pickles_and_averages_keep_the_tie():
+    model = make()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(make(seed=1))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), average.module):
+        assert is_tied(other) and other.lm_head.weight is not model.lm_head.weight
+        assert HEAD not in other.state_dict()
+        other.load_state_dict(make(seed=2).state_dict())
+        assert torch.equal(logits(other), logits(make(seed=2))) and not torch.equal(logits(model), logits(other))
+    average.load_state_dict(average.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # which LBFGS does
+def test_others_prune_flatten_and_optimize_parameters(tmp_path):
+    make().save_pretrained(tmp_path / "m")
+    model = pt.GPT2LMHeadModel.from_pretrained(tmp_path / "m")
+    before = logits(model)
+    vector = parameters_to_vector(model.parameters())
+    vector_to_parameters(torch.zeros_like(vector), model.parameters())
+    assert not logits(model).any()
+    vector_to_parameters(vector, model.parameters())
+    assert torch.equal(logits(model), before)
+
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        return loss
+
+    first = float(optimizer.step(closure))
+    assert float(closure()) < first
+
+    kernel = model.transformer.h[0].attn.c_attn
+    prune.l1_unstructured(kernel, "weight", 0.5)
+    assert float((kernel.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    other = make(seed=1)
+    prune.identity(other.transformer.h[0].attn.c_attn, "weight")
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+    prune.remove(kernel, "weight")
+    model.save_pretrained(tmp_path / "pruned")
+    assert torch.equal(logits(pt.GPT2LMHeadModel.from_pretrained(tmp_path / "pruned")), logits(other))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_distributed_checkpoints_in_one_process(tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, other, third = make(), make(seed=1), make(seed=2)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "a")
+    dcp.load({"model": other.state_dict()}, checkpoint_id=tmp_path / "a")  # in place
+    assert torch.equal(logits(other), logits(model))
+    state = get_model_state_dict(third)
+    dcp.load(state_dict := {"model": state}, checkpoint_id=tmp_path / "a")
+    set_model_state_dict(third, state_dict["model"])
+    assert torch.equal(logits(third), logits(model)) and is_tied(third)
