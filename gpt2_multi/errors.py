@@ -29,7 +29,14 @@ def shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the known one that looks like it, if any."""
-    near = difflib.get_close_matches(name, list(known), 1)
+def nearest(name: str, known: Iterable[str], least: float = 0.6) -> str:
+    """The end of a sentence about an unknown name: the known one that looks like it, if any; `least` of 1 is alike."""
+    near = difflib.get_close_matches(name, list(known), 1, least)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def described(thing: object) -> str:
+    """What something is, for a sentence about it: of which class, of which library."""
+    kind = type(thing)
+    library = "" if kind.__module__ == "builtins" else f" of {kind.__module__.partition('.')[0]}"
+    return f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}{library}"

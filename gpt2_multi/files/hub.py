@@ -7,8 +7,11 @@ mean there. It is imported when a name has to be fetched, not before.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +48,14 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def varied(pattern: str, variant: str | None) -> str:
+    """The name of a file of weights in a variant, such as model.fp16.safetensors; other files keep theirs."""
+    if not variant or not (parts := re.fullmatch(r"(model|\w+_model)(-.*)?(\.\w+)(\.index)?(\.json)?", pattern)):
+        return pattern
+    stem, shard, suffix, index, json = parts.groups(default="")
+    return f"{stem}{suffix}{index}.{variant}{json}" if index else f"{stem}.{variant}{shard}{suffix}"
+
+
 def resolve(
     name_or_path: str | os.PathLike[str],
     *,
@@ -52,33 +63,47 @@ def resolve(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str | os.PathLike[str] = "",
+    variant: str | None = None,
+    kinds: Iterable[str] = tuple(WEIGHTS),
     allow_patterns: Sequence[str] | None = None,
 ) -> Path:
     """The local folder of a model: a folder as it is, "demo", a published GPT-2's short name, or a name on the hub.
 
     A folder that exists comes first, whatever its name. `allow_patterns` are the files to fetch, by default those of a
-    model and its tokenizer. Raises CheckpointError for whatever cannot be found or fetched.
+    model and its tokenizer, with weights of the first of `kinds` that there is, in a `variant` where one is named.
+    `subfolder` is where they lie within. Raises CheckpointError for whatever cannot be found or fetched.
     """
-    name = os.fspath(name_or_path)
+    name, within = os.fspath(name_or_path), Path(os.fspath(subfolder or ""))
+    if within.is_absolute() or ".." in within.parts:
+        raise CheckpointError(f"subfolder: expected a folder within {name}, found {os.fspath(subfolder)!r}")
     if (kind := _kind(name)) == "folder":
-        return Path(name)
+        return _inside(Path(name), within)
     if kind == "file":
         raise CheckpointError(f"{name}: expected a model folder, found a file; give the folder that it lies in")
     if name == "demo":
-        return DEMO
+        return _inside(DEMO, within)
     if not isinstance(name_or_path, str) or _looks_like_path(name):
         raise CheckpointError(
             f"{name!r}: there is no such folder; check the path, or give a name on the hub such as gpt2"
         )
     repo = ARCHIVE[name].hub_id if name in ARCHIVE else name
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "force_download": force_download}
+    fetch = partial(_fetch, repo, options, local_files_only, within)
     if allow_patterns is not None:
-        return _fetch(repo, options, local_files_only, list(allow_patterns))
-    for weights in WEIGHTS.values():
-        found = _fetch(repo, options, local_files_only, [*SETTINGS, *TOKENIZER, *weights])
+        return fetch(allow_patterns)
+    for weights in ([varied(pattern, variant) for pattern in WEIGHTS[kind]] for kind in kinds):
+        found = fetch([*SETTINGS, *TOKENIZER, *weights])
         if any(list(found.glob(pattern)) for pattern in weights):
             break
     return found
+
+
+def _inside(folder: Path, within: Path) -> Path:
+    if not (folder / within).is_dir():
+        raise CheckpointError(f"{folder / within}: there is no such folder; check subfolder")
+    return folder / within
 
 
 def _kind(name: str) -> str:
@@ -92,19 +117,19 @@ def _looks_like_path(name: str) -> bool:
     return not name or name[0] in "./~\\" or name.endswith(("/", "\\")) or name.count("/") > 1 or ":" in name
 
 
-def _fetch(repo: str, options: dict[str, Any], local: bool, patterns: list[str]) -> Path:
+def _fetch(repo: str, options: dict[str, Any], local: bool, within: Path, patterns: Sequence[str]) -> Path:
     """Ask the hub first, within a time; where it does not answer, what the cache has will do."""
     from huggingface_hub import snapshot_download
 
     refusal = None if local else _ask(repo, options["revision"], options["token"])
-    options |= {"allow_patterns": patterns, "local_files_only": local or refusal is not None}
+    wanted = [(within / pattern).as_posix() for pattern in patterns]
     try:
-        found = snapshot_download(repo, **options)
+        found = snapshot_download(repo, **options, allow_patterns=wanted, local_files_only=local or refusal is not None)
     except Exception as error:  # whatever lies between here and the hub has its own kinds
         raise CheckpointError(_sentence(repo, options["revision"], refusal or error, local)) from error
-    if not Path(found).is_dir():
-        raise CheckpointError(f"{repo}: the hub has none of {', '.join(patterns)} there; it is not a model to load")
-    return Path(found)
+    if not Path(found, within).is_dir():
+        raise CheckpointError(f"{repo}: the hub has none of {', '.join(wanted)} there; it is not a model to load")
+    return Path(found, within)
 
 
 def _ask(repo: str, revision: str | None, token: str | bool | None) -> Exception | None:
@@ -116,6 +141,39 @@ def _ask(repo: str, revision: str | None, token: str | bool | None) -> Exception
     except Exception as error:
         return error
     return None
+
+
+def push(
+    save: Callable[[Path], Any],
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload what `save` writes into a folder to a model of the hub, which is made where it is missing.
+
+    Returns the address of the commit. Raises CheckpointError where the hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        try:
+            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not create_pr:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr,
+                commit_message=commit_message or "Upload a GPT-2", commit_description=commit_description,
+            )  # fmt: skip
+        except Exception as error:
+            raise CheckpointError(_sentence(repo_id, revision, error, False)) from error
+    return str(commit.commit_url)
 
 
 def _sentence(repo: str, revision: str | None, error: Exception, local: bool) -> str:

@@ -42,7 +42,7 @@ class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
 
     def __init__(self, config: GPT2Config, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
-        self.generation_config = GenerationConfig.of(config)
+        self.generation_config = GenerationConfig.of(self.config)
 
     def check(self, arrays: Mapping[str, Any]) -> None:
         """Look at what a call was given."""

@@ -79,7 +79,7 @@ class FlaxGPT2PreTrainedModel:
         self.param_dtype = as_dtype("param_dtype", param_dtype)
         self.dtype = as_dtype("dtype", dtype) or self.param_dtype
         check_remat(remat)
-        self.module: Any = self.module_class(config, self.dtype, self.param_dtype, remat, scan_layers)
+        self.module: Any = self.module_class(self.config, self.dtype, self.param_dtype, remat, scan_layers)
         self.input_shape, self.key = input_shape, jax.random.key(seed)
         self._params = self.init_weights(self.key) if _do_init else None
 
@@ -231,49 +231,54 @@ class FlaxGPT2PreTrainedModel:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         dtype: Any = None,
+        *,
+        config: Any = None,
         param_dtype: Any = None,
+        torch_dtype: Any = None,
         seed: int = 0,
         remat: str | None = None,
         scan_layers: bool = False,
         mesh: Mesh | None = None,
         rules: Mapping[str, str | None] | None = None,
         _do_init: bool = True,
-        **overrides: Any,
-    ) -> Self | tuple[Self, Tree]:
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Any:
         """Load a model folder, the demo model ("demo"), or a model of the hub by its name.
 
-        `param_dtype` is what the parameters are stored in: float32 by default, "auto" for what config.json names.
-        `dtype` is what the model computes in, by default the same. With a `mesh` and `rules` (named axis -> mesh axis;
-        see `sharding`) each shard is placed directly. With `_do_init=False` it returns the model and its parameters.
-        `overrides` change settings of the configuration. A task head that the files lack is initialised anew, with a
-        warning. Raises CheckpointError or ConfigError for anything that does not fit.
+        `param_dtype` (transformers' `torch_dtype`) is what the parameters are stored in: float32 by default, "auto" for
+        what config.json names. `dtype` is what the model computes in, by default the same. With a `mesh` and `rules`
+        (named axis -> mesh axis; see `sharding`) each shard is placed directly. With `_do_init=False` it returns the
+        model and its parameters.
+
+        `options` say where the files are and which of them are read (`revision`, `token`, `cache_dir`,
+        `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
+        configuration. `config` stands in the place of the files' own: a GPT2Config, its keys, or where it lies. A task
+        head that the files lack, and with `ignore_mismatched_sizes` what has another shape, is initialised anew, with a
+        warning. With `output_loading_info` the answer has one more: what was missing, unexpected and mismatched. Raises
+        CheckpointError or ConfigError for anything that does not fit, InputError for an argument that cannot be
+        honoured, and TypeError for one that does not exist.
         """
         if rules and mesh is None:
             raise InputError("rules: expected a mesh beside them, found none; sharding.make_mesh makes one")
-        from gpt2_multi.model.checkpoint import load  # with all formats, when a file is met
+        from gpt2_multi.model.checkpoint import load, two_dtypes  # with all formats, when a file is met
 
-        folder, config, arrays = load(
-            name_or_path, cls.head, overrides, revision=revision, token=token, cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )  # fmt: skip
-        stored = (config.dtype or "float32") if param_dtype == "auto" else param_dtype or "float32"
-        model = cls(
-            config, seed=seed, dtype=dtype, param_dtype=stored, remat=remat, scan_layers=scan_layers, _do_init=False
+        found = load(
+            pretrained_model_name_or_path, cls.head, config, options, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
-        params = model._assign(arrays, mesh, rules or {})
+        dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype)
+        sizes: dict[str, Any] = {"seed": seed, "remat": remat, "scan_layers": scan_layers}
+        model = cls(found.config, dtype=dtype, param_dtype=stored or "float32", _do_init=False, **sizes)
+        params = model._assign(found.arrays, mesh, rules or {})
         if model.generation_config is not None:
-            model.generation_config = GenerationConfig.from_pretrained(folder, config)
-        if not _do_init:
-            return model, params
-        model.params = params
-        return model
+            model.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
+        if _do_init:
+            model.params = params
+        answer = [model, *([] if _do_init else [params]), *([found.info] if output_loading_info else [])]
+        return tuple(answer) if len(answer) > 1 else model
 
     def _assign(self, arrays: dict[str, Any], mesh: Mesh | None, rules: Mapping[str, str | None]) -> Tree:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(self.key)))

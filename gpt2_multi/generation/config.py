@@ -15,10 +15,9 @@ import numpy as np
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.model import inputs
-from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.config import TOKENS, GPT2Config
 from gpt2_multi.model.fields import Field, is_real, is_whole, optional
 
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TASK = "text-generation"
 Bias = tuple[tuple[int, ...], float]  # a phrase of ids, and what its last id's logit gets after the others
 
@@ -400,8 +399,11 @@ class GenerationConfig:
         return cls(**{name: token for name, token in tokens.items() if token != -1})  # as old files say "none"
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], config: GPT2Config) -> Self:
-        """Read generation_config.json; what it leaves open is taken from the model's configuration."""
+    def of_folder(cls, folder: Path, config: GPT2Config, chosen: Mapping[str, Any]) -> Self:
+        """What generation_config.json says; what it leaves open is taken from the model's configuration.
+
+        `chosen` are settings of the configuration that a caller wants otherwise than the files: they win over both.
+        """
         path = Path(folder) / "generation_config.json"
         keys = renamed(read_json(path)) if path.exists() else {}
         known = {f.name for f in fields(cls)} - {"extra"}
@@ -411,6 +413,7 @@ class GenerationConfig:
         ignored = [name for name, value in extra.items() if is_unsupported(name, value)]
         if ignored:
             warnings.warn(f"{path}: {', '.join(ignored)} is not an option here, and is ignored", stacklevel=3)
+        given |= {name: value for name, value in chosen.items() if name in known}
         try:
             return replace(cls.of(config), **given, extra=extra)
         except InputError as error:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.files import containers
+from gpt2_multi.files import arguments, containers
 from gpt2_multi.files.arrays import Array, Shape, mapping, release, same
 from gpt2_multi.files.folders import PathLike, replaced
-from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, resolve
+from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, resolve, varied
 from gpt2_multi.files.json_files import read_json
-from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.config import SETTINGS as KEYS
+from gpt2_multi.model.config import TOKENS, GPT2Config, as_config
 from gpt2_multi.model.formats import ARCHITECTURES, FORMATS, Format
-from gpt2_multi.model.spelling import TRANSFORMERS, Spelling, match, row_of
+from gpt2_multi.model.spelling import MASK_BUFFERS, TRANSFORMERS, Spelling, match, misshapen, row_of
 from gpt2_multi.model.weights import HEADS, Weight, head_rows, table
 
 
@@ -26,17 +27,32 @@ class Checkpoint(Mapping[str, Array]):
     """The tensors of a checkpoint: canonical name -> array in the table's layout, mapped from its file as a rule.
 
     `format` is a key of `formats.FORMATS`, `head` one of `weights.HEADS`, `found` every tensor as the file has it, and
-    `places` the names there of each row of the table.
+    `places` the names there of each row of the table. A tensor of another shape than the configuration says is an
+    error; with `ignore_mismatched_sizes` it is left out, and `wrong` has the row that it is by its name in the file.
     """
 
-    def __init__(self, path: Path, format: str, found: dict[str, Array], config: GPT2Config, head: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        found: dict[str, Array],
+        config: GPT2Config,
+        head: str,
+        ignore_mismatched_sizes: bool = False,
+    ) -> None:
         self.path, self.format, self.found, self.config, self.head = path, format, found, config, head
         shapes = {name: array.shape for name, array in found.items()}
+        matched = match(shapes, config, head, self.spelling, str(path))
+        self.wrong = {name: weight for name, weight in matched.items() if shapes[name] != self.spelling.shape(weight)}
+        if self.wrong and not ignore_mismatched_sizes:
+            raise misshapen(shapes, self.wrong, self.spelling, str(path))
+        left_out = {weight.name for weight in self.wrong.values()}
         self.weights: dict[str, Weight] = {}
         self.places: dict[str, list[str]] = {}
-        for name, weight in match(shapes, config, head, self.spelling, str(path)).items():
-            self.weights[weight.name] = weight
-            self.places.setdefault(weight.name, []).append(name)
+        for name, weight in matched.items():
+            if weight.name not in left_out:
+                self.weights[weight.name] = weight
+                self.places.setdefault(weight.name, []).append(name)
         self._check_dtypes()
         self._check_tie()
 
@@ -56,6 +72,11 @@ class Checkpoint(Mapping[str, Array]):
         """What the file holds beside the model: masks of old versions, and a head that is tied."""
         used = {name for names in self.places.values() for name in names}
         return [name for name in self.found if name not in used]
+
+    @property
+    def mismatched(self) -> list[tuple[str, Shape, Shape]]:
+        """The name of each tensor that was left out for its shape, that shape, and the one that was expected."""
+        return [(name, self.found[name].shape, self.spelling.shape(weight)) for name, weight in self.wrong.items()]
 
     @property
     def bytes(self) -> int:
@@ -85,7 +106,8 @@ class Checkpoint(Mapping[str, Array]):
     def _check_tie(self) -> None:
         """A head that is stored although it is tied has to be the embedding."""
         spelling, config = self.spelling, self.config
-        if not config.tie_word_embeddings or self.head not in ("lm", "double_heads", "base"):
+        heads = ("lm", "double_heads", "base")
+        if not config.tie_word_embeddings or self.head not in heads or "wte.weight" not in self.places:
             return
         (head,) = head_rows(config.replace(tie_word_embeddings=False), "lm")
         stored = self.found.get(spelling.spell(head))
@@ -99,58 +121,124 @@ class Checkpoint(Mapping[str, Array]):
             )
 
 
-def open(path: PathLike, config: GPT2Config | None = None, head: str | None = None) -> Checkpoint:
-    """Open a folder, or the main file of a checkpoint, in any of the formats of `formats.FORMATS`.
+def open(
+    path: PathLike,
+    config: GPT2Config | None = None,
+    head: str | None = None,
+    *,
+    kinds: Iterable[str] = (),
+    variant: str | None = None,
+    ignore_mismatched_sizes: bool = False,
+) -> Checkpoint:
+    """Open a folder, or the main file of a checkpoint, in any of the formats of `formats.FORMATS`, or of `kinds`.
 
     config and head, by default, are what the files say. Nothing but names and shapes is read before it is used, apart
     from checksums where a format has them. Raises CheckpointError or ConfigError for whatever is missing, damaged, or
     does not fit.
     """
-    format, main = recognised(Path(path))
+    format, main = recognised(Path(path), kinds, variant)
     kind = FORMATS[format]
     found = kind.read(main)
     config = config or kind.config(main)
-    return Checkpoint(Path(path), format, found, config, head or head_of(kind, found, config))
+    head = head or head_of(kind, found, config)
+    return Checkpoint(Path(path), format, found, config, head, ignore_mismatched_sizes)
 
 
 class Loaded(NamedTuple):
-    """What a model is made of: its folder, its configuration, and its tensors by the table's names, in its layout."""
+    """What a model is made of: its folder, its configuration, and its tensors by the table's names, in its layout.
+
+    `chosen` are the settings that the caller wants otherwise than the files, `info` what was not as a model needs it.
+    """
 
     folder: Path
     config: GPT2Config
     arrays: dict[str, Array]
+    chosen: dict[str, Any]
+    info: dict[str, list[Any]]
 
 
 def load(
-    name_or_path: PathLike,
-    head: str,
-    overrides: Mapping[str, Any],
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: PathLike | None = None,
-    local_files_only: bool = False,
+    name_or_path: PathLike, head: str, config: Any, given: Mapping[str, Any], *, ignore_mismatched_sizes: bool = False
 ) -> Loaded:
     """Find a model's folder, and read what is in it in whichever format, for a model with this head.
 
-    `overrides` change settings of the configuration; what is lent to the hub is of `files.hub.resolve`. Warns of a task
-    head that the files lack as a whole. Raises CheckpointError or ConfigError for whatever does not fit.
+    `config` stands in the place of that of the files. `given` are arguments of `files.arguments` and settings of the
+    configuration that are changed. Warns of what is initialised anew: a task head that the files lack as a whole, and
+    tensors of other shapes. Raises CheckpointError or ConfigError for whatever does not fit, InputError for an argument
+    that cannot be honoured, and TypeError for one that does not exist.
     """
-    folder = resolve(
-        name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
-    config = read_config(folder, **overrides)
-    arrays = read_weights(folder, config, head)
-    warn_of_fresh(arrays, config, head, folder, stacklevel=4)
-    return Loaded(folder, config, arrays)
+    place, given = arguments.sort(given)
+    kinds = arguments.wanted_kinds(given, FORMATS)
+    for name in given:
+        if name not in KEYS:
+            raise arguments.unknown("from_pretrained", name, KEYS)
+    folder = resolve(name_or_path, **place, kinds=[kind for kind in kinds if kind in WEIGHTS])
+    variant = place.get("variant")
+    stored = _stored_config(folder, kinds, variant, config is not None)
+    config = (stored if config is None else as_config(config)).replace(**given)
+    found = open(folder, config, head, kinds=kinds, variant=variant, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    warn_of_fresh(found, stacklevel=4)
+    return Loaded(folder, config, dict(found), _chosen(config, stored, given), _info(found))
 
 
-def warn_of_fresh(arrays: Collection[str], config: GPT2Config, head: str, source: PathLike, stacklevel: int) -> None:
-    """Say which tensors of a task head the files lack."""
-    if fresh := [weight.name for weight in table(config, head) if weight.name not in arrays]:
-        names = " and ".join(fresh)
-        sentence = f"{source} has no {names}: initialised anew; train the model before you use it"
+def _stored_config(folder: Path, kinds: Iterable[str], variant: str | None, is_given: bool) -> GPT2Config:
+    """The configuration that the files have, which need not be there where another is given."""
+    format, main = recognised(folder, kinds, variant)
+    if is_given and not main.with_name("config.json").exists():
+        return GPT2Config()
+    return FORMATS[format].config(main)
+
+
+def _chosen(config: GPT2Config, stored: GPT2Config, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a caller has changed: by their names, or special tokens in the configuration that he gave.
+
+    Of the latter, what a configuration has where nobody says anything is no choice.
+    """
+    unsaid = GPT2Config()
+    changed = {name: getattr(config, name) for name in TOKENS}
+    changed = {
+        name: token for name, token in changed.items() if token not in (getattr(stored, name), getattr(unsaid, name))
+    }
+    return {**changed, **given}
+
+
+def _info(found: Checkpoint) -> dict[str, list[Any]]:
+    """What `output_loading_info` gives, under the names of transformers."""
+    left_out = {weight.name for weight in found.wrong.values()}
+    missing = [row for row in table(found.config, found.head) if row.name not in found and row.name not in left_out]
+    tied = {"lm_head.weight"} if found.config.tie_word_embeddings else set()
+    known = {*tied, *found.wrong, *(name for name in found.dropped if MASK_BUFFERS.fullmatch(name))}
+    return {
+        "missing_keys": [TRANSFORMERS.spell(row, found.head != "base") for row in missing],
+        "unexpected_keys": [name for name in found.dropped if name not in known],
+        "mismatched_keys": found.mismatched,
+        "error_msgs": [],
+    }
+
+
+def warn_of_fresh(found: Checkpoint, stacklevel: int) -> None:
+    """Say which tensors of a model the files lack, or have in another shape."""
+    for name, shape, expected in found.mismatched:
+        sentence = f"{found.path}: {name} has shape {shape}, not {expected}: initialised anew; train the model first"
         warnings.warn(sentence, stacklevel=stacklevel)
+    known = {*found, *(weight.name for weight in found.wrong.values())}
+    if fresh := [weight.name for weight in table(found.config, found.head) if weight.name not in known]:
+        names = " and ".join(fresh)
+        sentence = f"{found.path} has no {names}: initialised anew; train the model before you use it"
+        warnings.warn(sentence, stacklevel=stacklevel)
+
+
+def two_dtypes(config: GPT2Config, dtype: Any, *stored: Any) -> tuple[Any, Any]:
+    """What to compute and to store in, of what a call says: None where it says nothing, "auto" is what the file names.
+
+    stored: what may say what to store in; the first that is given counts.
+    """
+    kept: Any = next((given for given in stored if given is not None), "auto" if _is_auto(dtype) else None)
+    return None if _is_auto(dtype) else dtype, config.dtype if _is_auto(kept) else kept
+
+
+def _is_auto(dtype: Any) -> bool:
+    return isinstance(dtype, str) and dtype == "auto"
 
 
 def read_config(path: PathLike, **overrides: Any) -> GPT2Config:
@@ -168,18 +256,16 @@ def read_weights(path: PathLike, config: GPT2Config, head: str) -> dict[str, Arr
     return dict(open(path, config, head))
 
 
-def recognised(path: Path) -> tuple[str, Path]:
-    """The format of a folder or of a file, and its main file."""
-    there = _files(path)
-    for format, kind in FORMATS.items():
+def recognised(path: Path, kinds: Iterable[str] = (), variant: str | None = None) -> tuple[str, Path]:
+    """The format of a folder or of a file, and its main file: the first of `kinds`, or of all, that is there."""
+    there, kinds = _files(path), list(kinds or FORMATS)
+    for format in kinds:
         for file in there:
-            if matches(file.name, kind.main) and _is(format, file):
+            if matches(file.name, [varied(name, variant) for name in FORMATS[format].main]) and _is(format, file):
                 return format, file
     names = ", ".join(file.name for file in there[:8]) or "nothing"
-    raise CheckpointError(
-        f"{path}: expected the weights of a GPT-2, such as model.safetensors, pytorch_model.bin, tf_model.h5, "
-        f"flax_model.msgpack, model.ckpt.index, ckpt.pt or model.weights.h5; found no weights, but {names}"
-    )
+    wanted = ", ".join(dict.fromkeys(varied(FORMATS[format].main[0], variant) for format in kinds))
+    raise CheckpointError(f"{path}: expected the weights of a GPT-2, such as {wanted}; found no weights, but {names}")
 
 
 def _files(path: Path) -> list[Path]:

@@ -12,12 +12,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from gpt2_multi.errors import ConfigError, InputError, nearest, shortened
-from gpt2_multi.files.hub import ARCHIVE, resolve
+from gpt2_multi.errors import ConfigError, InputError, described, nearest, shortened
+from gpt2_multi.files import arguments
+from gpt2_multi.files.hub import ARCHIVE, push, resolve
 from gpt2_multi.files.json_files import read_json, write_whole
-from gpt2_multi.model.fields import ACTIVATIONS, COUNT, FIELDS, check_together, wrong
+from gpt2_multi.model.fields import ACTIVATIONS, COUNT, ELSEWHERE, FIELDS, check_together, wrong
 
 ALIASES = {
     "hidden_size": "n_embd",
@@ -27,19 +28,33 @@ ALIASES = {
     "n_ctx": "n_positions",
     "torch_dtype": "dtype",
 }
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NAMES = FIELDS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor takes
 MOST_LABELS = 1 << 16  # that are numbered without being named: a file with a few digits would make a dict of them
 _KEYS = _NAMES - {"extra", "from_file"}  # what a file may set
+SETTINGS = _KEYS | ELSEWHERE  # what a caller may set by name
+ALIKE = 0.8  # from which on a name is a known one that is spelled wrongly
 
 
 def check_config(config: object) -> GPT2Config:
-    """The configuration of a model is one of ours: transformers has a class of the same name."""
-    if not isinstance(config, GPT2Config):
-        raise InputError(
-            f"config: expected gpt2_multi.GPT2Config, found {type(config).__module__}.{type(config).__name__}; "
-            "GPT2Config.from_dict(config.to_dict()) makes one"
-        )
-    return config
+    """The configuration of a model: ours, or one of transformers, of which ours is made."""
+    if isinstance(config, GPT2Config):
+        return config
+    if hasattr(config, "model_type") and hasattr(config, "to_dict"):
+        return GPT2Config.from_dict(config.to_dict())
+    raise InputError(
+        f"config: expected a GPT2Config, found {described(config)}; GPT2Config.from_dict makes one of a dict"
+    )
+
+
+def as_config(config: Any) -> GPT2Config:
+    """What `from_pretrained` is given in place of the files' configuration: one, its keys, or where it lies."""
+    if isinstance(config, Mapping):
+        return GPT2Config.from_dict(config)
+    if isinstance(config, (str, os.PathLike)):
+        path = Path(config)
+        return GPT2Config.from_json_file(path) if path.is_file() else GPT2Config.from_pretrained(config)
+    return check_config(config)
 
 
 def _label_count(number: Any) -> int:
@@ -58,12 +73,30 @@ def _unknown(name: str) -> str:
     return f"GPT2Config has no setting {name!r}{nearest(name, _KEYS)}"
 
 
+def _is_misspelt(name: str) -> bool:
+    return name not in ELSEWHERE and nearest(name, _KEYS, ALIKE) != ""
+
+
+def _check_type(model_type: object) -> None:
+    if model_type != "gpt2":
+        raise ConfigError(f"model_type must be 'gpt2'; found {shortened(repr(model_type))}: that is another model")
+
+
 def _as_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments, or a file's keys, spelled as fields; two spellings of one setting must agree."""
-    for name in given:
-        if name not in _NAMES:
+    """Arguments, or a file's keys, spelled as fields; two spellings of one setting must agree.
+
+    With a `model_type` they are what `to_dict` gives of any configuration: keys that are not GPT-2's are kept.
+    """
+    is_whole = "model_type" in given
+    _check_type(given.get("model_type", "gpt2"))
+    foreign = {name: value for name, value in given.items() if name not in _NAMES and name != "model_type"}
+    for name in foreign:
+        if name not in ELSEWHERE and (not is_whole or _is_misspelt(name)):
             raise TypeError(_unknown(name))
+    given = _resolved(dict(given)) if is_whole else given
     values = {name: value for name, value in given.items() if name in FIELDS}
+    if foreign:
+        values["extra"] = {**values.get("extra", {}), **foreign}
     for alias, name in ALIASES.items():
         if given.get(alias) is not None and values.setdefault(name, given[alias]) != given[alias]:
             raise ConfigError(
@@ -103,7 +136,10 @@ def _takes_aliases(cls: _Class) -> _Class:
 
     @functools.wraps(plain)
     def init(self: Any, *args: Any, **given: Any) -> None:
-        plain(self, *args, **_as_fields(given))
+        values = _as_fields(given)
+        if before := vars(self).pop("extra", {}):  # that a class made of this one has set
+            values["extra"] = {**before, **values.get("extra", {})}
+        plain(self, *args, **values)
 
     cls.__init__ = init  # type: ignore[misc]
     return cls
@@ -121,6 +157,9 @@ class GPT2Config:
     Every value is checked, at construction and at assignment (`config.pad_token_id = 0`); fields that depend on each
     other change together through `replace`. `hidden_size`, `num_attention_heads`, `num_hidden_layers`,
     `max_position_embeddings`, `n_ctx`, `torch_dtype` and `num_labels` are other spellings, read and written alike.
+
+    Other attributes may be set too, as other libraries do: they are kept in `extra` and written to files, but for those
+    that begin with "_". A name that is nearly that of a setting is an error.
     """
 
     model_type: ClassVar[str] = "gpt2"  # other libraries ask for it
@@ -182,16 +221,29 @@ class GPT2Config:
         self.id2label = _numbered_labels(_label_count(number))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _NAMES:
-            raise AttributeError(_unknown(name))
-        if name not in FIELDS:
+        if name not in FIELDS and hasattr(type(self), name):
             return super().__setattr__(name, value)  # a property, which sets its field
+        if name not in FIELDS:
+            return self._keep(name, value)
         values = {**vars(self), name: FIELDS[name](name, value)}
         if name == "id2label" or not values.get("label2id", True):
             values["label2id"] = {label: i for i, label in values["id2label"].items()}
         if len(values) == len(FIELDS):  # the constructor comes here once per field
             _check_all(values)
         vars(self).update(values)
+
+    def _keep(self, name: str, value: Any) -> None:
+        if _is_misspelt(name):
+            raise AttributeError(_unknown(name))
+        vars(self)["extra"] = {**vars(self).get("extra", {}), name: value}
+
+    if not TYPE_CHECKING:  # to which a class with a __getattr__ has every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            kept = vars(self).get("extra", {})
+            if name not in kept:
+                raise AttributeError(_unknown(name))
+            return kept[name]
 
     @property
     def activation(self) -> str:
@@ -235,6 +287,9 @@ class GPT2Config:
         changes = _as_fields(changes)
         if "id2label" in changes:
             changes.setdefault("label2id", {})
+        changes["extra"] = (
+            {**self.extra, **changes["extra"]} if changes.get("extra") else changes.get("extra", self.extra)
+        )
         return type(self)(**{**vars(self), **changes})
 
     @classmethod
@@ -247,50 +302,61 @@ class GPT2Config:
         raise ConfigError(f"{name!r} is not a published GPT-2 that is known here; those are {', '.join(ARCHIVE)}")
 
     @classmethod
-    def from_dict(cls, keys: Mapping[str, Any], **overrides: Any) -> GPT2Config:
-        """Make one from config.json's keys; keys that are not GPT-2's are kept in `extra`."""
-        if (model_type := keys.get("model_type", "gpt2")) != "gpt2":
-            raise ConfigError(f"model_type must be 'gpt2'; found {shortened(repr(model_type))}: that is another model")
+    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> GPT2Config:
+        """Make one from config.json's keys; keys that are not GPT-2's are kept in `extra`.
+
+        `overrides` are settings that are changed. With `return_unused_kwargs` the answer is a pair: the configuration,
+        and those of `overrides` that are no settings.
+        """
+        keys = config_dict
+        _check_type(keys.get("model_type", "gpt2"))
         known = {key: value for key, value in keys.items() if key in _KEYS}
         if keys and not known and "model_type" not in keys:
             raise ConfigError(f"none of these keys is one of a GPT-2 configuration: {', '.join(sorted(keys)[:5])}")
         extra = {key: value for key, value in keys.items() if key not in known and key != "model_type"}
-        config = cls(**_resolved(known), extra=extra, from_file=frozenset(keys))
-        return config.replace(**overrides) if overrides else config
+        return cls(**_resolved(known), extra=extra, from_file=frozenset(keys))._changed(overrides)
+
+    def _changed(self, overrides: dict[str, Any]) -> GPT2Config:
+        wanted = overrides.pop("return_unused_kwargs", False)
+        unused = {name: value for name, value in overrides.items() if name not in SETTINGS} if wanted else {}
+        overrides = {name: value for name, value in overrides.items() if name not in unused}
+        config = self.replace(**overrides) if overrides else self
+        return cast(GPT2Config, (config, unused)) if wanted else config
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPT2Config:
-        """Read a config.json."""
-        keys = read_json(Path(path), damaged=ConfigError)
+    def from_json_file(cls, json_file: str | os.PathLike[str], **overrides: Any) -> GPT2Config:
+        """Read a config.json; `overrides` are as in `from_dict`."""
+        keys = read_json(Path(json_file), damaged=ConfigError)
         try:
             config = cls.from_dict(keys)
         except ConfigError as error:
-            raise ConfigError(f"{os.fspath(path)}: {shortened(str(error), 600)}") from None
+            raise ConfigError(f"{os.fspath(json_file)}: {shortened(str(error), 600)}") from None
         except RecursionError:
-            raise ConfigError(f"{os.fspath(path)}: nested too deeply; it may be damaged") from None
-        return config.replace(**overrides) if overrides else config
+            raise ConfigError(f"{os.fspath(json_file)}: nested too deeply; it may be damaged") from None
+        return config._changed(overrides)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        **overrides: Any,
-    ) -> GPT2Config:
-        """Read the config.json of a model folder, or of a model on the hub; then change the settings in `overrides`."""
-        folder = resolve(
-            name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=["config.json"],
-        )
-        return cls.from_json_file(folder / "config.json", **overrides)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **given: Any) -> GPT2Config:
+        """Read the config.json of a model folder, or of a model on the hub; then change settings.
+
+        `given` says where the file is (`revision`, `token`, `cache_dir`, `local_files_only`, `subfolder` and so on, as
+        in `from_pretrained` of a model), and which settings are changed, as in `from_dict`.
+        """
+        path, overrides = _find(pretrained_model_name_or_path, given)
+        return cls.from_json_file(path, **overrides)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **given: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keys of a config.json as they are, and what of `given` does not say where it is."""
+        path, others = _find(pretrained_model_name_or_path, given)
+        return read_json(path, damaged=ConfigError), others
+
+    def update(self, config_dict: Mapping[str, Any]) -> None:
+        """Assign these attributes."""
+        for name, value in config_dict.items():
+            setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, under config.json's keys, with the keys and the spellings that a file brought."""
@@ -298,23 +364,46 @@ class GPT2Config:
         values |= {name: getattr(self, name) for name in self.from_file & _KEYS}
         return copy.deepcopy({**self.extra, **values, "model_type": "gpt2"})
 
-    def to_json_string(self) -> str:
-        """The text of config.json."""
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from a configuration where nothing was said."""
+        default = GPT2Config().to_dict() | {"model_type": None}
+        return {key: value for key, value in self.to_dict().items() if key not in default or value != default[key]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of config.json; without `use_diff` with every setting that is what it is where nothing was said."""
         default = GPT2Config()
-        optional = {f.name for f in fields(self)[_ALWAYS_WRITTEN:]} - self.from_file
+        optional = {f.name for f in fields(self)[_ALWAYS_WRITTEN:]} - self.from_file if use_diff else set()
+        own = {key for key in self.extra if key.startswith("_")} - self.from_file  # of this process
         keys = {
-            key: value for key, value in self.to_dict().items() if key not in optional or value != getattr(default, key)
+            key: value
+            for key, value in self.to_dict().items()
+            if key not in own and (key not in optional or value != getattr(default, key))
         }
         return json.dumps(keys, indent=2, sort_keys=True) + "\n"
 
-    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write config.json: whole, or not at all."""
-        write_whole(Path(path), self.to_json_string())
+        write_whole(Path(json_file_path), self.to_json_string(use_diff))
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json into a folder, which is made where it is missing."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.to_json_file(Path(folder) / "config.json")
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any
+    ) -> None:
+        """Write config.json into a folder, which is made where it is missing; `options` are those of `push_to_hub`."""
+        options = arguments.sort_saving("save_pretrained", options)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.to_json_file(Path(save_directory) / "config.json")
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **options})
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload config.json to a model of the hub: see `files.hub.push`, which `options` are for."""
+        return push(self.save_pretrained, repo_id, **arguments.sort_saving("push_to_hub", options))
+
+
+def _find(name_or_path: str | os.PathLike[str], given: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Where a config.json is, and what was given besides."""
+    place, others = arguments.sort(given, arguments.KIND)
+    return resolve(name_or_path, **place, allow_patterns=["config.json"]) / "config.json", others
 
 
 _ALWAYS_WRITTEN = [f.name for f in fields(GPT2Config)].index("pad_token_id")

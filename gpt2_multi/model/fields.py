@@ -16,6 +16,19 @@ ACTIVATIONS = {  # the spellings of a file, and the function that each names
 }  # fmt: skip
 SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# What configurations of transformers hold besides, of no meaning for the model: it is kept, and written back.
+ELSEWHERE = frozenset({
+    "_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map", "bad_words_ids",
+    "begin_suppress_tokens", "chunk_size_feed_forward", "classifier_dropout", "cls_token_id",
+    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "is_encoder_decoder", "length_penalty",
+    "loss_type", "mask_token_id", "max_length", "min_length", "name_or_path", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_past", "output_scores", "predict_special_tokens",
+    "prefix", "quantization_config", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torchscript", "transformers_version", "typical_p", "use_bfloat16",
+})  # fmt: skip
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

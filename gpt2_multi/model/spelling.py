@@ -175,10 +175,11 @@ def match(
 ) -> dict[str, Weight]:
     """Which row of the table each tensor of a checkpoint is: name in `spelling` -> Weight.
 
-    Strict: raises CheckpointError for a missing, an unexpected or a wrongly shaped tensor, naming `source`. Old masks
-    and a head that this model does not have are dropped; so is a tied `lm_head.weight`, which the caller has to compare
-    with `wte`. The root prefix may be missing from all names, or be there although the model is the bare one. A task
-    head that is missing as a whole is left out of the answer: fine-tuning starts so, and the caller initialises it.
+    Strict: raises CheckpointError for a missing or an unexpected tensor, naming `source`; shapes are for the caller to
+    look at. Old masks and a head that this model does not have are dropped; so is a tied `lm_head.weight`, which the
+    caller has to compare with `wte`. The root prefix may be missing from all names, or be there although the model is
+    the bare one. A task head that is missing as a whole is left out of the answer: fine-tuning starts so, and the
+    caller initialises it.
     """
     wanted = named_rows(found, config, head, spelling, source)
     fresh = {name for name, weight in wanted.items() if not weight.in_body and weight.path != "lm_head"}
@@ -188,13 +189,19 @@ def match(
     known = wanted.keys() | _heads(config, spelling)
     extra = [name for name in found if name not in known and not MASK_BUFFERS.fullmatch(name)]
     _refuse(source, "has unexpected", extra)
-    for name, weight in wanted.items():
-        if tuple(found[name]) != spelling.shape(weight):
-            raise CheckpointError(
-                f"{source}: {_both(name, weight)} has shape {tuple(found[name])}, expected {spelling.shape(weight)} by "
-                "config.json; the weights and config.json belong to different models"
-            )
     return wanted
+
+
+def misshapen(
+    found: Mapping[str, Shape], wrong: Mapping[str, Weight], spelling: Spelling, source: str
+) -> CheckpointError:
+    """The error of tensors that have other shapes than the configuration says."""
+    name, weight = next(iter(wrong.items()))
+    return CheckpointError(
+        f"{source}: {_both(name, weight)} has shape {tuple(found[name])}, expected {spelling.shape(weight)} by "
+        "config.json; the weights and config.json belong to different models (ignore_mismatched_sizes=True initialises "
+        "what does not fit)"
+    )
 
 
 def named_rows(

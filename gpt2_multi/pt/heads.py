@@ -43,6 +43,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
     ) -> None:
         super().__init__(config)
+        config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -143,6 +144,7 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
     ) -> None:
         super().__init__(config)
+        config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -205,6 +207,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
     ) -> None:
         super().__init__(config)
+        config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
             self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
@@ -260,6 +263,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
     ) -> None:
         super().__init__(config)
+        config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
             self.dropout = nn.Dropout(config.classifier_dropout)
@@ -301,6 +305,7 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
     ) -> None:
         super().__init__(config)
+        config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
             self.qa_outputs = nn.Linear(config.n_embd, 2)

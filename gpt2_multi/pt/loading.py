@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -76,43 +76,51 @@ class GPT2PreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        revision: str | None = None,
-        token: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
+        config: Any = None,
         dtype: torch.dtype | str | None = None,
         param_dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
+        device_map: Any = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
         mmap: bool = False,
-        **overrides: Any,
+        **options: Any,
     ) -> Self:
         """Load a model folder, the demo model ("demo"), or a model of the hub by its name; in evaluation mode.
 
-        `param_dtype` (transformers' `torch_dtype`) is what the parameters are stored in: float32 by default, "auto" for
-        what config.json names. `dtype` is what the model computes in, by default the same. Parameters are contiguous,
-        which copies the kernels; with `mmap` those that need no other dtype stay views of the mapped file, so that a
-        program that only reads starts at once. `overrides` change settings of the configuration. A task head that the
-        files lack is initialised anew, with a warning. Raises CheckpointError or ConfigError for anything that does not
-        fit.
-        """
-        from gpt2_multi.model.checkpoint import load  # with all formats, when a file is met
+        `dtype`, alone, is what the parameters are stored in and what the model computes in: float32 by default, "auto"
+        for what config.json names. `param_dtype` (transformers' old `torch_dtype`) says it of the parameters, where the
+        two are not the same. Parameters are contiguous, which copies the kernels; with `mmap` those that need no other
+        dtype stay views of the mapped file, so that a program that only reads starts at once. `device_map` is a device
+        for the whole model, or "auto" for the fastest.
 
-        folder, config, arrays = load(
-            name_or_path, cls.head, overrides, revision=revision, token=token, cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )  # fmt: skip
-        stored = torch_dtype if param_dtype is None else param_dtype
-        stored = as_dtype("param_dtype", config.dtype if stored == "auto" else stored) or torch.get_default_dtype()
-        options: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation)
+        `options` say where the files are and which of them are read (`revision`, `token`, `cache_dir`,
+        `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
+        configuration. `config` stands in the place of the files' own: a GPT2Config, its keys, or where it lies. A task
+        head that the files lack, and with `ignore_mismatched_sizes` what has another shape, is initialised anew, with a
+        warning. With `output_loading_info` the answer is a pair: the model, and what was missing, unexpected and
+        mismatched. Raises CheckpointError or ConfigError for anything that does not fit, InputError for an argument
+        that cannot be honoured, and TypeError for one that does not exist.
+        """
+        from gpt2_multi.model.checkpoint import load, two_dtypes  # with all formats, when a file is met
+
+        device = None if device_map is None else device_of(device_map)
+        found = load(
+            pretrained_model_name_or_path, cls.head, config, options, ignore_mismatched_sizes=ignore_mismatched_sizes
+        )
+        dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype, dtype)
+        stored = as_dtype("param_dtype", stored) or torch.get_default_dtype()
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation or "sdpa")
         with torch.device("meta"):
-            model = cls(config, **options)
-        model._assign(arrays, stored, mmap)
+            model = cls(found.config, **kinds)
+        model._assign(found.arrays, stored, mmap)
         if model.generation_config is not None:
-            model.generation_config = GenerationConfig.from_pretrained(folder, config)
-        return model.eval()
+            model.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
+        model = model.eval() if device is None else model.eval().to(device)
+        return cast(Self, (model, found.info)) if output_loading_info else model
 
     def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtype: torch.dtype, mmap: bool = False) -> None:
         tensors = {}
@@ -209,7 +217,10 @@ class GPT2PreTrainedModel(nn.Module):
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Compute attention by "sdpa" (PyTorch's fused kernels, the default) or "eager" (plain matrix products)."""
         if attn_implementation not in ("sdpa", "eager"):
-            raise InputError(f'attn_implementation: expected "sdpa" or "eager", found {attn_implementation!r}')
+            raise InputError(
+                f'attn_implementation: expected "sdpa" or "eager", found {attn_implementation!r}; "sdpa" runs the '
+                "fused kernels of PyTorch itself: leave it out"
+            )
         self.body.attn_implementation = attn_implementation
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
@@ -232,13 +243,28 @@ def load_tf_weights_in_gpt2(
     The old function of transformers. It was given a configuration before the path: of three arguments the second is not
     looked at, since the model's own configuration counts. Raises CheckpointError for what does not fit.
     """
-    from gpt2_multi.model.checkpoint import read_weights, warn_of_fresh
+    from gpt2_multi.model.checkpoint import open, warn_of_fresh
 
-    where = os.fspath(path if gpt2_checkpoint_path is None else gpt2_checkpoint_path)
-    arrays = read_weights(where, model.config, model.head)
-    warn_of_fresh(arrays, model.config, model.head, where, stacklevel=3)
-    model._assign(arrays, next(model.parameters()).dtype)
+    found = open(path if gpt2_checkpoint_path is None else gpt2_checkpoint_path, model.config, model.head)
+    warn_of_fresh(found, stacklevel=3)
+    model._assign(dict(found), next(model.parameters()).dtype)
     return model
+
+
+def device_of(device_map: Any) -> torch.device:
+    """The place of a whole model, as transformers spells it; InputError for several places, or one that is not here."""
+    places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if len(places) != 1 or "disk" in places:
+        raise InputError(
+            f"device_map: expected one place for the whole model, found {device_map!r}; load it without, and split it "
+            "by accelerate.dispatch_model(model, device_map)"
+        )
+    (place,) = places
+    try:
+        return torch.device(devices()[0] if place in ("auto", "balanced", "balanced_low_0", "sequential") else place)
+    except (RuntimeError, TypeError):
+        known = ", ".join(f'"{name}"' for name in devices())
+        raise InputError(f'device_map: expected "auto" or one of {known}, found {place!r}') from None
 
 
 def devices() -> list[str]:

@@ -153,6 +153,7 @@ class GPT2Model(GPT2PreTrainedModel):
         attn_implementation: str = "sdpa",
     ) -> None:
         super().__init__(config)
+        config = self.config
         self.compute_dtype = as_dtype("dtype", dtype)
         self.gradient_checkpointing = False
         self.checkpointing_options: dict[str, Any] = {"use_reentrant": False}

@@ -42,6 +42,7 @@ class TFGPT2LMHeadModel(TFGPT2PreTrainedModel):
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        config = self.config
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
         if not config.tie_word_embeddings:
             self.lm_head = dense(config.n_embd, config.vocab_size, "lm_head", self.dtype_policy, use_bias=False)
@@ -141,6 +142,7 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        config = self.config
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
         if not config.tie_word_embeddings:
             self.lm_head = dense(config.n_embd, config.vocab_size, "lm_head", self.dtype_policy, use_bias=False)
@@ -202,6 +204,7 @@ class TFGPT2ForSequenceClassification(TFGPT2PreTrainedModel):
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        config = self.config
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
         self.score = dense(config.n_embd, config.num_labels, "score", self.dtype_policy, use_bias=False)
         self.initialise()
@@ -257,6 +260,7 @@ class TFGPT2ForTokenClassification(TFGPT2PreTrainedModel):
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        config = self.config
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
         self.dropout = keras.layers.Dropout(config.classifier_dropout, dtype=self.dtype_policy)
         self.classifier = dense(config.n_embd, config.num_labels, "classifier", self.dtype_policy)
@@ -300,6 +304,7 @@ class TFGPT2ForQuestionAnswering(TFGPT2PreTrainedModel):
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        config = self.config
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
         self.qa_outputs = dense(config.n_embd, 2, "qa_outputs", self.dtype_policy)
         self.initialise()

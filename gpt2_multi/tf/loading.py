@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import keras
 import numpy as np
@@ -125,40 +125,46 @@ class TFGPT2PreTrainedModel(keras.Model):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        revision: str | None = None,
-        token: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
+        config: Any = None,
         dtype: Policy = None,
         param_dtype: Any = None,
+        torch_dtype: Any = None,
         name: str | None = None,
-        **overrides: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **options: Any,
     ) -> Self:
         """Load a model folder, the demo model ("demo"), or a model of the hub by its name.
 
-        `param_dtype` is what the variables are stored in: by default what Keras' global policy says (float32), "auto"
-        for what config.json names. `dtype` is what the model computes in, by default the same; it may be a Keras policy
-        such as "mixed_bfloat16". `overrides` change settings of the configuration. A task head that the files lack is
-        initialised anew, with a warning. Raises CheckpointError or ConfigError for anything that does not fit.
-        """
-        from gpt2_multi.model.checkpoint import load  # with all formats, when a file is met
+        `param_dtype` (transformers' `torch_dtype`) is what the variables are stored in: by default what Keras' global
+        policy says (float32), "auto" for what config.json names. `dtype` is what the model computes in, by default the
+        same; it may be a Keras policy such as "mixed_bfloat16".
 
-        folder, config, arrays = load(
-            name_or_path, cls.head, overrides, revision=revision, token=token, cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )  # fmt: skip
-        stored = (config.dtype or keras.config.floatx()) if param_dtype == "auto" else param_dtype
+        `options` say where the files are and which of them are read (`revision`, `token`, `cache_dir`,
+        `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
+        configuration. `config` stands in the place of the files' own: a GPT2Config, its keys, or where it lies. A task
+        head that the files lack, and with `ignore_mismatched_sizes` what has another shape, is initialised anew, with a
+        warning. With `output_loading_info` the answer is a pair: the model, and what was missing, unexpected and
+        mismatched. Raises CheckpointError or ConfigError for anything that does not fit, InputError for an argument
+        that cannot be honoured, and TypeError for one that does not exist.
+        """
+        from gpt2_multi.model.checkpoint import load, two_dtypes  # with all formats, when a file is met
+
+        found = load(
+            pretrained_model_name_or_path, cls.head, config, options, ignore_mismatched_sizes=ignore_mismatched_sizes
+        )
+        dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype)
         reading = _READING.set(True)
         try:
-            model = cls(config, dtype=dtype, param_dtype=stored, name=name)
+            model = cls(found.config, dtype=dtype, param_dtype=stored, name=name)
         finally:
             _READING.reset(reading)
-        model._assign(arrays)
+        model._assign(found.arrays)
         if model.generation_config is not None:
-            model.generation_config = GenerationConfig.from_pretrained(folder, config)
-        return model
+            model.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
+        return cast(Self, (model, found.info)) if output_loading_info else model
 
     def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         for weight in table(self.config, self.head):

@@ -115,6 +115,7 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
+        config = self.config
         policy = self.dtype_policy
         self.wte = keras.layers.ReversibleEmbedding(
             config.vocab_size, config.n_embd, embeddings_initializer="zeros", name="wte", dtype=policy

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from gpt2_multi.errors import TokenizerError, nearest
+from gpt2_multi.files import arguments
 from gpt2_multi.tokenizer.batching import (
     PADDINGS,
     TRUNCATIONS,
@@ -36,8 +37,8 @@ from gpt2_multi.tokenizer.tokens import TokenTable
 
 END_OF_TEXT = "<|endoftext|>"
 SIDES = {"right": "right", "left": "left"}
+LEFTOVERS = (*arguments.TOKENIZER_ONLY, "verbose")  # which mean nothing here, whatever they are
 LARGEST_WIDTH = 10**9  # transformers writes 10**30 where a tokenizer has no limit
-LEFTOVERS = ("use_fast", "verbose")
 NOTHING: frozenset[str] = frozenset()
 File = str | PathLike[str]
 
@@ -117,38 +118,30 @@ class GPT2Tokenizer(TokenTable):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: File,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: File | None = None,
-        local_files_only: bool = False,
-        **overrides: Any,
+        pretrained_model_name_or_path: File,
+        **options: Any,
     ) -> Self:
         """Load a tokenizer from a folder, or from the Hugging Face hub by name.
 
         Of the files in the folder the first of these is taken: tokenizer.json; vocab.json with merges.txt; encoder.json
         with vocab.bpe. Settings in tokenizer_config.json win over those in special_tokens_map.json, and these over
-        those in tokenizer.json. `overrides` are arguments of the constructor and win over all.
+        those in tokenizer.json. `options` say where the files are (`revision`, `token`, `cache_dir`,
+        `local_files_only`, `subfolder` and so on), and are arguments of the constructor, which win over all.
 
         Raises:
             TokenizerError: no tokenizer is there, or it is damaged, or it is not of GPT-2's kind.
-            TypeError: an override is not an argument of the constructor.
+            InputError: an option cannot be honoured.
+            TypeError: an option is not known.
         """
-        folder = Path(name_or_path)
-        if not folder.is_dir():
+        name, (place, overrides) = pretrained_model_name_or_path, arguments.sort(options, arguments.TOKENIZER_ONLY)
+        folder = Path(name)
+        if place.get("subfolder") or not folder.is_dir():
             from gpt2_multi.files.hub import RENAMED, TOKENIZER, resolve
 
-            folder = resolve(
-                str(name_or_path),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=[*TOKENIZER, *RENAMED.values()],
-            )
+            name = name if isinstance(name, PathLike) else str(name)
+            folder = resolve(name, **place, allow_patterns=[*TOKENIZER, *RENAMED.values()])
         tokenizer = cls._from_vocabulary(read_folder(folder), overrides)
-        tokenizer.name_or_path = str(name_or_path)
+        tokenizer.name_or_path = str(name)
         return tokenizer
 
     @classmethod
@@ -172,8 +165,12 @@ class GPT2Tokenizer(TokenTable):
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         return write_vocabulary(Path(save_directory), self._vocab, self._bpe.merges, prefix)
 
-    def save_pretrained(self, save_directory: File) -> tuple[str, ...]:
-        """Write the tokenizer as transformers does, for either library to load; returns the files' paths."""
+    def save_pretrained(self, save_directory: File, push_to_hub: bool = False, **options: Any) -> tuple[str, ...]:
+        """Write the tokenizer as transformers does, for either library to load; returns the files' paths.
+
+        `options` are those of `push_to_hub`.
+        """
+        options = arguments.sort_saving("save_pretrained", options)
         added = {token: self._known_id(name) for name, token in self._control.tokens.items()}
         settings = {
             **self._kept,
@@ -188,7 +185,16 @@ class GPT2Tokenizer(TokenTable):
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
         }
-        return write_folder(Path(save_directory), Vocabulary(self._vocab, list(self._bpe.merges), added, settings))
+        paths = write_folder(Path(save_directory), Vocabulary(self._vocab, list(self._bpe.merges), added, settings))
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **options})
+        return paths
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the tokenizer to a model of the hub: see `files.hub.push`, which `options` are for."""
+        from gpt2_multi.files.hub import push
+
+        return push(self.save_pretrained, repo_id, **arguments.sort_saving("push_to_hub", options))
 
     # --- one text ----------------------------------------------------------------------------------------------------
 
@@ -479,8 +485,6 @@ def _read(source: Any, kind: type, copy: Any, check: Any, read: Any) -> Any:
 
 def _refuse_unknown(where: str, unknown: Mapping[str, Any], function: Any) -> None:
     """Raise TypeError for the first argument that is not known, with a name that is and resembles it."""
-    for name in unknown:
-        if name in LEFTOVERS:
-            raise TypeError(f"{where} has no argument {name!r}, which only transformers' AutoTokenizer needs; drop it")
+    for name in unknown.keys() - LEFTOVERS:
         known = [item for item in signature(function).parameters if item not in ("self", "unknown")]
         raise TypeError(f"{where} has no argument {name!r}{nearest(name, known) or '; leave it out'}")

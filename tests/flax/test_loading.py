@@ -302,9 +302,3 @@ def test_wrong_arguments_are_one_sentence(tmp_path):
         random_model(LM).save_pretrained(tmp_path / "m", max_shard_size="big")
     with pytest.raises(InputError, match="remat: expected None or one of"):
         LM.from_pretrained(tmp_path / "m", remat="dot")
-
-
-def test_another_library_s_configuration_is_refused():
-    transformers = pytest.importorskip("transformers")
-    with pytest.raises(InputError, match=r"expected gpt2_multi.GPT2Config, found transformers\..*from_dict"):
-        LM(transformers.GPT2Config())

@@ -134,17 +134,17 @@ def test_numbers_out_of_range_are_one_sentence(options):
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     GenerationConfig(top_k=None, eos_token_id=[], logit_bias={5: 1.0}).save_pretrained(tmp_path)
-    read = GenerationConfig.from_pretrained(tmp_path, GPT2Config(eos_token_id=9))
+    read = GenerationConfig.of_folder(tmp_path, GPT2Config(eos_token_id=9), {})
     assert read.top_k == 0 and read.eos_token_ids == () and read.bad_words_ids is None
 
 
 def test_options_of_a_file_that_are_not_here_are_named_unless_they_are_off(tmp_path, recwarn):
     path = tmp_path / "generation_config.json"
     path.write_text('{"guidance_scale": 1.0, "num_beam_groups": 1, "typical_p": 1.0, "eos_token_id": -1, "x": 1}')
-    assert GenerationConfig.from_pretrained(tmp_path, SMALL).eos_token_ids == () and not recwarn.list
+    assert GenerationConfig.of_folder(tmp_path, SMALL, {}).eos_token_ids == () and not recwarn.list
     path.write_text('{"penalty_alpha": 0.6, "forced_eos_token_id": 0}')
     with pytest.warns(UserWarning, match="penalty_alpha, forced_eos_token_id is not an option here"):
-        GenerationConfig.from_pretrained(tmp_path, SMALL)
+        GenerationConfig.of_folder(tmp_path, SMALL, {})
 
 
 class Dataset:

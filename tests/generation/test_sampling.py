@@ -178,7 +178,7 @@ def test_every_option_comes_back_from_its_file(tmp_path):
     }  # fmt: skip
     config = GenerationConfig(**given)
     config.save_pretrained(tmp_path)
-    read = GenerationConfig.from_pretrained(tmp_path, GPT2Config(bos_token_id=None, eos_token_id=None))
+    read = GenerationConfig.of_folder(tmp_path, GPT2Config(bos_token_id=None, eos_token_id=None), {})
     assert "Infinity" not in (tmp_path / "generation_config.json").read_text()
     assert sorted(read.biases) == sorted(config.biases)
     neither = {"logit_bias": None, "bad_words_ids": None}
@@ -197,7 +197,7 @@ def test_lengths():
 def test_a_file_comes_back_with_every_key(tmp_path):
     keys = {"_from_model_config": True, "eos_token_id": [0, 3], "top_k": 20, "transformers_version": "4.57.6"}
     (tmp_path / "generation_config.json").write_text(json.dumps(keys))
-    config = GenerationConfig.from_pretrained(tmp_path, GPT2Config(pad_token_id=7, bos_token_id=None))
+    config = GenerationConfig.of_folder(tmp_path, GPT2Config(pad_token_id=7, bos_token_id=None), {})
     assert config.top_k == 20 and config.eos_token_ids == (0, 3) and config.fill_token_id == 7
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == keys | {"pad_token_id": 7}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_multi.errors import TokenizerError
+from gpt2_multi.errors import InputError, TokenizerError
 from gpt2_multi.tokenizer.bpe import byte_characters, spell
 from gpt2_multi.tokenizer.files import AddedToken
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
@@ -544,9 +544,19 @@ def test_ids_outside_the_vocabulary(ids):
 def test_unknown_arguments_that_resemble_none():
     with pytest.raises(TypeError, match="'zzz'; leave it out"):
         small(zzz=1)
-    for name in ("use_fast", "verbose"):
-        with pytest.raises(TypeError, match="AutoTokenizer needs; drop it"):
-            small(**{name: True})
+
+
+def test_a_tokenizer_is_loaded_as_people_call_it(tmp_path):
+    small().save_pretrained(save_directory=tmp_path / "inner")
+    tokenizer = GPT2Tokenizer.from_pretrained(
+        pretrained_model_name_or_path=tmp_path, subfolder="inner", use_fast=True, trust_remote_code=True, token=None,
+        config=None, local_files_only=True, revision="main", padding_side="left", verbose=False,
+    )  # fmt: skip
+    assert tokenizer("aab").input_ids == small(use_fast=False)("aab").input_ids and tokenizer.padding_side == "left"
+    with pytest.raises(InputError, match="gguf_file: expected None, found 'x'; GGUF files are not read"):
+        GPT2Tokenizer.from_pretrained(tmp_path / "inner", gguf_file="x")
+    with pytest.raises(TypeError, match="did you mean 'padding_side'"):
+        GPT2Tokenizer.from_pretrained(tmp_path / "inner", pading_side="left")
 
 
 def test_a_row_longer_than_max_length_keeps_its_length():

@@ -112,7 +112,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "set_attn_implementation",
                 )
             ]
-            + ["load_tf_weights_in_gpt2"],
+            + ["load_tf_weights_in_gpt2", "device_of"],
             "training": ["parameter_groups", "train_step"],  # Keras and Optax have theirs
             "generation/decoding": ["State.of", "takes"],
         }
