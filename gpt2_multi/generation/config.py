@@ -313,7 +313,13 @@ class GenerationConfig:
     @property
     def records(self) -> tuple[str, ...]:
         """What is kept of each step for the caller."""
-        wanted = {"scores": self.output_scores, "logits": self.output_logits, "log_probs": self.return_dict_in_generate}
+        wanted = {
+            "scores": self.output_scores,
+            "logits": self.output_logits,
+            "log_probs": self.return_dict_in_generate,
+            "hidden_states": self.output_hidden_states,
+            "attentions": self.output_attentions,
+        }
         return tuple(name for name, is_wanted in wanted.items() if is_wanted)
 
     def resolve(self, given: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:

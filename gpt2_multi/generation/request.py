@@ -35,6 +35,12 @@ Array = np.ndarray[Any, Any]
 _lock = Lock()
 _next: int | None = None  # the first stream of noise that no text has had since set_seed
 NO_CALLBACKS = Callbacks()
+# Of what a call brings, the tensors; and those in whose place texts may stand, with their masks.
+TENSORS = (
+    "input_ids", "attention_mask", "token_type_ids", "inputs_embeds", "encoder_hidden_states", "encoder_attention_mask",
+    "negative_prompt_ids", "negative_prompt_attention_mask",
+)  # fmt: skip
+WORDS = (("input_ids", "attention_mask"), ("negative_prompt_ids", "negative_prompt_attention_mask"))
 
 
 class Given(NamedTuple):
@@ -76,6 +82,14 @@ class Given(NamedTuple):
         return given, own.resolve(config, {name: value for name, value in more.items() if name not in arguments})
 
     @property
+    def arrays(self) -> dict[str, Any]:
+        """What is there and has to be a tensor: not texts, and no mask of theirs, which cannot be used."""
+        words = [given for given in WORDS if (x := getattr(self, given[0])) is not None and texts.are_texts(x)]
+        return {
+            name: x for name in TENSORS if (x := getattr(self, name)) is not None and not any(name in w for w in words)
+        }
+
+    @property
     def callbacks(self) -> Callbacks:
         """The functions of the caller, checked."""
         rules = self.logits_processor, self.prefix_allowed_tokens_fn
@@ -103,6 +117,17 @@ class Request:
     types: Array | None = None  # (B, T) int64, token_type_ids
     negative: tuple[Array, Array] | None = None  # (B, T) each, ids and mask of what is guided away from
     past: int | None = None  # how many columns are in the cache that was given, and are not read again
+    width: int = 0  # how many columns the prompts had
+
+    @property
+    def places(self) -> Array | None:
+        """Which column of `ids` each that was given is, (B, width), any for padding; None where all stay in place."""
+        order = cast(Array, self.order)
+        if order.shape[1] == self.width and (order == np.arange(self.width)).all():
+            return None
+        places = np.zeros((len(order), self.width), np.int64)
+        np.put_along_axis(places, order, np.arange(order.shape[1])[None], 1)
+        return places
 
     @classmethod
     def of(
@@ -140,11 +165,26 @@ class Request:
             inputs.check_continued(ids.shape[1], past, bool(mask[:, -1].all()))
         as_given = callbacks.see_ids and mask.shape[1] + new <= model.n_positions
         order = order_of(mask, as_given) if past is None else np.indices(mask.shape)[1]
+        width = ids.shape[1]
         ids, mask = np.take_along_axis(ids, order, 1), np.take_along_axis(mask, order, 1)
         types = None if types is None else np.take_along_axis(types, order, 1)
         options = options_of(config, model, len(ids), tokenizer)
         request = cls(
-            config, model, tokenizer, prompts, given, ids, mask, new, options, callbacks, order, types, None, past
+            config,
+            model,
+            tokenizer,
+            prompts,
+            given,
+            ids,
+            mask,
+            new,
+            options,
+            callbacks,
+            order,
+            types,
+            None,
+            past,
+            width,
         )
         return request._guided(*negative)
 
@@ -286,6 +326,27 @@ def check_beside(config: GenerationConfig, has_embeds: bool, has_types: bool, ha
     for name, others in cannot.items():
         if found := [other for other in others if given[name] and {**given, **options}[other]]:
             raise InputError(f"{name}: cannot be used with {found[0]}; leave out one of the two")
+
+
+def check_assisted(request: Request, given: Given) -> None:
+    """An assistant is a model of the same vocabulary, for one text after the other."""
+    config, assistant, name = request.config, given.assistant_model, "assistant_model"
+    if assistant is None:
+        return
+    inputs.check_assistant(assistant, request.model.vocab_size)
+    several = len(request.ids) * config.num_return_sequences > 1
+    cannot = {
+        "num_beams": config.num_beams > 1,
+        "sliding_window": config.sliding_window,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
+        "inputs_embeds": given.inputs_embeds is not None,
+        "past_key_values": given.past_key_values is not None,
+        "return_dict_in_generate and several texts": config.return_dict_in_generate and several,
+        "output_hidden_states": config.output_hidden_states,
+        "output_attentions": config.output_attentions,
+    }
+    if found := [other for other, is_there in cannot.items() if is_there]:
+        raise InputError(f"{name}: cannot be used with {found[0]}; leave out one of the two")
 
 
 def order_of(mask: Array, as_given: bool = False) -> Array:

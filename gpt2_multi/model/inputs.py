@@ -410,6 +410,24 @@ def check_continued(length: int, past: int, are_aligned: bool) -> None:
         )
 
 
+def check_assistant(assistant: Any, vocab_size: int) -> None:
+    """Whoever guesses tokens needs the same ones."""
+    if not hasattr(assistant, "config") or not hasattr(assistant, "generate"):
+        found = type(assistant).__name__
+        raise InputError(f"assistant_model: expected a model that generates, found {found}; give a GPT2LMHeadModel")
+    if assistant.config.vocab_size != vocab_size:
+        raise InputError(
+            f"assistant_model: has {assistant.config.vocab_size} tokens where the model has {vocab_size}; give one of "
+            "the same tokenizer"
+        )
+
+
+def check_together(loops: int) -> None:
+    """What is streamed to one place is made at once."""
+    if loops > 1:
+        raise InputError(f"streamer: {loops} texts are made one after the other here; give one prompt, or leave it out")
+
+
 def check_scoring(are_texts: bool, stride: int | None, batch_size: int, n_positions: int) -> None:
     """What is scored is text, in windows that leave no token out."""
     if not are_texts:

@@ -139,6 +139,7 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
     """GPT-2 with the language-model head and a multiple-choice head."""
 
     head = "double_heads"
+    generation_config: GenerationConfig
 
     def __init__(
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
@@ -150,6 +151,16 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
             self.multiple_choice_head = SequenceSummary(config)
         self.tie_weights()
+        self.generation_config = GenerationConfig.of(config)
+
+    generate = generation.generate
+    score = generation.score
+    stream = generation.stream
+    stream_tokens = generation.stream_tokens
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
+        return self.transformer.init_cache(batch_size, max_length)
 
     @old_calls
     def forward(

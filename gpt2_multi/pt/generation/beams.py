@@ -11,9 +11,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.options import Options
+from gpt2_multi.generation.request import NO_CALLBACKS
 from gpt2_multi.pt.attention import KVCache, upcast
-from gpt2_multi.pt.generation.decoding import Prompt, State, record
+from gpt2_multi.pt.generation.decoding import Prompt, State, guided, own_ends, own_rules, record
 from gpt2_multi.pt.generation.rules import ends, gumbel, process
 
 
@@ -64,6 +66,7 @@ class BeamSearch:
     rows: int  # of each prompt, its beams
     records: tuple[str, ...]  # what is kept of each step
     dtype: torch.dtype  # of scores
+    callbacks: Callbacks = NO_CALLBACKS
 
     def start(self, prompt: Prompt, options: Options) -> BeamState:
         """The state in which nothing is made; of a prompt's beams, which are all the same, one counts."""
@@ -83,13 +86,17 @@ class BeamSearch:
         return state.ids[:, :0]
 
     def update(self, state: BeamState, logits: Tensor, proposed: Tensor, options: Options) -> None:
-        """Go on by one token, from the logits (B * K, 1, V) of the next."""
+        """Go on by one token, from the logits (B * K, 1, V) of the next; of guided rows twice as many."""
         ids, keep, made = state.ids[:, : state.length], state.mask[:, : state.length], state.step + 1
-        processed = process(upcast(logits[:, 0]).log_softmax(-1), ids, keep, state.step, options)
-        record(state, logits[:, 0], processed)
+        log_probs = guided(state, upcast(logits[:, 0]).log_softmax(-1), options)
+        processed = process(log_probs, ids, keep, state.step, options, own_rules(self, state))
+        record(state, logits[: len(ids), 0], processed)
         values, beam, token = candidates(processed, state.scores, state.step, options)  # (B, C)
         ended, stop = ends(token, state.stop.view_as(state.scores).gather(1, beam), options)
-        ended |= made == self.room
+        if made == self.room or state.is_late:
+            ended = torch.ones_like(ended)
+        if self.callbacks.criteria:
+            ended |= self.ends(state, beam, token)
         paths = extend(state.running, processed, beam, token, state.step)
         reached = (values / made**options.length_penalty).masked_fill(~(ended & state.is_open[:, None]), -torch.inf)
         state.found = add_finished(state.found, paths, reached)
@@ -97,6 +104,12 @@ class BeamSearch:
         state.running, state.stop = paths.gather(best), stop.gather(1, best).flatten()
         state.is_open &= can_improve(state.scores[:, 0], state.found, made, self.room, options)
         reorder(state)
+
+    def ends(self, state: BeamState, beam: Tensor, token: Tensor) -> Tensor:
+        """Which candidates are over by the caller's criteria: beam, token (B, C) -> (B, C)"""
+        rows = beam + self.rows * torch.arange(len(beam), device=beam.device)[:, None]
+        ids = torch.cat([state.ids[rows.flatten(), : state.length], token.flatten()[:, None]], 1)
+        return own_ends(self.callbacks, state, ids).view_as(beam)
 
 
 def candidates(processed: Tensor, scores: Tensor, step: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +170,8 @@ def reorder(state: BeamState) -> None:
     state.ids = state.ids[rows]
     state.ids[:, state.length] = chosen
     made = slice(state.length - state.step, state.length)
+    moving = torch.cat([rows, rows + len(rows)]) if state.is_guided else rows
     for pair in cast(KVCache, state.cache).layers:
         for buffer in pair:
-            buffer[:, :, made] = buffer[rows, :, made]
+            buffer[:, :, made] = buffer[moving, :, made]
     state.step, state.length = state.step + 1, state.length + 1

@@ -1,14 +1,17 @@
 """Decoding in PyTorch: the loop in which a model reads texts into a cache and a strategy chooses what follows.
 
 The model is called as anybody calls it. B prompts, R rows (each prompt in several), T prompt length, N tokens of a
-step, V vocabulary.
+step, V vocabulary. Guided rows are read twice, with what they are led away from after them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
@@ -17,12 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_multi.errors import InputError
+from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.options import Options
-from gpt2_multi.generation.request import Request, aligned
+from gpt2_multi.generation.request import NO_CALLBACKS, Given, Request, order_of
 from gpt2_multi.generation.rules import window_start
+from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import KVCache, upcast
-from gpt2_multi.pt.generation.rules import choose, ends, process
+from gpt2_multi.pt.generation.rules import choose, ends, guide, process, without
 from gpt2_multi.pt.layers import to_numpy
+
+INSIDE = ("hidden_states", "attentions")  # records of what the model shows besides logits
 
 
 class Prompt(NamedTuple):
@@ -30,23 +37,54 @@ class Prompt(NamedTuple):
 
     ids: Tensor  # (B, T)
     mask: Tensor  # (B, T), booleans
-    states: Tensor | None  # (B, encoder length, E)
-    states_mask: Tensor | None  # (B, encoder length)
+    states: Tensor | None = None  # (B, encoder length, E)
+    states_mask: Tensor | None = None  # (B, encoder length)
+    types: Tensor | None = None  # (B, T)
+    embeds: Tensor | None = None  # (B, T, E), which are read in the place of ids
+    negative: Tensor | None = None  # (B, T), the ids of what is guided away from
+    negative_mask: Tensor | None = None  # (B, T)
+    past: KVCache | None = None  # of the first columns, which are not read again
+    first: int = 0  # which of all prompts the first row is
+    unseen: int = 0  # how many columns are no part of the caller's text
 
     @classmethod
-    def of(cls, request: Request, device: torch.device, states: Tensor | None, states_mask: Tensor | None) -> Prompt:
+    def of(cls, request: Request, device: torch.device, given: Given, past: KVCache | None) -> Prompt:
         """The rows of a request, on a device."""
-        ids, mask = (torch.from_numpy(x).to(device) for x in (request.ids, request.mask))
-        return cls(ids, mask, states, states_mask)
+
+        def on_device(x: np.ndarray[Any, Any] | None) -> Tensor | None:
+            return None if x is None else torch.from_numpy(x).to(device)
+
+        rows = request.ids, request.mask, request.types, *(request.negative or (None, None))
+        ids, mask, types, negative, negative_mask = map(on_device, rows)
+        embeds = given.inputs_embeds
+        if embeds is not None:
+            embeds = embeds.take_along_dim(cast(Tensor, on_device(request.order))[..., None], 1)
+        encoder = given.encoder_hidden_states, given.encoder_attention_mask
+        unseen = 0 if request.given.shape[1] else request.ids.shape[1]
+        return cls(ids, mask, *encoder, types, embeds, negative, negative_mask, past, unseen=unseen)  # type: ignore[arg-type]
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Prompt:
+        """The same with every tensor changed."""
+        return Prompt(*(function(x) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
     def repeated(self, rows: int) -> Prompt:
         """Each row so many times."""
-        return Prompt(*(None if x is None else x.repeat_interleave(rows, 0) for x in self))  # type: ignore[arg-type]
+        return self.each(lambda x: x.repeat_interleave(rows, 0))
+
+    def doubled(self) -> Prompt:
+        """All that is read: after the rows, those that they are guided away from."""
+        if self.negative is None:
+            return self
+        ids, mask = torch.cat([self.ids, self.negative]), torch.cat([self.mask, cast(Tensor, self.negative_mask)])
+        return self.each(lambda x: torch.cat([x, x]))._replace(ids=ids, mask=mask)
 
     def row(self, row: int) -> Prompt:
-        """One row alone, without padding."""
-        ids, mask, *states = (None if x is None else x[row : row + 1] for x in self)
-        return Prompt(ids[:, mask[0]], mask[:, mask[0]], *states)  # type: ignore[index]
+        """One row alone, without padding as far as nothing beside it needs that."""
+        alone = self.each(lambda x: x[row : row + 1])._replace(first=row)
+        keep = alone.mask[0] if alone.negative_mask is None else alone.mask[0] | alone.negative_mask[0]
+        names = ("ids", "mask", "types", "negative", "negative_mask")
+        there = {name: x[:, keep] for name in names if (x := getattr(alone, name)) is not None}
+        return alone._replace(**there)
 
 
 @dataclass
@@ -59,10 +97,15 @@ class State:
     shown: Tensor  # (R, room), what the caller sees of what was made: filling where a row is finished
     finished: Tensor  # (R,)
     stop: Tensor  # (R,), the states of the stop strings
-    records: dict[str, list[Tensor]]  # of each step: scores and logits (R, V), log_probs (R,)
+    records: dict[str, list[Any]]  # of each step: scores and logits (R, V), log_probs (R,); of INSIDE, of each layer
+    first: int = 0  # which of all prompts the first row continues
+    unseen: int = 0  # how many columns of ids are no part of the caller's text
+    is_guided: bool = False  # whether there are rows that these are led away from
+    late: float = math.inf  # when there is no time for more
     step: int = 0  # how many tokens were made
     cache: KVCache | None = None  # of all tokens but the last
     keep: Tensor | None = None  # (R, the cache's room), which of its keys count; None where all do
+    types: Tensor | None = None  # (R, 1), of each token that is made
     encoder: dict[str, Tensor] = field(default_factory=dict)  # its states (R, encoder length, E) and their mask
 
     @classmethod
@@ -71,7 +114,13 @@ class State:
         ids, mask = (x.repeat_interleave(rows, 0) for x in (prompt.ids, prompt.mask))
         shown, stop = ids.new_full((len(ids), room), fill), ids.new_zeros(len(ids))
         whole = F.pad(ids, (0, room)), F.pad(mask, (0, room), value=True)
+        more |= {"first": prompt.first, "unseen": prompt.unseen, "is_guided": prompt.negative is not None}
         return cls(*whole, ids.shape[1], shown, stop != 0, stop, {name: [] for name in records}, **more)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether there is no time for more."""
+        return time.monotonic() > self.late
 
 
 @dataclass(frozen=True)
@@ -81,6 +130,7 @@ class Sampling:
     room: int  # for how many tokens
     rows: int  # of each prompt
     records: tuple[str, ...]  # what is kept of each step
+    callbacks: Callbacks = NO_CALLBACKS
 
     def start(self, prompt: Prompt, options: Options) -> State:
         """The state in which nothing is made."""
@@ -88,59 +138,149 @@ class Sampling:
 
     def is_open(self, state: State) -> bool:
         """Whether anything is to follow."""
-        return state.step < self.room and not bool(state.finished.all())
+        return state.step < self.room and not bool(state.finished.all()) and not (state.step and state.is_late)
 
     def propose(self, state: State, options: Options) -> Tensor:
         """What is read together with the last token, as it may follow: nothing, (R, 0)."""
         return state.ids[:, :0]
 
     def update(self, state: State, logits: Tensor, proposed: Tensor, options: Options) -> None:
-        """Go on by one token, from the logits (R, 1, V) of the next."""
-        ids, keep = state.ids[:, : state.length], state.mask[:, : state.length]
-        processed = process(upcast(logits[:, 0]), ids, keep, state.step, options)
+        """Go on by one token, from the logits (R, 1, V) of the next; of guided rows (2 R, 1, V)."""
+        ids, keep, own = state.ids[:, : state.length], state.mask[:, : state.length], own_rules(self, state)
+        processed = process(guided(state, upcast(logits[:, 0]), options), ids, keep, state.step, options, own)
         chosen = choose(processed, state.step, options)  # (R,)
-        record(state, logits[:, 0], processed, chosen)
+        if options.fill < processed.shape[1]:  # what the cache holds is what the caller sees
+            chosen = chosen.masked_fill(state.finished, options.fill)
+        record(state, logits[: len(ids), 0], processed, chosen)
         accept(state, chosen, options)
+        if self.callbacks.criteria:
+            state.finished = state.finished | own_ends(self.callbacks, state, state.ids[:, : state.length])
+
+
+def own_rules(strategy: Any, state: State) -> Callable[[Tensor], Tensor] | None:
+    """The caller's rules as a function of logits (R, V), or None where there are none."""
+    if not strategy.callbacks.are_rules:
+        return None
+    return partial(changed, strategy.callbacks, state, strategy.rows)
+
+
+def changed(callbacks: Callbacks, state: State, rows: int, logits: Tensor) -> Tensor:
+    """Logits (R, V) after the caller's rules."""
+    ids = state.ids[:, state.unseen : state.length]
+    if callbacks.allowed is not None:
+        gone = torch.ones_like(logits, dtype=torch.bool)
+        for row, text in enumerate(ids):
+            prompt = state.first + row // rows
+            gone[row, as_words(callbacks.allowed(prompt, text), prompt, logits.device)] = False
+        logits = without(logits, gone)
+    for processor in callbacks.processors:
+        shape, logits = logits.shape, processor(ids, logits)
+        inputs.check_shape("logits_processor", tuple(getattr(logits, "shape", ())), tuple(shape))
+    return logits
+
+
+def as_words(allowed: Any, prompt: int, device: torch.device) -> Tensor:
+    """What a function allows: the ids of some words, at least one."""
+    found = torch.as_tensor(allowed, device=device)
+    if not found.numel():
+        raise InputError(f"prefix_allowed_tokens_fn: allows nothing after prompt {prompt}; give one id at least")
+    return found.long() if found.dtype != torch.bool else found
+
+
+def own_ends(callbacks: Callbacks, state: State, ids: Tensor) -> Tensor:
+    """Which rows are over by the caller's criteria: ids (R, T) with the token that was chosen -> (R,)"""
+    over = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    scores = tuple(state.records["scores"]) if "scores" in state.records else None
+    for criterion in callbacks.criteria:
+        over = over | torch.as_tensor(criterion(ids[:, state.unseen :], scores), device=ids.device)
+    return over
+
+
+def guided(state: State, logits: Tensor, options: Options) -> Tensor:
+    """The logits (R, V); of guided rows, (2 R, V), led away from the others."""
+    if not state.is_guided:
+        return logits
+    own, others = logits.chunk(2)
+    return guide(own, others, options.guidance_scale)
 
 
 def prefill(model: Any, prompt: Prompt, state: State) -> Tensor:
     """Read the prompts, or of a text beyond the context what a window shows, into a new cache: -> logits (R, 1, V)"""
-    longest = model.config.n_positions
-    window = prompt if state.length <= longest else slide(prompt, state, longest)
-    rows, (batch, length) = len(state.ids) // len(window.ids), window.ids.shape
-    room = min(state.shown.shape[1] - state.step, longest - length)
-    state.cache = model.init_cache(batch, length if rows > 1 else length + room)
-    state.cache.trusted = True
+    longest, past = model.config.n_positions, prompt.past
+    window = prompt if state.length <= longest or past is not None else slide(prompt, state, longest)
+    rows, window = len(state.ids) // len(window.ids), window.doubled()
+    batch, length = window.ids.shape
+    room = state.shown.shape[1] - state.step
+    room = room if past is not None else min(room, longest - length)
+    if past is None:
+        state.cache = model.init_cache(batch, length if rows > 1 else length + room)
+        state.cache.trusted = True
+    else:
+        state.cache = roomy(past, 0 if rows > 1 else length + room - past.length)
     state.keep = None if bool(window.mask.all()) else F.pad(window.mask, (0, room), value=True)
     encoder = {"encoder_hidden_states": window.states, "encoder_attention_mask": window.states_mask}
     state.encoder = {name: x for name, x in encoder.items() if x is not None}
-    logits = decode_step(model, state, window.ids, 1)
+    state.types = window.types
+    read = window.ids if window.embeds is None else window.embeds
+    logits = decode_step(model, state, read[:, state.cache.length :], 1)
     return logits if rows == 1 else spread(state, logits, rows, room)
+
+
+def roomy(past: KVCache, room: int) -> KVCache:
+    """A copy of a cache, with room for more tokens."""
+    layers = [(F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))) for k, v in past]
+    cache = KVCache(layers, past.length, preallocated=room > 0, trusted=True)
+    cache.cross = list(past.cross)
+    return cache
 
 
 def decode_step(model: Any, state: State, tokens: Tensor, count: int) -> Tensor:
     """Read tokens (R, N) after those in the cache: -> the logits after the last `count` of them, (R, count, V)"""
     cache = cast(KVCache, state.cache)
     given: dict[str, Any] = dict(state.encoder)
-    past = cache.length + tokens.shape[1]
+    past, length = cache.length + tokens.shape[1], tokens.shape[1]
     if state.keep is not None:
         given["attention_mask"] = state.keep[:, :past]
-    if count < tokens.shape[1] and takes(model.forward, "logits_to_keep"):
+    if state.types is not None:  # a token that is made has the type of the one before it
+        given["token_type_ids"] = state.types[:, -length:].expand(-1, length)
+        state.types = state.types[:, -1:]
+    if count < length and takes(model.forward, "logits_to_keep"):
         given["logits_to_keep"] = count
-    output = model(tokens, past_key_values=cache, use_cache=True, return_dict=True, **given)
+    given |= {f"output_{name}": True for name in INSIDE if name in state.records}
+    if has_choices := getattr(model, "head", "") == "double_heads":  # each row is one
+        given = {name: x[:, None] if isinstance(x, Tensor) else x for name, x in given.items()}
+        tokens = tokens[:, None]
+    read = () if tokens.is_floating_point() else (tokens,)
+    if not read:
+        given["inputs_embeds"] = tokens
+    output = model(*read, past_key_values=cache, use_cache=True, return_dict=True, **given)
     if isinstance(output, tuple):
         raise InputError("return_dict: the model gave a tuple, which says no names; its forward has to give an output")
     cache.trusted = False  # whoever kept it may give it other tokens
     state.cache = output.past_key_values  # which is another object where a wrapper took the first apart
     if state.cache is None or state.cache.length != past:
         raise InputError("past_key_values: the model gave no cache with the new tokens; its forward has to return it")
-    return output.logits[:, -count:]
+    see(state, output)
+    return (output.logits[:, 0] if has_choices else output.logits)[:, -count:]
+
+
+def see(state: State, output: Any) -> None:
+    """Keep what is asked for of the inside of a call, for all rows but those that others are led away from."""
+    for name in INSIDE:
+        if name in state.records:
+            layers = getattr(output, name)
+            rows = len(layers[0]) // (2 if state.is_guided else 1)
+            state.records[name].append(tuple(x[:rows] for x in layers))
 
 
 @torch.no_grad()
-def decode(model: Any, prompt: Prompt, strategy: Any, options: Options) -> Iterator[Any]:
-    """The states after each step of a strategy, which is a Sampling, a Lookup or a BeamSearch."""
+def decode(model: Any, prompt: Prompt, strategy: Any, options: Options, until: float = math.inf) -> Iterator[Any]:
+    """The states after each step of a strategy, which is a Sampling, a Lookup or a BeamSearch.
+
+    until: when, on the monotonic clock, there is no time for more tokens.
+    """
     state = strategy.start(prompt, options)
+    state.late = until
     try:
         while strategy.is_open(state):
             proposed = strategy.propose(state, options)
@@ -148,6 +288,7 @@ def decode(model: Any, prompt: Prompt, strategy: Any, options: Options) -> Itera
                 logits = prefill(model, prompt, state)
             else:
                 tokens = torch.cat([state.ids[:, state.length - 1 : state.length], proposed], 1)
+                tokens = tokens if prompt.negative is None else tokens.repeat(2, 1)
                 logits = decode_step(model, state, tokens, tokens.shape[1])
             strategy.update(state, logits, proposed, options)
             yield state
@@ -172,8 +313,11 @@ def spread(state: State, logits: Tensor, rows: int, room: int) -> Tensor:
     layers = [(F.pad(several(k), (0, 0, 0, room)), F.pad(several(v), (0, 0, 0, room))) for k, v in narrow]
     state.cache = KVCache(layers, narrow.length, preallocated=True, trusted=True)
     state.cache.cross = [(several(k), several(v)) for k, v in narrow.cross]
-    state.keep = None if state.keep is None else several(state.keep)
+    state.keep, state.types = (None if x is None else several(x) for x in (state.keep, state.types))
     state.encoder = {name: several(x) for name, x in state.encoder.items()}
+    for name in INSIDE:
+        if state.records.get(name):
+            state.records[name][-1] = tuple(map(several, state.records[name][-1]))
     return several(logits)
 
 
@@ -181,6 +325,8 @@ def record(state: State, logits: Tensor, processed: Tensor, chosen: Tensor | Non
     """Keep what is asked for of a step; filling has the log-probability 0."""
     values = {"logits": logits, "scores": processed}
     for name, kept in state.records.items():
+        if name in INSIDE:
+            continue
         if chosen is not None and name == "log_probs":
             log_probs = processed.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1)
             values[name] = log_probs.masked_fill(state.finished, 0)
@@ -198,9 +344,13 @@ def accept(state: State, chosen: Tensor, options: Options) -> None:
 
 def slide(prompt: Prompt, state: State, longest: int) -> Prompt:
     """What a window shows of each row by now; see `rules.window_start`."""
-    ids, mask = (to_numpy(x[:, : state.length]) for x in (state.ids, state.mask))
+    mask = to_numpy(state.mask[:, : state.length])
     counts = mask.cumsum(-1)  # (R, T)
     starts = [window_start(int(count), longest) for count in counts[:, -1]]
-    shown = aligned(ids, mask & (counts > np.array(starts)[:, None]))
-    window, window_mask = (torch.from_numpy(x).to(prompt.ids.device) for x in shown)
-    return prompt.repeated(len(ids) // len(prompt.ids))._replace(ids=window, mask=window_mask)
+    order = torch.from_numpy(order_of(mask := mask & (counts > np.array(starts)[:, None]))).to(prompt.ids.device)
+    wide = prompt.repeated(len(state.ids) // len(prompt.ids))
+    ids, keep = state.ids.take_along_dim(order, 1), torch.from_numpy(mask).to(order.device).take_along_dim(order, 1)
+    types = wide.types
+    if types is not None:
+        types = torch.cat([types, types[:, -1:].expand(-1, state.step)], 1).take_along_dim(order, 1)
+    return wide._replace(ids=ids, mask=keep, types=types)

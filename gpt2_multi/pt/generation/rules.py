@@ -7,6 +7,7 @@ tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -32,10 +33,17 @@ def as_tensors(options: Options, device: torch.device) -> Options:
     return options._replace(stops=stops, **{name: torch.from_numpy(x).to(device) for name, x in arrays.items()})
 
 
-def process(logits: Tensor, ids: Tensor, keep: Tensor, step: int, options: Options) -> Tensor:
+def process(
+    logits: Tensor,
+    ids: Tensor,
+    keep: Tensor,
+    step: int,
+    options: Options,
+    own: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """What the next token is chosen by, from the model's logits, or a beam's log-probabilities: (R, V) -> (R, V)
 
-    ids: (R, T), of which those count that `keep` (R, T) marks. step: how many tokens were made.
+    ids: (R, T), of which those count that `keep` (R, T) marks. step: how many tokens were made. own: the caller's.
     """
     if len(options.phrases):
         logits = add_biases(logits, ids, keep, options.phrases, options.biases)
@@ -46,6 +54,8 @@ def process(logits: Tensor, ids: Tensor, keep: Tensor, step: int, options: Optio
     if step < max(options.min_length, options.min_new_tokens):
         short = (keep.sum(-1, keepdim=True) < options.min_length) | (step < options.min_new_tokens)
         logits = without(logits, short & is_end(logits, options))
+    if own is not None:
+        logits = own(logits)
     return warp(logits, options) if options.do_sample else logits
 
 
@@ -114,6 +124,8 @@ def warp(logits: Tensor, options: Options) -> Tensor:
         kept = keep_top_p(kept, options.top_p)
     if options.min_p:
         kept = keep_min_p(kept, options.min_p)
+    if options.typical_p < 1:
+        kept = keep_typical(kept, options.typical_p)
     return kept if options.least_kept == 1 else torch.maximum(keep_top_k(logits, options.least_kept), kept)
 
 
@@ -134,6 +146,22 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """Keep what is at least p times as likely as the likeliest token."""
     return without(logits, logits < logits.amax(-1, keepdim=True) + math.log(p))
+
+
+def keep_typical(logits: Tensor, p: float) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the entropy, until they reach p, and what ties with the last."""
+    surprise = -logits.log_softmax(-1)
+    probs = (-surprise).exp()
+    distance = (surprise - (probs * surprise.nan_to_num(posinf=0)).sum(-1, keepdim=True)).abs()
+    ordered, order = distance.sort(stable=True, dim=-1)
+    last = (probs.gather(-1, order).cumsum(-1) < p).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return without(logits, distance > ordered.gather(-1, last))
+
+
+def guide(logits: Tensor, others: Tensor, scale: float) -> Tensor:
+    """Log-probabilities led away from those without the prompt: (R, V) each (Sanchez et al. 2023, equation 7)"""
+    given, without_it = logits.log_softmax(-1), others.log_softmax(-1)
+    return without_it + scale * (given - without_it)
 
 
 def sample(logits: Tensor, streams: Tensor, step: int) -> Tensor:

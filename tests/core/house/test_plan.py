@@ -150,6 +150,34 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
         },
         "pt": {"generation/beams": ["greatest"]},
     },
+    "what a call of generate may bring comes to one framework after the other": {
+        "pt": {
+            "generation/generate": ["check_past", "loops", "streamed", "kept", "places_of", "moved", "as_given"],
+            "generation/decoding": [
+                "Prompt.each",
+                "Prompt.doubled",
+                "State.is_late",
+                "own_rules",
+                "changed",
+                "as_words",
+                "own_ends",
+                "guided",
+                "roomy",
+                "see",
+            ],
+            "generation/beams": ["BeamSearch.ends"],
+            "generation/lookup": [
+                "AssistedState",
+                "Assisted",
+                "Assisted.start",
+                "Assisted.propose",
+                "Assisted.read",
+                "catch_up",
+            ],
+            "generation/rules": ["keep_typical", "guide"],
+            "heads": ["GPT2DoubleHeadsModel.init_cache"],
+        }
+    },
     "frameworks lack different functions": {
         "tf": {"model": ["gelu", "tanh_gelu"], "generation/beams": ["BeamSearch.propose"]},
         "flax": {"model": ["gelu"], "generation/decoding": ["spread"]},
