@@ -140,7 +140,7 @@ def _text(given: str | None, name: str) -> str:
 def _tokenizer(model: str) -> GPT2Tokenizer:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer  # after the options are known to be right
 
-    return GPT2Tokenizer.from_pretrained(model)
+    return GPT2Tokenizer.from_pretrained(model, split_special_tokens=True)  # what is typed or piped in is text
 
 
 def _tokens_left(config: GPT2Config, tokenizer: GPT2Tokenizer, text: str) -> int:

@@ -69,11 +69,13 @@ class AutoTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | PathLike[str], *, use_fast: bool = True, **options: Any
+        cls, pretrained_model_name_or_path: str | PathLike[str], *, use_fast: bool = True, **options: Any
     ) -> GPT2Tokenizer:
         """What `from_pretrained` of GPT2TokenizerFast gives, which see, or of GPT2Tokenizer; their ids are the same."""
         is_there = use_fast and find_spec("gigatoken") is not None
-        return (GPT2TokenizerFast if is_there else GPT2Tokenizer).from_pretrained(name_or_path, **options)
+        return (GPT2TokenizerFast if is_there else GPT2Tokenizer).from_pretrained(
+            pretrained_model_name_or_path, **options
+        )
 
 
 def knows(text: str) -> bool:

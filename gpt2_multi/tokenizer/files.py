@@ -11,15 +11,27 @@ from gpt2_multi.files import json_files
 from gpt2_multi.files.hub import RENAMED
 from gpt2_multi.files.json_files import write_whole
 
+# What a control token may be for, as files and transformers name it, in the order of `all_special_tokens`.
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that stands outside the merges. A special one is a control token; lstrip and rstrip eat white space."""
+    """A token that stands outside the merges. A special one is a control token; lstrip and rstrip eat white space.
+
+    Those that are not `normalized` are found in a text first; by default, the control tokens.
+    """
 
     content: str
     special: bool = False
     lstrip: bool = False
     rstrip: bool = False
+    normalized: bool | None = None
+
+    @property
+    def is_normalized(self) -> bool:
+        """What `normalized` is, by default too."""
+        return not self.special if self.normalized is None else self.normalized
 
     def to_json(self) -> dict[str, Any]:
         """The fields as transformers writes them."""
@@ -28,7 +40,7 @@ class AddedToken:
             "single_word": False,
             "lstrip": self.lstrip,
             "rstrip": self.rstrip,
-            "normalized": not self.special,
+            "normalized": self.is_normalized,
             "special": self.special,
         }
 
@@ -185,7 +197,7 @@ def _added_token(fields: Mapping[str, Any], path: Path) -> tuple[AddedToken, int
             f"{path}: the added token {content!r} has single_word set, which is not supported; unset it"
         )
     flags = {name: bool(fields.get(name)) for name in ("special", "lstrip", "rstrip")}
-    return AddedToken(content, **flags), at
+    return AddedToken(content, **flags, normalized=fields.get("normalized")), at
 
 
 def read_tokenizer_json(path: Path) -> Vocabulary:
@@ -306,7 +318,7 @@ def write_folder(folder: Path, tokenizer: Vocabulary) -> tuple[str, ...]:
     settings, added = tokenizer.settings, tokenizer.added
     decoder = {str(at): token.to_json() for token, at in sorted(added.items(), key=lambda item: item[1])}
     outside = {token.content: at for token, at in added.items() if token.content not in tokenizer.vocab}
-    names = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens")
+    names = (*ROLES, "additional_special_tokens")
     files: dict[str, Any] = {
         "tokenizer_config.json": {name: value for name, value in settings.items() if name != "bos_token_id"}
         | {"added_tokens_decoder": decoder},

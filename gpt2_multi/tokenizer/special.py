@@ -1,13 +1,14 @@
-"""The tokens that stand outside the merges: control tokens, which text may contain only on request, and added words."""
+"""The tokens that stand outside the merges, control tokens and added words, and how a text is searched for them."""
 
 import re
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
-from gpt2_multi.tokenizer.files import AddedToken
+from gpt2_multi.tokenizer.files import ROLES, AddedToken
+from gpt2_multi.tokenizer.words import code_point_classes
 
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 Choice = Collection[str] | str  # names of control tokens, or "all"
 
 
@@ -22,7 +23,8 @@ def as_token(token: Any, special: bool) -> AddedToken:
         return AddedToken(content, special)
     if getattr(token, "single_word", False):
         raise TokenizerError(f"added token {content!r}: single_word=True is not supported; leave it out")
-    return AddedToken(content, special, getattr(token, "lstrip", False), getattr(token, "rstrip", False))
+    flags = {name: getattr(token, name, False) for name in ("lstrip", "rstrip")}
+    return AddedToken(content, special, **flags, normalized=getattr(token, "normalized", None))
 
 
 def _checked(content: Any) -> str:
@@ -34,22 +36,22 @@ def _checked(content: Any) -> str:
 
 
 class ControlTokens:
-    """Added tokens with their ids, and which of them play a role (bos, eos, unk, pad) or are special otherwise."""
+    """Added tokens with their ids, and which of them play a role (bos, eos, unk, ...) or are special otherwise."""
 
     def __init__(self) -> None:
         self.tokens: dict[str, AddedToken] = {}
         self.ids: dict[str, int] = {}
         self.roles: dict[str, str | None] = dict.fromkeys(ROLES)
         self.additional: list[str] = []
-        self._finders: dict[frozenset[str], re.Pattern[str] | None] = {}
+        self._finders: list[re.Pattern[str]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_finders": {}}
+        return {**self.__dict__, "_finders": None}
 
     def add(self, token: AddedToken, at: int) -> None:
         """Add a token, or change what was known of the token of the same text."""
         self.tokens[token.content], self.ids[token.content] = token, at
-        self._finders.clear()
+        self._finders = None
 
     def special(self) -> list[str]:
         """All control tokens, each once: those with a role first."""
@@ -86,28 +88,56 @@ class ControlTokens:
                 )
 
     def split(self, text: str, allowed: frozenset[str]) -> Iterator[tuple[str, int | None]]:
-        """The parts of a text in order, each with its id if it is an added word or an allowed control token."""
-        finder = self._finder(allowed)
-        start = 0
-        for match in finder.finditer(text) if finder else ():
-            if match.start() > start:
-                yield text[start : match.start()], None
-            yield match[0], self.ids[match[match.lastindex or 0]]
-            start = match.end()
-        if start < len(text):
-            yield text[start:] if start else text, None
+        """The parts of a text in order, each with its id if it is an added word or an allowed control token.
 
-    def _finder(self, allowed: frozenset[str]) -> re.Pattern[str] | None:
-        if allowed not in self._finders:
-            self._finders[allowed] = self._compile(allowed)
-        return self._finders[allowed]
+        As in transformers: tokens that are not normalized are found first, and the others in what is left; of several
+        the one that begins first, and of those the longest. A control token that is not allowed hides what it overlaps.
+        """
+        parts: Iterator[tuple[str, int | None]] = iter([(text, None)] if text else [])
+        for finder in self.finders():
+            parts = self._searched(parts, finder, allowed)
+        return parts
 
-    def _compile(self, allowed: frozenset[str]) -> re.Pattern[str] | None:
-        special = frozenset(self.special())
-        wanted = [token for name, token in self.tokens.items() if name in allowed or name not in special]
-        wanted.sort(key=lambda token: -len(token.content))
-        if not wanted:
-            return None
-        space = {True: r"\s*", False: ""}
-        parts = (f"{space[token.lstrip]}({re.escape(token.content)}){space[token.rstrip]}" for token in wanted)
-        return re.compile("|".join(parts))
+    def _searched(
+        self, parts: Iterator[tuple[str, int | None]], finder: re.Pattern[str], allowed: frozenset[str]
+    ) -> Iterator[tuple[str, int | None]]:
+        for part, at in parts:
+            if at is None:
+                yield from self._found(part, finder, allowed)
+            else:
+                yield part, at
+
+    def _found(self, text: str, finder: re.Pattern[str], allowed: frozenset[str]) -> Iterator[tuple[str, int | None]]:
+        done = 0
+        for match in finder.finditer(text):
+            token, start, stop = self.tokens[match[0]], match.start(), match.end()
+            if start < done or (token.special and token.content not in allowed):  # or a token before it took the place
+                continue
+            while token.lstrip and start > done and text[start - 1] in white_space():
+                start -= 1
+            while token.rstrip and stop < len(text) and text[stop] in white_space():
+                stop += 1
+            if start > done:
+                yield text[done:start], None
+            yield text[start:stop], self.ids[match[0]]
+            done = stop
+        if done < len(text):
+            yield text[done:] if done else text, None
+
+    def groups(self) -> list[list[str]]:
+        """The tokens as they are searched for, group after group, the longest first; none is empty."""
+        names = sorted(self.tokens, key=len, reverse=True)
+        groups = ([name for name in names if self.tokens[name].is_normalized == late] for late in (False, True))
+        return [group for group in groups if group]
+
+    def finders(self) -> list[re.Pattern[str]]:
+        """What finds the tokens of each group."""
+        if self._finders is None:
+            self._finders = [re.compile("|".join(map(re.escape, group))) for group in self.groups()]
+        return self._finders
+
+
+@lru_cache(maxsize=1)
+def white_space() -> frozenset[str]:
+    """The characters that lstrip and rstrip take."""
+    return frozenset(chr(at) for low, high in code_point_classes()["space"] for at in range(low, high + 1))

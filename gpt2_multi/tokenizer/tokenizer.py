@@ -22,6 +22,7 @@ from gpt2_multi.tokenizer.batching import (
 from gpt2_multi.tokenizer.bpe import BPE
 from gpt2_multi.tokenizer.encoding import BatchEncoding, Row, Span, Tokens, char_spans, repair, to_arrays, unrepaired
 from gpt2_multi.tokenizer.files import (
+    ROLES,
     AddedToken,
     Vocabulary,
     check_merges,
@@ -32,12 +33,13 @@ from gpt2_multi.tokenizer.files import (
     write_folder,
     write_vocabulary,
 )
-from gpt2_multi.tokenizer.special import ROLES, Choice
+from gpt2_multi.tokenizer.special import Choice
 from gpt2_multi.tokenizer.tokens import TokenTable
 
 END_OF_TEXT = "<|endoftext|>"
 SIDES = {"right": "right", "left": "left"}
 LEFTOVERS = (*arguments.TOKENIZER_ONLY, "verbose")  # which mean nothing here, whatever they are
+SWITCH = {False: "", True: "yes"}
 LARGEST_WIDTH = 10**9  # transformers writes 10**30 where a tokenizer has no limit
 NOTHING: frozenset[str] = frozenset()
 File = str | PathLike[str]
@@ -46,9 +48,9 @@ File = str | PathLike[str]
 class GPT2Tokenizer(TokenTable):
     """GPT-2's tokenizer: text to ids, and back without any loss.
 
-    Text never turns into control tokens by itself: `<|endoftext|>` in a text, or any token that was registered with
-    `add_special_tokens`, is encoded as ordinary text unless a call names it in `allowed_special`. Words that were added
-    with `add_tokens` are always recognised. Decoding never cleans up spaces.
+    Control tokens and words that were added are found in texts, as in transformers: `<|endoftext|>` is the end token
+    wherever it stands. Whoever reads texts of strangers sets `split_special_tokens`: then no text becomes a control
+    token, unless a call names it in `allowed_special`. Decoding never cleans up spaces.
 
     Where padding is asked for and there is no pad token, rows are filled with the end token under a mask of 0.
 
@@ -56,10 +58,12 @@ class GPT2Tokenizer(TokenTable):
         vocab_file: vocab.json, or the mapping from tokens to ids itself.
         merges_file: merges.txt, or the list of pairs itself.
         errors: how `decode` treats bytes that are not UTF-8: "replace", "strict" or "ignore".
-        unk_token, bos_token, eos_token, pad_token: added to the vocabulary where it does not hold them.
+        unk_token, bos_token, eos_token, pad_token, sep_token, cls_token, mask_token: added to the vocabulary where it
+            does not hold them.
         add_prefix_space: put a space before each text that does not begin with white space.
         add_bos_token: put the bos token before each text; may be changed later.
         additional_special_tokens: more control tokens, added to the vocabulary where it does not hold them.
+        split_special_tokens: read control tokens in texts as ordinary text; may be changed later.
         padding_side, truncation_side: "right" or "left".
         model_max_length: the limit for truncation without `max_length`.
         added_tokens: tokens outside the merges, with their ids.
@@ -84,7 +88,11 @@ class GPT2Tokenizer(TokenTable):
         add_prefix_space: bool = False,
         add_bos_token: bool = False,
         *,
+        sep_token: Any = None,
+        cls_token: Any = None,
+        mask_token: Any = None,
         additional_special_tokens: Sequence[Any] = (),
+        split_special_tokens: bool = False,
         padding_side: str = "right",
         truncation_side: str = "right",
         model_max_length: int = 1024,
@@ -95,13 +103,15 @@ class GPT2Tokenizer(TokenTable):
         vocab = _read(vocab_file, Mapping, dict, check_vocab, read_vocab)
         merges = _read(merges_file, Sequence, list, check_merges, read_merges)
         self.add_prefix_space, self.add_bos_token = bool(add_prefix_space), bool(add_bos_token)
+        self.split_special_tokens = bool(choose("split_special_tokens", split_special_tokens, SWITCH))
         self.padding_side = choose("padding_side", padding_side, SIDES)
         self.truncation_side = choose("truncation_side", truncation_side, SIDES)
         self.model_max_length = model_max_length
         self.name_or_path = ""
         self._kept: dict[str, Any] = {}  # entries of tokenizer_config.json that mean nothing here, written back
         super().__init__(vocab, added_tokens or {}, errors)
-        roles = dict(zip(ROLES, (bos_token, eos_token, unk_token, pad_token), strict=True))
+        given = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
+        roles = dict(zip(ROLES, given, strict=True))
         self.add_special_tokens({role: token for role, token in roles.items() if token is not None})
         self.add_special_tokens({"additional_special_tokens": additional_special_tokens})
         self._engine_in_python = BPE(self._vocab, merges, self.unk_token_id)
@@ -180,7 +190,7 @@ class GPT2Tokenizer(TokenTable):
             "additional_special_tokens": list(self._control.additional),
             **{
                 name: getattr(self, name)
-                for name in ("add_prefix_space", "add_bos_token", "errors", "model_max_length")
+                for name in ("add_prefix_space", "add_bos_token", "errors", "model_max_length", "split_special_tokens")
             },
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
@@ -207,7 +217,8 @@ class GPT2Tokenizer(TokenTable):
         text: str,
         pair: str | None = None,
         add_special_tokens: bool = False,
-        allowed_special: Choice = NOTHING,
+        split_special_tokens: bool | None = None,
+        allowed_special: Choice | None = None,
         disallowed_special: Choice = NOTHING,
     ) -> list[str]:
         """The tokens of one text (and its pair), spelled as in vocab.json."""
@@ -215,6 +226,7 @@ class GPT2Tokenizer(TokenTable):
             text,
             pair,
             add_special_tokens,
+            split_special_tokens=split_special_tokens,
             allowed_special=allowed_special,
             disallowed_special=disallowed_special,
             truncation=False,
@@ -297,7 +309,8 @@ class GPT2Tokenizer(TokenTable):
         return_length: bool = False,
         return_token_type_ids: bool | None = None,
         *,
-        allowed_special: Choice = NOTHING,
+        split_special_tokens: bool | None = None,
+        allowed_special: Choice | None = None,
         disallowed_special: Choice = NOTHING,
         **unknown: Any,
     ) -> BatchEncoding:
@@ -325,7 +338,9 @@ class GPT2Tokenizer(TokenTable):
                 is a part of a character has the character's span.
             return_length: the number of tokens in each row, padding included.
             return_token_type_ids: 0 for the text, 1 for its pair.
-            allowed_special: the control tokens, or "all", that become one token where a text contains them.
+            split_special_tokens: read control tokens in the texts as ordinary text; by default as the attribute says.
+            allowed_special: the control tokens, or "all", that become one token where a text contains them; by default
+                all that are not disallowed, and none with `split_special_tokens`.
             disallowed_special: the control tokens, or "all" others, that a text may not contain.
 
         Raises:
@@ -335,7 +350,7 @@ class GPT2Tokenizer(TokenTable):
         _refuse_unknown("a call of the tokenizer", unknown, GPT2Tokenizer.__call__)
         check_size("stride", stride)
         texts, pairs, batched = as_batch(text, text_pair, is_split_into_words)
-        control = self._choose_control(allowed_special, disallowed_special)
+        control = self._choose_control(split_special_tokens, allowed_special, disallowed_special)
         detailed = return_offsets_mapping or is_split_into_words
         columns = [
             [self._sequence(item, *control, detailed, is_split_into_words) for item in column]
@@ -395,9 +410,15 @@ class GPT2Tokenizer(TokenTable):
                 owners.append(owner)
         return rows, owners
 
-    def _choose_control(self, allowed: Choice, disallowed: Choice) -> tuple[frozenset[str], frozenset[str]]:
-        chosen = self._control.select("allowed_special", allowed)
+    def _choose_control(
+        self, split: bool | None, allowed: Choice | None, disallowed: Choice = NOTHING
+    ) -> tuple[frozenset[str], frozenset[str]]:
+        """The control tokens that become one token where a text contains them, and those that it may not contain."""
         refused = self._control.select("disallowed_special", disallowed)
+        if allowed is None:
+            is_split = choose("split_special_tokens", self.split_special_tokens if split is None else split, SWITCH)
+            return (NOTHING if is_split else self._control.select("allowed_special", "all") - refused), refused
+        chosen = self._control.select("allowed_special", allowed)
         return chosen, refused - chosen if disallowed == "all" else refused
 
     def _limit(self, truncation: Any, max_length: Any, padding: Any) -> tuple[int, str]:

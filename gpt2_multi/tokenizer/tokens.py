@@ -1,13 +1,14 @@
 """The tokens of a tokenizer: ids, texts and bytes, added tokens, and the roles that some of them play."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar, overload
 
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.tokenizer.batching import choose
 from gpt2_multi.tokenizer.bpe import unspell
-from gpt2_multi.tokenizer.files import AddedToken
-from gpt2_multi.tokenizer.special import ROLES, ControlTokens, as_token
+from gpt2_multi.tokenizer.files import ROLES, AddedToken
+from gpt2_multi.tokenizer.special import ControlTokens, as_token
 
 T = TypeVar("T")
 ERRORS = {name: name for name in ("strict", "replace", "ignore", "backslashreplace", "surrogateescape")}
@@ -48,7 +49,10 @@ class TokenTable:
     bos_token, bos_token_id = _role("bos_token"), _role_id("bos_token")
     eos_token, eos_token_id = _role("eos_token"), _role_id("eos_token")
     unk_token, unk_token_id = _role("unk_token"), _role_id("unk_token")
+    sep_token, sep_token_id = _role("sep_token"), _role_id("sep_token")
     pad_token, pad_token_id = _role("pad_token"), _role_id("pad_token")
+    cls_token, cls_token_id = _role("cls_token"), _role_id("cls_token")
+    mask_token, mask_token_id = _role("mask_token"), _role_id("mask_token")
 
     def __init__(self, vocab: Mapping[str, int], added_tokens: Mapping[AddedToken, int], errors: str) -> None:
         self._vocab = dict(vocab)
@@ -116,14 +120,14 @@ class TokenTable:
         tokens = [new_tokens] if isinstance(new_tokens, str) or hasattr(new_tokens, "content") else new_tokens
         before = len(self)
         for token in tokens:
-            self._register(as_token(token, special_tokens or bool(getattr(token, "special", False))))
+            self._register(self._as_token(token, special_tokens or bool(getattr(token, "special", False))))
         return len(self) - before
 
     def add_special_tokens(self, special_tokens_dict: Mapping[str, Any]) -> int:
         """Register control tokens: {"pad_token": "<pad>", "additional_special_tokens": ["<user>"]}.
 
-        They get ids, and `decode(skip_special_tokens=True)` skips them. A text that contains one keeps it as ordinary
-        text unless the call names it in `allowed_special`; to have words recognised always, use `add_tokens`.
+        They get ids, `decode(skip_special_tokens=True)` skips them, and they are found in texts, unless
+        `split_special_tokens` is set.
 
         Returns:
             How many of them the tokenizer did not know before.
@@ -131,14 +135,19 @@ class TokenTable:
         before = len(self)
         for role, value in special_tokens_dict.items():
             if role == "additional_special_tokens":
-                names = [self._register(as_token(token, True)) for token in _listed(value)]
+                names = [self._register(self._as_token(token, True)) for token in _listed(value)]
                 self._control.additional = list(dict.fromkeys([*self._control.additional, *names]))
             elif role in ROLES:
-                self._control.roles[role] = self._register(as_token(value, True))
+                self._control.roles[role] = self._register(self._as_token(value, True))
             else:
                 expected = [*ROLES, "additional_special_tokens"]
                 raise TokenizerError(f"add_special_tokens: expected some of {expected}, found {role!r}")
         return len(self) - before
+
+    def _as_token(self, token: Any, special: bool) -> AddedToken:
+        """A token to be added; of one that is known, its text alone changes no flag but `special`."""
+        known = self._control.tokens.get(token) if isinstance(token, str) else None
+        return as_token(token, special) if known is None else replace(known, special=known.special or special)
 
     def _register(self, token: AddedToken, at: int | None = None) -> str:
         """Give a token an id if it has none, and remember it."""
@@ -157,7 +166,7 @@ class TokenTable:
 
     def _assign_role(self, role: str, token: Any) -> None:
         if token is not None:
-            token = as_token(token, True)
+            token = self._as_token(token, True)
             if token.content not in self._vocab and token.content not in self._control.ids:
                 raise TokenizerError(
                     f"{role}: expected a token of the vocabulary, found {token.content!r}; "

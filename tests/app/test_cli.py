@@ -121,6 +121,13 @@ def test_streamed_text_is_the_same_text(tiny: Path, seed: str) -> None:
 
 
 @needs_pt
+def test_what_is_typed_in_is_no_control_token(tiny: Path) -> None:
+    text = "<|endoftext|>" * 5  # five of them would have room
+    assert GPT2Tokenizer.from_pretrained(tiny)(text).input_ids == [END] * 5
+    assert "65 tokens leave no room" in refusal("generate", text, "--model", tiny)
+
+
+@needs_pt
 def test_the_seed_decides_the_text(tiny: Path) -> None:
     args = ("generate", "Hello", "--model", tiny)
     assert good(*args, "--seed", "7") == good(*args, "--seed", "7")

@@ -53,6 +53,15 @@ def test_a_text_gives_a_text_and_a_list_a_list(model, tokenizer):
     assert [len(texts) for texts in several] == [2, 2] and several[0][0] == alone[0]
 
 
+def test_control_tokens_in_prompts_are_control_tokens_unless_they_are_split(model, tokenizer):
+    text, options = "A<|endoftext|>B", {**OPTIONS, "max_new_tokens": 3, "return_dict_in_generate": True}
+    strict = GPT2Tokenizer.from_pretrained(DEMO, split_special_tokens=True)
+    for reader in (tokenizer, strict):
+        ids = model.generate(text, tokenizer=reader, **options).token_ids
+        assert ids[: len(reader(text).input_ids)] == reader(text).input_ids
+        assert (reader.eos_token_id in ids[:-3]) == (reader is tokenizer)
+
+
 def test_every_backend_writes_the_first_ones_texts(model, tokenizer):
     first = loaded(backends.installed()[0])
     for options in (OPTIONS, {"num_beams": 3, "max_new_tokens": 12}, {"max_new_tokens": 12, "stop_strings": ["e "]}):

@@ -14,6 +14,7 @@ from gpt2_multi.errors import InputError, TokenizerError
 from gpt2_multi.tokenizer.bpe import byte_characters, spell
 from gpt2_multi.tokenizer.files import AddedToken
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+from tests.support.effort import some
 from tests.support.shared_data import shared
 
 END = "<|endoftext|>"
@@ -54,9 +55,8 @@ def test_ids_are_those_of_gpt2(gpt2):
     for line in shared("fixtures", "tokens.jsonl").read_text("utf-8").splitlines():
         case = json.loads(line)
         text, ids = case["text"], case["ids"]
-        assert gpt2.encode(text) == ids
-        assert gpt2.encode(text, allowed_special="all") == case.get("ids_special", ids)
-        assert gpt2(text, return_offsets_mapping=True).input_ids == ids
+        assert gpt2.encode(text, split_special_tokens=True) == ids
+        assert gpt2.encode(text) == gpt2(text, return_offsets_mapping=True).input_ids == case.get("ids_special", ids)
         assert gpt2.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -115,30 +115,46 @@ def test_decode_takes_arrays_tuples_and_single_ids():
 # --- control tokens --------------------------------------------------------------------------------------------------
 
 
-def test_text_never_becomes_a_control_token_unasked():
+def test_a_control_token_is_found_in_a_text_unless_it_is_switched_off():
+    tokenizer, strict = small(), small(split_special_tokens=True)
+    end, text = tokenizer.eos_token_id, f"hello{END}"
+    found, plain = [*tokenizer.encode("hello"), end], strict.encode(text)
+    assert tokenizer.encode(text) == tokenizer(text, return_offsets_mapping=True).input_ids == found
+    assert end not in plain and tokenizer.decode(plain) == text
+    assert tokenizer([text], split_special_tokens=True).input_ids == [plain]
+    assert tokenizer.encode(text, allowed_special=set()) == plain
+    assert tokenizer.tokenize(text, split_special_tokens=True) == strict.tokenize(text)
+    assert strict.encode(text, split_special_tokens=False) == found
+    assert strict.encode(text, allowed_special="all") == strict.encode(text, allowed_special={END}) == found
+    strict.split_special_tokens = False
+    assert strict.encode(text) == found
+    with pytest.raises(TokenizerError, match="split_special_tokens: expected one of"):
+        small(split_special_tokens="no")
+    with pytest.raises(TokenizerError, match="split_special_tokens: expected one of"):
+        tokenizer(text, split_special_tokens="no")
+
+
+def test_a_control_token_may_be_refused():
     tokenizer = small()
-    end = tokenizer.eos_token_id
-    assert end not in tokenizer.encode(f"hello{END}")
-    assert tokenizer.encode(f"hello{END}", allowed_special="all")[-1] == end
-    assert tokenizer.encode(f"hello{END}", allowed_special={END})[-1] == end
-    assert tokenizer.decode(tokenizer.encode(f"hello{END}")) == f"hello{END}"
     with pytest.raises(TokenizerError, match="at character 5"):
         tokenizer(f"hello{END}", disallowed_special="all")
-    assert tokenizer.encode(f"hello{END}", allowed_special={END}, disallowed_special="all")[-1] == end
+    assert (
+        tokenizer.encode(f"hello{END}", allowed_special={END}, disallowed_special="all")[-1] == tokenizer.eos_token_id
+    )
     with pytest.raises(TokenizerError, match="allowed_special: expected some of"):
         tokenizer("hello", allowed_special={"<unheard>"})
     with pytest.raises(TokenizerError, match="allowed_special"):
         tokenizer("hello", allowed_special=END)
 
 
-def test_added_words_are_always_recognised_and_control_tokens_on_request():
+def test_added_words_are_always_recognised_and_control_tokens_unless_they_are_split():
     tokenizer = small()
     size = len(tokenizer)
     assert tokenizer.add_tokens(["<word>", "<word>", "hello"]) == 1
     assert tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<user>"]}) == 2
     assert (len(tokenizer), tokenizer.vocab_size) == (size + 3, size)
     text = "<user> the<word>hello<pad>"
-    plain, special = tokenizer.encode(text), tokenizer.encode(text, allowed_special={"<user>", "<pad>"})
+    plain, special = tokenizer.encode(text, split_special_tokens=True), tokenizer.encode(text)
     word, user, pad = tokenizer.convert_tokens_to_ids(["<word>", "<user>", "<pad>"])
     assert word in plain and user not in plain and pad not in plain
     assert [at for at in special if at in (word, user, pad)] == [user, word, pad]
@@ -147,6 +163,47 @@ def test_added_words_are_always_recognised_and_control_tokens_on_request():
     assert tokenizer.all_special_tokens == [END, "<pad>", "<user>"]
     assert tokenizer.added_tokens_encoder["<word>"] == word
     assert tokenizer.get_vocab()["<user>"] == user
+
+
+def test_what_is_known_of_a_token_stays_when_it_gets_a_role(tmp_path):
+    tokenizer = small()
+    tokenizer.add_tokens([AddedToken("[CLS]", lstrip=True)])
+    assert tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"}) == 1
+    tokenizer.mask_token = "[CLS]"
+    ids = tokenizer.encode("a  [CLS]b[SEP]")
+    assert ids[1] == tokenizer.cls_token_id == tokenizer.mask_token_id and ids[3] == tokenizer.sep_token_id
+    tokenizer.split_special_tokens = True
+    tokenizer.save_pretrained(tmp_path)
+    again = GPT2Tokenizer.from_pretrained(tmp_path)
+    assert (again.cls_token, again.sep_token, again.split_special_tokens) == ("[CLS]", "[SEP]", True)
+    assert again.encode("a  [CLS]b[SEP]", split_special_tokens=False) == ids
+    assert GPT2Tokenizer.from_pretrained(tmp_path, split_special_tokens=False).encode("a  [CLS]b[SEP]") == ids
+
+
+CONTENTS = ["<user>", "<us", "user", ">", "x ", "é", "[CLS]", "hello", "lo w", "<<", "<"]
+PIECES = [*CONTENTS, END, *("x", " ", "  ", "\t", "\n", "a", "he", "llo", " world", "1", "中")]
+PIECES += ["\u00a0", "\x1c", "\x85", "\u3000"]
+
+
+@pytest.mark.parametrize("seed", range(some(200, 5)))
+def test_tokens_are_found_where_transformers_finds_them(seed, tmp_path):
+    """Random tokens of every kind, in random texts, read and split; transformers loads them from the files."""
+    transformers = pytest.importorskip("transformers")
+    rng, tokenizer = random.Random(seed), small()
+    for content in rng.sample(CONTENTS, rng.randint(1, 6)):
+        flags = {name: rng.random() < 0.3 for name in ("special", "lstrip", "rstrip")}
+        tokenizer.add_tokens([AddedToken(content, **flags, normalized=rng.choice([None, True, False]))])
+    tokenizer.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = GPT2Tokenizer.from_pretrained(tmp_path)
+    for _ in range(100):
+        text = "".join(rng.choices(PIECES, k=rng.randint(0, 12)))
+        for split in (False, True):
+            ids = theirs(text, split_special_tokens=split)["input_ids"]
+            ours = tokenizer(text, split_special_tokens=split, return_offsets_mapping=True).input_ids
+            assert ours == ids == again.encode(text, split_special_tokens=split), (text, split)
 
 
 def test_added_tokens_may_take_white_space():
@@ -184,7 +241,7 @@ def test_roles_are_assignable():
     with pytest.raises(TokenizerError, match="add_special_tokens"):
         tokenizer.pad_token = "<pad>"
     with pytest.raises(TokenizerError, match="expected some of"):
-        tokenizer.add_special_tokens({"cls_token": "x"})
+        tokenizer.add_special_tokens({"class_token": "x"})
 
 
 def test_bos_is_added_on_request():
@@ -223,8 +280,8 @@ def test_tokens_and_ids():
 @given(st.text(st.sampled_from("helo wrd\n中é😀1'\ud800<|>"), max_size=30), st.booleans())
 def test_offsets_slice_the_users_text(text, prefix):
     tokenizer = small(add_prefix_space=prefix)
-    encoding = tokenizer(text, return_offsets_mapping=True, allowed_special="all")
-    assert encoding.input_ids == tokenizer(text, allowed_special="all").input_ids
+    encoding = tokenizer(text, return_offsets_mapping=True)
+    assert encoding.input_ids == tokenizer(text).input_ids
     covered = 0
     for at, (start, stop) in zip(encoding.input_ids, encoding.offset_mapping, strict=True):
         raw, part = tokenizer.decode_bytes(at), text[start:stop].encode("utf-16", "surrogatepass")
@@ -290,7 +347,7 @@ def test_calls_give_what_transformers_gives(peer, options, batched, side):
     tokenizer = small()
     tokenizer.truncation_side = peer.truncation_side = side
     for text in [TEXTS] if batched else TEXTS:
-        assert dict(tokenizer(text, allowed_special="all", **options)) == dict(peer(text, **options))
+        assert dict(tokenizer(text, **options)) == dict(peer(text, **options))
 
 
 @pytest.mark.parametrize("strategy", ["longest_first", "only_first", "only_second", True])
@@ -333,7 +390,7 @@ def test_transformers_reads_what_is_saved(tmp_path):
         for kind in (transformers.GPT2Tokenizer, transformers.AutoTokenizer):
             theirs = kind.from_pretrained(tmp_path)
             text = "<user> hello<word>中<pad>é"
-            assert theirs(text)["input_ids"] == tokenizer(text, allowed_special="all").input_ids
+            assert theirs(text)["input_ids"] == tokenizer(text).input_ids
             assert (theirs.pad_token_id, theirs.model_max_length) == (tokenizer.pad_token_id, 77)
             assert len(theirs) == len(tokenizer)
 
@@ -342,7 +399,7 @@ def test_reads_what_transformers_saved(tmp_path, peer):
     peer.save_pretrained(tmp_path)
     tokenizer = GPT2Tokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
-        assert tokenizer.encode(text, allowed_special="all") == peer(text)["input_ids"]
+        assert tokenizer.encode(text) == peer(text)["input_ids"]
     assert tokenizer.pad_token == END
 
 

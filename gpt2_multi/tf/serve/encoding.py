@@ -5,7 +5,7 @@ B texts, N code points of all of them, W words, U different words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
@@ -14,13 +14,15 @@ from gpt2_multi.tf.serve.splitting import among, class_table, word_starts
 from gpt2_multi.tokenizer.bpe import BPE
 
 UNKNOWN = -1
+HIDDEN = -2  # a token that hides what it overlaps, but is ordinary text
+OUTSIDE = b"\xff"  # before a token's text: a byte that no word has
 
 
 class Encoder(tf.Module):
     """What turns texts into ids: the merges, the words that are one token, and tokens that stand outside the merges."""
 
-    def __init__(self, bpe: BPE, outside: Mapping[str, int]) -> None:
-        """outside: tokens that are found in texts before words are, the longest first where several begin."""
+    def __init__(self, bpe: BPE, outside: Sequence[Mapping[str, int]]) -> None:
+        """outside: groups of tokens that are found in texts before words are, the longest first where several begin."""
         super().__init__()
         table = bpe.table()
         self.merges, self.classes = Merges(table), tf.constant(class_table())
@@ -28,10 +30,9 @@ class Encoder(tf.Module):
         known |= {
             raw: at for raw, at, whole in zip(table.raw, table.ids, table.whole, strict=True) if whole and at >= 0
         }
-        others = {token.encode(): at for token, at in outside.items()}
-        self.words, self.outside = look_up(known | others), look_up({b"": UNKNOWN} | others)
-        self.firsts = "".join(sorted({token[0] for token in outside}))
-        self.sizes = sorted({len(token) for token in outside}, reverse=True)
+        self.finders = [Finder(group) for group in outside]
+        found = ((token, at) for group in outside for token, at in group.items() if at != HIDDEN)
+        self.words = look_up(known | {OUTSIDE + token.encode(): at for token, at in found})
 
     def encode(self, texts: tf.Tensor) -> tf.RaggedTensor:
         """The ids of texts (B,) of bytes, which are UTF-8 but for what becomes U+FFFD: (B, None) int32"""
@@ -42,31 +43,19 @@ class Encoder(tf.Module):
         """The ids of texts as code points (N,) int32, which begin and end at `splits` (B + 1,) int64."""
         size = tf.shape(points, tf.int64)[0]
         breaks = marks(splits[:-1], size)
-        begins, ends = self.find(points, breaks) if self.sizes else (tf.zeros_like(breaks), tf.zeros_like(breaks))
+        begins = ends = inside = tf.zeros_like(breaks)
+        for finder in self.finders:
+            begin, end = finder.find(points, breaks | begins | ends, inside)
+            begins, ends = begins | begin, ends | end
+            inside = tf.cumsum(tf.cast(begins, tf.int32)) > tf.cumsum(tf.cast(ends, tf.int32))
         starts = word_starts(points, breaks | begins | ends, self.classes)
-        inside = tf.cumsum(tf.cast(begins, tf.int32)) > tf.cumsum(tf.cast(ends, tf.int32))
         places = tf.where(starts & (begins | ~inside))[:, 0]  # (W,)
         words = spelled(tf.RaggedTensor.from_row_splits(points, tf.concat([places, [size]], 0), validate=False))
+        if self.finders:
+            words = tf.where(tf.gather(begins, places), OUTSIDE + words, words)
         ids = self.encode_words(words)
         first = tf.searchsorted(places, splits)  # the word that each text begins with, (B + 1,)
         return tf.RaggedTensor.from_row_splits(ids.flat_values, tf.gather(ids.row_splits, first), validate=False)
-
-    def find(self, points: tf.Tensor, breaks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Where a token from outside begins, and where the text goes on after one: (N,) each."""
-        size = tf.shape(points, tf.int64)[0]
-        places = tf.where(among(points, self.firsts))[:, 0]
-        text, length = tf.cumsum(tf.cast(breaks, tf.int32)), tf.zeros_like(places)
-        for count in self.sizes:
-            here = places[:, None] + tf.range(count, dtype=tf.int64)  # (M, count)
-            inside, here = here[:, -1] < size, tf.minimum(here, size - 1)
-            inside &= tf.gather(text, here[:, -1]) == tf.gather(text, places)
-            windows = spelled(tf.RaggedTensor.from_tensor(tf.gather(points, here)))
-            hit = (length == 0) & inside & (self.outside.lookup(windows) != UNKNOWN)
-            length = tf.where(hit, tf.constant(count, tf.int64), length)
-        places, length = tf.boolean_mask(places, length > 0), tf.boolean_mask(length, length > 0)
-        chosen = apart(places, length)
-        ends = chosen + tf.gather(length, tf.searchsorted(places, chosen))
-        return marks(chosen, size), marks(ends, size)
 
     def encode_words(self, words: tf.Tensor) -> tf.RaggedTensor:
         """The ids of words (W,) of bytes: (W, None)"""
@@ -85,6 +74,40 @@ class Encoder(tf.Module):
             tf.gather(values, order), tf.gather(every, order), count, validate=False
         )
         return tf.gather(rows, which)
+
+
+class Finder(tf.Module):
+    """What finds tokens in texts."""
+
+    def __init__(self, tokens: Mapping[str, int]) -> None:
+        super().__init__()
+        self.known = look_up({token.encode(): at for token, at in tokens.items()})
+        self.firsts = "".join(sorted({token[0] for token in tokens}))
+        self.sizes = sorted({len(token) for token in tokens}, reverse=True)
+
+    def find(self, points: tf.Tensor, breaks: tf.Tensor, taken: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Where a token begins, and where the text goes on after one: (N,) each.
+
+        None reaches over a break, and none begins where the text is taken already.
+        """
+        size = tf.shape(points, tf.int64)[0]
+        places = tf.where(among(points, self.firsts) & ~taken)[:, 0]
+        text, length = tf.cumsum(tf.cast(breaks, tf.int32)), tf.zeros_like(places)
+        found = tf.fill(tf.shape(places), UNKNOWN)
+        for count in self.sizes:
+            here = places[:, None] + tf.range(count, dtype=tf.int64)  # (M, count)
+            inside, here = here[:, -1] < size, tf.minimum(here, size - 1)
+            inside &= tf.gather(text, here[:, -1]) == tf.gather(text, places)
+            windows = spelled(tf.RaggedTensor.from_tensor(tf.gather(points, here)))
+            at = self.known.lookup(windows)
+            hit = (found == UNKNOWN) & inside & (at != UNKNOWN)
+            length, found = tf.where(hit, tf.constant(count, tf.int64), length), tf.where(hit, at, found)
+        is_there = found != UNKNOWN
+        places, length, found = (tf.boolean_mask(x, is_there) for x in (places, length, found))
+        chosen = tf.searchsorted(places, apart(places, length))
+        chosen = tf.boolean_mask(chosen, tf.gather(found, chosen) != HIDDEN)
+        begins = tf.gather(places, chosen)
+        return marks(begins, size), marks(begins + tf.gather(length, chosen), size)
 
 
 def look_up(known: Mapping[bytes, int]) -> tf.lookup.StaticHashTable:

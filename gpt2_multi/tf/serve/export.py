@@ -48,10 +48,11 @@ def export_saved_model(
 
     `generation_config` and `options` are those of the model's `generate`: they are fixed in the file, but for
     `Choices`, whose defaults they are. Row i of the answers has the noise of `seed` + i, as in a pipeline. A tokenizer
-    adds, truncates and recognises what it does when it is called; `text` has the whole prompt all the same. With
-    `jit_compile` XLA compiles the model, anew for each shape. A SavedModel that was there is replaced when the new one
-    is whole. Raises CheckpointError where the folder holds something else or cannot be written, and InputError for
-    options that cannot be used.
+    adds and truncates what it does when it is called; `text` has the whole prompt all the same. Control tokens in texts
+    are ordinary text, since strangers write them; a TFGPT2Tokenizer reads them as it is told. With `jit_compile` XLA
+    compiles the model, anew for each shape. A SavedModel that was there is replaced when the new one is whole. Raises
+    CheckpointError where the folder holds something else or cannot be written, and InputError for options that cannot
+    be used.
     """
     inputs.check_truth("jit_compile", jit_compile)
     target = place_of(folder)
@@ -62,7 +63,7 @@ def export_saved_model(
     if tokenizer is None:
         functions = of_ids(Continuing(self, config, None, jit_compile))
     else:
-        layer = tokenizer if isinstance(tokenizer, TFGPT2Tokenizer) else TFGPT2Tokenizer.from_tokenizer(tokenizer)
+        layer = layer_of(tokenizer)
         root.tables = layer.encoder
         functions = of_texts(Continuing(self, config, layer.python, jit_compile), layer)
     functions["logits"] = signature(logits_of(self, jit_compile), IDS)
@@ -73,6 +74,13 @@ def export_saved_model(
             tf.saved_model.save(root, str(stage), functions)
         except tf.errors.OpError as error:
             raise OSError(" ".join(str(error).split())) from error
+
+
+def layer_of(tokenizer: GPT2Tokenizer | TFGPT2Tokenizer) -> TFGPT2Tokenizer:
+    """The tokenizer in the graph; one that is made here finds no control tokens in the texts of strangers."""
+    if isinstance(tokenizer, TFGPT2Tokenizer):
+        return tokenizer
+    return TFGPT2Tokenizer.from_tokenizer(tokenizer, split_special_tokens=True)
 
 
 def settled(

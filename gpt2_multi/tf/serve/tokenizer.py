@@ -13,12 +13,11 @@ import tensorflow as tf
 
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.model import inputs
-from gpt2_multi.tf.serve.encoding import Encoder, repaired
+from gpt2_multi.tf.serve.encoding import HIDDEN, Encoder, repaired
 from gpt2_multi.tf.serve.splitting import among
 from gpt2_multi.tokenizer.batching import check_size, choose
 from gpt2_multi.tokenizer.encoding import repair
-from gpt2_multi.tokenizer.files import AddedToken
-from gpt2_multi.tokenizer.special import ROLES
+from gpt2_multi.tokenizer.files import ROLES, AddedToken
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 MOST_IDS = 1 << 24
@@ -40,8 +39,10 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         padding_side, truncation_side: "right" or "left", where rows are filled and cut.
         add_bos_token: put the bos token before each text.
         add_prefix_space: put a space before each text that does not begin with white space.
-        allowed_special: the control tokens that texts may contain, or "all"; others are ordinary text.
-        tokens: other arguments of `GPT2Tokenizer`: unk_token, bos_token, eos_token, pad_token,
+        split_special_tokens: read control tokens in texts as ordinary text.
+        allowed_special: the control tokens that are found in texts, or "all"; by default all, and none with
+            `split_special_tokens`.
+        tokens: other arguments of `GPT2Tokenizer`: the tokens by their roles, such as eos_token, and
             additional_special_tokens; and added_tokens, pairs of a token as a dict and its id.
 
     Raises TokenizerError for what cannot be used.
@@ -61,14 +62,16 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         truncation_side: str = "right",
         add_bos_token: bool = False,
         add_prefix_space: bool = False,
-        allowed_special: Sequence[str] | str = (),
+        split_special_tokens: bool = False,
+        allowed_special: Sequence[str] | str | None = None,
         tokens: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(trainable=False, dtype="int32", **options)
         self.settings: dict[str, Any] = {
             "max_length": max_length, "padding": padding, "truncation": truncation,
-            "allowed_special": allowed_special if isinstance(allowed_special, str) else sorted(allowed_special),
+            "split_special_tokens": split_special_tokens,
+            "allowed_special": allowed_special if isinstance(allowed_special, str | None) else sorted(allowed_special),
             "padding_side": padding_side, "truncation_side": truncation_side, "add_bos_token": add_bos_token,
             "add_prefix_space": add_prefix_space,
         }  # fmt: skip
@@ -80,7 +83,7 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         check_size("pad_token_id", self.pad_token_id)
         check_room("pad_token_id", self.pad_token_id)
         self.first = self.python._prefix()
-        self.encoder = Encoder(self.python._bpe, recognised(self.python, allowed_special))
+        self.encoder = Encoder(self.python._bpe, recognised(self.python, split_special_tokens, allowed_special))
         self.spelling = tf.constant(spellings(self.python))  # (V,) bytes
         self.control = tf.constant(sorted(self.python.all_special_ids), tf.int64)
         texts = [tf.TensorSpec([None], tf.string)]
@@ -96,6 +99,7 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         inputs.check_tokenizer(tokenizer)
         given: dict[str, Any] = {"add_bos_token": tokenizer.add_bos_token, "padding_side": tokenizer.padding_side}
         given |= {"add_prefix_space": tokenizer.add_prefix_space, "truncation_side": tokenizer.truncation_side}
+        given["split_special_tokens"] = tokenizer.split_special_tokens
         return cls(**arguments(tokenizer) | given | options)
 
     @classmethod
@@ -256,19 +260,21 @@ def fill_of(tokenizer: GPT2Tokenizer) -> int:
     return next((at for at in (tokenizer.pad_token_id, tokenizer.eos_token_id) if at is not None), 0)
 
 
-def recognised(tokenizer: GPT2Tokenizer, allowed_special: Any) -> dict[str, int]:
-    """The tokens that are found in texts before words are: added words, and the control tokens that are allowed."""
-    allowed = tokenizer._control.select("allowed_special", allowed_special)
-    special = set(tokenizer.all_special_tokens)
-    tokens = {
-        name: token for name, token in tokenizer._control.tokens.items() if name in allowed or name not in special
-    }
-    for token in tokens.values():
-        if token.lstrip or token.rstrip:
+def recognised(tokenizer: GPT2Tokenizer, split_special_tokens: bool, allowed_special: Any) -> list[dict[str, int]]:
+    """The tokens that are found in texts before words are, in groups that are searched for one after the other.
+
+    A control token that is not allowed has the id HIDDEN.
+    """
+    allowed, _ = tokenizer._choose_control(split_special_tokens, allowed_special)
+    tokens, ids = tokenizer._control.tokens, dict(tokenizer._control.ids)
+    ids |= {name: HIDDEN for name, token in tokens.items() if token.special and name not in allowed}
+    for name, token in tokens.items():
+        if ids[name] != HIDDEN and (token.lstrip or token.rstrip):
             raise TokenizerError(f"added token {token.content!r}: lstrip and rstrip are not there in a graph")
     if not tokenizer._bpe.complete and tokenizer.unk_token_id is None:
         raise TokenizerError("vocab: lacks a byte, and there is no unk_token; add the byte, or name an unk_token")
-    return {name: tokenizer._control.ids[name] for name in tokens}
+    groups = ({name: ids[name] for name in group} for group in tokenizer._control.groups())
+    return [group for group in groups if set(group.values()) != {HIDDEN}]
 
 
 def check_room(name: str, at: int) -> None:

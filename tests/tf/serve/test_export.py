@@ -13,6 +13,7 @@ tf = pytest.importorskip("tensorflow")
 from gpt2_multi import GPT2Config, GPT2Tokenizer, pipeline
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.tf import TFGPT2LMHeadModel, TFGPT2Tokenizer
+from gpt2_multi.tf.serve import export
 from tests.support import fixtures
 
 LOADER = """
@@ -200,6 +201,13 @@ def test_a_layer_tokenizes_in_the_file_as_it_is_set(demo, tmp_path):
     found = loaded.generate(["To be, or not to be"])
     assert found["ids"].numpy().tolist() == model.generate(ids, max_new_tokens=2).numpy().tolist()
     assert found["text"].numpy()[0].decode().startswith("To be, or not to be")
+
+
+def test_strangers_write_no_control_tokens(demo):
+    _, tokenizer = demo
+    assert export.layer_of(tokenizer).settings["split_special_tokens"]
+    layer = TFGPT2Tokenizer.from_tokenizer(tokenizer)
+    assert export.layer_of(layer) is layer and not layer.settings["split_special_tokens"]
 
 
 def test_a_text_without_a_token_needs_a_start(demo, tmp_path):

@@ -58,9 +58,9 @@ def test_recorded_texts_have_their_ids(gpt2):
     lines = shared_data.shared("fixtures", "tokens.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     python, layer = gpt2
-    assert ids(layer, [row["text"] for row in rows]) == [row["ids"] for row in rows]
-    special = TFGPT2Tokenizer.from_tokenizer(python, padding=None, allowed_special="all")
-    assert ids(special, [row["text"] for row in rows]) == [row.get("ids_special", row["ids"]) for row in rows]
+    assert ids(layer, [row["text"] for row in rows]) == [row.get("ids_special", row["ids"]) for row in rows]
+    split = TFGPT2Tokenizer.from_tokenizer(python, padding=None, split_special_tokens=True)
+    assert ids(split, [row["text"] for row in rows]) == [row["ids"] for row in rows]
 
 
 def test_every_code_point_in_context(demo, ragged):
@@ -133,15 +133,29 @@ def test_long_words_of_random_letters(demo, ragged):
     assert mismatches(demo, ragged, ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=10**5))]) == []
 
 
-def test_control_tokens_count_only_where_they_are_allowed(demo):
-    text = "a<|endoftext|> b<|endoftext|><|endoftext|>"
-    plain, special = (
-        TFGPT2Tokenizer.from_tokenizer(demo, padding=None, allowed_special=allowed) for allowed in ((), "all")
-    )
-    assert ids(plain, [text]) == [demo(text).input_ids]
-    assert ids(special, [text, "", "<|endoftext|>"]) == [
-        demo(t, allowed_special="all").input_ids for t in (text, "", "<|endoftext|>")
-    ]
+def test_control_tokens_are_found_unless_they_are_split(demo):
+    texts = ["a<|endoftext|> b<|endoftext|><|endoftext|>", "", "<|endoftext|>"]
+    for options in ({}, {"split_special_tokens": True}):
+        layer = TFGPT2Tokenizer.from_tokenizer(demo, padding=None, **options)
+        assert ids(layer, texts) == [demo(text, **options).input_ids for text in texts]
+    strict = GPT2Tokenizer.from_pretrained(DEMO, split_special_tokens=True)
+    layer = TFGPT2Tokenizer.from_tokenizer(strict, padding=None, allowed_special="all")
+    assert ids(TFGPT2Tokenizer.from_config(layer.get_config()), texts) == [demo(text).input_ids for text in texts]
+
+
+@pytest.mark.parametrize("seed", range(some(60, 1)))
+def test_tokens_are_found_where_python_finds_them(seed):
+    """Random tokens, special ones and others, normalized or not, in random texts, read and split."""
+    rng, python = random.Random(seed), GPT2Tokenizer.from_pretrained(DEMO)
+    contents = ["<user>", "<us", "user", ">", " x", "x ", "é", "[CLS]", "\n", "hello", "lo w", "<<", "<"]
+    pieces = [*contents, "<|endoftext|>", "x", " ", "a", "he", "llo", " world", "1", "中", "\x85"]
+    for content in rng.sample(contents, rng.randint(3, 8)):
+        normalized = rng.choice([None, True, False])
+        python.add_tokens([AddedToken(content, special=rng.random() < 0.5, normalized=normalized)])
+    texts = ["".join(rng.choices(pieces, k=rng.randint(0, 12))) for _ in range(500)]
+    for split in (False, True):
+        python.split_special_tokens = split
+        assert mismatches(python, TFGPT2Tokenizer.from_tokenizer(python, padding=None), texts) == []
 
 
 def test_added_words_the_longest_first_and_from_the_left():
@@ -345,7 +359,8 @@ def test_bad_input_is_one_sentence(demo):
     flagged, big = GPT2Tokenizer.from_pretrained(DEMO), GPT2Tokenizer.from_pretrained(DEMO)
     flagged.add_special_tokens({"pad_token": AddedToken("<pad>", True, True, True)})
     with pytest.raises(TokenizerError, match="lstrip and rstrip are not there"):
-        TFGPT2Tokenizer.from_tokenizer(flagged, allowed_special="all")
+        TFGPT2Tokenizer.from_tokenizer(flagged)
+    assert TFGPT2Tokenizer.from_tokenizer(flagged, split_special_tokens=True)("<pad>")  # which does not look for it
     big._register(AddedToken("<big>"), 2**31)
     with pytest.raises(TokenizerError, match="vocab: expected an id below"):
         TFGPT2Tokenizer.from_tokenizer(big)
@@ -360,6 +375,7 @@ def test_bad_input_is_one_sentence(demo):
         ({"pad_token_id": 2**40}, "pad_token_id: expected an id below"),
         ({"pad_token_id": "x"}, "pad_token_id: expected a whole number"),
         ({"allowed_special": ["x"]}, "allowed_special: expected some of"),
+        ({"split_special_tokens": "no"}, "split_special_tokens: expected one of"),
     ]:
         with pytest.raises(TokenizerError, match=sentence):
             TFGPT2Tokenizer.from_tokenizer(demo, **options)
