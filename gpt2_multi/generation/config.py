@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
-from gpt2_multi.errors import InputError
-from gpt2_multi.files.json_files import read_json, write_json
+from gpt2_multi.errors import InputError, described, nearest
+from gpt2_multi.files import arguments
+from gpt2_multi.files.hub import push, resolve
+from gpt2_multi.files.json_files import read_json, write_whole
 from gpt2_multi.model import inputs
-from gpt2_multi.model.config import TOKENS, GPT2Config
-from gpt2_multi.model.fields import Field, is_real, is_whole, optional
+from gpt2_multi.model.config import TOKENS, GPT2Config, check_config
+from gpt2_multi.model.fields import FIELDS, Field, is_real, is_whole, optional
 
 TASK = "text-generation"
+UNSAID = 20  # `max_length` where transformers was not told one: that many new tokens
 Bias = tuple[tuple[int, ...], float]  # a phrase of ids, and what its last id's logit gets after the others
 
 
@@ -177,7 +183,8 @@ OPTIONS: Mapping[str, Field] = {
 class GenerationConfig:
     """The options of `generate`, with the names and defaults of transformers 4.57; docs/generation.md explains each.
 
-    They are checked together when a configuration is made; to change one, make another by `with_options`.
+    Each is checked when it is given or assigned, and together where a configuration is made or used. transformers'
+    other options are taken where they change nothing, and kept in `extra`.
 
     Without `max_new_tokens` and `max_length` (prompt included), 20 new tokens are made. `top_k` 0 and `top_p` 1.0 are
     off; `top_k` is 50 unless it is set. `seed`, one number or one for each prompt, plus the row's number decides every
@@ -223,15 +230,41 @@ class GenerationConfig:
     extra: dict[str, Any] = field(default_factory=dict, repr=False)  # keys of a file that are not options here
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            setattr(self, option.name, plain(getattr(self, option.name)))
-        self.top_k = self.top_k or 0
-        for name, allowed in OPTIONS.items():
-            if not allowed.fits(getattr(self, name)):
-                raise InputError(f"{name}: expected {allowed.words}, found {getattr(self, name)!r}")
+        self.validate()
+
+    def validate(self, strict: bool = False) -> None:
+        """Raise InputError for options that cannot be used together; `strict` is transformers', and always so."""
         for wrong, sentence in self._conflicts():
             if wrong:
                 raise InputError(sentence)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in OPTIONS:
+            return self._keep(name, value)
+        value = plain(value)
+        value = (value or 0) if name == "top_k" else value
+        if not OPTIONS[name].fits(value):
+            raise InputError(f"{name}: expected {OPTIONS[name].words}, found {value!r}")
+        vars(self)[name] = value
+
+    def _keep(self, name: str, value: Any) -> None:
+        """Assign what is no option here: one of transformers, or what somebody keeps under a private name."""
+        if name == "extra" or name.startswith("_"):
+            vars(self)[name] = value
+        elif name in RENAMED:
+            self.update(**renamed({name: value}, self.bad_words_ids))
+        elif name not in (*WITHOUT_EFFECT, *UNSUPPORTED):
+            raise AttributeError(f"GenerationConfig has no option {name!r}{nearest(name, OPTIONS)}")
+        elif not supported({name: value}):
+            vars(self)["extra"] = {**self.extra, name: value}
+
+    if not TYPE_CHECKING:  # to which a class with a __getattr__ has every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            kept = {**_IDLE, **vars(self).get("extra", {})}
+            if name not in kept:
+                raise AttributeError(f"GenerationConfig has no option {name!r}{nearest(name, OPTIONS)}")
+            return kept[name]
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         beams, lookup = self.num_beams > 1, self.prompt_lookup_num_tokens is not None
@@ -329,8 +362,7 @@ class GenerationConfig:
         """
         if given is None:
             return self.with_options(options)
-        if not isinstance(given, GenerationConfig):
-            raise InputError(f"generation_config: expected a GenerationConfig, found {type(given).__name__}")
+        given = as_generation_config(given)
         tokens = {name: getattr(self, name) for name in TOKENS if getattr(given, name) is None}
         return replace(given, **tokens).with_options(options)
 
@@ -400,9 +432,17 @@ class GenerationConfig:
 
     @classmethod
     def of(cls, config: GPT2Config) -> Self:
-        """The defaults, with the special tokens of a model."""
+        """The defaults, with the special tokens of a model, and what its file says of generation, as old ones do."""
+        given = {name: value for name, value in config.extra.items() if name in OPTIONS and value is not None}
+        if given.get("max_length") == UNSAID:
+            del given["max_length"]
         tokens = {name: getattr(config, name) for name in TOKENS}
-        return cls(**{name: token for name, token in tokens.items() if token != -1})  # as old files say "none"
+        return cls(**given, **{name: token for name, token in tokens.items() if token != -1})  # "none" in old files
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> Self:
+        """What a model of this configuration, ours or one of transformers, generates by."""
+        return cls.of(check_config(model_config))
 
     @classmethod
     def of_folder(cls, folder: Path, config: GPT2Config, chosen: Mapping[str, Any]) -> Self:
@@ -411,30 +451,133 @@ class GenerationConfig:
         `chosen` are settings of the configuration that a caller wants otherwise than the files: they win over both.
         """
         path = Path(folder) / "generation_config.json"
-        keys = renamed(read_json(path)) if path.exists() else {}
-        known = {f.name for f in fields(cls)} - {"extra"}
-        given = {name: value for name, value in keys.items() if name in known and value is not None}
-        given = {name: value for name, value in given.items() if not (name in TOKENS and value == -1)}
-        extra = {name: value for name, value in keys.items() if name not in known}
-        ignored = [name for name, value in extra.items() if is_unsupported(name, value)]
-        if ignored:
-            warnings.warn(f"{path}: {', '.join(ignored)} is not an option here, and is ignored", stacklevel=3)
-        given |= {name: value for name, value in chosen.items() if name in known}
-        try:
-            return replace(cls.of(config), **given, extra=extra)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+        over = {name: value for name, value in chosen.items() if name in TOKENS or name not in FIELDS}
+        return cls._of_keys(str(path), read_json(path) if path.exists() else {}, cls.of(config), over)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write generation_config.json: what differs from the defaults, and the keys that a file brought."""
-        default = GenerationConfig()
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+    @classmethod
+    def _of_keys(cls, source: str, keys: Mapping[str, Any], under: Self, over: Mapping[str, Any]) -> Self:
+        """Of the keys of a file: what they leave open is taken from `under`, and `over` wins over them."""
+        keys = renamed(keys)
+        given = {name: value for name, value in keys.items() if name in OPTIONS and value is not None}
+        given = {name: value for name, value in given.items() if not (name in TOKENS and value == -1)}
+        extra = {name: value for name, value in keys.items() if name not in OPTIONS}
+        if ignored := [name for name, value in extra.items() if is_unsupported(name, value)]:
+            warnings.warn(f"{source}: {', '.join(ignored)} is not an option here, and is ignored", stacklevel=4)
+        try:
+            return replace(under, **{**given, **{name: over[name] for name in over if name in OPTIONS}}, extra=extra)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name: str | os.PathLike[str], config_file_name: str | None = None, **given: Any
+    ) -> Self:
+        """Read the generation_config.json of a model folder, or of a model on the hub; then change options.
+
+        `given` says where the file is (`revision`, `token`, `cache_dir`, `local_files_only`, `subfolder` and so on, as
+        in `from_pretrained` of a model), and which options are changed, as in `from_dict`.
+        """
+        place, options = arguments.sort(given)
+        name = config_file_name or "generation_config.json"
+        path = resolve(pretrained_model_name, **place, allow_patterns=[name]) / name
+        return cls.from_dict(read_json(path), **options)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> Self:
+        """Make one from the keys of a generation_config.json; those that are no options here are kept in `extra`.
+
+        `options` come on top. With `return_unused_kwargs` the answer is a pair: the configuration, and those of
+        `options` that are none.
+        """
+        wanted = options.pop("return_unused_kwargs", False)
+        unused = {name: options.pop(name) for name in [*options] if wanted and name not in _NAMES}
+        config = cls._of_keys("config_dict", config_dict, cls(), {}).with_options(options)
+        return cast(Self, (config, unused)) if wanted else config
+
+    def update(self, **options: Any) -> dict[str, Any]:
+        """Assign options, and return what is none of them; InputError for what cannot be used."""
+        for name, value in options.items():
+            if name in _NAMES:
+                setattr(self, name, value)
+        self.validate()
+        return {name: value for name, value in options.items() if name not in _NAMES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option, as JSON can hold it, and the keys that a file brought."""
+        own = {name: getattr(self, name) for name in OPTIONS}
         if self.logit_bias is not None:  # JSON's keys are strings, and it has no infinity
             own["logit_bias"] = [[list(phrase), bias] for phrase, bias in self.biases if bias != -math.inf]
             own["bad_words_ids"] = [list(phrase) for phrase, bias in self.biases if bias == -math.inf] or None
-        keys = {name: value for name, value in own.items() if value != getattr(default, name)}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_json(Path(folder) / "generation_config.json", {**self.extra, **keys})
+        return copy.deepcopy({**self.extra, **own})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, and the keys that a file brought."""
+        default = GenerationConfig()
+        return {name: x for name, x in self.to_dict().items() if name in self.extra or x != getattr(default, name)}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of generation_config.json; without `use_diff` with every option."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write generation_config.json: whole, or not at all."""
+        write_whole(Path(json_file_path), self.to_json_string(use_diff))
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        config_file_name: str | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Write generation_config.json: what differs from the defaults, and the keys that a file brought.
+
+        `options` are those of `push_to_hub`.
+        """
+        options = arguments.sort_saving("save_pretrained", options)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.to_json_file(Path(save_directory) / (config_file_name or "generation_config.json"))
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **options})
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload generation_config.json to a model of the hub: see `files.hub.push`, which `options` are for."""
+        return push(self.save_pretrained, repo_id, **arguments.sort_saving("push_to_hub", options))
+
+
+def _takes_options(cls: type[GenerationConfig]) -> None:
+    """Let the constructor of `dataclass` take what transformers' takes, and suggest a name for what it lacks."""
+    plain_init = cls.__init__
+
+    @functools.wraps(plain_init)
+    def init(self: Any, *args: Any, **given: Any) -> None:
+        extra = given.pop("extra", {})
+        cls.check_names(name for name in given if not name.startswith("_"))
+        kept = {name: value for name, value in given.items() if name in _IDLE and value is not None}
+        own = {name: value for name, value in renamed(supported(given)).items() if not name.startswith("_")}
+        plain_init(self, *args, **{**own, "extra": {**extra, **kept}})
+
+    cls.__init__ = init  # type: ignore[method-assign]
+
+
+_takes_options(GenerationConfig)
+_IDLE = {**dict.fromkeys(WITHOUT_EFFECT), **{name: idle for name, (idle, _) in UNSUPPORTED.items()}}
+_NAMES = {*OPTIONS, *RENAMED, *_IDLE}
+
+
+def as_generation_config(given: Any) -> GenerationConfig:
+    """One of ours, or of transformers: what is not set there is not set here, and what is not here has to be off."""
+    if isinstance(given, GenerationConfig):
+        return given
+    if not hasattr(given, "to_dict"):
+        raise InputError(f"generation_config: expected a GenerationConfig, found {described(given)}")
+    keys = {name: x for name, x in given.to_dict().items() if not (x is None or x is False or x == {})}
+    if keys.get("max_length") == UNSAID:
+        del keys["max_length"]
+    for name in keys.keys() - _NAMES:
+        if not name.startswith("_"):
+            raise InputError(f"generation_config: {name} is not an option here; set it to None")
+    return GenerationConfig(**keys)
 
 
 def task_options(model: GPT2Config) -> dict[str, Any]:
@@ -443,8 +586,7 @@ def task_options(model: GPT2Config) -> dict[str, Any]:
     own = tasks.get(TASK) if isinstance(tasks, dict) else None
     if not isinstance(own, dict):
         return {}
-    known = {option.name for option in fields(GenerationConfig)} - {"extra"}
-    return {name: value for name, value in own.items() if name in known and value is not None}
+    return {name: value for name, value in own.items() if name in OPTIONS and value is not None}
 
 
 def is_unsupported(name: str, value: Any) -> bool:

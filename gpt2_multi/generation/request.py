@@ -19,7 +19,7 @@ import numpy as np
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.callbacks import Callbacks
-from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.config import GenerationConfig, as_generation_config
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.rules import noise_streams
 from gpt2_multi.generation.stopping import stop_table
@@ -71,7 +71,7 @@ class Given(NamedTuple):
         `inputs` is another name of the first; a configuration may stand second too, as in transformers. Raises
         TypeError for what is neither an argument nor an option.
         """
-        if isinstance(attention_mask, GenerationConfig) and config is None:
+        if hasattr(attention_mask, "to_dict") and config is None:
             attention_mask, config = None, attention_mask
         arguments = [*cls._fields[2:], "inputs"]
         GenerationConfig.check_names(more, arguments)
@@ -79,7 +79,9 @@ class Given(NamedTuple):
             raise InputError("inputs: is another name of input_ids; give one of the two")
         first = more.get("inputs") if input_ids is None else input_ids
         given = cls(first, attention_mask, **{name: more[name] for name in cls._fields[2:] if name in more})
-        return given, own.resolve(config, {name: value for name, value in more.items() if name not in arguments})
+        return given, as_generation_config(own).resolve(
+            config, {name: value for name, value in more.items() if name not in arguments}
+        )
 
     @property
     def arrays(self) -> dict[str, Any]:

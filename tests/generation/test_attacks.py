@@ -55,7 +55,7 @@ def test_a_configuration_of_the_caller_keeps_the_model_s_end(model, ids, monkeyp
     assert new(model.generate(ids, generation_config=own))[0] == free[: free.index(free[1]) + 1]
     assert new(model.generate(ids, generation_config=own, eos_token_id=None))[0] == free
     assert new(model.generate(ids, generation_config=GenerationConfig(max_new_tokens=5, eos_token_id=[])))[0] == free
-    with pytest.raises(InputError, match="generation_config: expected a GenerationConfig, found dict"):
+    with pytest.raises(InputError, match="generation_config: expected a GenerationConfig, found a dict"):
         model.generate(ids, generation_config={})
 
 

@@ -205,6 +205,10 @@ def test_an_override_reaches_generate(package: Package, folder: Path) -> None:
     assert load(folder, config=SMALL.replace(eos_token_id=[8, 9])).generation_config.eos_token_ids == (8, 9)
     assert load(folder, config=SMALL).generation_config.eos_token_ids == (3,)
     assert load(folder, eos_token_id=None).generation_config.eos_token_ids == ()
+    seen = load(folder, output_hidden_states=True)
+    assert seen.config.output_hidden_states and not seen.generation_config.output_hidden_states
+    with pytest.raises(AttributeError, match="did you mean 'max_new_tokens'"):
+        seen.generation_config.max_new_token = 3
     free = np.asarray(load(folder, eos_token_id=None).generate(package.ids([[1]])))
     end = int(free[0, 1])
     cut = np.asarray(load(folder, eos_token_id=end).generate(package.ids([[1]])))
