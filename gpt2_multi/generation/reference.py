@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.rules import gumbel, process, window_start
+from gpt2_multi.generation.rules import guide, gumbel, process, window_start
 from gpt2_multi.generation.stopping import FOUND
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.reference import Weights, forward, lm_logits
@@ -26,18 +26,33 @@ LogitsOf = Callable[[Sequence[int]], Array]  # the logits (V,) after these ids
 
 @dataclass
 class Decoding:
-    """What texts are made by: the options, the stop strings' table (S, V), and how many tokens may follow."""
+    """What texts are made by: the options, the stop strings' table (S, V), and how many tokens may follow.
+
+    The caller may bring rules of his own, from ids and logits to logits, and an end, from the ids so far. apart: the
+    logits after what was made, without the prompt, which `guidance_scale` leads away from.
+    """
 
     config: GenerationConfig
     stops: Array
     new_tokens: int
+    own: Callable[[Array, Array], Array] | None = None
+    is_over: Callable[[Sequence[int]], bool] | None = None
+    apart: LogitsOf | None = None
 
-    def ends(self, made: Sequence[int]) -> bool:
-        """Whether a text is over: at an end token, at the end of a stop string, or at the length."""
+    def ends(self, prompt: Sequence[int], made: Sequence[int]) -> bool:
+        """Whether a text is over: at an end token or stop string, at the length, or where the caller says so."""
         state = 0
         for token in made:
             state = self.stops[state, token] if state != FOUND else FOUND
+        if self.is_over is not None and self.is_over([*prompt, *made]):
+            return True
         return state == FOUND or made[-1] in self.config.eos_token_ids or len(made) == self.new_tokens
+
+    def processed(self, logits: Array, prompt: Sequence[int], made: Sequence[int]) -> Array:
+        """What is chosen by, of the logits (V,) after a prompt and what was made, or log-probabilities."""
+        if self.apart is not None:
+            logits = guide(logits, self.apart(made), self.config.guidance_scale or 1)
+        return process(logits, np.array([*prompt, *made], np.int64), len(made), self.config, self.own)
 
 
 def generate(
@@ -61,8 +76,8 @@ def logits_after(model: GPT2Config, weights: Weights, slides: bool, ids: Sequenc
 def decode(logits_of: LogitsOf, decoding: Decoding, prompt: list[int], stream: int) -> list[int]:
     """Greedy choice, or samples under a stream of noise."""
     made: list[int] = []
-    while len(made) < decoding.new_tokens and not (made and decoding.ends(made)):
-        logits = process(logits_of(prompt + made), np.array(prompt + made), len(made), decoding.config)
+    while len(made) < decoding.new_tokens and not (made and decoding.ends(prompt, made)):
+        logits = decoding.processed(logits_of(prompt + made), prompt, made)
         noise = gumbel(stream, 0, len(made), np.arange(len(logits))) if decoding.config.do_sample else 0
         made.append(int(np.argmax(logits + noise)))
     return made
@@ -75,7 +90,7 @@ def beam_search(logits_of: LogitsOf, decoding: Decoding, prompt: list[int], stre
     finished: list[tuple[float, list[int]]] = []
     for step in range(decoding.new_tokens):
         found = candidates(logits_of, decoding, prompt, running, stream)
-        over = [decoding.ends(made) for _, made in found]
+        over = [decoding.ends(prompt, made) for _, made in found]
         running = best([beam for beam, is_over in zip(found, over, strict=True) if not is_over], config.num_beams)
         first = zip(found[: config.num_beams], over, strict=False)
         new = [(score / (step + 1) ** penalty, made) for (score, made), is_over in first if is_over]
@@ -99,7 +114,7 @@ def candidates(
     for row, (score, made) in enumerate(running):
         logits = logits_of(prompt + made)
         log_probs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-        scores.append(process(log_probs, np.array(prompt + made), len(made), decoding.config) + score)
+        scores.append(decoding.processed(log_probs, prompt, made) + score)
         noises.append(gumbel(stream + row, 0, len(made), np.arange(len(logits))))
     flat, width = np.concatenate(scores), len(scores[0])
     rank = flat + np.concatenate(noises) if decoding.config.do_sample else flat

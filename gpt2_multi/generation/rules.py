@@ -8,7 +8,7 @@ text depends neither on the other rows nor on how they are batched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,8 +155,13 @@ def guide(logits: Array, others: Array, scale: float) -> Array:
     return np.asarray(without + scale * (given - without))
 
 
-def process(logits: Array, ids: Array, made: int, config: GenerationConfig) -> Array:
-    """All rules of a step on a row: (V,) logits after (T,) unmasked ids, of which the last `made` are new."""
+def process(
+    logits: Array, ids: Array, made: int, config: GenerationConfig, own: Callable[[Array, Array], Array] | None = None
+) -> Array:
+    """All rules of a step on a row: (V,) logits after (T,) unmasked ids, of which the last `made` are new.
+
+    own: the caller's rules, from ids and logits.
+    """
     logits = add_biases(logits, ids, config.biases)
     logits = penalise(logits, ids, config.repetition_penalty)
     if config.no_repeat_ngram_size:
@@ -164,6 +169,8 @@ def process(logits: Array, ids: Array, made: int, config: GenerationConfig) -> A
     if len(ids) < config.min_length or made < (config.min_new_tokens or 0):
         logits = logits.copy()
         logits[[end for end in config.eos_token_ids if end < len(logits)]] = -np.inf
+    if own is not None:
+        logits = own(ids, logits)
     return warp(logits, config) if config.do_sample else logits
 
 

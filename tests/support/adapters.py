@@ -96,3 +96,33 @@ BACKENDS: dict[str, tuple[str, Callable[..., Outputs]]] = {
     "tf": ("tensorflow", tf),
     "flax": ("flax", flax),
 }
+
+
+def tensor(backend: str, array: Any) -> Any:
+    """An array as a model of the backend takes it."""
+    if backend == "pt":
+        import torch
+
+        return torch.from_numpy(np.array(array))
+    if backend == "tf":
+        import tensorflow
+
+        return tensorflow.constant(array)
+    import jax.numpy as jnp
+
+    return jnp.asarray(array)
+
+
+def by_last(backend: str, table: Any) -> Callable[..., Any]:
+    """A function for callers' rules: of a table (V, ...) the row of the last id of each text, `shift` rows further."""
+    rows = tensor(backend, table)
+
+    def found(ids: Any, *length: Any, shift: Any = 0) -> Any:
+        last = ids[..., -1] if backend == "pt" else ids[..., length[0] - 1]
+        if backend != "tf":
+            return rows[(last + shift) % len(table)]
+        import tensorflow
+
+        return tensorflow.gather(rows, (last + shift) % len(table))
+
+    return found
