@@ -64,9 +64,21 @@ def _words(tokenizer: GPT2Tokenizer, count: int) -> list[bytes]:
 def token_bytes(tokenizer: GPT2Tokenizer, token: int) -> bytes:
     """The bytes of an id; none for one that the tokenizer does not know."""
     try:
-        return tokenizer.decode_bytes([token])
+        return own(tokenizer).decode_bytes([token])
     except TokenizerError:
         return b""
+
+
+def own(tokenizer: Any) -> GPT2Tokenizer:
+    """A tokenizer that knows the bytes of its tokens: one of transformers has a copy of ours made."""
+    return tokenizer if hasattr(tokenizer, "decode_bytes") else _copied(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=4)
+def _copied(tokenizer: Any, _: int) -> GPT2Tokenizer:
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer  # which few calls need
+
+    return GPT2Tokenizer.from_tokenizer(tokenizer)
 
 
 def until_end(tokens: Iterable[int], table: Array, ends: Sequence[int]) -> Iterator[int]:

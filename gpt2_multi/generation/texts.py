@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.stopping import stop_table, token_bytes, until_end
+from gpt2_multi.generation.stopping import own, stop_table, token_bytes, until_end
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 
@@ -34,6 +34,7 @@ def encode(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
     """The ids of a prompt; an empty one is begun by the model's `bos_token_id`."""
     inputs.check_text("text", text)
     inputs.check_tokenizer(tokenizer)
+    own(tokenizer)  # what it is not known to spell, it shall not read
     if ids := list(tokenizer(text).input_ids):
         return ids
     inputs.check_start(model.bos_token_id, model.vocab_size)

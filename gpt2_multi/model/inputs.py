@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_multi.errors import InputError, nearest
+from gpt2_multi.errors import InputError, described, nearest
 from gpt2_multi.model.config import GPT2Config
 
 Shape = Sequence[int | None]  # None: not known yet
@@ -356,9 +356,9 @@ def check_seed(seed: Any) -> None:
 
 
 def check_tokenizer(tokenizer: object) -> None:
-    """What turns ids into the bytes of texts is a tokenizer of this library."""
-    if not hasattr(tokenizer, "decode_bytes"):
-        found = f"the text {tokenizer!r}" if isinstance(tokenizer, str) else type(tokenizer).__name__
+    """What makes ids of texts is a tokenizer of this library, or of another that saves the same files."""
+    if not hasattr(tokenizer, "decode_bytes") and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
+        found = f"the text {tokenizer!r}" if isinstance(tokenizer, str) else described(tokenizer)
         raise InputError(f"tokenizer: expected a GPT2Tokenizer, found {found}; use GPT2Tokenizer.from_pretrained")
 
 

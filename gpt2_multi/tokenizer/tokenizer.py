@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from gpt2_multi.errors import TokenizerError, nearest
+from gpt2_multi.errors import TokenizerError, described, nearest
 from gpt2_multi.files import arguments
 from gpt2_multi.tokenizer.batching import (
     PADDINGS,
@@ -153,6 +154,28 @@ class GPT2Tokenizer(TokenTable):
         tokenizer = cls._from_vocabulary(read_folder(folder), overrides)
         tokenizer.name_or_path = str(name)
         return tokenizer
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> "GPT2Tokenizer":
+        """A tokenizer of another library that saves what transformers' do, as one of this class; ours as it is.
+
+        Raises:
+            TokenizerError: it is not of GPT-2's kind.
+        """
+        if isinstance(tokenizer, GPT2Tokenizer):
+            return tokenizer
+        with TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            try:
+                own = cls.from_pretrained(folder)
+            except TokenizerError as error:
+                reason = str(error).replace(f"{Path(folder)}/", "")
+                raise TokenizerError(
+                    f"tokenizer: expected one of GPT-2's kind, found {described(tokenizer)} ({reason}); "
+                    "use GPT2Tokenizer.from_pretrained"
+                ) from None
+        own.name_or_path = str(getattr(tokenizer, "name_or_path", ""))
+        return own
 
     @classmethod
     def _from_vocabulary(cls, found: Vocabulary, overrides: Mapping[str, Any]) -> Self:

@@ -227,6 +227,85 @@ def test_keys_named_like_this_library_s_own_bookkeeping_survive() -> None:
     assert {key: written[key] for key in keys} == keys
 
 
+# What `GPT2Config(num_labels=3, pad_token_id=5, n_layer=3).to_dict()` of transformers 4.57 holds beside OF_2021's keys.
+OF_4_57 = {
+    **{key: value for key, value in OF_2021.items() if key not in ("n_ctx", "task_specific_params")}, "n_layer": 3,
+    "n_inner": None, "scale_attn_weights": True, "use_cache": True, "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False, "return_dict": True, "output_hidden_states": False, "torchscript": False,
+    "dtype": None, "pruned_heads": {}, "tie_word_embeddings": True, "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False, "is_decoder": False, "cross_attention_hidden_size": None,
+    "add_cross_attention": False, "tie_encoder_decoder": False, "finetuning_task": None, "pad_token_id": 5,
+    "id2label": {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
+    "task_specific_params": None, "problem_type": None, "tokenizer_class": None, "prefix": None, "sep_token_id": None,
+    "decoder_start_token_id": None, "max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False,
+    "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0,
+    "length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
+    "num_return_sequences": 1, "output_scores": False, "return_dict_in_generate": False, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "remove_invalid_values": False, "exponential_decay_length_penalty": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "num_beam_groups": 1, "diversity_penalty": 0.0,
+    "_name_or_path": "", "transformers_version": "4.57.6", "tf_legacy_loss": False, "use_bfloat16": False,
+    "output_attentions": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [OF_2019, OF_2021, OF_2023, DOUBLE_HEADS_OF_2020, OF_4_57, {"a_b": [1], "n_layer": 2}])
+def test_the_constructor_takes_what_to_dict_gives(keys: dict[str, Any]) -> None:
+    config = GPT2Config.from_dict({"model_type": "gpt2", **keys})
+    assert GPT2Config(**config.to_dict()) == config
+    assert GPT2Config(**json.loads(json.dumps(config.to_dict()))) == config
+    assert GPT2Config(**{"model_type": "gpt2", **keys}) == config
+    with pytest.raises(TypeError, match="no setting 'n_layers'; did you mean 'n_layer'"):
+        GPT2Config(**config.to_dict(), n_layers=3)
+
+
+def test_the_installed_transformers_s_to_dict_is_taken() -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2Config(n_layer=3, num_labels=3, pad_token_id=5, reorder_and_upcast_attn=True)
+    for config in (GPT2Config(**theirs.to_dict()), GPT2Config.from_dict(theirs.to_dict())):
+        assert (config.n_layer, config.num_labels, config.pad_token_id) == (3, 3, 5)
+        assert config.reorder_and_upcast_attn and config.label2id["LABEL_2"] == 2
+
+
+def test_what_other_libraries_keep_on_a_configuration() -> None:
+    config = GPT2Config(sep_token_id=7, is_encoder_decoder=False)  # type: ignore[call-arg]
+    config._name_or_path, config.label_smoothing, config.use_cache = "gpt2", 0.1, False  # type: ignore[attr-defined]
+    assert (config._name_or_path, config.label_smoothing, config.sep_token_id) == ("gpt2", 0.1, 7)  # type: ignore[attr-defined]
+    assert getattr(config, "quantization_config", None) is None and not hasattr(config, "n_layers")
+    written = json.loads(config.to_json_string())
+    assert (written["label_smoothing"], written["sep_token_id"]) == (0.1, 7) and "_name_or_path" not in written
+    assert config.replace(n_layer=3).label_smoothing == copy.deepcopy(config).label_smoothing == 0.1  # type: ignore[attr-defined]
+    for name in ("n_layers", "vocabsize", "layer_norm_eps", "attn_drop", "resid_dropp"):
+        with pytest.raises(AttributeError, match=f"no setting '{name}'; did you mean"):
+            setattr(config, name, 3)
+
+
+def test_a_configuration_that_is_made_of_this_one() -> None:
+    class Mine(GPT2Config):
+        def __init__(self, width: int = 3, **options: Any) -> None:
+            self.width = width
+            super().__init__(**options)
+
+    config = Mine(width=4, n_layer=2)
+    assert (config.width, config.n_layer, config.to_dict()["width"]) == (4, 2, 4)
+
+
+def test_the_methods_that_programs_call(tmp_path: Path) -> None:
+    GPT2Config(n_layer=3).save_pretrained(save_directory=tmp_path / "outer" / "inner")
+    config, unused = GPT2Config.from_pretrained(
+        pretrained_model_name_or_path=tmp_path / "outer", subfolder="inner", return_unused_kwargs=True, n_head=6, foo=1,
+        trust_remote_code=True, token=None, local_files_only=True,
+    )  # type: ignore[misc]  # fmt: skip
+    assert (config.n_layer, config.n_head, unused) == (3, 6, {"foo": 1})
+    keys, others = GPT2Config.get_config_dict(tmp_path / "outer" / "inner", n_head=6)
+    assert (keys["n_layer"], others) == (3, {"n_head": 6})
+    config.update({"n_layer": 4, "note": "a"})
+    assert config.to_diff_dict().items() >= {"model_type": "gpt2", "n_layer": 4, "n_head": 6, "note": "a"}.items()
+    assert "n_embd" not in config.to_diff_dict() and "pad_token_id" not in json.loads(config.to_json_string())
+    assert json.loads(config.to_json_string(use_diff=False))["pad_token_id"] is None
+    with pytest.raises(TypeError, match="no setting 'foo'"):
+        GPT2Config.from_pretrained(tmp_path / "outer" / "inner", foo=1)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_file_of_transformers_is_written_back_byte_for_byte(name: str) -> None:
     path = folder(name) / "config.json"

@@ -1,4 +1,4 @@
-"""GenerationConfig as a thing that programs hold: assigned, updated, saved, and made of those of other libraries."""
+"""What programs hold: a GenerationConfig that they assign, update and save; and objects of transformers instead."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.errors import CheckpointError, InputError, TokenizerError
+from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import OPTIONS, GenerationConfig
+from gpt2_multi.generation.request import Request
+from gpt2_multi.generation.stopping import FOUND
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.tokenizer.files import AddedToken
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 # What `GenerationConfig().to_dict()` of transformers 4.57 holds; 5.x has None where nothing was said.
 OF_4_57: dict[str, Any] = {
@@ -167,3 +173,28 @@ def test_an_old_config_json_that_speaks_of_generation_is_heard() -> None:
     config = GenerationConfig.of(GPT2Config.from_dict(of))
     assert (config.do_sample, config.top_k, config.max_length) == (True, 4, None)
     assert GenerationConfig.of(GPT2Config.from_dict({**of, "max_length": 30})).max_length == 30
+
+
+def test_a_tokenizer_of_transformers_does_what_ours_does(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours, model = GPT2Tokenizer.from_pretrained("demo"), GPT2Config.from_pretrained("demo")
+    ours.add_tokens(["kingdom"])
+    ours.save_pretrained(tmp_path)
+    config = GenerationConfig(max_new_tokens=4, stop_strings=["ing"])
+    for kind in ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"):
+        theirs = getattr(transformers, kind).from_pretrained(tmp_path)
+        found, expected = (Request.of(config, model, "The kings of Naples", None, t) for t in (theirs, ours))
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert np.array_equal(found.options.stops, expected.options.stops) and (found.options.stops == FOUND).any()
+        assert "".join(texts.decode(theirs, ours("the kingdom€").input_ids, config)) == "the kingdom€"
+
+
+def test_a_tokenizer_of_another_kind_is_named_with_its_library(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("[PAD] [UNK] [CLS] [SEP] [MASK] the king".replace(" ", "\n"))
+    bert = transformers.BertTokenizer(vocab_file=str(tmp_path / "vocab.txt"))
+    model = GPT2Config.from_pretrained("demo")
+    with pytest.raises(TokenizerError, match=r"found a BertTokenizer of transformers \(tokenizer\.json: expected"):
+        Request.of(GenerationConfig(), model, "the king", None, bert)
+    with pytest.raises(InputError, match="tokenizer: expected a GPT2Tokenizer, found an AddedToken of gpt2_multi"):
+        Request.of(GenerationConfig(), model, "the king", None, AddedToken("a"))

@@ -95,8 +95,9 @@ class TFGPT2Tokenizer(keras.layers.Layer):
 
     @classmethod
     def from_tokenizer(cls, tokenizer: GPT2Tokenizer, **options: Any) -> Self:
-        """The same tokenizer in the graph; `options` are arguments of the constructor."""
+        """The same tokenizer in the graph, ours or of transformers; `options` are arguments of the constructor."""
         inputs.check_tokenizer(tokenizer)
+        tokenizer = GPT2Tokenizer.from_tokenizer(tokenizer)
         given: dict[str, Any] = {"add_bos_token": tokenizer.add_bos_token, "padding_side": tokenizer.padding_side}
         given |= {"add_prefix_space": tokenizer.add_prefix_space, "truncation_side": tokenizer.truncation_side}
         given["split_special_tokens"] = tokenizer.split_special_tokens

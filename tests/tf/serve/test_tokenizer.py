@@ -355,6 +355,16 @@ def test_inputs_of_every_kind_are_taken_or_refused(demo, ragged):
         ragged.detokenize([40.7])
 
 
+def test_one_of_transformers_is_taken(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    GPT2Tokenizer.from_pretrained(DEMO, add_bos_token=True).save_pretrained(tmp_path)
+    theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    found = TFGPT2Tokenizer.from_tokenizer(theirs)(["The king of Naples"])
+    assert found["input_ids"].numpy().tolist() == [
+        GPT2Tokenizer.from_pretrained(tmp_path)("The king of Naples").input_ids
+    ]
+
+
 def test_bad_input_is_one_sentence(demo):
     flagged, big = GPT2Tokenizer.from_pretrained(DEMO), GPT2Tokenizer.from_pretrained(DEMO)
     flagged.add_special_tokens({"pad_token": AddedToken("<pad>", True, True, True)})
