@@ -64,6 +64,11 @@ def is_concrete(x: Tensor) -> bool:
     return not (x.is_meta or isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
+def is_at_hand(x: Tensor) -> bool:
+    """Whether looking at a value does not wait for another device, which does better with much to do ahead of it."""
+    return x.device.type == "cpu"
+
+
 def initialise(weight: Weight, tensor: Tensor) -> Tensor:
     """Fill a new tensor as the table says."""
     return tensor.normal_(std=weight.std) if weight.std else tensor.fill_(weight.constant)

@@ -17,6 +17,7 @@ from gpt2_multi.generation.request import NO_CALLBACKS
 from gpt2_multi.pt.attention import KVCache, upcast
 from gpt2_multi.pt.generation.decoding import Prompt, State, guided, own_ends, own_rules, record
 from gpt2_multi.pt.generation.rules import ends, gumbel, process
+from gpt2_multi.pt.layers import is_at_hand
 
 
 class Paths(NamedTuple):
@@ -67,6 +68,7 @@ class BeamSearch:
     records: tuple[str, ...]  # what is kept of each step
     dtype: torch.dtype  # of scores
     callbacks: Callbacks = NO_CALLBACKS
+    stride: int = 1  # after how many tokens it is looked whether all is over
 
     def start(self, prompt: Prompt, options: Options) -> BeamState:
         """The state in which nothing is made; of a prompt's beams, which are all the same, one counts."""
@@ -79,7 +81,7 @@ class BeamSearch:
 
     def is_open(self, state: BeamState) -> bool:
         """Whether anything is to follow."""
-        return state.step < self.room and bool(state.is_open.any())
+        return state.step < self.room and (bool(state.step % self.stride) or bool(state.is_open.any()))
 
     def propose(self, state: BeamState, options: Options) -> Tensor:
         """What is read together with the last token, as it may follow: nothing, (B * K, 0)."""
@@ -130,6 +132,9 @@ def candidates(processed: Tensor, scores: Tensor, step: int, options: Options) -
 
 def greatest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The greatest numbers of each row (B, N) and where they are, the first of equals first: (B, count) each."""
+    if not is_at_hand(x):
+        values, order = x.sort(dim=-1, descending=True, stable=True)
+        return values[:, :count], order[:, :count]
     least = x.topk(count).values[:, -1:]
     enough = int((x >= least).sum(-1).max())  # with all that ties with the last
     index = x.topk(enough, sorted=False).indices.sort(-1).values

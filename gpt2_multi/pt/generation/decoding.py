@@ -103,6 +103,7 @@ class State:
     is_guided: bool = False  # whether there are rows that these are led away from
     late: float = math.inf  # when there is no time for more
     step: int = 0  # how many tokens were made
+    needed: Tensor | None = None  # () how many of them before all rows were over, where nobody looked in between
     cache: KVCache | None = None  # of all tokens but the last
     keep: Tensor | None = None  # (R, the cache's room), which of its keys count; None where all do
     types: Tensor | None = None  # (R, 1), of each token that is made
@@ -118,6 +119,11 @@ class State:
         return cls(*whole, ids.shape[1], shown, stop != 0, stop, {name: [] for name in records}, **more)
 
     @property
+    def made(self) -> int:
+        """How many tokens the longest row has."""
+        return self.step if self.needed is None else int(self.needed)
+
+    @property
     def is_late(self) -> bool:
         """Whether there is no time for more."""
         return time.monotonic() > self.late
@@ -131,14 +137,19 @@ class Sampling:
     rows: int  # of each prompt
     records: tuple[str, ...]  # what is kept of each step
     callbacks: Callbacks = NO_CALLBACKS
+    stride: int = 1  # after how many tokens it is looked whether all rows are over
 
     def start(self, prompt: Prompt, options: Options) -> State:
         """The state in which nothing is made."""
-        return State.of(prompt, self.rows, self.room, self.records, options.fill)
+        state = State.of(prompt, self.rows, self.room, self.records, options.fill)
+        state.needed = None if self.stride == 1 else state.ids.new_zeros(())
+        return state
 
     def is_open(self, state: State) -> bool:
         """Whether anything is to follow."""
-        return state.step < self.room and not bool(state.finished.all()) and not (state.step and state.is_late)
+        if state.step >= self.room or (state.step and state.is_late):
+            return False
+        return bool(state.step % self.stride) or not bool(state.finished.all())
 
     def propose(self, state: State, options: Options) -> Tensor:
         """What is read together with the last token, as it may follow: nothing, (R, 0)."""
@@ -152,6 +163,8 @@ class Sampling:
         if options.fill < processed.shape[1]:  # what the cache holds is what the caller sees
             chosen = chosen.masked_fill(state.finished, options.fill)
         record(state, logits[: len(ids), 0], processed, chosen)
+        if state.needed is not None:
+            state.needed += ~state.finished.all()
         accept(state, chosen, options)
         if self.callbacks.criteria:
             state.finished = state.finished | own_ends(self.callbacks, state, state.ids[:, : state.length])

@@ -26,11 +26,14 @@ from gpt2_multi.pt.generation.beams import BeamSearch, BeamState
 from gpt2_multi.pt.generation.decoding import Prompt, Sampling, State, decode
 from gpt2_multi.pt.generation.lookup import Assisted, Lookup
 from gpt2_multi.pt.generation.rules import as_tensors
-from gpt2_multi.pt.layers import facts, to_numpy
+from gpt2_multi.pt.layers import facts, is_at_hand, to_numpy
 from gpt2_multi.pt.model import as_cache
 
 if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+
+
+STRIDE = 8  # tokens that another device makes before it is asked whether all rows are over
 
 
 def generate(
@@ -158,17 +161,24 @@ def check_past(model: Any, past: Any, request: Request) -> None:
         inputs.check_room(max(new, 0), past.length, past.capacity)
 
 
-def strategy_of(model: Any, request: Request, given: Given) -> Sampling | BeamSearch:
+def stride_of(request: Request, prompt: Prompt) -> int:
+    """After how many tokens to look whether all is over, where nobody sees those that are too many."""
+    config, own = request.config, request.callbacks
+    is_watched = config.return_dict_in_generate or own.see_ids or own.streamer is not None
+    return 1 if is_watched or is_at_hand(prompt.ids) else STRIDE
+
+
+def strategy_of(model: Any, request: Request, given: Given, stride: int) -> Sampling | BeamSearch:
     """How tokens are chosen."""
     config, room, own = request.config, request.new_tokens, request.callbacks
     if config.num_beams > 1:
         records = tuple(name for name in config.records if name != "log_probs")  # which the paths have
-        return BeamSearch(room, config.rows, records, torch.promote_types(model.dtype, torch.float32), own)
+        return BeamSearch(room, config.rows, records, torch.promote_types(model.dtype, torch.float32), own, stride)
     if given.assistant_model is not None:
-        return Assisted(room, 1, config.records, own, config.num_assistant_tokens, given.assistant_model)
+        return Assisted(room, 1, config.records, own, 1, config.num_assistant_tokens, given.assistant_model)
     if config.prompt_lookup_num_tokens is not None:
-        return Lookup(room, 1, config.records, own, config.prompt_lookup_num_tokens)
-    return Sampling(room, config.rows, config.records, own)
+        return Lookup(room, 1, config.records, own, 1, config.prompt_lookup_num_tokens)
+    return Sampling(room, config.rows, config.records, own, stride)
 
 
 def parts(strategy: Sampling | BeamSearch, request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:
@@ -182,9 +192,9 @@ def parts(strategy: Sampling | BeamSearch, request: Request, prompt: Prompt) -> 
     return [(prompt.row(i // rows), options.row(i)) for i in range(count)]
 
 
-def loops(model: Any, request: Request, prompt: Prompt, given: Given) -> list[Iterator[State]]:
+def loops(model: Any, request: Request, prompt: Prompt, given: Given, stride: int = 1) -> list[Iterator[State]]:
     """The states of each part, after each of its steps."""
-    strategy, config = strategy_of(model, request, given), request.config
+    strategy, config = strategy_of(model, request, given, stride), request.config
     until = math.inf if config.max_time is None else time.monotonic() + config.max_time
     return [decode(model, part, strategy, options, until) for part, options in parts(strategy, request, prompt)]
 
@@ -217,7 +227,7 @@ def streamed(states: Iterator[State], streamer: Any) -> Iterator[State]:
 def run(model: Any, request: Request, prompt: Prompt, given: Given) -> GenerateOutput:
     """All new tokens (B * num_return_sequences, N), and what the options ask to be recorded."""
     config, streamer = request.config, request.callbacks.streamer
-    made = loops(model, request, prompt, given)
+    made = loops(model, request, prompt, given, stride_of(request, prompt))
     if streamer is not None:
         inputs.check_together(len(made))
         streamer.put(torch.from_numpy(request.given))
@@ -230,7 +240,7 @@ def run(model: Any, request: Request, prompt: Prompt, given: Given) -> GenerateO
         nothing = prompt.ids.new_zeros(len(prompt.ids) * config.num_return_sequences, request.new_tokens)
         output = GenerateOutput(nothing, log_probs=torch.zeros(nothing.shape))
         return with_records(output, config, {name: [] for name in config.records})
-    longest = max(state.step for state in finals)
+    longest = max(state.made for state in finals)
     if isinstance(state, BeamState):
         output = beam_output(config, state)
     else:

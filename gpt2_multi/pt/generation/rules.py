@@ -17,6 +17,7 @@ from torch import Tensor
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.rules import PARITY, ROTATIONS
 from gpt2_multi.generation.stopping import FOUND
+from gpt2_multi.pt.layers import is_at_hand
 
 
 def as_tensors(options: Options, device: torch.device) -> Options:
@@ -165,11 +166,13 @@ def guide(logits: Tensor, others: Tensor, scale: float) -> Tensor:
 
 
 def sample(logits: Tensor, streams: Tensor, step: int) -> Tensor:
-    """Draw from softmax(logits) by Gumbel noise, which is computed for the kept tokens alone: (R, V) -> (R,)
+    """Draw from softmax(logits) by Gumbel noise, which a CPU computes for the kept tokens alone: (R, V) -> (R,)
 
     Where nothing is left, id 0 follows.
     """
-    kept = max(int((logits > -torch.inf).sum(-1).max()), 1) if len(logits) else 1
+    kept = logits.shape[-1]
+    if len(logits) and is_at_hand(logits):
+        kept = max(int((logits > -torch.inf).sum(-1).max()), 1)
     if kept == logits.shape[-1]:
         tokens = torch.arange(kept, device=logits.device).expand_as(logits)
     else:

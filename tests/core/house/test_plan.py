@@ -148,7 +148,11 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "generation/rules": ["when", "ordered", "greatest", "four_rounds"],
             "training": ["shifted"],
         },
-        "pt": {"generation/beams": ["greatest"]},
+        "pt": {
+            "generation/beams": ["greatest"],
+            "generation/decoding": ["State.made"],
+            "generation/generate": ["stride_of"],
+        },
     },
     "what a call of generate may bring comes to one framework after the other": {
         "pt": {
