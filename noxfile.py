@@ -10,7 +10,7 @@ nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "types", "tests"]
 
 CORE = [f"tests/{room}" for room in ("core", "tokenizer", "generation", "app", "conversion")]  # whatever the framework
-TOOLS = ["hypothesis", "pytest", "pytest-xdist"]
+TOOLS = ["hypothesis", "pytest", "pytest-xdist", "setuptools>=77"]  # the last builds the package
 PEERS = [
     "accelerate",
     "gigatoken",
@@ -111,13 +111,31 @@ def tf(session: nox.Session) -> None:
 
 
 @nox.session
+def pt_oldest(session: nox.Session) -> None:
+    """Run PyTorch's tests on the oldest versions that pyproject.toml allows; the other sessions have the newest."""
+    oldest(session, "pt", "accelerate==1.2.0", "peft==0.14.0", "transformers==4.46.3")  # all of one year
+
+
+@nox.session
 def tf_oldest(session: nox.Session) -> None:
-    """Run TensorFlow's tests on the oldest versions that pyproject.toml allows; the other sessions have the newest."""
+    """Run TensorFlow's tests likewise."""
+    oldest(session, "tf")
+
+
+@nox.session
+def flax_oldest(session: nox.Session) -> None:
+    """Run Flax's tests likewise."""
+    oldest(session, "flax")
+
+
+def oldest(session: nox.Session, backend: str, *peers: str) -> None:
+    """Run a framework's tests, and those of the hub's client, on the oldest versions of whatever is required."""
     project = nox.project.load_toml("pyproject.toml")["project"]
-    oldest = [requirement.replace(">=", "==") for requirement in project["optional-dependencies"]["tf"]]
-    session.install("--quiet", ".[tf]", *oldest, *TOOLS)
-    session.env["XLA_FLAGS"] = ""  # it has not all of those that tests/conftest.py sets
-    pytest(session, "--backends=tf", "tests/tf")
+    required = [*project["dependencies"], *project["optional-dependencies"][backend]]
+    pinned = [requirement.replace(">=", "==") for requirement in required]
+    session.install("--quiet", f".[{backend}]", *pinned, *peers, *TOOLS)
+    session.env["XLA_FLAGS"] = ""  # old versions have not all of those that tests/conftest.py sets
+    pytest(session, f"--backends={backend}", "tests/core/test_hub.py", f"tests/{backend}")
 
 
 @nox.session

@@ -96,8 +96,21 @@ def resolve(
     for weights in ([varied(pattern, variant) for pattern in WEIGHTS[kind]] for kind in kinds):
         found = fetch([*SETTINGS, *TOKENIZER, *weights])
         if any(list(found.glob(pattern)) for pattern in weights):
-            break
+            return found
+    if local_files_only or _offline():  # huggingface_hub itself says so only since version 2
+        raise CheckpointError(_not_cached(repo, local_files_only))
     return found
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _not_cached(repo: str, local: bool) -> str:
+    way = "without local_files_only" if local else "without HF_HUB_OFFLINE"
+    return f"{repo}: not (or not whole) in the cache, and the hub may not be asked; fetch it once {way}"
 
 
 def _inside(folder: Path, within: Path) -> Path:
@@ -179,12 +192,11 @@ def push(
 def _sentence(repo: str, revision: str | None, error: Exception, local: bool) -> str:
     from huggingface_hub import errors
 
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+    status = getattr(getattr(error, "response", None), "status_code", 0)  # before version 1, some have no answer
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r}: neither a folder here nor a name that the hub could have; expected owner/name"
     if local or isinstance(error, errors.OfflineModeIsEnabled):
-        way = "without local_files_only" if local else "without HF_HUB_OFFLINE"
-        return f"{repo}: not (or not whole) in the cache, and the hub may not be asked; fetch it once {way}"
+        return _not_cached(repo, local)
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo}: the hub has no revision {revision!r} of it; check the branch, tag or commit"
     if isinstance(error, errors.GatedRepoError) or status == 403:

@@ -76,7 +76,8 @@ class _Answers(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound")
         commit = next(sha(key) for key in revisions if revision in (key, sha(key)))
         if verb == "revision":
-            return self.send_json({"id": repo, "sha": commit})
+            names = [{"rfilename": name} for name in files]  # which versions before 1 read instead of the tree
+            return self.send_json({"id": repo, "sha": commit, "siblings": names})
         if verb == "tree":
             return self.send_json(
                 [{"type": "file", "path": path, "size": len(data), "oid": sha(path)} for path, data in files.items()]
@@ -126,7 +127,14 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StubHub]:
         }
         use(monkeypatch, server.url, tmp_path / "cache")
         yield server
-        huggingface_hub.close_session()
+        close_session()
+
+
+def close_session() -> None:
+    """Forget the connections to a stub; before version 1 the call had another name."""
+    from huggingface_hub import utils
+
+    (getattr(huggingface_hub, "close_session", None) or utils.reset_sessions)()
 
 
 def use(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
@@ -140,7 +148,8 @@ def use(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
 def at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):  # the latter before version 1
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 def refusal(name: str | os.PathLike[str], **options: Any) -> str:

@@ -141,7 +141,7 @@ def test_others_prune_flatten_and_optimize_parameters(tmp_path):
     assert torch.equal(logits(pt.GPT2LMHeadModel.from_pretrained(tmp_path / "pruned")), logits(other))
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:TypedStorage is deprecated")  # the latter in 2.8
 def test_distributed_checkpoints_in_one_process(tmp_path):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict

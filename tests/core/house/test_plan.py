@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 MOST = 9  # entries of a level
-MARKERS = {"__init__.py", "__main__.py", "py.typed", "conftest.py", "LICENSE"}  # which no one has to look into
+# Which no one has to look into; the last two say what a package of the project has in it.
+MARKERS = {"__init__.py", "__main__.py", "py.typed", "conftest.py", "LICENSE", "MANIFEST.in", "setup.py"}
 DATA = {"demo", "data", "unicode16.json"}
 PACKAGES = ("pt", "tf", "flax")
 SHARED = (
