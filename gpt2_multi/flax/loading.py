@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gpt2_multi.errors import InputError
+from gpt2_multi.files import arguments
 from gpt2_multi.flax.attention import KVCache
 from gpt2_multi.flax.layers import (
     as_array,
@@ -226,7 +227,7 @@ class FlaxGPT2PreTrainedModel:
     @classmethod
     def from_config(cls, config: GPT2Config, **options: Any) -> Self:
         """A new model of a configuration; `options` are of the constructor."""
-        return cls(config, **options)
+        return cls(config, **arguments.sort(options)[1])
 
     @classmethod
     def from_pretrained(

@@ -293,6 +293,11 @@ class GPT2Config:
         return type(self)(**{**vars(self), **changes})
 
     @classmethod
+    def for_model(cls, model_type: str, **settings: Any) -> GPT2Config:
+        """A configuration of a kind of model, which has to be "gpt2", as transformers' AutoConfig makes one."""
+        return cls.from_dict({"model_type": model_type}, **settings)
+
+    @classmethod
     def from_archive(cls, name: str) -> GPT2Config:
         """The configuration of a published GPT-2 (`gpt2`, `gpt2-medium`, `gpt2-xl`, ...), without a network."""
         for short, known in ARCHIVE.items():
@@ -415,3 +420,6 @@ class BitsAndBytesConfig:
 
     def __init__(self, **options: Any) -> None:
         self.options = options
+
+    def __repr__(self) -> str:
+        return f"BitsAndBytesConfig({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"

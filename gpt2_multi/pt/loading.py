@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.files import arguments
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.spelling import TORCH
@@ -69,9 +70,22 @@ class GPT2PreTrainedModel(nn.Module):
         return self.get_parameter(TORCH.spell(weight, self.head != "base"))
 
     @classmethod
-    def from_config(cls, config: GPT2Config, **options: Any) -> Self:
-        """A new model of a configuration; `options` are of the constructor."""
-        return cls(config, **options)
+    def from_config(
+        cls,
+        config: GPT2Config,
+        *,
+        dtype: torch.dtype | str | None = None,
+        param_dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """A new model of a configuration; see `from_pretrained` for what else it takes."""
+        from gpt2_multi.model.checkpoint import two_dtypes
+
+        dtype, stored = two_dtypes(config, dtype, param_dtype, torch_dtype, dtype)
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation or "sdpa")
+        return cls(config, **kinds, **arguments.sort(options)[1])
 
     @classmethod
     def from_pretrained(

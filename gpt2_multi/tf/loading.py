@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from gpt2_multi.files import arguments
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
@@ -111,7 +112,7 @@ class TFGPT2PreTrainedModel(keras.Model):
     def from_config(cls, config: GPT2Config | Mapping[str, Any], **options: Any) -> Self:
         """A new model of a configuration: a GPT2Config, the keys of one, or what `get_config` gave."""
         if isinstance(config, GPT2Config):
-            return cls(config, **options)
+            return cls(config, **arguments.sort(options)[1])
         if "config" not in config:
             return cls(GPT2Config.from_dict(config), **options)
         keys = {**config, **options}

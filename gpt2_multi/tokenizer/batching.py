@@ -25,6 +25,16 @@ def choose(name: str, value: Any, known: Mapping[Any, str]) -> str:
         raise TokenizerError(f"{name}: expected one of {list(known)}, found {value!r}") from None
 
 
+def as_today(padding: Any, truncation: Any, max_length: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+    """Padding and truncation of a call that may have them under their names of 2019, which are taken out of `given`."""
+    strategy, pads = given.pop("truncation_strategy", None), given.pop("pad_to_max_length", False)
+    if pads and padding is False:
+        if truncation is None and max_length is not None:
+            truncation = "longest_first"
+        padding = "longest" if max_length is None else "max_length"
+    return padding, strategy if truncation is None else truncation
+
+
 def check_size(name: str, value: Any, least: int = 0) -> None:
     """Refuse a size that is not a whole number, or is too small."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

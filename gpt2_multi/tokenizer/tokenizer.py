@@ -13,6 +13,7 @@ from gpt2_multi.tokenizer.batching import (
     PADDINGS,
     TRUNCATIONS,
     as_batch,
+    as_today,
     check_size,
     choose,
     merge_encodings,
@@ -186,10 +187,14 @@ class GPT2Tokenizer(TokenTable):
                 *(found.settings.get("additional_special_tokens") or []),
                 *more,
             ]
+        overrides = dict(overrides)
+        for given in (found.settings, overrides):
+            if "max_len" in given:  # its name in 2019
+                given.setdefault("model_max_length", given.pop("max_len"))
         known = set(signature(GPT2Tokenizer.__init__).parameters) - {"self", "unknown", "added_tokens"}
         settings = {name: value for name, value in found.settings.items() if name in known}
         settings = {name: value for name, value in settings.items() if value is not None or name in ROLES}
-        tokenizer = cls(found.vocab, found.merges, added_tokens=found.added, **(settings | dict(overrides)))
+        tokenizer = cls(found.vocab, found.merges, added_tokens=found.added, **(settings | overrides))
         tokenizer._kept = {name: value for name, value in found.settings.items() if name not in known}
         return tokenizer
 
@@ -370,6 +375,7 @@ class GPT2Tokenizer(TokenTable):
             TokenizerError: an argument is none of these, or the text contains a token that is not allowed.
             TypeError: an argument is not known.
         """
+        padding, truncation = as_today(padding, truncation, max_length, unknown)
         _refuse_unknown("a call of the tokenizer", unknown, GPT2Tokenizer.__call__)
         check_size("stride", stride)
         texts, pairs, batched = as_batch(text, text_pair, is_split_into_words)
@@ -451,17 +457,6 @@ class GPT2Tokenizer(TokenTable):
         if truncation is None and max_length is not None and not choose("padding", padding, PADDINGS):
             strategy = "longest_first"
         return (self.model_max_length if max_length is None else max_length), strategy
-
-    def _prefix(self) -> list[int]:
-        if not self.add_bos_token:
-            return []
-        if self.bos_token_id is None:
-            raise TokenizerError("add_bos_token: expected a bos_token, found None; set it, or unset add_bos_token")
-        return [self.bos_token_id]
-
-    def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """How many tokens a call adds to a text, or to a pair."""
-        return len(self._prefix()) * (2 if pair else 1)
 
     # --- padding -----------------------------------------------------------------------------------------------------
 

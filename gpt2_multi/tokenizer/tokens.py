@@ -1,6 +1,6 @@
 """The tokens of a tokenizer: ids, texts and bytes, added tokens, and the roles that some of them play."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar, overload
 
@@ -49,6 +49,8 @@ class TokenTable:
     bos_token, bos_token_id = _role("bos_token"), _role_id("bos_token")
     eos_token, eos_token_id = _role("eos_token"), _role_id("eos_token")
     unk_token, unk_token_id = _role("unk_token"), _role_id("unk_token")
+    add_bos_token: bool
+    model_max_length: int
     sep_token, sep_token_id = _role("sep_token"), _role_id("sep_token")
     pad_token, pad_token_id = _role("pad_token"), _role_id("pad_token")
     cls_token, cls_token_id = _role("cls_token"), _role_id("cls_token")
@@ -62,6 +64,21 @@ class TokenTable:
         self._control = ControlTokens()
         for token, at in added_tokens.items():
             self._register(token, at)
+
+    @property
+    def max_len(self) -> int:
+        """What `model_max_length` was in 2019."""
+        return self.model_max_length
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        """How many tokens of a text a row has room for."""
+        return self.model_max_length - self.num_special_tokens_to_add()
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        """How many tokens of a text and its pair a row has room for."""
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
 
     @property
     def vocab_size(self) -> int:
@@ -179,6 +196,47 @@ class TokenTable:
         at = self._control.ids.get(token)
         return self._vocab[token] if at is None else at
 
+    # --- what a call adds to ids --------------------------------------------------------------------------------------
+
+    def _prefix(self) -> list[int]:
+        if not self.add_bos_token:
+            return []
+        if self.bos_token_id is None:
+            raise TokenizerError("add_bos_token: expected a bos_token, found None; set it, or unset add_bos_token")
+        return [self.bos_token_id]
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """How many tokens a call adds to a text, or to a pair."""
+        return len(self._prefix()) * (2 if pair else 1)
+
+    num_added_tokens = num_special_tokens_to_add  # its name in 2019
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
+    ) -> list[int]:
+        """The ids of a text, and of its pair, with those that a call adds."""
+        return [at for ids in _texts(token_ids_0, token_ids_1) for at in (*self._prefix(), *ids)]
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
+    ) -> list[int]:
+        """For each id that `build_inputs_with_special_tokens` gives: 0 in the text, 1 in its pair."""
+        sizes = [len(self._prefix()) + len(ids) for ids in _texts(token_ids_0, token_ids_1)]
+        return [kind for kind, size in enumerate(sizes) for _ in range(size)]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: Sequence[int],
+        token_ids_1: Sequence[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 for each id that a call adds; with `already_has_special_tokens`, for each control token among the ids."""
+        if already_has_special_tokens:
+            special = set(self.all_special_ids)
+            return [int(at in special) for at in token_ids_0]
+        added = [1] * len(self._prefix())
+        return [mark for ids in _texts(token_ids_0, token_ids_1) for mark in (*added, *[0] * len(ids))]
+
     # --- conversions -------------------------------------------------------------------------------------------------
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
@@ -273,6 +331,10 @@ class TokenTable:
             f"ids: expected whole numbers from 0 to {max(self._spelled)} that the vocabulary holds, found {at!r}; "
             "use the tokenizer that belongs to the model"
         )
+
+
+def _texts(first: Sequence[int], second: Sequence[int] | None) -> list[Sequence[int]]:
+    return [first] if second is None else [first, second]
 
 
 def _listed(tokens: Any) -> list[Any]:

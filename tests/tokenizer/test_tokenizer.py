@@ -244,6 +244,37 @@ def test_roles_are_assignable():
         tokenizer.add_special_tokens({"class_token": "x"})
 
 
+def test_arguments_and_methods_of_2019(tmp_path):
+    tokenizer = small(pad_token="<pad>", add_bos_token=True)
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    text, ids = "hello world", tokenizer.encode("hello world", add_special_tokens=False)
+    assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) == ids
+    assert tokenizer.encode(text, max_length=5, pad_to_max_length=True) == [bos, *ids, pad, pad]
+    assert tokenizer.encode(text, max_length=2, pad_to_max_length=True) == [bos, ids[0]]
+    rows = tokenizer.batch_encode_plus([text, "a"], pad_to_max_length=True)["input_ids"]
+    assert rows == tokenizer([text, "a"], padding=True).input_ids
+    pair = tokenizer.encode_plus(text, text_pair=text, max_length=5, truncation_strategy="only_first")
+    assert pair["input_ids"] == tokenizer(text, text, max_length=5, truncation="only_first").input_ids
+    assert tokenizer.encode(text, truncation_strategy="do_not_truncate") == [bos, *ids]
+    assert tokenizer.num_added_tokens() == 1 and tokenizer.num_added_tokens(pair=True) == 2
+    assert tokenizer.build_inputs_with_special_tokens(ids) == tokenizer.encode(text)
+    both = tokenizer(text, text, return_token_type_ids=True, return_special_tokens_mask=True)
+    assert tokenizer.build_inputs_with_special_tokens(ids, ids) == both.input_ids
+    assert tokenizer.create_token_type_ids_from_sequences(ids, ids) == both.token_type_ids
+    assert tokenizer.get_special_tokens_mask(ids, ids) == both.special_tokens_mask
+    assert (
+        tokenizer.get_special_tokens_mask(both.input_ids, already_has_special_tokens=True) == both.special_tokens_mask
+    )
+    assert (tokenizer.max_len, tokenizer.max_len_single_sentence, tokenizer.max_len_sentences_pair) == (
+        1024,
+        1023,
+        1022,
+    )
+    (write_small(tmp_path) / "tokenizer_config.json").write_text('{"max_len": 77}')
+    assert GPT2Tokenizer.from_pretrained(tmp_path).model_max_length == 77
+    assert GPT2Tokenizer.from_pretrained(tmp_path, max_len=88).model_max_length == 88
+
+
 def test_bos_is_added_on_request():
     tokenizer = small(add_bos_token=True)
     bos, ids = tokenizer.bos_token_id, small().encode("hello")
