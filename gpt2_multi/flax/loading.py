@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -61,6 +62,8 @@ class FlaxGPT2PreTrainedModel:
 
     head: ClassVar[str]
     module_class: ClassVar[type[nn.Module]]
+    base_model_prefix: ClassVar[str] = "transformer"
+    main_input_name: ClassVar[str] = "input_ids"
     generation_config: GenerationConfig | None = None  # of the classes that generate
     _compiled: tuple[Any, Callable[..., Any]] | None = None
 
@@ -77,6 +80,7 @@ class FlaxGPT2PreTrainedModel:
         scan_layers: bool = False,
     ) -> None:
         self.config, self.scan_layers = check_config(config), scan_layers
+        self.name_or_path = config.name_or_path
         self.param_dtype = as_dtype("param_dtype", param_dtype)
         self.dtype = as_dtype("dtype", dtype) or self.param_dtype
         check_remat(remat)
@@ -171,7 +175,7 @@ class FlaxGPT2PreTrainedModel:
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
         apply = self.module.apply if interceptors() else self.compiled
         output = apply({"params": params}, **arrays, **flags, rngs=rngs)
-        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return output if (config.use_return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def fitting(self, params: Tree | None) -> Tree:
         """The parameters, the model's own or those given, which have to fit the configuration and to be there yet."""
@@ -228,6 +232,15 @@ class FlaxGPT2PreTrainedModel:
     def from_config(cls, config: GPT2Config, **options: Any) -> Self:
         """A new model of a configuration; `options` are of the constructor."""
         return cls(config, **arguments.sort(options)[1])
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether it has `generate`."""
+        return hasattr(cls, "generate")
+
+    def num_parameters(self) -> int:
+        """How many numbers its parameters are; a tied head counts once."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params_shape_tree))
 
     @classmethod
     def from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -176,6 +177,7 @@ def load(
     variant = place.get("variant")
     stored = _stored_config(folder, kinds, variant, config is not None)
     config = (stored if config is None else as_config(config)).replace(**given)
+    config.name_or_path = os.fspath(name_or_path)
     found = open(folder, config, head, kinds=kinds, variant=variant, ignore_mismatched_sizes=ignore_mismatched_sizes)
     warn_of_fresh(found, stacklevel=4)
     return Loaded(folder, config, dict(found), _chosen(config, stored, given), _info(found))

@@ -31,7 +31,7 @@ ALIASES = {
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NAMES = FIELDS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor takes
 MOST_LABELS = 1 << 16  # that are numbered without being named: a file with a few digits would make a dict of them
-_KEYS = _NAMES - {"extra", "from_file"}  # what a file may set
+_KEYS = _NAMES - {"extra", "from_file", "name_or_path"}  # what a file may set
 SETTINGS = _KEYS | ELSEWHERE  # what a caller may set by name
 ALIKE = 0.8  # from which on a name is a known one that is spelled wrongly
 
@@ -198,11 +198,13 @@ class GPT2Config:
     output_hidden_states: bool = False
     output_attentions: bool = False
     return_dict: bool = True
+    torchscript: bool = False  # outputs are tuples, whatever return_dict says
     pruned_heads: dict[int, list[int]] = field(default_factory=dict)  # layer -> its heads that are cut away
     architectures: list[str] | None = None
     dtype: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # keys of a file that are not GPT-2's
     from_file: frozenset[str] = field(default=frozenset(), repr=False, compare=False)  # the keys that the file had
+    name_or_path: str = field(default="", repr=False, compare=False)  # what it was loaded from
 
     hidden_size = _alias("n_embd")
     num_attention_heads = _alias("n_head")
@@ -241,7 +243,7 @@ class GPT2Config:
 
         def __getattr__(self, name: str) -> Any:
             kept = vars(self).get("extra", {})
-            if name not in kept:
+            if name not in kept or name.startswith("__"):  # a file says nothing about Python
                 raise AttributeError(_unknown(name))
             return kept[name]
 
@@ -279,8 +281,17 @@ class GPT2Config:
 
     @property
     def use_return_dict(self) -> bool:
-        """transformers' name for `return_dict`, to be read only."""
-        return self.return_dict
+        """Whether a call returns a dataclass where it is not told otherwise, or else a tuple."""
+        return self.return_dict and not self.torchscript
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Other libraries ask for it: a GPT-2 is a decoder."""
+        return False
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> GPT2Config:
+        """Other libraries ask for the part that reads text: the whole, whichever is asked for."""
+        return self
 
     def replace(self, **changes: Any) -> GPT2Config:
         """A new configuration with these settings changed at once; aliases and `num_labels` are understood."""
@@ -348,7 +359,9 @@ class GPT2Config:
         in `from_pretrained` of a model), and which settings are changed, as in `from_dict`.
         """
         path, overrides = _find(pretrained_model_name_or_path, given)
-        return cls.from_json_file(path, **overrides)
+        config = cls.from_json_file(path, **overrides)
+        config.name_or_path = os.fspath(pretrained_model_name_or_path)
+        return config
 
     @classmethod
     def get_config_dict(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import numbers
+import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -23,11 +24,11 @@ ELSEWHERE = frozenset({
     "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "eos_token_ids", "exponential_decay_length_penalty", "finetuning_task",
     "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "is_encoder_decoder",
-    "length_penalty", "loss_type", "mask_token_id", "max_length", "min_length", "name_or_path", "no_repeat_ngram_size",
+    "length_penalty", "loss_type", "mask_token_id", "max_length", "min_length", "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_return_sequences", "output_past", "output_scores", "predict_special_tokens",
     "prefix", "quantization_config", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
     "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
-    "tokenizer_class", "top_k", "top_p", "torchscript", "transformers_version", "typical_p", "use_bfloat16",
+    "tokenizer_class", "top_k", "top_p", "transformers_version", "typical_p", "use_bfloat16",
 })  # fmt: skip
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -177,7 +178,7 @@ FIELDS: dict[str, Field] = {
         (
             "summary_use_proj", "summary_proj_to_labels", "scale_attn_weights", "use_cache",
             "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention", "is_decoder",
-            "tie_word_embeddings", "output_hidden_states", "output_attentions", "return_dict",
+            "tie_word_embeddings", "output_hidden_states", "output_attentions", "return_dict", "torchscript",
         ),
         FLAG,
     ),
@@ -192,6 +193,9 @@ FIELDS: dict[str, Field] = {
     "dtype": optional(_DTYPE),
     "extra": _mapping(_extra),
     "from_file": _anything(lambda _, value: frozenset(value)),
+    "name_or_path": Field(
+        lambda value: isinstance(value, (str, os.PathLike)), "a name or a path", lambda _, value: os.fspath(value)
+    ),
 }  # fmt: skip
 
 

@@ -289,7 +289,7 @@ def check_room(new: int | None, past: int | None, capacity: int | None) -> None:
 
 def check_pooling(batch: int, can_find_end: bool) -> None:
     """Sequence classification has to know where each row of a batch ends."""
-    if batch > 1 and not can_find_end:
+    if not can_find_end and batch > 1:
         raise InputError(
             f"cannot tell where each of {batch} rows ends: give attention_mask, or set model.config.pad_token_id "
             "and give input_ids"

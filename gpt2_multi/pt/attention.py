@@ -78,6 +78,10 @@ class KVCache(Sequence[Pair]):
         """The number of tokens in the cache."""
         return self.length
 
+    def returned(self) -> KVCache:
+        """What the caller gets: itself."""
+        return self
+
     def reset(self) -> None:
         """Forget the tokens and keep the room."""
         self.length = 0
@@ -112,12 +116,74 @@ def _unflatten(parts: Iterable[Any], context: tuple[int, bool, bool]) -> KVCache
 register_pytree_node(KVCache, _flatten, _unflatten, serialized_type_name="gpt2_multi.pt.KVCache")  # for torch.export
 
 
+class Borrowed:
+    """A cache of another library, such as transformers' DynamicCache, for one call: it stores keys by its own `update`.
+
+    Known by what can be asked of it: `update` and `get_seq_length`. One with a `cross_attention_cache` keeps the
+    encoder's keys and values too.
+    """
+
+    preallocated = trusted = False
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.own = getattr(cache, "self_attention_cache", cache)
+        self.encoder = getattr(cache, "cross_attention_cache", None)
+        self.length = int(self.own.get_seq_length())
+        self.layers = stored(self.own)
+        self.cross = stored(self.encoder) if any(getattr(cache, "is_updated", {}).values()) else []
+        self.known = len(self.cross)  # of them, how many layers the encoder's cache has already
+
+    @property
+    def capacity(self) -> int | None:
+        """How many tokens fit, or None for a cache that grows or does not say."""
+        longest = getattr(self.own, "get_max_cache_shape", getattr(self.own, "get_max_length", lambda layer: None))(0)
+        return None if longest is None or longest < 0 else int(longest)
+
+    def fork(self) -> Borrowed:
+        """Itself: whoever made it reads it again after the call, as transformers does."""
+        return self
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> Pair:
+        """Append (B, H, T, D) keys and values to a layer and return all of its (B, H, S, D)."""
+        end = self.length + key.shape[2]
+        places = {"cache_position": torch.arange(self.length, end, device=key.device)}
+        keys, values = self.own.update(key, value, layer, places)
+        return keys[:, :, :end], values[:, :, :end]  # of a static one, what is filled
+
+    def __iter__(self) -> Iterator[Pair]:
+        return ((key[:, :, : self.length], value[:, :, : self.length]) for key, value in self.layers)
+
+    def copied(self) -> KVCache:
+        """A cache of ours with the same tokens."""
+        copy = KVCache(list(self), self.length)
+        copy.cross = list(self.cross)
+        return copy
+
+    def returned(self) -> Any:
+        """What the caller gave, with what this call read in it."""
+        if self.encoder is not None:
+            for layer, (key, value) in enumerate(self.cross[self.known :], self.known):
+                self.encoder.update(key, value, layer)
+                self.cache.is_updated[layer] = True
+        return self.cache
+
+
+def stored(cache: Any) -> list[Pair]:
+    """The (key, value) of each layer, (B, H, S, D) each, that a cache of transformers has by now, old or new."""
+    if hasattr(cache, "layers"):
+        pairs: Any = ((getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers)
+    else:
+        pairs = zip(getattr(cache, "key_cache", ()), getattr(cache, "value_cache", ()), strict=True)
+    return [(key, value) for key, value in pairs if isinstance(key, Tensor) and key.dim() == 4]
+
+
 @dataclass
 class Context:
     """What every block of one call shares. A bias is added to the scores; None means plainly causal."""
 
     bias: Tensor | None = None  # (B or 1, H or 1, T, S)
-    cache: KVCache | None = None
+    cache: KVCache | Borrowed | None = None
     eager: bool = False
     states: Tensor | None = None  # (B, encoder length, E)
     states_bias: Tensor | None = None  # (B, 1, 1, encoder length)
@@ -140,8 +206,12 @@ def lowest(dtype: torch.dtype) -> float:
 
 def score_dtype(x: Tensor) -> torch.dtype:
     """What scores of `x` are computed in: its dtype, or autocast's, in which another dtype's bias would be infinite."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast chooses what is computed where `x` is; of "meta" one may not ask."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,6 @@ see there for shapes and errors. `return_dict=False` gives a tuple of the fields
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from gpt2_multi.model.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from gpt2_multi.pt.attention import KVCache, Pair
+from gpt2_multi.pt.attention import KVCache
 from gpt2_multi.pt.generation import generate as generation
+from gpt2_multi.pt.generation.decoding import prepare_inputs_for_generation
 from gpt2_multi.pt.layers import facts
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, old_calls, recast
@@ -37,12 +37,13 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
     """GPT-2 with the language-model head, tied to the token embedding unless the configuration says otherwise."""
 
     head = "lm"
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     generation_config: GenerationConfig
 
     def __init__(
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, dtype)
         config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
@@ -54,27 +55,21 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
     score = generation.score
     stream = generation.stream
     stream_tokens = generation.stream_tokens
+    prepare_inputs_for_generation = prepare_inputs_for_generation
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary: (..., E) -> (..., V)"""
         return lm_logits(self, hidden)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: KVCache | None = None, **inputs: Any
-    ) -> dict[str, Any]:
-        """The next call's arguments in a decode loop that is not ours; PEFT will not wrap a model without it."""
-        new = input_ids if past_key_values is None else input_ids[:, past_key_values.get_seq_length() :]
-        return {"input_ids": new, "past_key_values": past_key_values, **inputs}
-
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
-        return self.transformer.init_cache(batch_size, max_length)
+        return self.body.init_cache(batch_size, max_length)
 
     @old_calls
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: KVCache | Sequence[Pair] | None = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -132,19 +127,20 @@ class SequenceSummary(nn.Module):
         index = mc_token_ids if kind == "cls_index" and mc_token_ids is not None else last_tokens(mask)
         if kind == "first":
             index = (mask != 0).int().argmax(-1)
-        return hidden.take_along_dim(index.long().view(*hidden.shape[:2], 1, 1), -2).squeeze(-2)
+        return at(hidden, index.view(hidden.shape[:2]))
 
 
 class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
     """GPT-2 with the language-model head and a multiple-choice head."""
 
     head = "double_heads"
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     generation_config: GenerationConfig
 
     def __init__(
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, dtype)
         config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
@@ -166,7 +162,7 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: KVCache | Sequence[Pair] | None = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -198,9 +194,7 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         if mc_token_ids is not None:
             inputs.check_choice_tokens(facts("mc_token_ids", mc_token_ids), choices)
         logits = lm_logits(self, hidden)
-        scores = recast(self.multiple_choice_head, self.transformer.compute_dtype, hidden, mask, mc_token_ids).squeeze(
-            -1
-        )
+        scores = recast(self.multiple_choice_head, self.compute_dtype, hidden, mask, mc_token_ids).squeeze(-1)
         output = GPT2DoubleHeadsModelOutput(
             None if labels is None else lm_loss(logits, labels, mask),
             None if mc_labels is None else cross_entropy(scores, mc_labels),
@@ -217,7 +211,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
     def __init__(
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, dtype)
         config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
@@ -227,7 +221,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: KVCache | Sequence[Pair] | None = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -249,8 +243,8 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         )  # fmt: skip
         hidden = outputs.last_hidden_state  # (B, T, E)
         end = last_tokens(self._kept(hidden, input_ids, attention_mask))  # (B,)
-        pooled = hidden.take_along_dim(end[:, None, None], 1).squeeze(1)  # (B, E)
-        logits = recast(self.score, self.transformer.compute_dtype, pooled)
+        pooled = at(hidden, end)  # (B, E)
+        logits = recast(self.score, self.compute_dtype, pooled)
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         output = SequenceClassifierOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
@@ -261,7 +255,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         if mask is not None and mask.dim() == 2:
             return mask[:, -hidden.shape[1] :]
         can_find_end = input_ids is not None and self.config.pad_token_id is not None
-        inputs.check_pooling(len(hidden), can_find_end)
+        inputs.check_pooling(hidden.shape[0], can_find_end)
         return input_ids != self.config.pad_token_id if can_find_end else hidden.new_ones(hidden.shape[:2])  # type: ignore[return-value]
 
 
@@ -273,7 +267,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
     def __init__(
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, dtype)
         config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
@@ -284,7 +278,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: KVCache | Sequence[Pair] | None = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -301,7 +295,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
             None, None, use_cache, output_attentions, output_hidden_states, True,
         )  # fmt: skip
-        logits = recast(self.classifier, self.transformer.compute_dtype, self.dropout(outputs.last_hidden_state))
+        logits = recast(self.classifier, self.compute_dtype, self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else cross_entropy(logits, labels, present(attention_mask, labels))
         output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return give(self.config, output, return_dict)
@@ -315,7 +309,7 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
     def __init__(
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, dtype)
         config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
@@ -335,13 +329,17 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: Any = None,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
-        """Logits (B, T) of the answer's first and last token; positions: (B,), of which those beyond T do not count."""
+        """Logits (B, T) of the answer's first and last token; positions: (B,), of which those beyond T do not count.
+
+        `past_key_values` is what the text follows, such as an adapter's prefix; transformers has none here.
+        """
         outputs = self.transformer(
-            input_ids, None, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
             None, None, False, output_attentions, output_hidden_states, True,
         )  # fmt: skip
-        logits = recast(self.qa_outputs, self.transformer.compute_dtype, outputs.last_hidden_state)
+        logits = recast(self.qa_outputs, self.compute_dtype, outputs.last_hidden_state)
         start, end = logits.unbind(-1)  # (B, T) each
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -352,9 +350,9 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
 
 def lm_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits over the vocabulary, by the head, which may be tied: (..., E) -> (..., V)"""
-    if model.lm_head.weight.is_meta:
+    if hasattr(model.lm_head, "_hf_hook"):
         lend_embedding(model)
-    return recast(model.lm_head, model.transformer.compute_dtype, hidden)
+    return recast(model.lm_head, model.compute_dtype, hidden)
 
 
 def present(mask: Tensor | None, labels: Tensor) -> Tensor | None:
@@ -366,6 +364,11 @@ def last_tokens(mask: Tensor) -> Tensor:
     """The index of the last unmasked token of each row: (..., T) -> (...)"""
     inputs.check_pooled(mask.shape[-1])
     return mask.shape[-1] - 1 - (mask.flip(-1) != 0).int().argmax(-1)
+
+
+def at(hidden: Tensor, index: Tensor) -> Tensor:
+    """The state at one place of each row: (..., T, E), (...) -> (..., E); exported, its sizes stay free."""
+    return hidden.gather(-2, index.long()[..., None, None].expand(*index.shape, 1, hidden.shape[-1])).squeeze(-2)
 
 
 def rows(x: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import active_fake_mode
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.fields import float_name
@@ -58,10 +58,11 @@ def facts(name: str, x: object) -> Facts:
 
 
 def is_concrete(x: Tensor) -> bool:
-    """Whether a tensor has values already."""
-    if torch.compiler.is_compiling():
+    """Whether a tensor has values already, and may be asked for them: not while anything is traced."""
+    if torch.compiler.is_compiling() or x.is_meta or active_fake_mode() is not None:
         return False
-    return not (x.is_meta or isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x))
+    is_plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__  # no fake one, no DTensor
+    return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def is_at_hand(x: Tensor) -> bool:

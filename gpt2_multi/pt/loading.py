@@ -25,17 +25,64 @@ class GPT2PreTrainedModel(nn.Module):
     """What every GPT-2 class shares: a configuration, and the way to and from files."""
 
     head: ClassVar[str]
+    base_model_prefix: ClassVar[str] = "transformer"
+    main_input_name: ClassVar[str] = "input_ids"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    _tied_weights_keys: ClassVar[dict[str, str] | None] = None  # PEFT asks what follows an adapted embedding
     generation_config: GenerationConfig | None = None  # of the classes that generate
 
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, dtype: torch.dtype | str | None = None) -> None:
         super().__init__()
         self.config = check_config(config)
         register_hooks(self)
+        self.compute_dtype = as_dtype("dtype", dtype)
+        self.name_or_path = config.name_or_path
+        self._input_hook: Any = None
+        self.model_tags: list[str] = []
+        self.warnings_issued: dict[str, bool] = {}  # Trainer and TRL note here what they have said
 
     @property
     def body(self) -> Any:
-        """The bare model inside."""
+        """The bare model inside, in whatever wraps it."""
+        inside = getattr(self, "transformer", self)
+        if isinstance(inside, GPT2PreTrainedModel):
+            return inside
+        found = [module for module in inside.modules() if isinstance(module, GPT2PreTrainedModel)]
+        if not found:
+            raise InputError(f"transformer: expected a GPT2Model, or a wrapper of one, found {type(inside).__name__}")
+        return found[0]
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head, as it stands there."""
         return getattr(self, "transformer", self)
+
+    @property
+    def num_labels(self) -> int:
+        """The number of classes of a classifier."""
+        return self.config.num_labels
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed while it trains."""
+        return self.body.gradient_checkpointing
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Note tags, which `model_tags` has."""
+        new = [tags] if isinstance(tags, str) else tags
+        self.model_tags += [tag for tag in new if tag not in self.model_tags]
+
+    def enable_input_require_grads(self) -> None:
+        """Let the embeddings have a gradient, so that one reaches adapters through blocks that are recomputed."""
+        self.disable_input_require_grads()
+        give = lambda module, given, output: output.requires_grad_(True)  # noqa: E731
+        self._input_hook = self.get_input_embeddings().register_forward_hook(give)
+
+    def disable_input_require_grads(self) -> None:
+        """Let the embeddings be as they were."""
+        if self._input_hook is not None:
+            self._input_hook.remove()
+            self._input_hook = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,16 +100,15 @@ class GPT2PreTrainedModel(nn.Module):
         device = nn.LayerNorm(1).weight.device  # as whoever moves new parameters elsewhere has it
         with torch.device("meta"):
             yield
-        self.to(dtype=as_dtype("param_dtype", param_dtype))
-        if device.type != "meta":
-            self._materialise(device)
+        self._materialise(device, as_dtype("param_dtype", param_dtype))
 
     @torch.no_grad()
-    def _materialise(self, device: torch.device) -> None:
+    def _materialise(self, device: torch.device, dtype: torch.dtype | None) -> None:
         for module in self.modules():
-            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                module.to_empty(device=device, recurse=False)
-        for weight in table(self.config, self.head):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.is_meta:  # `to` and `to_empty` cannot change a fake one
+                    replace_parameter(module, name, torch.empty_like(parameter, dtype=dtype, device=device))
+        for weight in () if device.type == "meta" else table(self.config, self.head):
             initialise(weight, self.parameter(weight))
 
     def parameter(self, weight: Weight) -> nn.Parameter:
@@ -86,6 +132,17 @@ class GPT2PreTrainedModel(nn.Module):
         dtype, stored = two_dtypes(config, dtype, param_dtype, torch_dtype, dtype)
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation or "sdpa")
         return cls(config, **kinds, **arguments.sort(options)[1])
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether it has `generate`."""
+        return hasattr(cls, "generate")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers its parameters are; a tied head counts once."""
+        embeddings = {id(table.weight) for table in (self.body.wte, self.body.wpe)} if exclude_embeddings else set()
+        counted = [p for p in self.parameters() if id(p) not in embeddings and (p.requires_grad or not only_trainable)]
+        return sum(p.numel() for p in counted)
 
     @classmethod
     def from_pretrained(
@@ -188,7 +245,7 @@ class GPT2PreTrainedModel(nn.Module):
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         """Use another token embedding; a tied head follows, and so does `vocab_size`."""
         self.body.wte = embedding
-        self.config.vocab_size = embedding.num_embeddings
+        self.config.vocab_size = len(embedding.weight)
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Linear | None:
@@ -241,7 +298,7 @@ class GPT2PreTrainedModel(nn.Module):
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
         self.config.pruned_heads = self.config.pruned(heads_to_prune)
         for layer, heads in heads_to_prune.items():
-            self.body.h[layer].attn.prune(heads)
+            self.body.attentions()[layer].prune(heads)
 
 
 def _resized(rows: Tensor, number: int) -> Tensor:

@@ -21,16 +21,17 @@ from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
 from gpt2_multi.pt.attention import (
     Attention,
+    Borrowed,
     Context,
     CrossAttention,
     KVCache,
-    Pair,
     causal_bias,
+    is_autocast,
     key_bias,
     positions,
     score_dtype,
 )
-from gpt2_multi.pt.layers import as_dtype, facts
+from gpt2_multi.pt.layers import facts
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 
 
@@ -152,9 +153,8 @@ class GPT2Model(GPT2PreTrainedModel):
         param_dtype: torch.dtype | str | None = None,
         attn_implementation: str = "sdpa",
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, dtype)
         config = self.config
-        self.compute_dtype = as_dtype("dtype", dtype)
         self.gradient_checkpointing = False
         self.checkpointing_options: dict[str, Any] = {"use_reentrant": False}
         self.set_attn_implementation(attn_implementation)
@@ -168,15 +168,22 @@ class GPT2Model(GPT2PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
-        return self.compute_dtype or self.ln_f.weight.dtype
+        return self.compute_dtype or next(self.ln_f.parameters()).dtype
+
+    @property
+    def tables(self) -> tuple[int, int]:
+        """The rows of the embeddings of tokens and positions; the configuration knows them where a wrapper does not."""
+        tokens = getattr(self.wte, "num_embeddings", self.config.vocab_size)
+        return tokens, getattr(self.wpe, "num_embeddings", self.config.n_positions)
 
     def attentions(self) -> list[Attention]:
-        """The self-attention of every block."""
-        return [cast(Block, block).attn for block in self.h]
+        """The self-attention of every block, in whatever wraps it."""
+        found = {module.layer: module for module in self.modules() if isinstance(module, Attention)}
+        return [found[layer] for layer in sorted(found)]
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
-        inputs.check_positions(0, max_length - 1, self.wpe.num_embeddings)
+        inputs.check_positions(0, max_length - 1, self.tables[1])
         shapes = [(batch_size, len(attn.present), max_length, attn.head_dim) for attn in self.attentions()]
         return KVCache.empty(shapes, self.dtype, [next(attn.parameters()).device for attn in self.attentions()])
 
@@ -184,7 +191,7 @@ class GPT2Model(GPT2PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: KVCache | Sequence[Pair] | None = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -201,6 +208,8 @@ class GPT2Model(GPT2PreTrainedModel):
 
         attention_mask: (B, past + T), 1 where a token counts; or of rank 4, (B or 1, H or 1, T or 1, past + T),
         booleans or integers (1 keeps) or floats (added to the scores); no mask shows a token what comes after it.
+        past_key_values: a `KVCache`, a (key, value) pair for each layer, or a cache of transformers, which is extended
+        in place and returned.
         position_ids: (B, T) or (1, T); without them a token's position is the count of unmasked tokens before it.
         head_mask: (H,), (n_layer, H) or (n_layer, B, H, T, S). encoder_hidden_states: (B, encoder length, E),
         encoder_attention_mask: (B, encoder length).
@@ -212,7 +221,7 @@ class GPT2Model(GPT2PreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         if not torch.compiler.is_compiling() and not getattr(past_key_values, "trusted", False):
             check_call(
-                self.config, cache, str(self.dtype), (self.wte.num_embeddings, self.wpe.num_embeddings),
+                self.config, cache, str(self.dtype), self.tables,
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, head_mask=head_mask,
                 position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -237,8 +246,9 @@ class GPT2Model(GPT2PreTrainedModel):
         note(context.hidden, x)
         if cache is not None:
             cache.length += x.shape[1]
+            past_key_values = cache.returned()
         seen = (tuple(kept) if kept else None for kept in (context.hidden, context.probs, context.cross_probs))
-        return give(self.config, BaseModelOutputWithPastAndCrossAttentions(x, cache, *seen), return_dict)
+        return give(self.config, BaseModelOutputWithPastAndCrossAttentions(x, past_key_values, *seen), return_dict)
 
     def embed(self, source: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """The first block's input, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""
@@ -251,7 +261,7 @@ class GPT2Model(GPT2PreTrainedModel):
         """Whether this call's activations are recomputed in the backward pass instead of kept."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
-    def _cache(self, past: KVCache | Sequence[Pair] | None, use_cache: bool | None) -> KVCache | None:
+    def _cache(self, past: Any, use_cache: bool | None) -> KVCache | Borrowed | None:
         if self.checkpointing:
             inputs.check_recomputed(past)
             if use_cache:
@@ -259,11 +269,16 @@ class GPT2Model(GPT2PreTrainedModel):
             return None
         if past is not None:
             is_trusted = isinstance(past, KVCache) and past.trusted
-            return (cast(KVCache, past) if is_trusted else as_cache(past, len(self.h))).fork()
+            return (past if is_trusted else as_cache(past, len(self.h))).fork()
         return KVCache() if (self.config.use_cache if use_cache is None else use_cache) else None
 
     def _context(
-        self, x: Tensor, cache: KVCache | None, mask: Tensor | None, states: Tensor | None, states_mask: Tensor | None
+        self,
+        x: Tensor,
+        cache: KVCache | Borrowed | None,
+        mask: Tensor | None,
+        states: Tensor | None,
+        states_mask: Tensor | None,
     ) -> Context:
         past, length = cache.length if cache is not None else 0, x.shape[1]
         context = Context(cache=cache, states=states)
@@ -295,7 +310,7 @@ class GPT2Model(GPT2PreTrainedModel):
 
 
 def check_call(
-    config: GPT2Config, cache: KVCache | None, dtype: str, tables: tuple[int, int], **given: Tensor | None
+    config: GPT2Config, cache: KVCache | Borrowed | None, dtype: str, tables: tuple[int, int], **given: Tensor | None
 ) -> None:
     """Everything that the body was given has to fit its configuration, the others and the cache."""
     found = {name: facts(name, x) for name, x in given.items() if x is not None}
@@ -303,14 +318,22 @@ def check_call(
     past = cache.length if cache is not None else 0
     if cache is not None and cache.layers:
         key = cache.layers[0][0]
-        inputs.check_cache(key.shape[0], str(key.dtype), batch, dtype)
+        inputs.check_cache(key.shape[0], str(key.dtype), batch, str(key.dtype) if is_autocast(key) else dtype)
+    if cache is not None:
         if cache.capacity is not None:
             inputs.check_room(length, past, cache.capacity)
     inputs.check_call(config, found, tables, past, past + (length or 0))
 
 
-def as_cache(past: KVCache | Sequence[Pair], layers: int) -> KVCache:
-    """A cache, or a (key, value) pair for each layer, each (B, H, S, D), as a cache; a new one may still be empty."""
+def as_cache(past: Any, layers: int) -> KVCache | Borrowed:
+    """A cache, ours or of transformers, or a (key, value) pair for each layer, each (B, H, S, D), as a cache.
+
+    A new one may still be empty.
+    """
+    if not isinstance(past, KVCache) and hasattr(past, "update") and hasattr(past, "get_seq_length"):
+        borrowed = Borrowed(past)
+        inputs.check_past(past, len(borrowed.layers) in (0, layers), layers)
+        return borrowed
     pairs = past.layers if isinstance(past, KVCache) else past
     fits = isinstance(pairs, (list, tuple)) and len(pairs) == layers and all(map(_is_pair, pairs))
     inputs.check_past(past, fits or (isinstance(past, KVCache) and not pairs), layers)
@@ -332,4 +355,9 @@ def note(kept: list[Tensor] | None, value: Tensor) -> None:
 
 def give(config: GPT2Config, output: Any, return_dict: bool | None) -> Any:
     """The output as it was asked for: a dataclass, or a tuple of the fields that are there."""
-    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+    if config.use_return_dict if return_dict is None else return_dict:
+        return output
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if is_traced and isinstance(getattr(output, "past_key_values", None), KVCache):
+        output.past_key_values = tuple(output.past_key_values)  # the tracer knows tensors and tuples
+    return output.to_tuple()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -36,6 +37,8 @@ class TFGPT2PreTrainedModel(keras.Model):
     output_class: ClassVar[type[Output]]
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # inputs of the loss, in the order of their logits
     logit_names: ClassVar[tuple[str, ...]] = ("logits",)  # outputs that a loss or a metric of `compile` sees
+    base_model_prefix: ClassVar[str] = "transformer"
+    main_input_name: ClassVar[str] = "input_ids"
     generation_config: GenerationConfig | None = None  # of the classes that generate
 
     def __init__(
@@ -51,6 +54,7 @@ class TFGPT2PreTrainedModel(keras.Model):
         super().__init__(dtype=policy, name=name, autocast=False, **options)  # or labels would lose digits
         self._call_signature = signature_of(type(self))
         self.config = check_config(config)
+        self.name_or_path = config.name_or_path
 
     def initialise(self) -> None:
         """Give every variable its path, and its first value as the table says, unless the body did that."""
@@ -122,6 +126,15 @@ class TFGPT2PreTrainedModel(keras.Model):
             model.generation_config = GenerationConfig(**generation)
         quantization.restore(model, modes)
         return model
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether it has `generate`."""
+        return hasattr(cls, "generate")
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many numbers its variables are; a tied head counts once."""
+        return sum(math.prod(x.shape) for x in (self.trainable_weights if only_trainable else self.weights))
 
     @classmethod
     def from_pretrained(

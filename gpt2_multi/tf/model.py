@@ -279,4 +279,4 @@ def _is_pair(layer: Any) -> bool:
 
 def give(config: GPT2Config, output: Any, return_dict: bool | None) -> Any:
     """The output as it was asked for: a dataclass, or a tuple of the fields that are there."""
-    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+    return output if (config.use_return_dict if return_dict is None else return_dict) else output.to_tuple()

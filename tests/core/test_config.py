@@ -31,8 +31,8 @@ DEFAULTS: dict[str, Any] = {
     "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
     "pad_token_id": None, "add_cross_attention": False, "is_decoder": False, "tie_word_embeddings": True,
     "id2label": {0: "LABEL_0", 1: "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "problem_type": None,
-    "output_hidden_states": False, "output_attentions": False, "return_dict": True, "pruned_heads": {},
-    "architectures": None, "dtype": None,
+    "output_hidden_states": False, "output_attentions": False, "return_dict": True, "torchscript": False,
+    "pruned_heads": {}, "architectures": None, "dtype": None,
 }  # fmt: skip
 
 # config.json of `gpt2` in the forms that it has had.
@@ -75,7 +75,7 @@ def test_default(name: str) -> None:
 
 
 def test_every_field_has_a_default_to_compare_with() -> None:
-    assert DEFAULTS.keys() == FIELDS.keys() - {"extra", "from_file"}
+    assert DEFAULTS.keys() == FIELDS.keys() - {"extra", "from_file", "name_or_path"}
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
@@ -115,7 +115,7 @@ def test_assignment_is_checked() -> None:
         ("initializer_range", -1), ("initializer_range", float("inf")), ("activation_function", "mish"),
         ("summary_type", "attn"), ("use_cache", 1), ("bos_token_id", "a"), ("problem_type", "x"),
         ("eos_token_id", [1, None]), ("id2label", {}), ("id2label", {"a": "b"}), ("id2label", {0: 1}),
-        ("dtype", "int8"),
+        ("dtype", "int8"), ("name_or_path", 3),
         ("label2id", {"a": "0"}), ("pruned_heads", {0: [12]}), ("pruned_heads", {12: [0]}), ("pruned_heads", {0: 1}),
         ("pruned_heads", {0: list(range(12))}), ("architectures", "GPT2Model"), ("extra", {"n_layer": 3}),
         ("extra", {1: 2}), ("extra", {"n_ctx": 3}), ("num_labels", 0), ("num_labels", None), ("n_embd", 50),
@@ -222,7 +222,14 @@ def test_keys_that_are_not_gpt2_s_survive(foreign: dict[str, Any], known: dict[s
 
 
 def test_keys_named_like_this_library_s_own_bookkeeping_survive() -> None:
-    keys = {"n_layer": 2, "extra": 1, "from_file": [2], "use_return_dict": True}
+    keys = {
+        "n_layer": 2,
+        "extra": 1,
+        "from_file": [2],
+        "use_return_dict": True,
+        "name_or_path": "a",
+        "_name_or_path": "b",
+    }
     written = json.loads(GPT2Config.from_dict(keys).to_json_string())
     assert {key: written[key] for key in keys} == keys
 
@@ -400,8 +407,8 @@ UNUSUAL = GPT2Config(
 
 
 def shared_fields() -> list[str]:
-    # transformers 5 dropped pruned_heads, and keeps is_decoder as a mere key
-    return sorted(DEFAULTS.keys() - {"pruned_heads", "is_decoder", "dtype"})
+    # transformers 5 dropped pruned_heads and torchscript, and keeps is_decoder as a mere key
+    return sorted(DEFAULTS.keys() - {"pruned_heads", "torchscript", "is_decoder", "dtype"})
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), UNUSUAL], ids=["default", "unusual"])

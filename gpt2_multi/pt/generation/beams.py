@@ -174,7 +174,7 @@ def reorder(state: BeamState) -> None:
     rows, chosen = (x[..., state.step].flatten() for x in (state.running.beams, state.running.tokens))
     state.ids = state.ids[rows]
     state.ids[:, state.length] = chosen
-    made = slice(state.length - state.step, state.length)
+    made = slice(state.extra + state.length - state.step, state.extra + state.length)
     moving = torch.cat([rows, rows + len(rows)]) if state.is_guided else rows
     for pair in cast(KVCache, state.cache).layers:
         for buffer in pair:

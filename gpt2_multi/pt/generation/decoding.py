@@ -25,9 +25,10 @@ from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.request import NO_CALLBACKS, Given, Request, order_of
 from gpt2_multi.generation.rules import window_start
 from gpt2_multi.model import inputs
-from gpt2_multi.pt.attention import KVCache, upcast
+from gpt2_multi.pt.attention import Borrowed, KVCache, upcast
 from gpt2_multi.pt.generation.rules import choose, ends, guide, process, without
 from gpt2_multi.pt.layers import to_numpy
+from gpt2_multi.pt.model import as_cache
 
 INSIDE = ("hidden_states", "attentions")  # records of what the model shows besides logits
 
@@ -43,12 +44,12 @@ class Prompt(NamedTuple):
     embeds: Tensor | None = None  # (B, T, E), which are read in the place of ids
     negative: Tensor | None = None  # (B, T), the ids of what is guided away from
     negative_mask: Tensor | None = None  # (B, T)
-    past: KVCache | None = None  # of the first columns, which are not read again
+    past: KVCache | Borrowed | None = None  # of the first columns, which are not read again
     first: int = 0  # which of all prompts the first row is
     unseen: int = 0  # how many columns are no part of the caller's text
 
     @classmethod
-    def of(cls, request: Request, device: torch.device, given: Given, past: KVCache | None) -> Prompt:
+    def of(cls, request: Request, device: torch.device, given: Given, past: KVCache | Borrowed | None) -> Prompt:
         """The rows of a request, on a device."""
 
         def on_device(x: np.ndarray[Any, Any] | None) -> Tensor | None:
@@ -106,6 +107,7 @@ class State:
     needed: Tensor | None = None  # () how many of them before all rows were over, where nobody looked in between
     cache: KVCache | None = None  # of all tokens but the last
     keep: Tensor | None = None  # (R, the cache's room), which of its keys count; None where all do
+    extra: int = 0  # how many of its keys are no tokens of the text, but of an adapter's
     types: Tensor | None = None  # (R, 1), of each token that is made
     encoder: dict[str, Tensor] = field(default_factory=dict)  # its states (R, encoder length, E) and their mask
 
@@ -219,27 +221,42 @@ def guided(state: State, logits: Tensor, options: Options) -> Tensor:
 
 def prefill(model: Any, prompt: Prompt, state: State) -> Tensor:
     """Read the prompts, or of a text beyond the context what a window shows, into a new cache: -> logits (R, 1, V)"""
-    longest, past = model.config.n_positions, prompt.past
+    longest, is_steered = model.config.n_positions - state.extra, steers(model)
+    past = prompt.past if prompt.past is not None and prompt.past.length else None
     window = prompt if state.length <= longest or past is not None else slide(prompt, state, longest)
     rows, window = len(state.ids) // len(window.ids), window.doubled()
     batch, length = window.ids.shape
     room = state.shown.shape[1] - state.step
     room = room if past is not None else min(room, longest - length)
-    if past is None:
+    if past is not None:
+        state.cache = roomy(past, 0 if rows > 1 else length + room - past.length)
+    elif is_steered:
+        state.cache = None  # who steers may begin with keys of its own
+    else:
         state.cache = model.init_cache(batch, length if rows > 1 else length + room)
         state.cache.trusted = True
-    else:
-        state.cache = roomy(past, 0 if rows > 1 else length + room - past.length)
     state.keep = None if bool(window.mask.all()) else F.pad(window.mask, (0, room), value=True)
     encoder = {"encoder_hidden_states": window.states, "encoder_attention_mask": window.states_mask}
     state.encoder = {name: x for name, x in encoder.items() if x is not None}
     state.types = window.types
     read = window.ids if window.embeds is None else window.embeds
-    logits = decode_step(model, state, read[:, state.cache.length :], 1)
+    start = 0 if state.cache is None else state.cache.length
+    logits = decode_step(model, state, read[:, start:], 1, window.ids[:, :start])
+    if is_steered and past is None:
+        return spread(state, logits, rows, adapted_room(model, state, length, room))
     return logits if rows == 1 else spread(state, logits, rows, room)
 
 
-def roomy(past: KVCache, room: int) -> KVCache:
+def adapted_room(model: Any, state: State, length: int, room: int) -> int:
+    """For how many new tokens there is room, now that it is known how many keys an adapter has put before the text."""
+    longest, left = model.config.n_positions, state.shown.shape[1] - state.step
+    state.extra = cast(KVCache, state.cache).length - length
+    if state.length + left <= longest:  # the text alone would need no window
+        inputs.check_context(state.length + state.extra, left, longest)
+    return min(room, longest - state.extra - length)
+
+
+def roomy(past: KVCache | Borrowed, room: int) -> KVCache:
     """A copy of a cache, with room for more tokens."""
     layers = [(F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))) for k, v in past]
     cache = KVCache(layers, past.length, preallocated=room > 0, trusted=True)
@@ -247,34 +264,92 @@ def roomy(past: KVCache, room: int) -> KVCache:
     return cache
 
 
-def decode_step(model: Any, state: State, tokens: Tensor, count: int) -> Tensor:
-    """Read tokens (R, N) after those in the cache: -> the logits after the last `count` of them, (R, count, V)"""
-    cache = cast(KVCache, state.cache)
+def decode_step(model: Any, state: State, tokens: Tensor, count: int, before: Tensor | None = None) -> Tensor:
+    """Read tokens (R, N) after those in the cache: -> the logits after the last `count` of them, (R, count, V)
+
+    before: (R, S), the ids in the cache, where those of the state are not these.
+    """
+    cache, length = state.cache, tokens.shape[1]
+    past = length if cache is None else cache.length + length
     given: dict[str, Any] = dict(state.encoder)
-    past, length = cache.length + tokens.shape[1], tokens.shape[1]
     if state.keep is not None:
-        given["attention_mask"] = state.keep[:, :past]
+        given["attention_mask"] = state.keep[:, : past - state.extra]
     if state.types is not None:  # a token that is made has the type of the one before it
         given["token_type_ids"] = state.types[:, -length:].expand(-1, length)
         state.types = state.types[:, -1:]
+    given |= {f"output_{name}": True for name in INSIDE if name in state.records}
+    if is_steered := steers(model):
+        given = steered(model, state, before, tokens, given)
     if count < length and takes(model.forward, "logits_to_keep"):
         given["logits_to_keep"] = count
-    given |= {f"output_{name}": True for name in INSIDE if name in state.records}
     if has_choices := getattr(model, "head", "") == "double_heads":  # each row is one
         given = {name: x[:, None] if isinstance(x, Tensor) else x for name, x in given.items()}
         tokens = tokens[:, None]
-    read = () if tokens.is_floating_point() else (tokens,)
-    if not read:
+    read = () if is_steered or tokens.is_floating_point() else (tokens,)
+    if not (is_steered or read):
         given["inputs_embeds"] = tokens
-    output = model(*read, past_key_values=cache, use_cache=True, return_dict=True, **given)
+    output = model(*read, **{"past_key_values": cache, "use_cache": True, **given, "return_dict": True})
     if isinstance(output, tuple):
         raise InputError("return_dict: the model gave a tuple, which says no names; its forward has to give an output")
-    cache.trusted = False  # whoever kept it may give it other tokens
-    state.cache = output.past_key_values  # which is another object where a wrapper took the first apart
-    if state.cache is None or state.cache.length != past:
-        raise InputError("past_key_values: the model gave no cache with the new tokens; its forward has to return it")
+    keep_cache(model, state, output.past_key_values, past)
     see(state, output)
     return (output.logits[:, 0] if has_choices else output.logits)[:, -count:]
+
+
+def keep_cache(model: Any, state: State, found: Any, past: int) -> None:
+    """Go on with the cache that a call gave, which is another object where a wrapper took the first apart."""
+    if state.cache is not None:
+        state.cache.trusted = False  # whoever kept it may give it other tokens
+    elif found is not None:
+        found = as_cache(found, model.config.n_layer)
+        past = max(past, found.length)  # with an adapter's keys before the text
+        found = found.copied() if isinstance(found, Borrowed) else found
+    if found is None or found.length != past:
+        raise InputError("past_key_values: the model gave no cache with the new tokens; its forward has to return it")
+    state.cache = found
+
+
+def prepare_inputs_for_generation(
+    self: Any,
+    input_ids: Tensor,
+    past_key_values: Any = None,
+    *,
+    next_sequence_length: int | None = None,
+    **inputs: Any,
+) -> dict[str, Any]:
+    """The next call's arguments in a loop: of (B, T) ids, those that the cache lacks, the last one at least.
+
+    A subclass or an adapter (PEFT sets it on the model) steers `generate` by one of its own, which gets the ids so far,
+    their `attention_mask`, and the cache, None before the prompt is read.
+    """
+    if past_key_values is not None and next_sequence_length is None:
+        next_sequence_length = max(input_ids.shape[1] - int(past_key_values.get_seq_length()), 1)
+    new = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
+    read = {} if inputs.get("inputs_embeds") is not None else {"input_ids": new}
+    return {**read, "past_key_values": past_key_values, **inputs}
+
+
+def steers(model: Any) -> bool:
+    """Whether somebody else decides what a step's call is given."""
+    prepare = getattr(model, "prepare_inputs_for_generation", None)
+    return prepare is not None and getattr(prepare, "__func__", None) is not prepare_inputs_for_generation
+
+
+def steered(model: Any, state: State, before: Tensor | None, tokens: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    """What a call that reads tokens (R, N) is given by who steers."""
+    if before is None:
+        last = state.length - 1
+        before = state.ids[:, last - cast(KVCache, state.cache).length + state.extra : last]
+        before = before.repeat(len(tokens) // len(before), 1)
+    if tokens.is_floating_point():
+        given, tokens = given | {"inputs_embeds": tokens}, state.ids.new_zeros(tokens.shape[:2])
+    ids = torch.cat([before, tokens], 1)
+    mask = given.pop("attention_mask", None)
+    mask = torch.ones_like(ids) if mask is None else mask.long()
+    return model.prepare_inputs_for_generation(
+        ids, past_key_values=state.cache, attention_mask=mask, use_cache=True, next_sequence_length=tokens.shape[1],
+        **given,
+    )  # fmt: skip
 
 
 def see(state: State, output: Any) -> None:
@@ -296,7 +371,7 @@ def decode(model: Any, prompt: Prompt, strategy: Any, options: Options, until: f
     state.late = until
     try:
         while strategy.is_open(state):
-            proposed = strategy.propose(state, options)
+            proposed = state.ids[:, :0] if state.extra else strategy.propose(state, options)  # adapters read one by one
             if state.cache is None or state.cache.length == state.cache.capacity:
                 logits = prefill(model, prompt, state)
             else:

@@ -245,7 +245,8 @@ def run(model: Any, request: Request, prompt: Prompt, given: Given) -> GenerateO
         output = beam_output(config, state)
     else:
         output = GenerateOutput(torch.cat([state.shown for state in finals])[:, :longest])
-        if config.return_dict_in_generate and len(finals) == 1:
+        is_wanted = config.return_dict_in_generate or prompt.past is not None  # which may be the caller's to fill
+        if is_wanted and len(finals) == 1:
             output.past_key_values = kept(request, state, given, prompt.past)
     return with_records(output, config, as_given(request, state))
 

@@ -35,7 +35,7 @@ class Lookup(Sampling):
             was_guessed = place < proposed.shape[1] and bool(state.ids[0, state.length - 1] == proposed[0, place])
             if not was_guessed or not self.is_open(state):
                 break
-        state.cache.length = state.length - 1  # type: ignore[union-attr]
+        state.cache.length = state.extra + state.length - 1  # type: ignore[union-attr]
 
 
 @dataclass

@@ -87,19 +87,39 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
     },
     "PyTorch's modules change in place: caches, dtypes, ties, memory and gradient checkpointing": {
         "pt": {
-            "attention": ["KVCache.__init__", "KVCache.fork", "_flatten", "_unflatten", "score_dtype"],
+            "attention": [
+                "KVCache.__init__",
+                "KVCache.fork",
+                "KVCache.returned",
+                "_flatten",
+                "_unflatten",
+                *(
+                    f"Borrowed{name}"
+                    for name in ("", ".__init__", ".capacity", ".fork", ".extend", ".__iter__", ".copied", ".returned")
+                ),
+                "stored",
+                "score_dtype",
+                "is_autocast",
+            ],
             "model": [
                 "recast",
                 "old_calls",
                 "of_row",
                 "GPT2Model.dtype",
+                "GPT2Model.tables",
                 "GPT2Model.checkpointing",
                 "GPT2Model._cache",
             ],
-            "heads": ["GPT2LMHeadModel.prepare_inputs_for_generation"],  # which PEFT asks for
+            "heads": ["at"],
             "loading": [
                 f"GPT2PreTrainedModel.{name}"
                 for name in (
+                    "base_model",
+                    "num_labels",
+                    "is_gradient_checkpointing",
+                    "add_model_tags",
+                    "enable_input_require_grads",
+                    "disable_input_require_grads",
                     "dtype",
                     "device",
                     "building",
@@ -115,7 +135,15 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             ]
             + ["load_tf_weights_in_gpt2", "device_of"],
             "training": ["parameter_groups", "train_step"],  # Keras and Optax have theirs
-            "generation/decoding": ["State.of", "takes"],
+            "generation/decoding": [
+                "State.of",
+                "takes",
+                "adapted_room",
+                "keep_cache",
+                "prepare_inputs_for_generation",
+                "steers",
+                "steered",
+            ],
         }
     },
     "Keras makes, names, restores and compiles layers by calls of its own": {

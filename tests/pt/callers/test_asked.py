@@ -1,0 +1,90 @@
+"""What other libraries ask a model and its configuration, and wrappers that stand in for a part of it."""
+
+import copy
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from gpt2_multi import pt
+from gpt2_multi.errors import InputError
+from gpt2_multi.model.config import GPT2Config
+
+SMALL = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=4, eos_token_id=None)
+IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+def test_models_answer_as_transformers_models_do(tmp_path):
+    """The answers are those of transformers' own class, made of the same numbers."""
+    transformers = pytest.importorskip("transformers")
+    ours = pt.GPT2LMHeadModel(SMALL)
+    ours.save_pretrained(tmp_path / "m")
+    ours = pt.GPT2LMHeadModel.from_pretrained(tmp_path / "m")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "m")
+    for name in ("name_or_path", "base_model_prefix", "main_input_name", "device", "dtype", "_tied_weights_keys"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for name in ("is_encoder_decoder", "tie_word_embeddings", "model_type", "use_return_dict", "name_or_path"):
+        assert getattr(ours.config, name) == getattr(theirs.config, name), name
+    assert ours.can_generate() and not pt.GPT2ForTokenClassification.can_generate()
+    assert ours.base_model is ours.transformer and ours.transformer.base_model is ours.transformer
+    assert ours.config.get_text_config(decoder=True) is ours.config
+    assert ours.num_parameters() == theirs.num_parameters()
+    ours.lm_head.weight.requires_grad_(False)
+    theirs.lm_head.weight.requires_grad_(False)
+    assert ours.num_parameters(only_trainable=True) == theirs.num_parameters(only_trainable=True)
+    assert ours.num_parameters(exclude_embeddings=True) == theirs.num_parameters(exclude_embeddings=True)
+    for tags in ("a", ["a", "b"]):
+        ours.add_model_tags(tags)
+    assert ours.model_tags == ["a", "b"] and ours.warnings_issued == {}
+
+
+def test_inputs_may_have_gradients_where_every_weight_is_frozen():
+    model = pt.GPT2LMHeadModel(SMALL).requires_grad_(False).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert model.is_gradient_checkpointing
+    model.enable_input_require_grads()
+    assert model(IDS, labels=IDS).loss.requires_grad
+    model.disable_input_require_grads()
+    model.gradient_checkpointing_disable()
+    assert not model(IDS, labels=IDS).loss.requires_grad
+
+
+class Wrapper(torch.nn.Module):
+    """Calls what it holds, and has none of its attributes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_every_part_may_be_wrapped():
+    """The body, the embeddings, a block, its parts, the last norm and the head, each alone and all together."""
+    model = pt.GPT2LMHeadModel(SMALL).eval()
+    expected, tokens = model(IDS, labels=IDS), model.generate(IDS, max_new_tokens=4)
+    places = ["lm_head", "transformer.wte", "transformer.wpe", "transformer.ln_f", "transformer.h.0",
+              "transformer.h.1.attn", "transformer.h.1.mlp", "transformer.drop", "transformer"]  # fmt: skip
+    for place in places:
+        model.set_submodule(place, Wrapper(model.get_submodule(place)))
+        found = model(IDS, labels=IDS)
+        assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss), place
+        assert torch.equal(model.generate(IDS, max_new_tokens=4), tokens), place
+
+
+def test_a_body_that_is_another_thing_altogether_is_named():
+    model = pt.GPT2LMHeadModel(SMALL)
+    model.transformer = torch.nn.Linear(1, 1)
+    with pytest.raises(InputError, match="transformer: expected a GPT2Model, or a wrapper of one, found Linear"):
+        _ = model.dtype
+
+
+def test_a_file_s_other_keys_are_attributes_and_outputs_may_be_tuples():
+    config = GPT2Config.from_dict({"n_layer": 2, "task_specific_params": {"a": 1}, "__deepcopy__": 3})
+    assert pickle.loads(pickle.dumps(copy.deepcopy(config))).task_specific_params == {"a": 1}
+    with pytest.raises(AttributeError, match="no setting 'n_layers'; did you mean 'n_layer'"):
+        config.n_layers  # noqa: B018
+    model = pt.GPT2LMHeadModel(SMALL.replace(torchscript=True))
+    assert isinstance(model(IDS), tuple) and not isinstance(model(IDS, return_dict=True), tuple)
