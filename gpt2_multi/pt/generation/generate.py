@@ -164,7 +164,7 @@ def check_past(model: Any, past: Any, request: Request) -> None:
 def stride_of(request: Request, prompt: Prompt) -> int:
     """After how many tokens to look whether all is over, where nobody sees those that are too many."""
     config, own = request.config, request.callbacks
-    is_watched = config.return_dict_in_generate or own.see_ids or own.streamer is not None
+    is_watched = config.return_dict_in_generate or own.see_ids or own.streamer is not None or prompt.past is not None
     return 1 if is_watched or is_at_hand(prompt.ids) else STRIDE
 
 
