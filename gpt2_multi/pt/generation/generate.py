@@ -253,7 +253,7 @@ def run(model: Any, request: Request, prompt: Prompt, given: Given) -> GenerateO
 
 def kept(request: Request, state: State, given: Given, past: Any) -> Any:
     """The cache to go on from: the caller's own where it is written in place, or else a new one."""
-    if request.config.sliding_window:
+    if request.config.sliding_window or state.extra:  # it has other columns than the text
         return None
     cache, rows, places = cast(KVCache, state.cache), len(state.ids), places_of(request, state)
     layers = [(k[:rows], v[:rows]) for k, v in cache]

@@ -129,6 +129,14 @@ def test_objects_of_transformers_are_functions_and_streamers_too(model, demo):
     stop = transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(8)])
     found = model.generate(IDS, logits_processor=own, stopping_criteria=stop, max_new_tokens=10)
     assert found.shape == (1, 8)
+    cache, said = transformers.DynamicCache(), IDS
+    for _ in range(3):  # as in a chat
+        said = torch.cat([model.generate(said, past_key_values=cache, max_new_tokens=3), IDS[:, :2]], 1)
+        assert cache.get_seq_length() == said.shape[1] - 3
+    free = IDS
+    for _ in range(3):
+        free = torch.cat([model.generate(free, max_new_tokens=3), IDS[:, :2]], 1)
+    assert torch.equal(said, free)
     got, streamer = [], transformers.TextStreamer(demo[1])
     streamer.on_finalized_text = lambda text, stream_end=False: got.append(text)
     ids = torch.tensor([demo[1]("ROMEO:").input_ids])
