@@ -20,7 +20,16 @@ from gpt2_multi.files.json_files import read_json
 from gpt2_multi.model.config import SETTINGS as KEYS
 from gpt2_multi.model.config import TOKENS, GPT2Config, as_config
 from gpt2_multi.model.formats import ARCHITECTURES, FORMATS, Format
-from gpt2_multi.model.spelling import MASK_BUFFERS, TRANSFORMERS, Spelling, match, misshapen, row_of
+from gpt2_multi.model.spelling import (
+    MASK_BUFFERS,
+    TORCH,
+    TRANSFORMERS,
+    Spelling,
+    match,
+    misshapen,
+    out_first,
+    row_of,
+)
 from gpt2_multi.model.weights import HEADS, Weight, head_rows, table
 
 
@@ -287,8 +296,10 @@ def _is(format: str, file: Path) -> bool:
     if format == "keras-hub":
         config = file.with_name("config.json")
         return config.exists() and "class_name" in read_json(config)
-    if format == "safetensors":
-        return not any("/" in name for name in FORMATS[format].read(file))
+    kind = FORMATS[format]
+    if kind.spelling in (TRANSFORMERS, TORCH):
+        found = {name: array.shape for name, array in kind.read(file).items()}
+        return not any("/" in name for name in found) and bool(out_first(found)) == (kind.spelling is TORCH)
     return True
 
 

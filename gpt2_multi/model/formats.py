@@ -17,7 +17,17 @@ from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.fields import ACTIVATIONS
-from gpt2_multi.model.spelling import FLAX_FILE, KERAS_HUB, KERAS_WEIGHTS, NANOGPT, OPENAI, TF, TRANSFORMERS, Spelling
+from gpt2_multi.model.spelling import (
+    FLAX_FILE,
+    KERAS_HUB,
+    KERAS_WEIGHTS,
+    NANOGPT,
+    OPENAI,
+    TF,
+    TORCH,
+    TRANSFORMERS,
+    Spelling,
+)
 from gpt2_multi.model.weights import table
 
 ARCHITECTURES = {  # of each head, the class that config.json names
@@ -62,6 +72,16 @@ class Format:
 def beside(main: Path) -> GPT2Config:
     """The configuration in the config.json that lies beside a file."""
     return GPT2Config.from_json_file(main.with_name("config.json"))
+
+
+def _state_config(main: Path) -> GPT2Config:
+    """The configuration beside a state dictionary; who saves one alone, as transformers' Trainer, writes none."""
+    if not main.with_name("config.json").exists():
+        raise CheckpointError(
+            f"{main.parent}: has a state dictionary of gpt2_multi.pt, as transformers' Trainer saves it, but no "
+            "config.json; give config=model.config, or put it there by model.config.save_pretrained(folder)"
+        )
+    return beside(main)
 
 
 def sharded(read: Callable[[Path], Tensors]) -> Callable[[Path], Tensors]:
@@ -274,6 +294,10 @@ FORMATS: Mapping[str, Format] = {
         "transformers' safetensors", TRANSFORMERS, _MAIN["safetensors"], WEIGHTS["safetensors"],
         sharded(_read_safetensors), _write_safetensors, beside,
     ),
+    "torch-safetensors": Format(
+        "a state dictionary of gpt2_multi.pt in safetensors", TORCH, _MAIN["safetensors"], WEIGHTS["safetensors"],
+        sharded(_read_safetensors), _write_safetensors, _state_config,
+    ),
     "tf-safetensors": Format(
         "transformers' safetensors of TensorFlow", TF, _MAIN["safetensors"], WEIGHTS["safetensors"],
         sharded(_read_safetensors), _write_tf_safetensors, beside, no_room={"tie_word_embeddings": (True,)},
@@ -281,6 +305,10 @@ FORMATS: Mapping[str, Format] = {
     "pytorch": Format(
         "transformers' pytorch_model.bin", TRANSFORMERS, _MAIN["pytorch"], WEIGHTS["pytorch"],
         sharded(_read_pytorch), _write_pytorch, beside,
+    ),
+    "torch-pickle": Format(
+        "a state dictionary of gpt2_multi.pt in pytorch_model.bin", TORCH, _MAIN["pytorch"], WEIGHTS["pytorch"],
+        sharded(_read_pytorch), _write_pytorch, _state_config,
     ),
     "tf-h5": Format(
         "transformers' tf_model.h5", TF, _MAIN["tf-h5"], WEIGHTS["tf-h5"],

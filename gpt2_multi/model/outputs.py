@@ -11,23 +11,41 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 
-class Output:
+class Output(dict[str, Any]):
     """Access by attribute, by name (`out["logits"]`) and by position (`out[0]`, `loss, logits = out.to_tuple()`).
 
+    It is a dict to whoever asks (Trainer, accelerate, DataParallel), and has in it what its attributes are.
     A loop over it is one over names; over values after a call with names of 2019, as `logits, past = model(x, past=p)`.
     """
 
     unpacks = False
 
-    def keys(self) -> list[str]:
+    def __post_init__(self) -> None:
+        """Take all fields as one dict, or as pairs, as those do that make a dict anew from its items."""
+        first = fields(self)[0].name  # type: ignore[arg-type]
+        given = getattr(self, first)
+        if isinstance(given, (dict, Iterator)):
+            setattr(self, first, None)
+            self.update(given)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name not in self.__dataclass_fields__:  # type: ignore[attr-defined]
+            return
+        if value is None:
+            super().pop(name, None)
+        else:
+            super().__setitem__(name, value)
+
+    def keys(self) -> list[str]:  # type: ignore[override]
         """The names of the fields that are there."""
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]  # type: ignore[arg-type]
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[Any]:  # type: ignore[override]
         """The fields that are there, in order."""
         return [getattr(self, key) for key in self.keys()]
 
-    def items(self) -> list[tuple[str, Any]]:
+    def items(self) -> list[tuple[str, Any]]:  # type: ignore[override]
         """(name, value) of the fields that are there."""
         return [(key, getattr(self, key)) for key in self.keys()]
 
@@ -42,8 +60,20 @@ class Output:
             raise KeyError(f"{type(self).__name__} has no '{key}' here; it has {', '.join(self.keys())}")
         return getattr(self, key)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys()
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self.__dataclass_fields__:  # type: ignore[attr-defined]
+            raise KeyError(f"{type(self).__name__} has no field '{key}'")
+        setattr(self, key, value)
+
+    def update(self, *args: Any, **fields: Any) -> None:
+        """Assign fields."""
+        for key, value in dict(*args, **fields).items():
+            self[key] = value
+
+    def _keep(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"{type(self).__name__}: its fields stay; assign None to one, or take dict(output)")
+
+    __delitem__ = pop = popitem = clear = setdefault = _keep
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.to_tuple() if self.unpacks else self.keys())

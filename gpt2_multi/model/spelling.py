@@ -11,7 +11,7 @@ import numpy as np
 
 from gpt2_multi.errors import CheckpointError, shortened
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import HEADS, Shape, Weight, table, weight_of
+from gpt2_multi.model.weights import EMBEDDINGS, HEADS, Shape, Weight, table, weight_of
 
 Array = np.ndarray[Any, Any]
 
@@ -217,7 +217,17 @@ def named_rows(
             "configuration; the weights and config.json belong to different models"
         )
     rooted = any(name.startswith(spelling.root) for name in found)
-    return {name: weight for weight in table(config, head) for name in spelling.spellings(weight, rooted)}
+    rows = {name: weight for weight in table(config, head) for name in spelling.spellings(weight, rooted)}
+    lone = _lone_head(found, config, spelling, rooted)
+    return {lone.get(name, name): weight for name, weight in rows.items()}
+
+
+def _lone_head(found: Collection[str], config: GPT2Config, spelling: Spelling, rooted: bool) -> dict[str, str]:
+    """The embedding's name -> the head's, where a saver that drops what is there twice has kept the tied head."""
+    params = EMBEDDINGS[0], HEADS["lm"][0]
+    embedding, head = (spelling.spell(weight_of(param, config, None), rooted) for param in params)
+    is_lone = spelling in (TRANSFORMERS, TORCH) and config.tie_word_embeddings and head in found
+    return {embedding: head} if is_lone and embedding not in found else {}
 
 
 def is_known_extra(name: str, config: GPT2Config, spelling: Spelling) -> bool:

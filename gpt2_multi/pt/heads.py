@@ -31,6 +31,7 @@ from gpt2_multi.pt.state import lend_embedding
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
 
 Dtype = torch.dtype | str | None
+Items = Tensor | int | None
 
 
 class GPT2LMHeadModel(GPT2PreTrainedModel):
@@ -38,6 +39,8 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
 
     head = "lm"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"  # as Trainer calls losses that shift labels
     generation_config: GenerationConfig
 
     def __init__(
@@ -83,10 +86,12 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        num_items_in_batch: Items = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Logits (B, T, V) of the next token; with labels (B, T), shifted here, their loss.
 
-        `logits_to_keep` n computes those of the last n positions only (0: of all).
+        `logits_to_keep` n computes those of the last n positions only (0: of all). `num_items_in_batch` is how many
+        labels count in all parts of a batch that is read in parts, whose losses then add up to its mean.
         """
         outputs = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
@@ -96,7 +101,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         logits = self.logits(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = lm_loss(logits, labels, present(attention_mask, labels))
+            loss = lm_loss(logits, labels, present(attention_mask, labels), num_items_in_batch)
         output = CausalLMOutputWithCrossAttentions(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
         )
@@ -207,6 +212,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
     """GPT-2 with a classifier of the whole text, at its last token."""
 
     head = "sequence_classification"
+    accepts_loss_kwargs = True
 
     def __init__(
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
@@ -232,6 +238,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Items = None,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """Logits (B, L) at the last token that the mask keeps; without a mask, the last one that is not `pad_token_id`.
 
@@ -245,7 +252,9 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         end = last_tokens(self._kept(hidden, input_ids, attention_mask))  # (B,)
         pooled = at(hidden, end)  # (B, E)
         logits = recast(self.score, self.compute_dtype, pooled)
-        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
         output = SequenceClassifierOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
@@ -263,6 +272,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
     """GPT-2 with a classifier of each token."""
 
     head = "token_classification"
+    accepts_loss_kwargs = True
 
     def __init__(
         self, config: GPT2Config, *, dtype: Dtype = None, param_dtype: Dtype = None, attn_implementation: str = "sdpa"
@@ -289,6 +299,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Items = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Logits (B, T, L); labels: (B, T), of which -100 and masked ones do not count."""
         outputs = self.transformer(
@@ -296,7 +307,9 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
             None, None, use_cache, output_attentions, output_hidden_states, True,
         )  # fmt: skip
         logits = recast(self.classifier, self.compute_dtype, self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else cross_entropy(logits, labels, present(attention_mask, labels))
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits, labels, present(attention_mask, labels), num_items_in_batch)
         output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return give(self.config, output, return_dict)
 

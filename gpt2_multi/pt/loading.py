@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files import arguments
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight, table
@@ -29,6 +30,10 @@ class GPT2PreTrainedModel(nn.Module):
     main_input_name: ClassVar[str] = "input_ids"
     supports_gradient_checkpointing: ClassVar[bool] = True
     _tied_weights_keys: ClassVar[dict[str, str] | None] = None  # PEFT asks what follows an adapted embedding
+    accepts_loss_kwargs: ClassVar[bool] = False  # what transformers' Trainer and accelerate ask a model
+    loss_type: ClassVar[str | None] = None
+    _no_split_modules: ClassVar[list[str]] = ["GPT2Block"]
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
     generation_config: GenerationConfig | None = None  # of the classes that generate
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype | str | None = None) -> None:
@@ -273,17 +278,38 @@ class GPT2PreTrainedModel(nn.Module):
             self.tie_weights()
         return self.get_input_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them.
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute the activations of every n-th block in the backward pass instead of keeping them.
 
-        `gradient_checkpointing_kwargs` are options of torch.utils.checkpoint.checkpoint.
+        `gradient_checkpointing_kwargs` are options of torch.utils.checkpoint.checkpoint. With `offload`, what goes into
+        those blocks waits in the memory of the CPU.
         """
-        self.body.gradient_checkpointing = True
-        self.body.checkpointing_options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        inputs.check_size("every_n_layers", every_n_layers, 1)
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.body.gradient_checkpointing, self.body.every_n_layers = True, every_n_layers
+        self.body.checkpointing_options = {**options, "offload": offload}
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The same under its name of transformers 5."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
         self.body.gradient_checkpointing = False
+
+    def activation_checkpointing_disable(self) -> None:
+        """The same under its name of transformers 5."""
+        self.gradient_checkpointing_disable()
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Compute attention by "sdpa" (PyTorch's fused kernels, the default) or "eager" (plain matrix products)."""

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from gpt2_multi.model import inputs
@@ -66,8 +67,8 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block (Radford et al. 2019, section 2.3)."""
+class GPT2Block(nn.Module):
+    """Pre-norm transformer block (Radford et al. 2019, section 2.3); FSDP's wrapping policies know it by its name."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
@@ -136,6 +137,14 @@ def of_row(forward: Callable[..., Any], given: Mapping[str, Any], shape: torch.S
     return give(given["self"].config, output, given.get("return_dict"))
 
 
+def recomputed(call: Callable[..., Any], *given: Any, offload: bool = False, **options: Any) -> Any:
+    """What a call gives, computed again in the backward pass; with `offload`, what it is given waits on the CPU."""
+    if not offload:
+        return checkpoint(call, *given, **options)
+    with save_on_cpu(pin_memory=torch.accelerator.is_available()):
+        return checkpoint(call, *given, **options)
+
+
 class GPT2Model(GPT2PreTrainedModel):
     """The bare GPT-2, without a head.
 
@@ -156,13 +165,14 @@ class GPT2Model(GPT2PreTrainedModel):
         super().__init__(config, dtype)
         config = self.config
         self.gradient_checkpointing = False
+        self.every_n_layers = 1
         self.checkpointing_options: dict[str, Any] = {"use_reentrant": False}
         self.set_attn_implementation(attn_implementation)
         with self.building(param_dtype):
             self.wte = nn.Embedding(config.vocab_size, config.n_embd)
             self.wpe = nn.Embedding(config.n_positions, config.n_embd)
             self.drop = nn.Dropout(config.embd_pdrop)
-            self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            self.h = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.n_layer))
             self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     @property
@@ -231,11 +241,11 @@ class GPT2Model(GPT2PreTrainedModel):
         x = self.embed(source, position_ids, token_type_ids)
         context = self._context(x, cache, attention_mask, encoder_hidden_states, encoder_attention_mask)
         self._wanted(context, output_attentions, output_hidden_states)
-        for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
+        for layer, (block, heads) in enumerate(zip(self.h, self._head_masks(head_mask), strict=True)):
             note(context.hidden, x)
-            if self.checkpointing:
+            if self.checkpointing and layer % self.every_n_layers == 0:
                 options = self.checkpointing_options
-                x, probs, cross_probs = checkpoint(recast, block, self.compute_dtype, x, context, heads, **options)
+                x, probs, cross_probs = recomputed(recast, block, self.compute_dtype, x, context, heads, **options)
             elif self.compute_dtype is None:
                 x, probs, cross_probs = block(x, context, heads)
             else:

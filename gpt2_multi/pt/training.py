@@ -17,11 +17,14 @@ from gpt2_multi.pt.layers import facts
 IGNORED = -100
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, mask: Tensor | None = None, items: Tensor | int | None = None
+) -> Tensor:
     """The mean negative log-likelihood of the labels that count: (..., K) logits, (...) labels -> ().
 
     A label counts unless it is -100 or `mask` (...) is 0 there; where none counts the loss is 0. One row may have its
-    label alone, ().
+    label alone, (). `items` is how many count in all parts of a batch that is read in parts: the losses of the parts
+    add up to its mean.
     """
     labels = batched(labels).to(logits.device).long()
     inputs.check_labels(facts("labels", labels), logits.shape)
@@ -29,10 +32,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None = None) ->
         labels = labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
     logits = upcast(logits)
     total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    return total / ((labels != IGNORED).sum().clamp(min=1) if items is None else items)
 
 
-def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None, items: Tensor | int | None = None) -> Tensor:
     """Next-token cross-entropy: (..., T, V) logits, (..., T) labels, shifted here.
 
     A token that the mask hides neither is predicted nor predicts.
@@ -40,13 +43,16 @@ def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tenso
     inputs.check_labels(facts("labels", labels), logits.shape)
     kept = None if mask is None else (mask != 0) & (mask.roll(-1, -1) != 0)
     labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # the labels move: to cut the logits would copy them
-    return cross_entropy(logits, labels, kept)
+    return cross_entropy(logits, labels, kept, items)
 
 
-def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+def classification_loss(
+    logits: Tensor, labels: Tensor, problem_type: str | None, items: Tensor | int | None = None
+) -> Tensor:
     """The loss of sequence classification, (B, L) logits: mean squared error, cross-entropy, or binary cross-entropy.
 
-    Without `problem_type`, one label means regression, integer labels one class each, float labels several.
+    Without `problem_type`, one label means regression, integer labels one class each, float labels several. `items` is
+    as in `cross_entropy`.
     """
     labels, logits = batched(labels).to(logits.device), upcast(logits)
     if problem_type is None:
@@ -55,11 +61,12 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     if problem_type == "regression":
         flat = logits.squeeze(-1) if labels.dim() == 1 else logits
         inputs.check_shape("labels", labels.shape, flat.shape)
-        return F.mse_loss(flat, labels.to(logits.dtype))
+        return F.mse_loss(flat, labels.to(logits.dtype), reduction="sum") / (labels.numel() if items is None else items)
     if problem_type == "single_label_classification":
-        return cross_entropy(logits, labels)
+        return cross_entropy(logits, labels, None, items)
     inputs.check_shape("labels", labels.shape, logits.shape)
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+    return total / (labels.numel() if items is None else items)
 
 
 def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:

@@ -87,8 +87,9 @@ def register(cls: _Class) -> _Class:
     def whole(names: Any, values: Any) -> Any:
         return cls(**dict(zip(names, values, strict=True)))
 
-    cls.__tf_flatten__ = parts  # type: ignore[attr-defined]
-    cls.__tf_unflatten__ = staticmethod(whole)  # type: ignore[attr-defined]
+    if not issubclass(cls, dict):  # into which TensorFlow looks as into any dict
+        cls.__tf_flatten__ = parts  # type: ignore[attr-defined]
+        cls.__tf_unflatten__ = staticmethod(whole)  # type: ignore[attr-defined]
     optree.register_pytree_node(cls, lambda value: parts(value)[::-1], whole, namespace="keras")  # Keras' own
     return cls
 
