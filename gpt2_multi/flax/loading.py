@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.files import arguments
+from gpt2_multi.files.hub import push
 from gpt2_multi.flax.attention import KVCache
 from gpt2_multi.flax.layers import (
     as_array,
@@ -309,43 +311,87 @@ class FlaxGPT2PreTrainedModel:
         )
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], params: Tree | None = None, *, max_shard_size: int | str = "5GB"
+        self,
+        save_directory: str | os.PathLike[str],
+        params: Tree | None = None,
+        is_main_process: bool = True,
+        *,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **options: Any,
     ) -> None:
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
+
+        Without `safe_serialization` it is flax_model.msgpack. Only the main process writes; a `variant` such as "fp16"
+        stands in the files' names. With `push_to_hub` the same is uploaded: `options` are those of `push_to_hub`.
 
         The parameters are gathered one after the other. On several hosts each has to call it, and the first one writes.
         The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`. Raises
         CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
         """
+        wanted = arguments.sort_saving("save_pretrained", options)
         params = self.fitting(params)
         rows = rows_of(params, self.config, self.head, self.scan_layers)
         dtypes = dtypes_of(params, self.config, self.head, self.scan_layers)
         dtype = dtypes[table(self.config, self.head)[0].name]
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("Flax")], dtype=str(dtype))
         sources = [(row, dtypes[row.name], rows[row.name]) for row in table(config, self.head)]
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and is_main_process:
             from gpt2_multi.model.checkpoint import save
 
-            save(folder, config, self.generation_config, sources, self.head, max_shard_size)
+            kind = "safetensors" if safe_serialization else "flax-msgpack"
+            save(save_directory, config, self.generation_config, sources, self.head, max_shard_size, kind, variant)
         else:
             for _, _, gather in sources:
                 gather()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("saved")
+        if push_to_hub:
+            self.push_to_hub(
+                **{"repo_id": Path(save_directory).name, **wanted}, params=params, max_shard_size=max_shard_size,
+                safe_serialization=safe_serialization, variant=variant,
+            )  # fmt: skip
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, params: Tree | None = None) -> Tree:
+    def push_to_hub(self, repo_id: str, params: Tree | None = None, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to a model of the hub, and return the commit's address.
+
+        `options` are those of `save_pretrained` for the weights, and of `files.hub.push`.
+        """
+        from gpt2_multi.model.checkpoint import SAVING
+
+        how = {name: options.pop(name) for name in SAVING if name in options}
+        return push(
+            partial(self.save_pretrained, params=params, **how),
+            repo_id,
+            **arguments.sort_saving("push_to_hub", options),
+        )
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        params: Tree | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Tree:
         """Give the vocabulary `new_num_tokens` ids; each new row is the mean of the old ones (Hewitt 2021).
 
         Returns the parameters, the model's own or those given, so changed; a model that holds parameters holds these
-        from now on. A mean keeps the logits of a new token from drowning the others.
+        from now on. A mean keeps the logits of a new token from drowning the others; without `mean_resizing` a new row
+        is random, as in a new model. The number is rounded up to `pad_to_multiple_of`.
         """
         params = self.fitting(params)
-        if new_num_tokens is None:
+        number = inputs.new_vocabulary(new_num_tokens, self.config.vocab_size, pad_to_multiple_of)
+        if number is None:
             return params
         found, flat = leaves(self.config, self.head, self.scan_layers), flatten_dict(params)
-        self.config.replace(vocab_size=new_num_tokens)  # refuses what no vocabulary can have
-        params = unflatten_dict({path: resized(flat[path], leaf.axes, new_num_tokens) for path, leaf in found.items()})
-        self.config.vocab_size = new_num_tokens
+        self.config.replace(vocab_size=number)  # refuses what no vocabulary can have
+        std = None if mean_resizing else self.config.initializer_range
+        params = unflatten_dict(
+            {path: resized(flat[path], leaf.axes, number, std, self.key) for path, leaf in found.items()}
+        )
+        self.config.vocab_size = number
         if self._params is not None:
             self.params = params
         return params

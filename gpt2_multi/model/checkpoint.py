@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ import numpy as np
 
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files import arguments, containers
-from gpt2_multi.files.arrays import Array, Shape, mapping, release, same
+from gpt2_multi.files.arrays import Array, Made, Shape, mapping, release, same
+from gpt2_multi.files.containers.safetensors import fitting
 from gpt2_multi.files.folders import PathLike, replaced
 from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, resolve, varied
-from gpt2_multi.files.json_files import read_json
+from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.model.config import SETTINGS as KEYS
 from gpt2_multi.model.config import TOKENS, GPT2Config, as_config
 from gpt2_multi.model.formats import ARCHITECTURES, FORMATS, Format
@@ -28,6 +30,7 @@ from gpt2_multi.model.spelling import (
     match,
     misshapen,
     out_first,
+    parts_of,
     row_of,
 )
 from gpt2_multi.model.weights import HEADS, Weight, head_rows, table
@@ -324,6 +327,9 @@ def _are_there(spelling: Spelling, rows: list[Weight], shapes: Mapping[str, Shap
 Source = tuple[Weight, np.dtype[Any], Callable[[], Array]]
 
 
+SAVING = ("max_shard_size", "safe_serialization", "variant")  # what `push_to_hub` of a model takes of `save_pretrained`
+
+
 def save(
     folder: PathLike,
     config: GPT2Config,
@@ -331,16 +337,46 @@ def save(
     sources: Iterable[Source],
     head: str,
     max_shard_size: int | str,
+    kind: str = "safetensors",
+    variant: str | None = None,
 ) -> None:
-    """Write config.json, generation_config.json (where there is one) and model.safetensors, or its shards and index.
+    """Write config.json, generation_config.json (where there is one) and the weights, or their shards and index.
 
-    The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`.
+    `kind` is a key of `formats.FORMATS`; a `variant` has another name and leaves the others. The model's files are
+    replaced together, other files of the folder stay: see `files.folders.replaced`.
     """
-    with replaced(folder, is_model_file) as stage:
-        config.save_pretrained(stage)
+    with replaced(folder, partial(is_model_file, kind=kind, variant=variant)) as stage:
+        FORMATS[kind].write(stage, spelled(sources, head, FORMATS[kind].spelling), config, max_shard_size)
         if generation_config is not None:
             generation_config.save_pretrained(stage)
-        write_weights(stage, sources, head, max_shard_size=max_shard_size)
+        for path in list(stage.iterdir()) if variant else []:
+            _vary(path, variant)
+
+
+def _vary(path: Path, variant: str | None) -> None:
+    """Give a file of weights, or an index of shards and what it names, the name of a variant."""
+    if path.name.endswith(".index.json"):
+        index = read_json(path)
+        index["weight_map"] = {name: varied(file, variant) for name, file in index["weight_map"].items()}
+        write_json(path, index)
+    path.rename(path.with_name(varied(path.name, variant)))
+
+
+def _in_layout(spelling: Spelling, weight: Weight, make: Callable[[], Array]) -> Array:
+    (part,) = parts_of(spelling, weight, fitting(weight.name, make(), weight.shape))
+    return part
+
+
+def spelled(sources: Iterable[Source], head: str, spelling: Spelling) -> dict[str, Made]:
+    """Rows of the table under the names and in the layout of a format."""
+    return {
+        spelling.spell(weight, head != "base"): (
+            dtype,
+            spelling.shape(weight),
+            partial(_in_layout, spelling, weight, make),
+        )
+        for weight, dtype, make in sources
+    }
 
 
 def write_weights(
@@ -351,18 +387,11 @@ def write_weights(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write rows of the table, each with its dtype and a function that makes its array in the table's layout."""
-    rooted = head != "base"
-    tensors = {
-        spelling.spell(weight, rooted): (
-            dtype,
-            spelling.shape(weight),
-            lambda w=weight, make=make: spelling.layout(w, make()),
-        )
-        for weight, dtype, make in sources
-    }
+    tensors = spelled(sources, head, spelling)
     containers.write_shards(folder / WEIGHTS["safetensors"][0], tensors, containers.write_safetensors, max_shard_size)
 
 
-def is_model_file(path: Path) -> bool:
-    """Whether a file of a folder is one of those that save_pretrained writes."""
-    return matches(path.name, (*SETTINGS, *WEIGHTS["safetensors"])) and not path.is_dir()
+def is_model_file(path: Path, kind: str = "safetensors", variant: str | None = None) -> bool:
+    """Whether a file of a folder is one of those that save_pretrained writes, or would be read in their place."""
+    weights = [varied(name, variant) for name in (*WEIGHTS["safetensors"], *WEIGHTS[kind])]
+    return matches(path.name, (*SETTINGS, *weights)) and not path.is_dir()

@@ -245,6 +245,14 @@ def check_size(name: str, value: Any, least: int = 0) -> None:
         raise InputError(f"{name}: expected a whole number from {least}, found {value!r}")
 
 
+def new_vocabulary(wanted: int | None, now: int, multiple: int | None) -> int | None:
+    """How many ids a vocabulary is to have: so many, rounded up to a multiple where one is given; None leaves it."""
+    if multiple is None:
+        return wanted
+    check_size("pad_to_multiple_of", multiple, 1)
+    return -(-(now if wanted is None else wanted) // multiple) * multiple
+
+
 def check_ids(name: str, x: Facts, vocab_size: int) -> None:
     """Ids are integers, and every one has to lie in the vocabulary."""
     check_integers(name, x)

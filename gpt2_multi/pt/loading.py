@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files import arguments
+from gpt2_multi.files.hub import push
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config, check_config
@@ -209,20 +212,52 @@ class GPT2PreTrainedModel(nn.Module):
             tensors[TORCH.spell(weight, self.head != "base")] = tensor
         self.load_state_dict(tensors, strict=False, assign=True)  # every row is there; a subclass may have more
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **options: Any,
+    ) -> None:
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
+
+        Without `safe_serialization` it is pytorch_model.bin. Only the main process writes; a `variant` such as "fp16"
+        stands in the files' names. `state_dict` has the parameters where they are not the model's own. With
+        `push_to_hub` the same is uploaded: `options` are those of `push_to_hub`.
 
         The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`.
         Raises CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
         """
         from gpt2_multi.model.checkpoint import save
 
+        wanted = arguments.sort_saving("save_pretrained", options)
+        if not is_main_process:
+            return
         self._check_tie()
-        config = self.config.replace(
-            architectures=[type(self).__name__], dtype=str(self.parameter(table(self.config, self.head)[0]).dtype)
-        )
-        sources = map(self._source, table(config, self.head))
-        save(folder, config, self.generation_config, sources, self.head, max_shard_size)
+        sources = [self._source(weight, state_dict) for weight in table(self.config, self.head)]
+        config = self.config.replace(architectures=[type(self).__name__], dtype=sources[0][1].name)
+        kind = "safetensors" if safe_serialization else "pytorch"
+        save(save_directory, config, self.generation_config, sources, self.head, max_shard_size, kind, variant)
+        if push_to_hub:
+            self.push_to_hub(
+                **{"repo_id": Path(save_directory).name, **wanted}, max_shard_size=max_shard_size,
+                safe_serialization=safe_serialization, variant=variant,
+            )  # fmt: skip
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to a model of the hub, and return the commit's address.
+
+        `options` are those of `save_pretrained` for the weights, and of `files.hub.push`.
+        """
+        from gpt2_multi.model.checkpoint import SAVING
+
+        how = {name: options.pop(name) for name in SAVING if name in options}
+        return push(partial(self.save_pretrained, **how), repo_id, **arguments.sort_saving("push_to_hub", options))
 
     def _check_tie(self) -> None:
         if not self.config.tie_word_embeddings or not hasattr(self, "lm_head"):
@@ -234,8 +269,11 @@ class GPT2PreTrainedModel(nn.Module):
                 "lose it; set tie_word_embeddings to False, or call tie_weights()"
             )
 
-    def _source(self, weight: Weight) -> Any:
-        parameter = self.parameter(weight)
+    def _source(self, weight: Weight, state_dict: Mapping[str, Tensor] | None) -> Any:
+        name = TORCH.spell(weight, self.head != "base")
+        if state_dict is not None and name not in state_dict:
+            raise CheckpointError(f"state_dict: lacks {name}; give all of model.state_dict(), or leave it out")
+        parameter = self.parameter(weight) if state_dict is None else state_dict[name]
         return weight, NUMPY[parameter.dtype], lambda: TORCH.layout(weight, to_numpy(parameter))
 
     def tie_weights(self) -> None:
@@ -263,18 +301,23 @@ class GPT2PreTrainedModel(nn.Module):
         self.config.tie_word_embeddings = head.weight is self.body.wte.weight
 
     @torch.no_grad()
-    def resize_token_embeddings(self, new_num_tokens: int | None = None) -> nn.Embedding:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """Give the vocabulary `new_num_tokens` ids; each new row is the mean of the old ones (Hewitt 2021).
 
-        Returns the token embedding. A mean keeps the logits of a new token from drowning the others.
+        Returns the token embedding. A mean keeps the logits of a new token from drowning the others; without
+        `mean_resizing` a new row is random, as in a new model. The number is rounded up to `pad_to_multiple_of`.
         """
-        if new_num_tokens is not None:
-            self.config.vocab_size = new_num_tokens
-            replace_parameter(self.body.wte, "weight", _resized(self.body.wte.weight, new_num_tokens))
-            self.body.wte.num_embeddings = new_num_tokens
+        number = inputs.new_vocabulary(new_num_tokens, self.config.vocab_size, pad_to_multiple_of)
+        std = None if mean_resizing else self.config.initializer_range
+        if number is not None:
+            self.config.vocab_size = number
+            replace_parameter(self.body.wte, "weight", _resized(self.body.wte.weight, number, std))
+            self.body.wte.num_embeddings = number
             if hasattr(self, "lm_head"):
-                replace_parameter(self.lm_head, "weight", _resized(self.lm_head.weight, new_num_tokens))
-                self.lm_head.out_features = new_num_tokens
+                replace_parameter(self.lm_head, "weight", _resized(self.lm_head.weight, number, std))
+                self.lm_head.out_features = number
             self.tie_weights()
         return self.get_input_embeddings()
 
@@ -327,9 +370,9 @@ class GPT2PreTrainedModel(nn.Module):
             self.body.attentions()[layer].prune(heads)
 
 
-def _resized(rows: Tensor, number: int) -> Tensor:
-    extra = max(number - len(rows), 0)
-    return torch.cat([rows[:number], rows.mean(0, keepdim=True).expand(extra, -1)])
+def _resized(rows: Tensor, number: int, std: float | None) -> Tensor:
+    new = rows.mean(0, keepdim=True).repeat(max(number - len(rows), 0), 1)
+    return torch.cat([rows[:number], new if std is None else new.normal_(std=std)])
 
 
 def load_tf_weights_in_gpt2(

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import keras
@@ -14,7 +16,9 @@ import numpy as np
 import tensorflow as tf
 
 from gpt2_multi.files import arguments
+from gpt2_multi.files.hub import push
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.model.spelling import KERAS
@@ -187,8 +191,21 @@ class TFGPT2PreTrainedModel(keras.Model):
             else:
                 self.parameter(weight).assign(initial(weight, self.variable_dtype))
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **options: Any,
+    ) -> None:
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
+
+        Without `safe_serialization` it is tf_model.h5. Only the main process writes; a `variant` such as "fp16"
+        stands in the files' names. With `push_to_hub` the same is uploaded: `options` are those of `push_to_hub`.
 
         The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`. LoRA's
         updates are merged in. Raises CheckpointError, and leaves what was there, where a tensor is not what the
@@ -196,12 +213,31 @@ class TFGPT2PreTrainedModel(keras.Model):
         """
         from gpt2_multi.model.checkpoint import save
 
+        wanted = arguments.sort_saving("save_pretrained", options)
+        if not is_main_process:
+            return
         quantization.refuse_quantized(
             self, "saved as safetensors; save it as .keras, or save it before you quantize it"
         )
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("TF")], dtype=self.variable_dtype)
         sources = map(self._source, table(config, self.head))
-        save(folder, config, self.generation_config, sources, self.head, max_shard_size)
+        kind = "safetensors" if safe_serialization else "tf-h5"
+        save(save_directory, config, self.generation_config, sources, self.head, max_shard_size, kind, variant)
+        if push_to_hub:
+            self.push_to_hub(
+                **{"repo_id": Path(save_directory).name, **wanted}, max_shard_size=max_shard_size,
+                safe_serialization=safe_serialization, variant=variant,
+            )  # fmt: skip
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to a model of the hub, and return the commit's address.
+
+        `options` are those of `save_pretrained` for the weights, and of `files.hub.push`.
+        """
+        from gpt2_multi.model.checkpoint import SAVING
+
+        how = {name: options.pop(name) for name in SAVING if name in options}
+        return push(partial(self.save_pretrained, **how), repo_id, **arguments.sort_saving("push_to_hub", options))
 
     def _source(self, weight: Weight) -> Any:
         value = self.parameter(weight)
@@ -218,23 +254,28 @@ class TFGPT2PreTrainedModel(keras.Model):
             return None
         return self.body().wte if self.config.tie_word_embeddings else self.lm_head
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None) -> keras.layers.Embedding:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> keras.layers.Embedding:
         """Give the vocabulary `new_num_tokens` ids; each new row is the mean of the old ones (Hewitt 2021).
 
-        Returns the token embedding. A mean keeps the logits of a new token from drowning the others. Compile the model
-        again before you train it further: the optimizer has to forget the old variable.
+        Returns the token embedding. A mean keeps the logits of a new token from drowning the others; without
+        `mean_resizing` a new row is random, as in a new model. The number is rounded up to `pad_to_multiple_of`.
+        Compile the model again before you train it further: the optimizer has to forget the old variable.
         """
-        if new_num_tokens is None:
+        number = inputs.new_vocabulary(new_num_tokens, self.config.vocab_size, pad_to_multiple_of)
+        std = None if mean_resizing else self.config.initializer_range
+        if number is None:
             return self.get_input_embeddings()
         quantization.refuse_adapted(self, "resized")
-        self.config.vocab_size = new_num_tokens
+        self.config.vocab_size = number
         wte = self.body().wte
-        replace_variable(wte, "embeddings", _resized(wte.embeddings, new_num_tokens))
-        wte.input_dim = new_num_tokens
+        replace_variable(wte, "embeddings", _resized(wte.embeddings, number, std))
+        wte.input_dim = number
         head = self.get_output_embeddings()
         if head not in (None, wte):
-            replace_variable(head, "kernel", tf.transpose(_resized(tf.transpose(head.kernel), new_num_tokens)))
-            head.units = new_num_tokens
+            replace_variable(head, "kernel", tf.transpose(_resized(tf.transpose(head.kernel), number, std)))
+            head.units = number
         self.forget_functions()
         return wte
 
@@ -251,9 +292,9 @@ class TFGPT2PreTrainedModel(keras.Model):
         self.train_function = self.test_function = self.predict_function = None
 
 
-def _resized(rows: tf.Tensor, number: int) -> tf.Tensor:
-    mean = tf.reduce_mean(rows, 0, keepdims=True)
-    return tf.concat([rows[:number], tf.repeat(mean, max(number - rows.shape[0], 0), 0)], 0)
+def _resized(rows: tf.Tensor, number: int, std: float | None) -> tf.Tensor:
+    new = tf.repeat(tf.reduce_mean(rows, 0, keepdims=True), max(number - rows.shape[0], 0), 0)
+    return tf.concat([rows[:number], new if std is None else keras.random.normal(new.shape, 0, std, new.dtype.name)], 0)
 
 
 def devices() -> list[str]:

@@ -115,7 +115,7 @@ def write_safetensors(path: PathLike, tensors: Mapping[str, Made], framework: st
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape, make) in tensors.items():
-            for piece in chunks(_fitting(name, make(), shape), dtype, name):
+            for piece in chunks(fitting(name, make(), shape), dtype, name):
                 file.write(piece.reshape(-1).view(np.uint8).data)
         sync(file)
 
@@ -124,7 +124,8 @@ def _size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     return dtype.itemsize * math.prod(shape)
 
 
-def _fitting(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+def fitting(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    """An array that has to have this shape."""
     if array.shape != tuple(shape):
         raise CheckpointError(
             f"{name} has shape {array.shape}, but the configuration makes it {tuple(shape)}; nothing was saved: change "

@@ -169,10 +169,11 @@ def check_alive(name: str, tree: Any) -> None:
         )
 
 
-def resized(value: Array, axes: tuple[str, ...], number: int) -> Array:
-    """A leaf with so many entries of the vocabulary; one without a vocabulary stays."""
+def resized(value: Array, axes: tuple[str, ...], number: int, std: float | None, key: Array) -> Array:
+    """A leaf with so many entries of the vocabulary, new ones the mean or random; one without a vocabulary stays."""
     if "vocab" not in axes:
         return value
     axis = axes.index("vocab")
-    extra = [value.mean(axis, keepdims=True)] * max(number - value.shape[axis], 0)
-    return jnp.concatenate([lax.slice_in_dim(value, 0, min(number, value.shape[axis]), axis=axis), *extra], axis)
+    new = jnp.repeat(value.mean(axis, keepdims=True), max(number - value.shape[axis], 0), axis)
+    new = new if std is None else std * jax.random.normal(key, new.shape, new.dtype)
+    return jnp.concatenate([lax.slice_in_dim(value, 0, min(number, value.shape[axis]), axis=axis), new], axis)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -213,3 +214,77 @@ def test_an_override_reaches_generate(package: Package, folder: Path) -> None:
     end = int(free[0, 1])
     cut = np.asarray(load(folder, eos_token_id=end).generate(package.ids([[1]])))
     assert (free.shape, cut.tolist()) == ((1, 7), [[1, end]])
+
+
+@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}, {"variant": "fp16", "max_shard_size": "1KB"}])
+def test_what_is_saved_is_what_is_loaded(
+    package: Package, folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model = package.GPT2LMHeadModel.from_pretrained(folder)
+    model.save_pretrained(save_directory=folder, is_main_process=False)
+    model.save_pretrained(save_directory=folder, save_function=None, push_to_hub=False, token=None, **options)
+    weights = sorted(path.name for path in folder.iterdir() if not path.suffix == ".json")
+    kind = {"pt": "pytorch_model.bin", "tf": "tf_model.h5", "flax": "flax_model.msgpack"}[package.name]
+    if "variant" in options:
+        assert weights[0] == "model.fp16-00001-of-00007.safetensors" and weights[-1] == "model.safetensors"
+        assert (folder / "model.safetensors.index.fp16.json").exists()
+        (folder / "model.safetensors").unlink()
+    else:
+        assert weights == [kind if options else "model.safetensors"]
+    again = package.GPT2LMHeadModel.from_pretrained(folder, variant=options.get("variant"))
+    assert np.array_equal(package.embedding(again), package.embedding(model))
+    with pytest.raises(
+        TypeError, match="save_pretrained has no argument 'max_shards_size'; did you mean 'max_shard_size'"
+    ):
+        model.save_pretrained(folder, max_shards_size="1KB")
+    with pytest.raises(InputError, match=r"saved_model: expected None, found True; .*call export_saved_model"):
+        model.save_pretrained(folder, saved_model=True)
+
+
+def test_what_is_pushed_is_what_is_saved(package: Package, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that remembers: the folder that is uploaded has what `save_pretrained` writes, and nothing else."""
+    import huggingface_hub
+
+    calls: list[Any] = []
+
+    class Hub:
+        def __init__(self, token: Any) -> None:
+            calls.append(token)
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            calls.append((repo_id, options))
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> Any:
+            files = sorted(path.name for path in Path(folder_path).iterdir())
+            calls.append((repo_id, files, options["commit_message"]))
+            return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    model = package.GPT2LMHeadModel.from_pretrained(folder)
+    files = ["config.json", "generation_config.json", "model.safetensors"]
+    assert model.push_to_hub("mine", private=True, use_auth_token="abc", commit_message="One") == "https://hub/commit"
+    assert calls == ["abc", ("mine", {"private": True, "exist_ok": True}), ("me/mine", files, "One")]
+    del calls[:]
+    model.save_pretrained(folder, push_to_hub=True)
+    assert [call[0] for call in calls[1:]] == ["model", "me/model"] and calls[2][1] == files
+    del calls[:]
+    model.config.push_to_hub("mine", revision=None)
+    model.generation_config.save_pretrained(folder, push_to_hub=True, repo_id="mine")
+    assert [call[1] for call in calls[2::3]] == [["config.json"], ["generation_config.json"]]
+    with pytest.raises(InputError, match=r"tags: expected None, found .*; no model card is written"):
+        model.push_to_hub("mine", tags=["a"])
+
+
+def test_a_vocabulary_is_resized_to_a_multiple(package: Package, folder: Path) -> None:
+    model = package.GPT2LMHeadModel.from_pretrained(folder)
+    before = package.embedding(model)
+    model.resize_token_embeddings(pad_to_multiple_of=8)
+    after = package.embedding(model)
+    assert model.config.vocab_size == 16 == len(after) and np.array_equal(after[:11], before)
+    assert np.allclose(after[11:], before.mean(0), atol=1e-6)
+    model.resize_token_embeddings(17, pad_to_multiple_of=32, mean_resizing=False)
+    new = package.embedding(model)[16:]
+    assert len(new) == 16 and len(np.unique(new)) > 90 and 0.015 < new.std() < 0.025
+    with pytest.raises(InputError, match="pad_to_multiple_of: expected a whole number from 1, found 0"):
+        model.resize_token_embeddings(8, pad_to_multiple_of=0)
