@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -113,3 +115,13 @@ def test_names_of_the_archive():
     assert GPT2_PRETRAINED_CONFIG_ARCHIVE_MAP["gpt2"].endswith("/gpt2/resolve/main/config.json")
     config = GPT2Config(vocab_size=50257, n_positions=1024, n_ctx=1024, n_embd=768, n_layer=12, n_head=12)
     assert config == GPT2Config()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript(hub):
+    model = GPT2LMHeadModel.from_pretrained(hub["gpt2"], torchscript=True)
+    input_ids = torch.tensor([GPT2Tokenizer.from_pretrained(hub["gpt2"]).encode("Let's see")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced_model = torch.jit.trace(model, (input_ids,))
+    assert torch.allclose(traced_model(input_ids)[0], model(input_ids)[0], atol=1e-5)
