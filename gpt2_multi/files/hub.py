@@ -30,7 +30,10 @@ def _sharded(single: str) -> tuple[str, ...]:
 # The files of a model folder, as patterns of the shell: nothing else in the library lists them.
 SETTINGS = ("config.json", "generation_config.json")
 RENAMED = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # transformers' name -> OpenAI's
-TOKENIZER = (*RENAMED, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER = (
+    *RENAMED, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 WEIGHTS = {  # of each format; the first that a model has is fetched
     "safetensors": _sharded("model.safetensors"),
     "pytorch": _sharded("pytorch_model.bin"),

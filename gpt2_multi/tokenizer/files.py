@@ -151,6 +151,8 @@ def read_folder(folder: Path) -> Vocabulary:
             settings = read_json(path)
             _merge_added(found, _decoder_tokens(settings.pop("added_tokens_decoder", {}), path))
             found.settings |= {key: _plain(value) for key, value in settings.items()}
+    if (path := folder / "chat_template.jinja").exists():
+        found.settings["chat_template"] = _read_text(path)
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from gpt2_multi.errors import TokenizerError, described, nearest
 from gpt2_multi.files import arguments
+from gpt2_multi.files.templates import render_chat, up_to_message
 from gpt2_multi.tokenizer.batching import (
     PADDINGS,
     TRUNCATIONS,
@@ -233,6 +234,73 @@ class GPT2Tokenizer(TokenTable):
         from gpt2_multi.files.hub import push
 
         return push(self.save_pretrained, repo_id, **arguments.sort_saving("push_to_hub", options))
+
+    # --- chats -------------------------------------------------------------------------------------------------------
+
+    @property
+    def chat_template(self) -> Any:
+        """How a chat is spelled, in Jinja, or a template for each name; saved with the tokenizer."""
+        found = self._kept.get("chat_template")
+        return {row["name"]: row["template"] for row in found} if isinstance(found, list) else found
+
+    @chat_template.setter
+    def chat_template(self, template: Any) -> None:
+        if isinstance(template, dict):
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        self._kept["chat_template"] = template
+
+    def get_chat_template(self, chat_template: str | None = None) -> str:
+        """The template of a name, or the text that is given as one; without either the tokenizer's own.
+
+        Raises:
+            TokenizerError: there is none.
+        """
+        own = self.chat_template
+        found = own.get(chat_template or "default", chat_template) if isinstance(own, dict) else chat_template or own
+        if not isinstance(found, str):
+            raise TokenizerError(f"chat_template: expected a template, found {found!r}; set tokenizer.chat_template")
+        return found
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        tools: Any = None,
+        documents: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: Any = False,
+        truncation: Any = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        **names: Any,
+    ) -> Any:
+        """What a chat, a list of `{"role": ..., "content": ...}`, or a list of chats is as ids, or as a text.
+
+        tokenize: ids; otherwise a text. return_dict: all that a call gives instead of `input_ids`. `names` are what the
+        template may speak of beside messages, tools, documents and the control tokens.
+
+        Raises:
+            TokenizerError: there is no template, or no Jinja, or the template refuses the messages.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise TokenizerError("continue_final_message: cannot be used with add_generation_prompt; leave one out")
+        alone = bool(conversation) and isinstance(conversation[0], Mapping)
+        chats = [conversation] if alone else conversation
+        names |= {**self.special_tokens_map, "tools": tools, "documents": documents}
+        names["add_generation_prompt"] = add_generation_prompt
+        made = [render_chat(self.get_chat_template(chat_template), chat, **names) for chat in chats]
+        if continue_final_message:
+            made = [up_to_message(text, chat[-1]["content"]) for text, chat in zip(made, chats, strict=True)]
+        text = made[0] if alone else made
+        if not tokenize:
+            return text
+        options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(tokenizer_kwargs or {})}
+        encoded = self(text, add_special_tokens=False, return_tensors=return_tensors, **options)
+        return encoded if return_dict else encoded["input_ids"]
 
     # --- one text ----------------------------------------------------------------------------------------------------
 

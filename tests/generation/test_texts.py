@@ -192,7 +192,7 @@ def test_bad_pipelines_are_one_sentence(model, tokenizer):
     for wrong, error, sentence in [
         ({"task": "fill-mask"}, InputError, 'task: expected "text-generation", the only one'),
         ({"model": model}, InputError, "tokenizer: a model that is loaded already does not know its own"),
-        ({"model": model, "backend": "pt"}, InputError, "model: is loaded already"),
+        ({"model": model, "dtype": "float16"}, InputError, "model: is loaded already"),
         ({"device": "cuda:7"}, InputError, "device: expected one of cpu, found 'cuda:7'"),
         ({"temprature": 2}, TypeError, "did you mean 'temperature'"),
     ]:
