@@ -114,7 +114,11 @@ class State:
     @classmethod
     def of(cls, prompt: Prompt, rows: int, room: int, records: tuple[str, ...], fill: int, **more: Any) -> Self:
         """The state in which nothing is made."""
-        ids, mask = (x.repeat_interleave(rows, 0) for x in (prompt.ids, prompt.mask))
+        ids, mask = prompt.ids, prompt.mask
+        if prompt.past is not None:  # whose columns stay where they are, but no rule looks at holes in a text
+            order = mask.byte().argsort(dim=1, stable=True)
+            ids, mask = ids.gather(1, order), mask.gather(1, order)
+        ids, mask = (x.repeat_interleave(rows, 0) for x in (ids, mask))
         shown, stop = ids.new_full((len(ids), room), fill), ids.new_zeros(len(ids))
         whole = F.pad(ids, (0, room)), F.pad(mask, (0, room), value=True)
         more |= {"first": prompt.first, "unseen": prompt.unseen, "is_guided": prompt.negative is not None}
