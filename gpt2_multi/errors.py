@@ -38,5 +38,5 @@ def nearest(name: str, known: Iterable[str], least: float = 0.6) -> str:
 def described(thing: object) -> str:
     """What something is, for a sentence about it: of which class, of which library."""
     kind = type(thing)
-    library = "" if kind.__module__ == "builtins" else f" of {kind.__module__.partition('.')[0]}"
+    library = "" if kind.__module__ in ("builtins", "collections") else f" of {kind.__module__.partition('.')[0]}"
     return f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}{library}"

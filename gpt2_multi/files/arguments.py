@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from gpt2_multi.errors import InputError, nearest, shortened
+from gpt2_multi.errors import InputError, described, nearest, shortened
 
 PLACE = (  # where the files are: what `hub.resolve` takes
     "revision", "token", "use_auth_token", "cache_dir", "local_files_only", "force_download", "subfolder", "variant",
@@ -104,7 +104,8 @@ def refuse(name: str, value: Any) -> bool:
         return False
     idle, advice = REFUSED[name]
     if not any(value is one or (type(value) is type(one) and value == one) for one in idle):
-        raise InputError(f"{name}: expected {idle[0]!r}, found {shortened(repr(value))}; {advice}")
+        found = shortened(repr(value)) if isinstance(value, (str, bool, int, float)) else described(value)
+        raise InputError(f"{name}: expected {idle[0]!r}, found {found}; {advice}")
     return True
 
 

@@ -445,14 +445,14 @@ class GenerationConfig:
         return cls.of(check_config(model_config))
 
     @classmethod
-    def of_folder(cls, folder: Path, config: GPT2Config, chosen: Mapping[str, Any]) -> Self:
+    def of_folder(cls, folder: Path | None, config: GPT2Config, chosen: Mapping[str, Any]) -> Self:
         """What generation_config.json says; what it leaves open is taken from the model's configuration.
 
         `chosen` are settings of the configuration that a caller wants otherwise than the files: they win over both.
         """
-        path = Path(folder) / "generation_config.json"
+        path = Path(folder or "") / "generation_config.json"
         over = {name: value for name, value in chosen.items() if name in TOKENS or name not in FIELDS}
-        return cls._of_keys(str(path), read_json(path) if path.exists() else {}, cls.of(config), over)
+        return cls._of_keys(str(path), read_json(path) if folder and path.exists() else {}, cls.of(config), over)
 
     @classmethod
     def _of_keys(cls, source: str, keys: Mapping[str, Any], under: Self, over: Mapping[str, Any]) -> Self:
@@ -551,6 +551,8 @@ def _takes_options(cls: type[GenerationConfig]) -> None:
 
     @functools.wraps(plain_init)
     def init(self: Any, *args: Any, **given: Any) -> None:
+        if given.keys() <= _FIELDS:
+            return plain_init(self, *args, **given)
         extra = given.pop("extra", {})
         cls.check_names(name for name in given if not name.startswith("_"))
         kept = {name: value for name, value in given.items() if name in _IDLE and value is not None}
@@ -563,6 +565,7 @@ def _takes_options(cls: type[GenerationConfig]) -> None:
 _takes_options(GenerationConfig)
 _IDLE = {**dict.fromkeys(WITHOUT_EFFECT), **{name: idle for name, (idle, _) in UNSUPPORTED.items()}}
 _NAMES = {*OPTIONS, *RENAMED, *_IDLE}
+_FIELDS = {*OPTIONS, "extra"}
 
 
 def as_generation_config(given: Any) -> GenerationConfig:
@@ -599,7 +602,7 @@ def supported(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if is_unsupported(name, value):
             raise InputError(f"{name}: is not an option here; leave it out, and {UNSUPPORTED[name][1]}")
-    return {name: value for name, value in options.items() if name not in {*WITHOUT_EFFECT, *UNSUPPORTED}}
+    return {name: value for name, value in options.items() if name not in WITHOUT_EFFECT and name not in UNSUPPORTED}
 
 
 def renamed(options: Mapping[str, Any], bad_words: Any = None) -> dict[str, Any]:

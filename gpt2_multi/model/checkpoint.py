@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_multi.errors import CheckpointError
+from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files import arguments, containers
 from gpt2_multi.files.arrays import Array, Made, Shape, mapping, release, same
 from gpt2_multi.files.containers.safetensors import fitting
@@ -163,7 +163,7 @@ class Loaded(NamedTuple):
     `chosen` are the settings that the caller wants otherwise than the files, `info` what was not as a model needs it.
     """
 
-    folder: Path
+    folder: Path | None
     config: GPT2Config
     arrays: dict[str, Array]
     chosen: dict[str, Any]
@@ -180,19 +180,60 @@ def load(
     tensors of other shapes. Raises CheckpointError or ConfigError for whatever does not fit, InputError for an argument
     that cannot be honoured, and TypeError for one that does not exist.
     """
-    place, given = arguments.sort(given)
-    kinds = arguments.wanted_kinds(given, FORMATS)
-    for name in given:
-        if name not in KEYS:
-            raise arguments.unknown("from_pretrained", name, KEYS)
+    place, given = _sorted(given)
+    kinds, variant = arguments.wanted_kinds(given, FORMATS), place.get("variant")
     folder = resolve(name_or_path, **place, kinds=[kind for kind in kinds if kind in WEIGHTS])
-    variant = place.get("variant")
     stored = _stored_config(folder, kinds, variant, config is not None)
-    config = (stored if config is None else as_config(config)).replace(**given)
-    config.name_or_path = os.fspath(name_or_path)
+    config = _wanted(stored, config, given, name_or_path)
     found = open(folder, config, head, kinds=kinds, variant=variant, ignore_mismatched_sizes=ignore_mismatched_sizes)
-    warn_of_fresh(found, stacklevel=4)
-    return Loaded(folder, config, dict(found), _chosen(config, stored, given), _info(found))
+    return _loaded(folder, found, stored, given)
+
+
+def load_state(
+    tensors: Mapping[str, Array],
+    name_or_path: PathLike | None,
+    head: str,
+    config: Any,
+    given: Mapping[str, Any],
+    *,
+    ignore_mismatched_sizes: bool = False,
+) -> Loaded:
+    """The same of a state dictionary of PyTorch, ours or transformers', in the place of a folder's weights.
+
+    With a `config` there need be no folder.
+    """
+    place, given = _sorted(given)
+    if config is None and name_or_path is None:
+        raise InputError("config: a state_dict does not say what model it is of; give config=, or the model's folder")
+    folder = None if name_or_path is None else resolve(name_or_path, **place, allow_patterns=SETTINGS)
+    stored = GPT2Config()
+    if folder is not None and (config is None or (folder / SETTINGS[0]).exists()):
+        stored = GPT2Config.from_json_file(folder / SETTINGS[0])
+    config = _wanted(stored, config, given, name_or_path or "")
+    format = "torch-safetensors" if out_first({name: x.shape for name, x in tensors.items()}) else "safetensors"
+    found = Checkpoint(Path("state_dict"), format, dict(tensors), config, head, ignore_mismatched_sizes)
+    return _loaded(folder, found, stored, given)
+
+
+def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where the files are; and which of them are read, and settings of the configuration."""
+    place, given = arguments.sort(given)
+    for name in given:
+        if name not in (*KEYS, *arguments.KIND):
+            raise arguments.unknown("from_pretrained", name, KEYS)
+    return place, given
+
+
+def _wanted(stored: GPT2Config, config: Any, given: Mapping[str, Any], name_or_path: PathLike) -> GPT2Config:
+    """The configuration of the model that is wanted."""
+    found = (stored if config is None else as_config(config)).replace(**given)
+    found.name_or_path = os.fspath(name_or_path)
+    return found
+
+
+def _loaded(folder: Path | None, found: Checkpoint, stored: GPT2Config, given: Mapping[str, Any]) -> Loaded:
+    warn_of_fresh(found, stacklevel=5)
+    return Loaded(folder, found.config, dict(found), _chosen(found.config, stored, given), _info(found))
 
 
 def _stored_config(folder: Path, kinds: Iterable[str], variant: str | None, is_given: bool) -> GPT2Config:

@@ -155,9 +155,10 @@ class GPT2PreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: Any = None,
+        state_dict: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype | str | None = None,
         param_dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -178,16 +179,20 @@ class GPT2PreTrainedModel(nn.Module):
 
         `options` say where the files are and which of them are read (`revision`, `token`, `cache_dir`,
         `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
-        configuration. `config` stands in the place of the files' own: a GPT2Config, its keys, or where it lies. A task
-        head that the files lack, and with `ignore_mismatched_sizes` what has another shape, is initialised anew, with a
-        warning. With `output_loading_info` the answer is a pair: the model, and what was missing, unexpected and
-        mismatched. Raises CheckpointError or ConfigError for anything that does not fit, InputError for an argument
-        that cannot be honoured, and TypeError for one that does not exist.
+        configuration. `config` stands in the place of the files' own: a GPT2Config, its keys, or where it lies. So does
+        `state_dict` in that of their weights; with both the name may be None. A task head that the files lack, and with
+        `ignore_mismatched_sizes` what has another shape, is initialised anew, with a warning. With
+        `output_loading_info` the answer is a pair: the model, and what was missing, unexpected and mismatched. Raises
+        CheckpointError or ConfigError for anything that does not fit, InputError for an argument that cannot be
+        honoured, and TypeError for one that does not exist.
         """
-        from gpt2_multi.model.checkpoint import load, two_dtypes  # with all formats, when a file is met
+        from gpt2_multi.model.checkpoint import load, load_state, two_dtypes  # with all formats, when a file is met
 
+        read: Any = load
+        if state_dict is not None or pretrained_model_name_or_path is None:
+            read = partial(load_state, {name: to_numpy(tensor) for name, tensor in (state_dict or {}).items()})
         device = None if device_map is None else device_of(device_map)
-        found = load(
+        found = read(
             pretrained_model_name_or_path, cls.head, config, options, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
         dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype, dtype)

@@ -213,6 +213,18 @@ def test_allow_patterns_say_what_is_fetched(stub: StubHub) -> None:
     assert [path.name for path in folder.iterdir()] == ["pytorch_model.bin"]
 
 
+def test_a_subfolder_and_a_variant_are_fetched(stub: StubHub) -> None:
+    files = ("model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors")
+    index = "model.safetensors.index.fp16.json"
+    stub.repos["stub/model"]["main"] |= {f"a/{name}": b"1" for name in (*files, index, "config.json", "other.bin")}
+    stub.repos["stub/model"]["main"] |= {"a/model.safetensors": b"2", "model.fp16.safetensors": b"3"}
+    found = hub.resolve("stub/model", subfolder="a", variant="fp16")
+    assert sorted(path.name for path in found.iterdir()) == ["config.json", *files, index]
+    found = hub.resolve("stub/model", variant="fp16", kinds=["pytorch", "safetensors"], force_download=True)
+    assert (found / "model.fp16.safetensors").read_bytes() == b"3" and not (found / "pytorch_model.bin").exists()
+    assert hub.resolve("stub/model", subfolder="a", local_files_only=True, allow_patterns=["config.json"]).name == "a"
+
+
 @pytest.mark.parametrize("short", ARCHIVE)
 def test_short_names_are_hub_names(stub: StubHub, short: str) -> None:
     stub.repos[ARCHIVE[short].hub_id] = {"main": {"config.json": CONFIG}}

@@ -288,3 +288,31 @@ def test_a_vocabulary_is_resized_to_a_multiple(package: Package, folder: Path) -
     assert len(new) == 16 and len(np.unique(new)) > 90 and 0.015 < new.std() < 0.025
     with pytest.raises(InputError, match="pad_to_multiple_of: expected a whole number from 1, found 0"):
         model.resize_token_embeddings(8, pad_to_multiple_of=0)
+
+
+def test_a_state_dictionary_stands_in_the_place_of_weights(folder: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    package = Package("pt")
+    cls, other = package.GPT2LMHeadModel, write_model(tmp_path / "other", SMALL, "lm", seed=1)["wte.weight"]
+    own = cls.from_pretrained(tmp_path / "other").state_dict()
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "other").state_dict()
+    ids = package.ids([[1, 2, 3]])
+    expected = cls.from_pretrained(tmp_path / "other")(ids).logits.detach().numpy()
+    for state in (own, theirs):
+        for name, options in (
+            (folder, {}),
+            (None, {"config": SMALL}),
+            (str(folder), {"config": SMALL, "use_cache": False}),
+        ):
+            model = cls.from_pretrained(name, state_dict=state, **options)
+            assert np.allclose(package.embedding(model), other) and np.allclose(
+                model(ids).logits.detach(), expected, atol=1e-5
+            )
+    del own["transformer.ln_f.bias"]
+    with pytest.raises(CheckpointError, match=r"state_dict lacks the tensor transformer\.ln_f\.bias"):
+        cls.from_pretrained(folder, state_dict=own)
+    with pytest.raises(InputError, match="config: a state_dict does not say what model it is of"):
+        cls.from_pretrained(None, state_dict=theirs)
+    with pytest.raises(InputError, match="state_dict: expected None, found an OrderedDict; only PyTorch's models"):
+        sort({"state_dict": theirs})
