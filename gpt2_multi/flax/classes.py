@@ -18,6 +18,7 @@ from gpt2_multi.flax.heads import (
 from gpt2_multi.flax.layers import check_classes, facts, interceptors
 from gpt2_multi.flax.loading import FlaxGPT2PreTrainedModel
 from gpt2_multi.flax.model import GPT2Module
+from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
@@ -32,22 +33,15 @@ class FlaxGPT2Model(FlaxGPT2PreTrainedModel):
     module_class = GPT2Module
 
 
-class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
-    """GPT-2 with the language-model head: `FlaxGPT2LMHeadModel.from_pretrained("gpt2")`."""
+class Generating(FlaxGPT2PreTrainedModel):
+    """What the two classes share that have logits of the next token: generation, and what is compiled for it."""
 
-    head = "lm"
-    module_class = GPT2LMHeadModule
     generation_config: GenerationConfig
     _decoders: tuple[Any, Decoders] | None = None
 
     def __init__(self, config: GPT2Config, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
         self.generation_config = GenerationConfig.of(self.config)
-
-    def check(self, arrays: Mapping[str, Any]) -> None:
-        """Look at what a call was given."""
-        super().check(arrays)
-        check_classes(arrays.get("labels"), self.config.vocab_size)
 
     generate = generation.generate
     stream = generation.stream
@@ -65,18 +59,35 @@ class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
     @property
     def is_plain(self) -> bool:
         """Whether only our code and the parameters decide what a call gives."""
-        return type(self.module) is GPT2LMHeadModule and not self._is_steered()
+        return type(self.module) in (GPT2LMHeadModule, GPT2DoubleHeadsModule) and not self._is_steered()
 
-    def renew(self) -> None:
-        """Forget what was compiled of code that is not ours, which may depend on more than its arguments."""
-        if self._is_steered():
+    def renew(self, callbacks: Callbacks, assistant: Any) -> None:
+        """Forget what was compiled of code that is not ours, which may depend on more than its arguments.
+
+        Of a caller's functions, which are part of what is compiled, it forgets those of many calls.
+        """
+        if any(model is not None and model._is_steered() for model in (self, assistant)):
+            self._decoders = None
+        elif not self.decoders.has_room(callbacks):
             self._decoders = None
 
     def _is_steered(self) -> bool:
         return type(self).__call__ is not CALL or bool(interceptors())
 
 
-class FlaxGPT2DoubleHeadsModel(FlaxGPT2PreTrainedModel):
+class FlaxGPT2LMHeadModel(Generating):
+    """GPT-2 with the language-model head: `FlaxGPT2LMHeadModel.from_pretrained("gpt2")`."""
+
+    head = "lm"
+    module_class = GPT2LMHeadModule
+
+    def check(self, arrays: Mapping[str, Any]) -> None:
+        """Look at what a call was given."""
+        super().check(arrays)
+        check_classes(arrays.get("labels"), self.config.vocab_size)
+
+
+class FlaxGPT2DoubleHeadsModel(Generating):
     """GPT-2 with the language-model head and a multiple-choice head."""
 
     head = "double_heads"

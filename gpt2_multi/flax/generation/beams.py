@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from gpt2_multi.flax.attention import KVCache, upcast
-from gpt2_multi.flax.generation.decoding import Prompt, Sampling, State, put, record
+from gpt2_multi.flax.generation.decoding import Prompt, Sampling, State, guided, own_ends, own_rules, put, record
 from gpt2_multi.flax.generation.rules import ends, gumbel, process
 from gpt2_multi.generation.options import Options
 
@@ -80,11 +80,14 @@ class BeamSearch(Sampling):
         """The state one token further, by the logits (B * K, 1, V) after the last one."""
         beams, step = state.beams, state.step
         log_probs = jax.nn.log_softmax(upcast(logits[:, 0])).astype(beams.scores.dtype)
-        processed = process(log_probs, state.ids, state.mask, state.length, step, options)
+        log_probs, own = guided(state, log_probs, options), own_rules(self, state)
+        processed = process(log_probs, state.ids, state.mask, state.length, step, options, own)
         values, beam, token = candidates(processed, beams.scores, step, options)  # (B, C)
         stop = jnp.take_along_axis(state.stop.reshape(beams.scores.shape), beam, 1)
         over, stop = ends(token, stop, options)
         over |= step + 1 == new
+        if self.callbacks.criteria:
+            over |= self.ends(state, processed, beam, token)
         more = partial(extend, beams.running, processed, step)
         reached = values / jnp.asarray(step + 1, values.dtype) ** options.length_penalty
         reached = jnp.where(over & beams.is_open[:, None], reached, -jnp.inf)
@@ -101,8 +104,15 @@ class BeamSearch(Sampling):
             length=state.length + 1,
             ids=put(state.ids[rows], chosen, state.length),
             mask=put(state.mask, jnp.ones_like(state.finished), state.length),
-            cache=reorder(state.cache, rows, state.ids.shape[1] - self.room),
+            cache=reorder(state.cache, rows, state.cache.capacity - self.room),
         )
+
+    def ends(self, state: State, processed: Array, beam: Array, token: Array) -> Array:
+        """Which candidates, rows of their own, are over by the caller's criteria: beam, token (B, C) -> (B, C)"""
+        rows = (beam + self.rows * jnp.arange(len(beam), dtype=beam.dtype)[:, None]).reshape(-1)
+        ids = put(state.ids[rows], token.reshape(-1), state.length)
+        after = state._replace(ids=ids, length=state.length + 1)
+        return own_ends(self.callbacks, after, processed[rows]).reshape(beam.shape)
 
 
 def candidates(processed: Array, scores: Array, step: Any, options: Options) -> tuple[Array, Array, Array]:
@@ -151,7 +161,12 @@ def can_improve(score: Array, found: Hypotheses, made: Any, new: Any, options: O
 
 
 def reorder(cache: KVCache, rows: Array, start: int) -> KVCache:
-    """The cache of these rows (R,), each of which shares what is before `start` with the one that it replaces."""
+    """The cache of these rows (R,), each of which shares what is before `start` with the one that it replaces.
+
+    Guided rows have as many after them, which move with them.
+    """
+    every = (cache.layers if cache.stacked else cache.layers[0])[0].shape[-4]
+    rows = jnp.concatenate([rows + first for first in range(0, every, len(rows))])
 
     def moved(x: Array) -> Array:
         made = jnp.take(x[..., start:, :], rows, axis=x.ndim - 4)

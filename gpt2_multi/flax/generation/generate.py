@@ -6,29 +6,33 @@ The loop is compiled. Lengths come in buckets, so that another prompt rarely com
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from gpt2_multi.errors import InputError
+from gpt2_multi.flax.attention import KVCache
 from gpt2_multi.flax.generation.beams import BeamSearch
-from gpt2_multi.flax.generation.decoders import kernels_of, log_probs_of, states_of
-from gpt2_multi.flax.generation.decoding import Prompt, Sampling, State
-from gpt2_multi.flax.generation.lookup import Lookup
+from gpt2_multi.flax.generation.decoders import Source, log_probs_of, states_of
+from gpt2_multi.flax.generation.decoding import INSIDE, Prompt, Sampling, State, forward
+from gpt2_multi.flax.generation.lookup import Assistant, Assisted, Lookup
 from gpt2_multi.flax.generation.rules import as_tensors
-from gpt2_multi.flax.generation.tracing import check_guided, is_traced, traced_request
-from gpt2_multi.flax.layers import as_array, facts, is_concrete
+from gpt2_multi.flax.generation.tracing import check_alone, is_traced, traced_request
+from gpt2_multi.flax.layers import as_array, facts, is_concrete, on_host
 from gpt2_multi.flax.parameters.tree import Tree
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.request import Array as NumPyArray
-from gpt2_multi.generation.request import Request
+from gpt2_multi.generation.request import Given, Request, check_assisted, check_streamed
 from gpt2_multi.generation.rules import bucket
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import GenerateOutput
@@ -36,39 +40,47 @@ from gpt2_multi.model.outputs import GenerateOutput
 if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
+ROWS = (  # which are looked at and put in order before anything is computed
+    "input_ids", "attention_mask", "token_type_ids", "negative_prompt_ids", "negative_prompt_attention_mask",
+)  # fmt: skip
+STRIDE = 4  # tokens from one look at the clock to the next
+
 
 def generate(
     self: Any,
-    input_ids: Any,
+    input_ids: Any = None,
     attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
     *,
-    tokenizer: GPT2Tokenizer | None = None,
     params: Tree | None = None,
-    encoder_hidden_states: Any = None,
-    encoder_attention_mask: Any = None,
-    **options: Any,
+    **given: Any,
 ) -> Any:
     """Continue (B, T) prompts: returns (B * num_return_sequences, T + new) ids, the prompts in front.
 
     Prompts may be texts, with `tokenizer`: a text gives a text, or a list where several are asked for; a list gives a
-    list. `options` are the fields of `GenerationConfig`, on top of `generation_config` or the model's own. Without
-    `attention_mask` every id counts; with it, padding may stand on either side, and each row gets what it gets alone.
-    With `return_dict_in_generate` the answer is a `GenerateOutput`.
+    list. Without `attention_mask` every id counts; with it, padding may stand on either side, and each row gets what it
+    gets alone. With `return_dict_in_generate` the answer is a `GenerateOutput`.
+    `given` are the fields of `GenerationConfig`, on top of `generation_config` or the model's own, and arguments
+    (docs/generation.md): tokenizer, token_type_ids (B, T), inputs_embeds (B, T, E), past_key_values,
+    encoder_hidden_states (B, encoder length, E), encoder_attention_mask, negative_prompt_ids (B, any),
+    negative_prompt_attention_mask, logits_processor, prefix_allowed_tokens_fn, stopping_criteria, streamer,
+    assistant_model. Functions are traced into the loop, which is compiled once for each set of them.
     Called while another function is traced, the loop becomes a part of that, and always returns the greatest length;
-    `sliding_window` and `prompt_lookup_num_tokens`, which are guided from outside, cannot be used there.
-    Another `__call__`, and methods that are intercepted, steer the loop; it is compiled anew at each call then.
+    `sliding_window`, `prompt_lookup_num_tokens`, `max_time`, `streamer` and `assistant_model`, which lead it from
+    outside, cannot be used there. Another `__call__`, and methods that are intercepted, steer the loop; it is compiled
+    anew at each call then.
     Raises InputError for an id outside the vocabulary, a text beyond `n_positions` and unusable options, and TypeError
-    for an unknown option.
+    for an unknown argument.
     """
-    config = self.generation_config.resolve(generation_config, options)
-    states, states_mask = encoder_hidden_states, encoder_attention_mask
-    request = request_of(self, config, input_ids, attention_mask, tokenizer, states, states_mask)
-    output = run(self, self.fitting(params), request, Prompt.of(request, states, states_mask))
-    given = as_array("input_ids", input_ids if request.prompts is None else request.given)
-    prompts = jnp.repeat(given, config.num_return_sequences, axis=0)
-    output.sequences = jnp.concatenate([prompts, output.sequences.astype(prompts.dtype)], 1)
-    return request.answer(output, None if request.prompts is None else np.asarray(output.sequences))
+    brought, config = Given.of(self.generation_config, input_ids, attention_mask, generation_config, given)
+    with brought.callbacks.ended():
+        source = Source.of(self.fitting(params), brought)
+        request, prompt = request_of(self, config, brought, source)
+        output = run(self, source, request, prompt)
+        own = request.given if request.prompts is not None or brought.input_ids is None else brought.input_ids
+        prompts = jnp.repeat(as_array("input_ids", own), config.num_return_sequences, axis=0)
+        output.sequences = jnp.concatenate([prompts, output.sequences.astype(prompts.dtype)], 1)
+        return request.answer(output, None if request.prompts is None else np.asarray(output.sequences))
 
 
 def stream(
@@ -78,36 +90,34 @@ def stream(
     *,
     tokenizer: GPT2Tokenizer,
     params: Tree | None = None,
-    **options: Any,
+    **given: Any,
 ) -> Iterator[str]:
     """What `generate` appends to a text, piece by piece; no piece ends within a character."""
-    config = self.generation_config.resolve(generation_config, options)
-    request = Request.of_text(config, self.config, text, tokenizer)
-    made = columns(self, self.fitting(params), request, Prompt.of(request, None, None))
+    given = {"tokenizer": tokenizer, **given}
+    brought, config = Given.of(self.generation_config, text, None, generation_config, given)
+    check_streamed(config, brought)
+    source = Source.of(self.fitting(params), brought)
+    made = columns(self, source, *request_of(self, config, brought, source))
     return texts.decode(tokenizer, (int(column[0]) for column in made), config)
 
 
 def stream_tokens(
     self: Any,
-    input_ids: Any,
+    input_ids: Any = None,
     attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
     *,
-    tokenizer: GPT2Tokenizer | None = None,
     params: Tree | None = None,
-    encoder_hidden_states: Any = None,
-    encoder_attention_mask: Any = None,
-    **options: Any,
+    **given: Any,
 ) -> Iterator[Array]:
     """What `generate` appends, one column (B * num_return_sequences,) of ids at a time, as soon as it is known."""
-    config = self.generation_config.resolve(generation_config, options)
-    config.check_streaming()
-    states, states_mask = encoder_hidden_states, encoder_attention_mask
-    request = request_of(self, config, input_ids, attention_mask, tokenizer, states, states_mask)
-    prompt, params = Prompt.of(request, states, states_mask), self.fitting(params)
-    if is_traced(params, prompt):
+    brought, config = Given.of(self.generation_config, input_ids, attention_mask, generation_config, given)
+    check_streamed(config, brought, is_text=False)
+    source = Source.of(self.fitting(params), brought)
+    request, prompt = request_of(self, config, brought, source)
+    if is_traced(source.params, prompt):
         raise InputError("stream_tokens: cannot give one token after the other while it is traced; call generate there")
-    return columns(self, params, request, prompt)
+    return columns(self, source, request, prompt)
 
 
 def score(
@@ -137,43 +147,55 @@ def log_probs(model: Any, params: Tree | None, ids: NumPyArray, mask: NumPyArray
     length = ids.shape[1]
     more = [(0, 0), (0, min(bucket(length), model.config.n_positions) - length)]
     ids, mask = np.pad(ids, more), np.pad(mask, more)
-    logits = model(ids, mask, params=params, return_dict=True).logits[:, :-1]
+    logits = forward(model, ids, attention_mask=mask, params=params).logits[:, :-1]
     return np.asarray(log_probs_of(logits, ids[:, 1:]))[:, : length - 1]
 
 
-def request_of(
-    model: Any,
-    config: GenerationConfig,
-    ids: Any,
-    mask: Any,
-    tokenizer: GPT2Tokenizer | None,
-    states: Any,
-    states_mask: Any,
-) -> Request:
-    """What a call was given, checked, but for the values of ids and a mask that are traced."""
-    if not texts.are_texts(ids):
-        ids, mask = as_array("input_ids", ids), as_array("attention_mask", mask)
-    if is_traced(ids, mask):
-        request = traced_request(model, config, ids, mask, tokenizer)
+def request_of(model: Any, config: GenerationConfig, given: Given, source: Source) -> tuple[Request, Prompt]:
+    """What a call was given, checked, but for the values of what is traced; and its rows, up to a bucket's length."""
+    arrays = {name: (on_host if name in ROWS else as_array)(name, x) for name, x in given.arrays.items()}
+    found = {name: facts(x) for name, x in arrays.items()}
+    known = {name: np.asarray(x) for name, x in arrays.items() if name in ROWS and is_concrete(x)}
+    rows, past = given._replace(**{**arrays, **known}), None if source.past is None else check_past(model, source.past)
+    if any(name in arrays and not is_concrete(arrays[name]) for name in ROWS):
+        request = traced_request(model, config, rows, found, past)
     else:
-        ids, mask = (np.asarray(x) if isinstance(x, Array) else x for x in (ids, mask))
-        request = Request.of(config, model.config, ids, mask, tokenizer)
-    encoder = {"encoder_hidden_states": states, "encoder_attention_mask": states_mask}
-    found = {name: facts(as_array(name, x)) for name, x in encoder.items() if x is not None}
+        states = found.get("encoder_hidden_states")
+        request = Request.of(
+            config, model.config, rows.input_ids, rows.attention_mask, given.tokenizer, given.callbacks,
+            token_type_ids=rows.token_type_ids, embeds=found.get("inputs_embeds"), past=past,
+            batch=1 if states is None else states.shape[0] or 0,
+            negative=(rows.negative_prompt_ids, rows.negative_prompt_attention_mask),
+        )  # fmt: skip
     inputs.check_states(model.config, len(request.ids), found)
-    return request
+    check_assisted(request, given)
+    if source.past is not None:
+        model._check_cache(source.past, len(request.ids), None)
+    return request, Prompt.of(request, rows, source.past)
 
 
-def strategy_of(request: Request) -> Sampling:
-    """How a request goes on."""
-    config, guesses = request.config, request.config.prompt_lookup_num_tokens
-    room = bucket(request.new_tokens + (guesses or 0))
-    if guesses is not None:
-        return Lookup(room, guesses=guesses)
-    return (BeamSearch if config.num_beams > 1 else Sampling)(room, config.rows, config.records)
+def check_past(model: Any, past: Any) -> int:
+    """How many tokens a cache holds, which is one that a call of the model would take."""
+    length = model._check_cache(past, None, None)
+    if length is None:
+        raise InputError("past_key_values: its length is not known while it is traced; call generate outside")
+    return int(length)
 
 
-def parts(request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:
+def strategy_of(request: Request, source: Source) -> Sampling:
+    """How tokens are chosen."""
+    config, own = request.config, replace(request.callbacks, streamer=None)
+    more: dict[str, Any] = {"records": config.records, "callbacks": own}
+    if source.assistant is not None:
+        more["guesses"], more["assistant"] = config.num_assistant_tokens, Assistant.of(source.assistant)
+        return Assisted(bucket(request.new_tokens + config.num_assistant_tokens), **more)
+    if (guesses := config.prompt_lookup_num_tokens) is not None:
+        return Lookup(bucket(request.new_tokens + guesses), guesses=guesses, **more)
+    kind = BeamSearch if config.num_beams > 1 else Sampling
+    return kind(bucket(request.new_tokens), config.rows, **more)
+
+
+def parts(strategy: Sampling, request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:
     """What goes on together: all rows; but each row alone with guesses, which come true in one row and not in another.
 
     Nothing, where there is no row, or no token to come.
@@ -181,16 +203,23 @@ def parts(request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:
     if not request.new_tokens or not len(prompt.ids):
         return []
     options = as_tensors(request.options)
-    if request.config.prompt_lookup_num_tokens is None:
+    if not strategy.guesses:
         return [(prompt, options)]
-    return [(prompt.row(row), options.row(row)) for row in range(len(prompt.ids))]
+    rows = prompt.repeated(request.config.rows)
+    return [(rows.row(row), options.row(row)) for row in range(len(rows.ids))]
 
 
-def columns(model: Any, params: Tree, request: Request, prompt: Prompt) -> Iterator[Array]:
+def loops(model: Any, source: Source, request: Request, prompt: Prompt, stride: int) -> list[Iterator[State]]:
+    """The states of each part, after every `stride` tokens or more."""
+    strategy = strategy_of(request, source)
+    model.renew(strategy.callbacks, source.assistant)
+    each = parts(strategy, request, prompt)
+    return [states_of(model, source, request, strategy, part, stride) for part in each]
+
+
+def columns(model: Any, source: Source, request: Request, prompt: Prompt) -> Iterator[Array]:
     """One token of each row, (R,), after the other, until the length, or until all are finished."""
-    model.renew()
-    strategy, each = strategy_of(request), parts(request, prompt)
-    made = [columns_of(states_of(model, params, request, strategy, *part, 1, {})) for part in each]
+    made = [columns_of(states) for states in loops(model, source, request, prompt, 1)]
     if len(made) == 1:
         return made[0]
     fill = jnp.full(1, request.options.fill, jnp.int32)
@@ -206,36 +235,106 @@ def columns_of(states: Iterator[State]) -> Iterator[Array]:
         seen = step
 
 
-def run(model: Any, params: Tree, request: Request, prompt: Prompt) -> GenerateOutput:
+def streamed(states: Iterator[State], streamer: Any) -> Iterator[State]:
+    """The states, whose new columns (R,) a streamer gets as soon as they are there, as arrays of NumPy."""
+    seen = 0
+    for state in states:
+        shown, step = np.asarray(state.shown), int(state.step)
+        for place in range(seen, step):
+            streamer.put(shown[:, place])
+        seen = step
+        yield state
+
+
+def run(model: Any, source: Source, request: Request, prompt: Prompt) -> GenerateOutput:
     """All new tokens (B * num_return_sequences, new), and what the options ask to be recorded."""
-    config, new = request.config, request.new_tokens
-    rows = len(prompt.ids) * config.num_return_sequences
-    if not new or not rows:
-        nothing = {"log_probs": jnp.zeros((rows, new)), "scores": (), "logits": ()}
-        return with_records(GenerateOutput(jnp.zeros((rows, new), jnp.int32)), config, nothing, 0)
-    check_guided(config, is_traced(params, prompt))
-    model.renew()
-    strategy, each = strategy_of(request), parts(request, prompt)
-    kernels = kernels_of(model, params, strategy, each[0][0])
-    if config.sliding_window or config.prompt_lookup_num_tokens is not None:
-        loops = (states_of(model, params, request, strategy, *part, new, kernels) for part in each)
-        ends = [list(loop)[-1] for loop in loops]
-    else:
-        ((prompt, options),) = each
-        state = model.decoders.start(strategy, prompt, options)
-        state = state._replace(**model.decoders.prefill(params, prompt, strategy.room, strategy.rows))
-        ends = [model.decoders.decode(params, state, strategy, new, new, options, kernels)]
-    made = max(int(end.step) if is_concrete(end.step) else new for end in ends)
+    config, new, streamer = request.config, request.new_tokens, request.callbacks.streamer
+    if is_traced(source.params, source.past, prompt):
+        check_alone(config, request.callbacks, source.assistant)
+    stride = 1 if streamer is not None else new if config.max_time is None else STRIDE
+    made = loops(model, source, request, prompt, stride)
+    if streamer is not None:
+        inputs.check_together(len(made))
+        streamer.put(np.repeat(request.given, config.num_return_sequences, axis=0))
+        made = [streamed(states, streamer) for states in made]
+    finals = [deque(states, maxlen=1)[0] for states in made]
+    if not finals:
+        nothing = jnp.zeros((len(prompt.ids) * config.num_return_sequences, new), jnp.int32)
+        records: dict[str, Any] = {name: () for name in config.records}
+        return with_records(GenerateOutput(nothing, log_probs=jnp.zeros(nothing.shape)), config, records, 0)
+    longest = max(int(state.step) if is_concrete(state.step) else new for state in finals)
+    return output_of(request, prompt, finals, longest)
+
+
+def output_of(request: Request, prompt: Prompt, finals: list[State], made: int) -> GenerateOutput:
+    """What is answered, of the last state of each part."""
+    config, state = request.config, finals[0]
     if config.num_beams > 1:
-        return beam_output(config, ends[0], made, new)
-    shown = jnp.concatenate([end.shown for end in ends]) if len(ends) > 1 else ends[0].shown
-    return with_records(GenerateOutput(shown[:, :made]), config, ends[0].records, made)
+        output = beam_output(config, state, made, request.new_tokens)
+    else:
+        shown = state.shown if len(finals) == 1 else jnp.concatenate([each.shown for each in finals])
+        output = GenerateOutput(shown[:, :made])
+    if not config.return_dict_in_generate:
+        return output
+    records = dict(state.records)
+    if not config.sliding_window:
+        places = places_of(request, prompt, state)
+        if config.num_beams == 1:
+            output.past_key_values = kept(state, places, request.width)
+        read = slice(request.past or 0, request.width)
+        records |= {name: as_given(name, state, places, read, made) for name in INSIDE if name in records}
+    return with_records(output, config, records, made)
+
+
+def kept(state: State, places: Array, width: int) -> KVCache:
+    """The cache to go on from, of the rows that are text, in the columns (R, N) that were given and made."""
+    cache, rows = state.cache, len(places)
+
+    def own(x: Array) -> Array:
+        return moved(x[:rows], places, -2) if x.ndim == 4 else jax.vmap(own)(x)
+
+    layers, cross = jax.tree.map(own, cache.layers), jax.tree.map(lambda x: x[..., :rows, :, :, :], cache.cross)
+    return KVCache(layers, cross, jnp.asarray(width + state.step - 1, jnp.int32))
+
+
+def places_of(request: Request, prompt: Prompt, state: State) -> Array:
+    """Where in the cache each column is that was given, and each that was made after them: (R, width and room)
+
+    What is no part of the window, as it is padding in every row, is beyond all caches.
+    """
+    (batch, length), window = request.ids.shape, state.window.mask.shape[1]
+    place, rows = window - length + jnp.arange(length), jnp.arange(batch)[:, None]
+    if request.past is not None:
+        place = jnp.where(jnp.arange(length) < request.past, jnp.arange(length), place)
+    found = jnp.full((batch, request.width), -1).at[rows, jnp.asarray(request.order)].max(place)
+    more = window + jnp.arange(state.cache.capacity - window)
+    whole = jnp.concatenate([found, jnp.broadcast_to(more, (batch, len(more)))], 1)
+    return jnp.repeat(jnp.where(whole < 0, np.iinfo(np.int32).max, whole), len(state.ids) // batch, axis=0)
+
+
+def moved(x: Array, places: Array, axis: int) -> Array:
+    """x (R, ...) with these columns (R, N) of an axis, which is counted from behind; 0 for one that is not there."""
+    shape = [len(places)] + [1] * (x.ndim - 1)
+    shape[axis] = places.shape[1]
+    return jnp.take_along_axis(x, places.reshape(shape), axis, mode="fill", fill_value=0)
+
+
+def as_given(name: str, state: State, places: Array, read: slice, made: int) -> tuple[tuple[Array, ...], ...]:
+    """What the model has shown at each step, in the columns that were given, of which the first step read some."""
+    first, later = state.records[f"first_{name}"], state.records[name]
+    queries = places[:, read] - (state.window.mask.shape[1] - first[0].shape[-2])
+
+    def seen(x: Array, step: int) -> Array:
+        return moved(x, places[:, : read.stop + step], -1) if name == "attentions" else x
+
+    steps = [tuple(moved(x, queries, -2) for x in first), *(tuple(x[step] for x in later) for step in range(1, made))]
+    return tuple(tuple(seen(x, step) for x in layers) for step, layers in enumerate(steps))
 
 
 def with_records(
     output: GenerateOutput, config: GenerationConfig, records: Mapping[str, Any], made: int
 ) -> GenerateOutput:
-    """The output with the records of so many steps: scores and logits a tuple, log_probs (R, made)."""
+    """The output with the records of so many steps: log_probs (R, made), and of the others a tuple."""
     for name in config.records:
         if name != "log_probs":
             setattr(output, name, tuple(records[name][step] for step in range(made)))
@@ -251,4 +350,4 @@ def beam_output(config: GenerationConfig, state: State, made: int, new: int) -> 
     longest = int((beams >= 0).sum(-1).max()) if is_concrete(beams) else new
     output = GenerateOutput(tokens[:, :longest], log_probs=log_probs[:, :longest], beam_indices=beams[:, :longest])
     output.sequences_scores = found.scores[:, :several].reshape(-1)
-    return with_records(output, config, state.records, made)
+    return output

@@ -1,29 +1,31 @@
-"""Prompt-lookup decoding in Flax: greedy choice in fewer steps, where a text repeats itself.
+"""Speculative decoding in Flax: the same tokens in fewer steps, by reading guesses together with the last token.
 
-What followed the last tokens when they were there before is read together with them, and kept as far as the model would
-have chosen it (Saxena 2023). One row at a time; G guesses, S ids (prompt and room), V vocabulary.
+A lookup guesses what followed the last tokens when they were there before (Saxena 2023); an assistant, which is a
+smaller model, what it would choose itself (Leviathan et al. 2023). Guesses are kept as far as the model would have
+chosen them. One row at a time; G guesses, S ids (prompt and room), V vocabulary.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from gpt2_multi.flax.generation.decoding import Sampling, State
+from gpt2_multi.flax.generation.decoding import Sampling, State, Weights, decode_step
 from gpt2_multi.generation.options import Options
 
 
 @dataclass(frozen=True)
 class Lookup(Sampling):
-    """Greedy choice of one row, with guesses that are read together with the last token."""
+    """Choice after choice in one row, with guesses that are read together with the last token."""
 
-    def propose(self, state: State, new: Any, options: Options) -> Array:
+    def propose(self, state: State, weights: Weights, new: Any, options: Options) -> tuple[State, Array]:
         """What followed the end of the text before, but no more than is wanted: (1, G), -1 where there is nothing."""
         guessed = guess(state, options.max_matching_ngram_size, self.guesses)
-        return jnp.where(jnp.arange(self.guesses) < new - state.step - 1, guessed, -1)
+        return state, jnp.where(jnp.arange(self.guesses) < new - state.step - 1, guessed, -1)
 
     def update(self, state: State, logits: Array, proposed: Array, new: Any, options: Options) -> State:
         """The state with the tokens that are chosen, up to the first that was not proposed."""
@@ -36,9 +38,65 @@ class Lookup(Sampling):
             was_expected = after.ids[0, state.length] == expected[place]
             return after, place + 1, was_expected & ~after.finished[0]
 
-        start = (state._replace(cache=None), jnp.int32(0), jnp.asarray(True))
+        start = (state._replace(cache=None, helper=None), jnp.int32(0), jnp.asarray(True))
         after, *_ = lax.while_loop(lambda carried: carried[2], once, start)
-        return after._replace(cache=replace(state.cache, length=after.length - 1))
+        return after._replace(cache=replace(state.cache, length=after.length - 1), helper=state.helper)
+
+
+@dataclass(frozen=True, eq=False)
+class Assistant:
+    """A model without its parameters; two with the same settings are equal, so that a compiled loop is found again."""
+
+    model: Any
+    settings: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: Any) -> Assistant:
+        """That of a model, of which it keeps nothing that is large."""
+        bare = copy(model)
+        bare._params = None
+        return cls(bare, model.settings())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Assistant) and self.settings == other.settings
+
+    def __hash__(self) -> int:
+        return hash(type(self.model))
+
+
+@dataclass(frozen=True)
+class Assisted(Lookup):
+    """The same with an assistant's guesses, by the rules and the noise that the model itself chooses by.
+
+    The caller's functions are asked for the model's own choice alone, once for each token, as without an assistant.
+    """
+
+    assistant: Assistant | None = None
+
+    def propose(self, state: State, weights: Weights, new: Any, options: Options) -> tuple[State, Array]:
+        """What the assistant would choose, and the state with what it has read: (1, G), -1 beyond what is wanted."""
+        choosing, count = Sampling(self.room), jnp.minimum(self.guesses, new - state.step - 1)
+        (window, cache), none, length = state.helper, state.ids[:, :0], state.length
+
+        def more(_: Any, text: State) -> State:
+            output = decode_step(self.model, weights.assistant, text, none)
+            return choosing.update(text._replace(cache=output.past_key_values), output.logits, none, new, options)
+
+        # Two tokens are read first: what was kept of all guesses is followed by one more, and it has not read the last.
+        back = state._replace(length=length - 1, cache=replace(cache, length=length - 2), window=window, records={})
+        output = decode_step(self.model, weights.assistant, back, lax.dynamic_slice_in_dim(state.ids, length - 1, 1, 1))
+        text = back._replace(length=length, cache=output.past_key_values, helper=None)
+        text = choosing.update(text, output.logits[:, 1:], none, new, options)
+        text = lax.fori_loop(1, count, more, text)
+        guessed = lax.dynamic_slice_in_dim(text.ids, length, self.guesses, 1)
+        helper = (window, text.cache)
+        return state._replace(helper=helper), jnp.where(jnp.arange(self.guesses) < count, guessed, -1)
+
+    @property
+    def model(self) -> Any:
+        """The assistant, without its parameters."""
+        assert self.assistant is not None
+        return self.assistant.model
 
 
 def guess(state: State, longest: Any, guesses: int) -> Array:

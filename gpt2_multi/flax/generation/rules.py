@@ -25,10 +25,19 @@ def as_tensors(options: Options) -> Options:
     return options._replace(stops=jnp.asarray(stops) if stops.any() else jnp.zeros(stops.shape, jnp.int32))
 
 
-def process(logits: Array, ids: Array, keep: Array, length: Any, step: Any, options: Options) -> Array:
+def process(
+    logits: Array,
+    ids: Array,
+    keep: Array,
+    length: Any,
+    step: Any,
+    options: Options,
+    own: Callable[[Array], Array] | None = None,
+) -> Array:
     """What the tokens after the first `length` ids are chosen by, from the model's logits, or beams' log-probabilities.
 
-    logits: (R, V). ids: (R, S), of which those count that `keep` (R, S) marks. step: how many tokens were made.
+    logits: (R, V). ids: (R, S), of which those count that `keep` (R, S) marks. step: how many tokens were made. own:
+    the caller's rules.
     """
     penalty, size, phrases = options.repetition_penalty, options.no_repeat_ngram_size, options.phrases
     biases = jnp.asarray(options.biases)
@@ -37,6 +46,7 @@ def process(logits: Array, ids: Array, keep: Array, length: Any, step: Any, opti
     logits = when(size > 0, lambda x: ban_repeats(x, ids, keep, length, size), logits)
     short = (keep.sum(-1, keepdims=True) < options.min_length) | (step < options.min_new_tokens)  # (R, 1)
     logits = when(short.any(), lambda x: without(x, short & is_end(x, options)), logits)
+    logits = logits if own is None else own(logits)
     return when(options.do_sample, lambda x: warp(x, options), logits)
 
 
@@ -113,6 +123,7 @@ def warp(logits: Array, options: Options) -> Array:
     kept = when(options.top_k > 0, lambda x: keep_top_k(x, jnp.maximum(options.top_k, least)), kept)
     kept = when(options.top_p < 1, lambda x: keep_top_p(x, options.top_p), kept)
     kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
+    kept = when(options.typical_p < 1, lambda x: keep_typical(x, options.typical_p), kept)
     return when(least > 1, lambda x: jnp.where(keep_top_k(logits, least) > -jnp.inf, logits, x), kept)
 
 
@@ -140,6 +151,22 @@ def keep_min_p(logits: Array, p: Any) -> Array:
     """Keep what is at least p times as likely as the likeliest token."""
     least = logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(p, logits.dtype))
     return without(logits, logits < least)
+
+
+def keep_typical(logits: Array, p: Any) -> Array:
+    """Keep the tokens whose surprise is nearest to the entropy, until they reach p, and what ties with the last."""
+    log_probs, p = jax.nn.log_softmax(logits), jnp.asarray(p, logits.dtype)
+    probs = jnp.exp(log_probs)
+    entropy = -jnp.where(probs > 0, probs * log_probs, 0).sum(-1, keepdims=True)
+    keys = ordered(-jnp.abs(log_probs + entropy))
+    last = greatest(keys, lambda key: jnp.where(keys >= key, probs, 0).sum(-1, keepdims=True) >= p)
+    return without(logits, keys < last)
+
+
+def guide(logits: Array, others: Array, scale: Any) -> Array:
+    """Log-probabilities led away from those without the prompt, all (R, V) (Sanchez et al. 2023, equation 7)."""
+    given, less = jax.nn.log_softmax(logits), jax.nn.log_softmax(others)
+    return less + jnp.asarray(scale, logits.dtype) * (given - less)
 
 
 def ordered(logits: Array) -> Array:

@@ -9,7 +9,9 @@ pytest.importorskip("flax")
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
 from gpt2_multi.flax.generation import generate
-from gpt2_multi.flax.generation.decoding import Prompt
+from gpt2_multi.flax.generation.decoders import Source
+from gpt2_multi.generation.callbacks import TextStreamer
+from gpt2_multi.generation.request import Given
 from gpt2_multi.generation.rules import window_start
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
@@ -93,9 +95,12 @@ def test_lookup_gives_the_greedy_tokens_in_fewer_steps(model):
     options = {"max_new_tokens": 30, "eos_token_id": None}
     greedy = model.generate(ids, **options)
     config = model.generation_config.with_options({**options, "prompt_lookup_num_tokens": 4})
-    request = generate.request_of(model, config, ids, None, None, None, None)
-    (part,), strategy = generate.parts(request, Prompt.of(request, None, None)), generate.strategy_of(request)
-    states = generate.states_of(model, model.params, request, strategy, *part, 1, {})
+    given = Given(ids)
+    source = Source.of(model.params, given)
+    request, prompt = generate.request_of(model, config, given, source)
+    strategy = generate.strategy_of(request, source)
+    (part,) = generate.parts(strategy, request, prompt)
+    states = generate.states_of(model, source, request, strategy, part, 1)
     shown = [np.array(state.shown) for state in states]
     assert equal(shown[-1][:, :30], greedy[:, 24:]) and len(shown) < 30
     assert equal(model.generate(ids, prompt_lookup_num_tokens=4, **options), greedy)
@@ -120,7 +125,12 @@ def test_a_sliding_window_is_what_the_model_sees(small):
 
 
 def test_what_is_guided_from_outside_cannot_be_traced(small):
-    for options in ({"sliding_window": True}, {"prompt_lookup_num_tokens": 2}):
+    outside = {"max_time": 1, "streamer": TextStreamer(tokenizer()), "assistant_model": small}
+    for options in (
+        {"sliding_window": True},
+        {"prompt_lookup_num_tokens": 2},
+        *({name: x} for name, x in outside.items()),
+    ):
         with pytest.raises(InputError, match=f"{next(iter(options))}: cannot be used while generate is traced"):
             jax.jit(lambda ids, o=options: small.generate(ids, max_new_tokens=2, **o))(np.ones((1, 4), int))
 
