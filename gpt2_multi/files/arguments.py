@@ -20,9 +20,9 @@ KIND = ("use_safetensors", "from_tf", "from_flax", "from_pt")  # which of the fi
 # Nothing that a caller could see depends on these: files are mapped, a broken download is gone on with, no code of
 # theirs is run, nothing is initialised that the files have, and no message is printed.
 MEANINGLESS = frozenset({
-    "_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "code_revision", "low_cpu_mem_usage",
-    "offload_buffers", "offload_folder", "offload_state_dict", "resume_download", "save_function", "save_peft_format",
-    "trust_remote_code", "verbose", "version", "weights_only",
+    "_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "code_revision", "legacy_format",
+    "low_cpu_mem_usage", "offload_buffers", "offload_folder", "offload_state_dict", "resume_download",
+    "save_function", "save_peft_format", "trust_remote_code", "verbose", "version", "weights_only",
 })  # fmt: skip
 TOKENIZER_ONLY = frozenset({"config", "from_slow", "legacy", "tokenizer_type", "use_fast"})  # the ids are the same
 
@@ -57,6 +57,7 @@ REFUSED: Mapping[str, Refused] = {
     "state_dict": Refused((None,), "only PyTorch's models have state dicts; give the folder that holds the weights"),
     "adapter_kwargs": Refused((None, {}), "adapters are PEFT's: PeftModel.from_pretrained(model, folder)"),
     "adapter_name": Refused((None, "default"), "adapters are PEFT's: PeftModel.from_pretrained(model, folder)"),
+    "filename_prefix": Refused((None, ""), "the files of a model have their names; give it a folder of its own"),
     "gguf_file": Refused((None,), "GGUF files are not read; give a folder that holds safetensors"),
     "key_mapping": Refused((None, {}), "tensors have to have GPT-2's names; rename them in the file"),
     "mirror": Refused((None,), "set HF_ENDPOINT to the mirror's address"),

@@ -359,9 +359,9 @@ class GPT2Config:
         in `from_pretrained` of a model), and which settings are changed, as in `from_dict`.
         """
         path, overrides = _find(pretrained_model_name_or_path, given)
-        config = cls.from_json_file(path, **overrides)
+        config = cls.from_json_file(path)
         config.name_or_path = os.fspath(pretrained_model_name_or_path)
-        return config
+        return config._changed(overrides)
 
     @classmethod
     def get_config_dict(
@@ -372,9 +372,19 @@ class GPT2Config:
         return read_json(path, damaged=ConfigError), others
 
     def update(self, config_dict: Mapping[str, Any]) -> None:
-        """Assign these attributes."""
-        for name, value in config_dict.items():
-            setattr(self, name, value)
+        """Assign these attributes; settings that depend on each other may be among them."""
+        settings = {name: value for name, value in config_dict.items() if name in _KEYS}
+        vars(self).update(vars(self.replace(**settings)))
+        for name in config_dict.keys() - settings.keys():
+            setattr(self, name, config_dict[name])
+
+    def update_from_string(self, update_str: str) -> None:
+        """Assign settings that a command line gives: "n_embd=10,resid_pdrop=0.2,scale_attn_weights=false"."""
+        found = dict(part.partition("=")[::2] for part in update_str.split(","))
+        for name in found:
+            if name not in _KEYS:
+                raise ConfigError(_unknown(name))
+        self.update({name: _value(text) for name, text in found.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, under config.json's keys, with the keys and the spellings that a file brought."""
@@ -416,6 +426,14 @@ class GPT2Config:
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload config.json to a model of the hub: see `files.hub.push`, which `options` are for."""
         return push(self.save_pretrained, repo_id, **arguments.sort_saving("push_to_hub", options))
+
+
+def _value(text: str) -> Any:
+    """What a text of a command line stands for: a number, true, false, null, or itself."""
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
 
 
 def _find(name_or_path: str | os.PathLike[str], given: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from gpt2_multi.files import arguments
 from gpt2_multi.files.hub import push
-from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.config import GenerationConfig, as_generation_config
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
@@ -112,14 +112,14 @@ class TFGPT2PreTrainedModel(keras.Model):
         policy = keras.dtype_policies.serialize(self.dtype_policy)
         keys = {"config": self.config.to_dict(), "name": self.name, "trainable": self.trainable, "dtype": policy}
         if self.generation_config is not None:
-            keys["generation_config"] = asdict(self.generation_config)
+            keys["generation_config"] = asdict(as_generation_config(self.generation_config))
         modes = quantization.modes(self)
         return {**keys, "quantized": modes} if modes else keys
 
     @classmethod
     def from_config(cls, config: GPT2Config | Mapping[str, Any], **options: Any) -> Self:
         """A new model of a configuration: a GPT2Config, the keys of one, or what `get_config` gave."""
-        if isinstance(config, GPT2Config):
+        if not isinstance(config, Mapping):
             return cls(config, **arguments.sort(options)[1])
         if "config" not in config:
             return cls(GPT2Config.from_dict(config), **options)

@@ -210,6 +210,7 @@ def test_contradictions_of_old_files_are_settled_as_transformers_does() -> None:
 
 @given(st.dictionaries(FOREIGN, JSON, max_size=5), st.sampled_from([OF_2019, OF_2021, OF_2023, SMALL, {}]))
 def test_keys_that_are_not_gpt2_s_survive(foreign: dict[str, Any], known: dict[str, Any]) -> None:
+    foreign = {key: value for key, value in foreign.items() if key not in known}
     keys = {"model_type": "gpt2", **foreign, **known}
     config = GPT2Config.from_dict(keys)
     written = json.loads(config.to_json_string())
@@ -305,7 +306,14 @@ def test_the_methods_that_programs_call(tmp_path: Path) -> None:
     assert (config.n_layer, config.n_head, unused) == (3, 6, {"foo": 1})
     keys, others = GPT2Config.get_config_dict(tmp_path / "outer" / "inner", n_head=6)
     assert (keys["n_layer"], others) == (3, {"n_head": 6})
-    config.update({"n_layer": 4, "note": "a"})
+    config.update({"n_layer": 4, "note": "a", "n_embd": 70, "n_head": 7})
+    assert (config.n_embd, config.n_head, config.name_or_path) == (70, 7, str(tmp_path / "outer"))
+    config.update_from_string("n_embd=12,n_head=6,resid_pdrop=0.5,scale_attn_weights=False,activation_function=relu")
+    assert (config.n_embd, config.resid_pdrop, config.scale_attn_weights) == (12, 0.5, False)
+    assert config.activation_function == "relu"
+    with pytest.raises(ConfigError, match="no setting 'n_embed'; did you mean 'n_embd'"):
+        config.update_from_string("n_embed=3")
+    config.n_embd = 768
     assert config.to_diff_dict().items() >= {"model_type": "gpt2", "n_layer": 4, "n_head": 6, "note": "a"}.items()
     assert "n_embd" not in config.to_diff_dict() and "pad_token_id" not in json.loads(config.to_json_string())
     assert json.loads(config.to_json_string(use_diff=False))["pad_token_id"] is None
