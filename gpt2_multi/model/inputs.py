@@ -61,6 +61,17 @@ def renamed(call: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in OLD_NAMES} | new
 
 
+def check_cache_position(places: Facts, before: int, new: int) -> None:
+    """Places (T,) of new tokens are those after what the cache has, as where none are given."""
+    check_shape("cache_position", places.shape, (new,))
+    values = places.values()
+    if values is not None and (values != np.arange(before, before + new)).any():
+        raise InputError(
+            f"cache_position: expected {before} to {before + new - 1}, since tokens are written after those in the "
+            f"cache, found {values.tolist()}; leave it out, and give position_ids for positions of your own"
+        )
+
+
 def check_count(call: str, given: int, known: int) -> None:
     """More arguments without names than a call has are a TypeError."""
     if given > known:

@@ -107,7 +107,8 @@ def recast(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
 def old_calls(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a forward be called as in 2019: with `past` and `lm_labels`, and with ids (T,), which are one row.
 
-    Outputs of the first unpack as tuples did; logits and states of the second are (T, ...).
+    Outputs of the first unpack as tuples did; logits and states of the second are (T, ...). And as by loops of
+    transformers 4, with `cache_position`.
     """
 
     @wraps(forward)
@@ -116,6 +117,8 @@ def old_calls(forward: Callable[..., Any]) -> Callable[..., Any]:
         if is_old:
             given = inputs.renamed(f"{type(self).__name__}.forward()", given)
         ids = args[0] if args else given.get("input_ids")
+        if "cache_position" in given:
+            check_places(given.pop("cache_position"), ids, given)
         if isinstance(ids, Tensor) and ids.dim() == 1:
             output = of_row(forward, signature(forward).bind(self, *args, **given).arguments, ids.shape)
         else:
@@ -125,6 +128,16 @@ def old_calls(forward: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     return called
+
+
+def check_places(places: Tensor | None, ids: Tensor | None, given: Mapping[str, Any]) -> None:
+    """Of `cache_position` (T,): tokens can stand after those in the cache only, which they do without it."""
+    if places is None:
+        return
+    embeds, past = given.get("inputs_embeds"), given.get("past_key_values")
+    new = ids.shape[-1] if ids is not None else 0 if embeds is None else embeds.shape[1]
+    before = past.get_seq_length() if hasattr(past, "get_seq_length") else past[0][0].shape[-2] if past else 0
+    inputs.check_cache_position(facts("cache_position", places), int(before), new)
 
 
 def of_row(forward: Callable[..., Any], given: Mapping[str, Any], shape: torch.Size) -> Any:

@@ -30,6 +30,8 @@ for _ in range(4):
 print(losses)
 assert losses[-1] < losses[0] - 0.5
 
-accelerator.unwrap_model(model).save_pretrained("accelerated")
+accelerator.unwrap_model(model).save_pretrained(
+    "accelerated", is_main_process=accelerator.is_main_process, save_function=accelerator.save
+)
 again = GPT2LMHeadModel.from_pretrained("accelerated")
 assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))

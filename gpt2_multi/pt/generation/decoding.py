@@ -333,6 +333,20 @@ def prepare_inputs_for_generation(
     return {**read, "past_key_values": past_key_values, **inputs}
 
 
+def _update_model_kwargs_for_generation(
+    self: Any, outputs: Any, model_kwargs: dict[str, Any], **_: Any
+) -> dict[str, Any]:
+    """What the next call of somebody else's loop is given, by what the last one gave; captum calls it."""
+    next_kwargs = {**model_kwargs, "past_key_values": outputs.past_key_values}
+    if (mask := model_kwargs.get("attention_mask")) is not None:
+        next_kwargs["attention_mask"] = torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
+    if (types := model_kwargs.get("token_type_ids")) is not None:
+        next_kwargs["token_type_ids"] = torch.cat([types, types[:, -1:]], 1)
+    if (places := model_kwargs.get("cache_position")) is not None:
+        next_kwargs["cache_position"] = places[-1:] + 1
+    return next_kwargs
+
+
 def steers(model: Any) -> bool:
     """Whether somebody else decides what a step's call is given."""
     prepare = getattr(model, "prepare_inputs_for_generation", None)

@@ -104,3 +104,18 @@ def test_a_cache_made_under_autocast_may_be_passed_back():
         assert past[0][0].dtype == torch.bfloat16
         found = model(IDS[:, 4:], past_key_values=past).logits
         assert torch.allclose(found, model(IDS).logits[:, 4:], atol=0.1)
+
+
+def test_a_loop_of_somebody_else_is_given_what_it_hands_on():
+    """As captum's and others' are written: with the model's own calls, and `cache_position`."""
+    model = pt.GPT2LMHeadModel.from_pretrained("demo")
+    ids = torch.tensor([[5, 9, 7]])
+    given = {"attention_mask": torch.ones_like(ids), "cache_position": torch.arange(3), "use_cache": True}
+    expected = model.generate(ids, max_new_tokens=4)
+    for _ in range(4):
+        output = model(**model.prepare_inputs_for_generation(ids, **given))
+        given = model._update_model_kwargs_for_generation(output, given)
+        ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(ids, expected) and given["attention_mask"].shape == (1, 7)
+    with pytest.raises(InputError, match="cache_position: expected 6 to 6, since tokens are written after"):
+        model(ids[:, -1:], past_key_values=output.past_key_values, cache_position=torch.tensor([9]))
