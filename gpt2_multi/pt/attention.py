@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
+from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt.layers import replace_parameter
 
@@ -242,6 +243,19 @@ def positions(source: Tensor, mask: Tensor | None, past: int) -> Tensor:
     return ((mask != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
 
 
+def whole(name: str, x: Tensor, width: int) -> Tensor:
+    """What a layer gives, all `width` columns of it: (..., width) -> (..., width); InputError where it gives a part.
+
+    So it is where DTensor splits a layer by columns. Of c_attn, a part would take queries for keys.
+    """
+    if (x.shape[-1] == width) is False:  # traced, a comparison of sizes is no bool
+        raise InputError(
+            f"{name}: expected {width} columns, found {x.shape[-1]}, as where parallelize_module splits it by columns; "
+            "leave it out, or give it ColwiseParallel(output_layouts=Replicate())"
+        )
+    return x
+
+
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(B, T, H * D) -> (B, H, T, D)"""
     return x.view(*x.shape[:2], x.shape[2] // head_dim, head_dim).transpose(1, 2)
@@ -301,7 +315,8 @@ class Attention(BaseAttention):
         self.c_proj = nn.Linear(inner, config.n_embd)
 
     def forward(self, x: Tensor, context: Context, head_mask: Tensor | None) -> Attended:
-        q, k, v = (split_heads(t, self.head_dim) for t in self.c_attn(x).chunk(3, dim=-1))
+        qkv = whole("attn.c_attn", self.c_attn(x), 3 * self.head_dim * len(self.present))
+        q, k, v = (split_heads(t, self.head_dim) for t in qkv.chunk(3, dim=-1))
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
         x, probs = self.attend(q, k, v, context.bias, True, context.eager, head_mask)
@@ -330,7 +345,7 @@ class CrossAttention(BaseAttention):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, context: Context) -> Attended:
-        q = split_heads(self.q_attn(x), self.head_dim)
+        q = split_heads(whole("crossattention.q_attn", self.q_attn(x), self.config.n_embd), self.head_dim)
         k, v = self.encoded(context)
         x, probs = self.attend(q, k, v, context.states_bias, False, context.eager, None)
         return Attended(self.resid_dropout(self.c_proj(x)), probs)
@@ -339,6 +354,7 @@ class CrossAttention(BaseAttention):
         cached = context.cache.cross if context.cache is not None else []
         if self.layer < len(cached):
             return cached[self.layer]
-        k, v = (split_heads(t, self.head_dim) for t in self.c_attn(context.states).chunk(2, dim=-1))
+        kv = whole("crossattention.c_attn", self.c_attn(context.states), 2 * self.config.n_embd)
+        k, v = (split_heads(t, self.head_dim) for t in kv.chunk(2, dim=-1))
         cached.append((k, v))
         return k, v

@@ -21,13 +21,13 @@ from gpt2_multi.model.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from gpt2_multi.pt.attention import KVCache
+from gpt2_multi.pt.attention import KVCache, whole
 from gpt2_multi.pt.generation import generate as generation
 from gpt2_multi.pt.generation.decoding import _update_model_kwargs_for_generation, prepare_inputs_for_generation
 from gpt2_multi.pt.layers import facts
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, old_calls, recast
-from gpt2_multi.pt.state import lend_embedding
+from gpt2_multi.pt.state import check_tied, lend_embedding
 from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
 
 Dtype = torch.dtype | str | None
@@ -102,6 +102,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         logits = self.logits(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
+            check_tied(self)
             loss = lm_loss(logits, labels, present(attention_mask, labels), num_items_in_batch)
         output = CausalLMOutputWithCrossAttentions(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
@@ -252,7 +253,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         hidden = outputs.last_hidden_state  # (B, T, E)
         end = last_tokens(self._kept(hidden, input_ids, attention_mask))  # (B,)
         pooled = at(hidden, end)  # (B, E)
-        logits = recast(self.score, self.compute_dtype, pooled)
+        logits = whole("score", recast(self.score, self.compute_dtype, pooled), self.config.num_labels)
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
@@ -308,6 +309,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
             None, None, use_cache, output_attentions, output_hidden_states, True,
         )  # fmt: skip
         logits = recast(self.classifier, self.compute_dtype, self.dropout(outputs.last_hidden_state))
+        logits = whole("classifier", logits, self.config.num_labels)
         loss = None
         if labels is not None:
             loss = cross_entropy(logits, labels, present(attention_mask, labels), num_items_in_batch)
@@ -366,7 +368,8 @@ def lm_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits over the vocabulary, by the head, which may be tied: (..., E) -> (..., V)"""
     if hasattr(model.lm_head, "_hf_hook"):
         lend_embedding(model)
-    return recast(model.lm_head, model.compute_dtype, hidden)
+    logits = recast(model.lm_head, model.compute_dtype, hidden)
+    return whole("lm_head", logits, getattr(model.lm_head, "out_features", logits.shape[-1]))
 
 
 def present(mask: Tensor | None, labels: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.pt.layers import NUMPY, as_dtype, contiguous, initialise, replace_parameter, to_numpy, to_torch
-from gpt2_multi.pt.state import register_hooks
+from gpt2_multi.pt.state import gather, is_split, register_hooks
 
 
 class GPT2PreTrainedModel(nn.Module):
@@ -99,8 +99,10 @@ class GPT2PreTrainedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        """Where the parameters are; of those that accelerate has offloaded, where it computes with them."""
+        first = next(self.parameters()).device
+        place = getattr(getattr(self.body.wte, "_hf_hook", None), "execution_device", None)
+        return first if first.type != "meta" or place is None else torch.device(place)
 
     @contextmanager
     def building(self, param_dtype: torch.dtype | str | None) -> Iterator[None]:
@@ -232,8 +234,9 @@ class GPT2PreTrainedModel(nn.Module):
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
 
         Without `safe_serialization` it is pytorch_model.bin. Only the main process writes; a `variant` such as "fp16"
-        stands in the files' names. `state_dict` has the parameters where they are not the model's own. With
-        `push_to_hub` the same is uploaded: `options` are those of `push_to_hub`.
+        stands in the files' names. `state_dict` has the parameters where they are not the model's own; of a model whose
+        parameters are split over processes, all of these call it, and the first writes. With `push_to_hub` the same is
+        uploaded: `options` are those of `push_to_hub`.
 
         The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`.
         Raises CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
@@ -241,10 +244,15 @@ class GPT2PreTrainedModel(nn.Module):
         from gpt2_multi.model.checkpoint import save
 
         wanted = arguments.sort_saving("save_pretrained", options)
-        if not is_main_process:
+        split = any(map(is_split, self.parameters()))
+        if not is_main_process and not split:
             return
         self._check_tie()
-        sources = [self._source(weight, state_dict) for weight in table(self.config, self.head)]
+        writes = is_main_process and not (split and torch.distributed.get_rank())
+        made = (self._source(weight, state_dict) for weight in table(self.config, self.head))
+        sources = [source for source in made if writes]  # each is made, since all processes have to gather
+        if not writes:
+            return
         config = self.config.replace(architectures=[type(self).__name__], dtype=sources[0][1].name)
         kind = "safetensors" if safe_serialization else "pytorch"
         save(save_directory, config, self.generation_config, sources, self.head, max_shard_size, kind, variant)
@@ -278,7 +286,7 @@ class GPT2PreTrainedModel(nn.Module):
         name = TORCH.spell(weight, self.head != "base")
         if state_dict is not None and name not in state_dict:
             raise CheckpointError(f"state_dict: lacks {name}; give all of model.state_dict(), or leave it out")
-        parameter = self.parameter(weight) if state_dict is None else state_dict[name]
+        parameter = gather(self.parameter(weight) if state_dict is None else state_dict[name])
         return weight, NUMPY[parameter.dtype], lambda: TORCH.layout(weight, to_numpy(parameter))
 
     def tie_weights(self) -> None:

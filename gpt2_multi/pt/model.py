@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
@@ -100,8 +101,23 @@ def recast(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
     """Call a module, with its parameters cast to `dtype` where they are stored in another."""
     if dtype is None or all(parameter.dtype == dtype for parameter in module.parameters()):
         return module(*inputs)
+    if hasattr(module, "unshard"):
+        return gathered(module, dtype, *inputs)
     cast = {name: parameter.to(dtype) for name, parameter in module.named_parameters()}
     return torch.func.functional_call(module, cast, inputs)
+
+
+def gathered(module: nn.Module, dtype: torch.dtype, *inputs: Any) -> Any:
+    """Call a module of FSDP2, which gathers its parameters when it is called, and casts them by a policy of its own."""
+    try:
+        return module(*inputs)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise InputError(
+            f"dtype: expected parameters of {dtype}, which the model computes in, found others that FSDP gathers; give "
+            f"fully_shard mp_policy=MixedPrecisionPolicy(param_dtype={dtype})"
+        ) from error
 
 
 def old_calls(forward: Callable[..., Any]) -> Callable[..., Any]:

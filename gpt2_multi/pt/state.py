@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt2_multi.errors import InputError
 from gpt2_multi.model.spelling import KERNEL, out_first
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
@@ -26,8 +27,8 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def leave_out_head(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A tied head is saved as the token embedding: safetensors takes no tensor twice."""
-    if is_tied(model) and prefix + EMBEDDING in state:
+    """A tied head is saved as the token embedding: safetensors takes no tensor twice. Only FSDP1 wants both."""
+    if "_fsdp_wrapped_module." not in prefix and is_tied(model) and prefix + EMBEDDING in state:
         state.pop(prefix + HEAD, None)
 
 
@@ -59,11 +60,31 @@ def lend_embedding(model: Any) -> None:
         hook.weights_map = {"weight": embedding.weight.detach()} if lent is None else lent
 
 
+def check_tied(model: Any) -> None:
+    """What splits layers may make two parameters of a tied head and its embedding: each would be trained alone."""
+    head, embedding = model.lm_head.weight, getattr(model.body.wte, "weight", None)
+    if model.config.tie_word_embeddings and head is not embedding and any(map(is_split, (head, embedding))):
+        raise InputError(
+            "lm_head: expected the token embedding, found another parameter, as where parallelize_module or fully_shard"
+            " splits one without the other; split both alike, and call model.tie_weights()"
+        )
+
+
 def same(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors are equal in dtype, shape and values, as far as there are values."""
     if left is right or left.is_meta or right.is_meta:
         return left.shape == right.shape
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right.to(left.device))
+
+
+def is_split(x: Tensor) -> bool:
+    """Whether processes have a part of a tensor each."""
+    return hasattr(x, "full_tensor")
+
+
+def gather(x: Tensor) -> Tensor:
+    """A tensor of which other processes have parts, as one, on the CPU: all of them have to call it together."""
+    return x.full_tensor().cpu() if is_split(x) else x  # type: ignore[attr-defined]
 
 
 def turn_kernels(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:

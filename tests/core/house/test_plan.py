@@ -105,12 +105,14 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     f"Borrowed{name}"
                     for name in ("", ".__init__", ".capacity", ".fork", ".extend", ".__iter__", ".copied", ".returned")
                 ),
+                "whole",
                 "stored",
                 "score_dtype",
                 "is_autocast",
             ],
             "model": [
                 "recast",
+                "gathered",
                 "recomputed",
                 "old_calls",
                 "check_places",
