@@ -165,9 +165,13 @@ def test_a_new_token_has_the_type_of_the_last(model, name):
 def test_a_cache_goes_on_without_reading_the_text_again(model, name, mask):
     rows = [adapters.tensor(name, x) for x in (IDS, mask)]
     first = model.generate(*rows, max_new_tokens=4, return_dict_in_generate=True, **GRAPH.get(name, {}))
-    said = np.concatenate([np.asarray(first.sequences), IDS[:, :2]], 1)
+    said = np.concatenate([np.asarray(first.sequences), IDS[:, 2:4]], 1)
+    liked = {int(said[2, 5]): 50.0}  # what followed the 5 that each last row ends with, over the padding between them
     keep = np.concatenate([mask, np.ones((3, 6), int)], 1)
-    for options in ({"no_repeat_ngram_size": 2}, {"do_sample": True, "seed": 2, "num_return_sequences": 2}):
+    for options in (
+        {"no_repeat_ngram_size": 2, "logit_bias": liked},
+        {"do_sample": True, "seed": 2, "num_return_sequences": 2},
+    ):
         expected = made(model, name, said, keep, **options)
         found = made(model, name, said, keep, past_key_values=first.past_key_values, **options)
         assert found.tolist() == expected.tolist()

@@ -76,6 +76,15 @@ def test_a_cache_with_room_is_written_in_place_and_one_that_was_returned_is_not(
     assert all(map(torch.equal, before, (x for pair in kept.past_key_values for x in pair)))
 
 
+def test_functions_see_no_ids_where_embeddings_stand_for_them(model):
+    seen, embeds = [], model.transformer.wte(IDS).detach()
+    given = {"logits_processor": lambda ids, logits: (seen.append(ids.tolist()), logits)[1], "max_new_tokens": 3}
+    made = model.generate(inputs_embeds=embeds, **given).tolist()
+    assert seen == [[made[0][:count]] for count in range(3)]
+    assert model.generate(IDS, inputs_embeds=embeds, **given).tolist() == [IDS[0].tolist() + made[0]]
+    assert seen[3:] == [[IDS[0].tolist() + made[0][:count]] for count in range(3)]
+
+
 def test_arguments_stand_where_transformers_has_them(model):
     expected = model.generate(IDS, max_new_tokens=3)
     config = GenerationConfig(max_new_tokens=3, eos_token_id=[])
