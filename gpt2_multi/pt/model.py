@@ -150,7 +150,7 @@ def check_places(places: Tensor | None, ids: Tensor | None, given: Mapping[str, 
     """Of `cache_position` (T,): tokens can stand after those in the cache only, which they do without it."""
     if places is None:
         return
-    embeds, past = given.get("inputs_embeds"), given.get("past_key_values")
+    embeds, past = given.get("inputs_embeds"), cast(Any, given.get("past_key_values"))
     new = ids.shape[-1] if ids is not None else 0 if embeds is None else embeds.shape[1]
     before = past.get_seq_length() if hasattr(past, "get_seq_length") else past[0][0].shape[-2] if past else 0
     inputs.check_cache_position(facts("cache_position", places), int(before), new)
