@@ -9,6 +9,7 @@ from gpt2_multi.errors import TokenizerError
 from gpt2_multi.tokenizer.files import ROLES, AddedToken
 from gpt2_multi.tokenizer.words import code_point_classes
 
+BRANCHES, DEPTH = 8, 4  # of a pattern: what is tried one by one, and characters that it is divided by at most
 Choice = Collection[str] | str  # names of control tokens, or "all"
 
 
@@ -84,7 +85,7 @@ class ControlTokens:
             if (at := text.find(token)) >= 0:
                 raise TokenizerError(
                     f"text: expected no control token, found {token!r} at character {at}; name it in allowed_special "
-                    "to make it one token, or leave it out of disallowed_special to encode it as ordinary text"
+                    "to make it one token, or give split_special_tokens instead to encode it as ordinary text"
                 )
 
     def split(self, text: str, allowed: frozenset[str]) -> Iterator[tuple[str, int | None]]:
@@ -133,8 +134,18 @@ class ControlTokens:
     def finders(self) -> list[re.Pattern[str]]:
         """What finds the tokens of each group."""
         if self._finders is None:
-            self._finders = [re.compile("|".join(map(re.escape, group))) for group in self.groups()]
+            self._finders = [re.compile(any_of(group)) for group in self.groups()]
         return self._finders
+
+
+def any_of(names: list[str], depth: int = 0) -> str:
+    """A pattern for the longest of these texts: by their first characters, or thousands would be tried one by one."""
+    if len(names) < BRANCHES or depth == DEPTH:
+        return "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    rests: dict[str, list[str]] = {}
+    for name in sorted(names, reverse=True):  # the empty one last
+        rests.setdefault(name[:1], []).append(name[1:])
+    return "|".join(f"{re.escape(head)}(?:{any_of(rest, depth + 1)})" if head else "" for head, rest in rests.items())
 
 
 @lru_cache(maxsize=1)

@@ -186,6 +186,7 @@ def test_question_answering(hub):
     model = AutoModelForQuestionAnswering.from_pretrained(hub["question_answering"])
     question, text = "Who was Jim Henson?", "Jim Henson was a nice puppet"
     inputs = tokenizer(question, text, return_tensors="pt")
+    assert torch.equal(inputs.input_ids, tokenizer(text=question, text_pair=text, return_tensors="pt").input_ids)
     with torch.no_grad():
         outputs = model(**inputs)
     answer_start_index, answer_end_index = outputs.start_logits.argmax(), outputs.end_logits.argmax()
