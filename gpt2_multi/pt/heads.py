@@ -201,6 +201,8 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         if mc_token_ids is not None:
             inputs.check_choice_tokens(facts("mc_token_ids", mc_token_ids), choices)
         logits = lm_logits(self, hidden)
+        if labels is not None:
+            check_tied(self)
         scores = recast(self.multiple_choice_head, self.compute_dtype, hidden, mask, mc_token_ids).squeeze(-1)
         output = GPT2DoubleHeadsModelOutput(
             None if labels is None else lm_loss(logits, labels, mask),

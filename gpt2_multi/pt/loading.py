@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.errors import CheckpointError, InputError, shortened
 from gpt2_multi.files import arguments
 from gpt2_multi.files.hub import push
 from gpt2_multi.generation.config import GenerationConfig
@@ -23,6 +24,8 @@ from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.pt.layers import NUMPY, as_dtype, contiguous, initialise, replace_parameter, to_numpy, to_torch
 from gpt2_multi.pt.state import gather, is_split, register_hooks
+
+_files_follow: ContextVar[bool] = ContextVar("files_follow", default=False)  # so that no parameter is filled twice
 
 
 class GPT2PreTrainedModel(nn.Module):
@@ -108,6 +111,7 @@ class GPT2PreTrainedModel(nn.Module):
     def building(self, param_dtype: torch.dtype | str | None) -> Iterator[None]:
         """Make parameters without memory, then allocate each once, in `param_dtype`, and initialise it by the table."""
         device = nn.LayerNorm(1).weight.device  # as whoever moves new parameters elsewhere has it
+        device = torch.device("meta") if _files_follow.get() else device
         with torch.device("meta"):
             yield
         self._materialise(device, as_dtype("param_dtype", param_dtype))
@@ -199,14 +203,24 @@ class GPT2PreTrainedModel(nn.Module):
         )
         dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype, dtype)
         stored = as_dtype("param_dtype", stored) or torch.get_default_dtype()
-        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation or "sdpa")
-        with torch.device("meta"):
-            model = cls(found.config, **kinds)
+        model = cls._unfilled(found.config, as_dtype("dtype", dtype), attn_implementation or "sdpa")
         model._assign(found.arrays, stored, mmap)
         if model.generation_config is not None:
             model.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
         model = model.eval() if device is None else model.eval().to(device)
         return cast(Self, (model, found.info)) if output_loading_info else model
+
+    @classmethod
+    def _unfilled(cls, config: GPT2Config, dtype: torch.dtype | None, attn_implementation: str) -> Self:
+        """A model without memory for the table; a subclass may have more, and take a configuration alone."""
+        token = _files_follow.set(True)
+        try:
+            model = cls(config)
+        finally:
+            _files_follow.reset(token)
+        model.compute_dtype = model.body.compute_dtype = dtype
+        model.set_attn_implementation(attn_implementation)
+        return model
 
     def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtype: torch.dtype, mmap: bool = False) -> None:
         tensors = {}
@@ -218,6 +232,7 @@ class GPT2PreTrainedModel(nn.Module):
                 tensor = initialise(weight, torch.empty(weight.shape, dtype=dtype, device="cpu"))
             tensors[TORCH.spell(weight, self.head != "base")] = tensor
         self.load_state_dict(tensors, strict=False, assign=True)  # every row is there; a subclass may have more
+        self.to(dtype)
 
     def save_pretrained(
         self,
@@ -247,6 +262,8 @@ class GPT2PreTrainedModel(nn.Module):
         split = any(map(is_split, self.parameters()))
         if not is_main_process and not split:
             return
+        if state_dict is None:
+            self._check_rows()
         self._check_tie()
         writes = is_main_process and not (split and torch.distributed.get_rank())
         made = (self._source(weight, state_dict) for weight in table(self.config, self.head))
@@ -271,6 +288,15 @@ class GPT2PreTrainedModel(nn.Module):
 
         how = {name: options.pop(name) for name in SAVING if name in options}
         return push(partial(self.save_pretrained, **how), repo_id, **arguments.sort_saving("push_to_hub", options))
+
+    def _check_rows(self) -> None:
+        """What a subclass has more than the table would be lost."""
+        rows = {TORCH.spell(weight, self.head != "base") for weight in table(self.config, self.head)}
+        if extra := [name for name, _ in self.named_parameters() if name not in {*rows, "lm_head.weight"}]:
+            raise CheckpointError(
+                f"save_pretrained: {shortened(', '.join(extra))} of {type(self).__name__} is none of GPT-2's tensors, "
+                "and a file would lose it; use torch.save(model.state_dict(), path) and load_state_dict"
+            )
 
     def _check_tie(self) -> None:
         if not self.config.tie_word_embeddings or not hasattr(self, "lm_head"):

@@ -62,7 +62,7 @@ def lend_embedding(model: Any) -> None:
 
 def check_tied(model: Any) -> None:
     """What splits layers may make two parameters of a tied head and its embedding: each would be trained alone."""
-    head, embedding = model.lm_head.weight, getattr(model.body.wte, "weight", None)
+    head, embedding = (getattr(part, "weight", None) for part in (model.lm_head, model.body.wte))  # or wrapped
     if model.config.tie_word_embeddings and head is not embedding and any(map(is_split, (head, embedding))):
         raise InputError(
             "lm_head: expected the token embedding, found another parameter, as where parallelize_module or fully_shard"
@@ -77,7 +77,7 @@ def same(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right.to(left.device))
 
 
-def is_split(x: Tensor) -> bool:
+def is_split(x: object) -> bool:
     """Whether processes have a part of a tensor each."""
     return hasattr(x, "full_tensor")
 

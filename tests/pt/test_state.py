@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
-from gpt2_multi import GPT2Config, pt
+from gpt2_multi import CheckpointError, GPT2Config, pt
 from tests.support import fixtures
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3, pad_token_id=0)
@@ -154,3 +154,25 @@ def test_distributed_checkpoints_in_one_process(tmp_path):
     dcp.load(state_dict := {"model": state}, checkpoint_id=tmp_path / "a")
     set_model_state_dict(third, state_dict["model"])
     assert torch.equal(logits(third), logits(model)) and is_tied(third)
+
+
+class Valued(pt.GPT2LMHeadModel):
+    """A subclass as people write them: it takes a configuration alone, and has a layer and a buffer of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.value = torch.nn.Linear(config.n_embd, 1)
+        self.register_buffer("places", torch.arange(3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_subclass_has_what_is_its_own_after_loading(dtype, tmp_path):
+    make().save_pretrained(tmp_path / "m")
+    model = Valued.from_pretrained(tmp_path / "m", dtype=dtype)
+    plain = pt.GPT2LMHeadModel.from_pretrained(tmp_path / "m", dtype=dtype)
+    assert torch.equal(logits(model), logits(plain)) and is_tied(model) and model.places.tolist() == [0, 1, 2]
+    assert model.value(model.transformer(IDS).last_hidden_state).dtype == getattr(torch, dtype)
+    with pytest.raises(CheckpointError, match=r"value\.weight, value\.bias of Valued is none of GPT-2's tensors"):
+        model.save_pretrained(tmp_path / "lost")
+    model.save_pretrained(tmp_path / "own", state_dict=model.state_dict())
+    assert torch.equal(logits(pt.GPT2LMHeadModel.from_pretrained(tmp_path / "own", dtype=dtype)), logits(plain))

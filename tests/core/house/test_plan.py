@@ -136,6 +136,8 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "device",
                     "building",
                     "_materialise",
+                    "_unfilled",
+                    "_check_rows",
                     "_check_tie",
                     "tie_weights",
                     "set_input_embeddings",
