@@ -240,13 +240,12 @@ class Answering:
     def spelled(self, tokenizer: GPT2Tokenizer, ids: list[int], config: GenerationConfig) -> str:
         """What new ids spell; control tokens only where they are not to be skipped."""
         tokenizer = own(tokenizer)
-        if self.clean_up_tokenization_spaces:
-            tokenizer.decode(ids, clean_up_tokenization_spaces=True)  # which is refused
         if self.skip_special_tokens is False:
             config = replace(config, eos_token_id=None)
         else:
             ids = [i for i in ids if i not in tokenizer.all_special_ids]
-        return "".join(texts.decode(tokenizer, ids, config))
+        text = "".join(texts.decode(tokenizer, ids, config))
+        return tokenizer.clean_up_tokenization(text) if self.clean_up_tokenization_spaces else text
 
     @property
     def _type(self) -> Any:

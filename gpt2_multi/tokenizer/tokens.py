@@ -37,6 +37,9 @@ def _role_id(name: str) -> property:
     return property(get, assign, doc=f"The id of the {name}, or None; assignable.")
 
 
+SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # in this order
+
+
 class TokenTable:
     """A vocabulary, what was added to it, and the conversions between ids, tokens and bytes.
 
@@ -274,22 +277,27 @@ class TokenTable:
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None
     ) -> str:
-        """The text of ids: exactly what was encoded, with no space taken away.
+        """The text of ids: exactly what was encoded.
 
         Args:
             token_ids: ids in a list or in an array of any framework, or one id.
             skip_special_tokens: leave control tokens out.
-            clean_up_tokenization_spaces: known for old calls' sake; True is refused.
+            clean_up_tokenization_spaces: take spaces before English punctuation away, as transformers does, even those
+                that were encoded.
 
         Raises:
             TokenizerError: an id is outside the vocabulary.
             UnicodeDecodeError: the bytes are not UTF-8 and `errors` is "strict".
         """
-        if clean_up_tokenization_spaces:
-            raise TokenizerError(
-                "clean_up_tokenization_spaces: expected False or None, found True; it would alter the text"
-            )
-        return self.decode_bytes(token_ids, skip_special_tokens).decode("utf-8", self.errors)
+        text = self.decode_bytes(token_ids, skip_special_tokens).decode("utf-8", self.errors)
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    @staticmethod
+    def clean_up_tokenization(text: str) -> str:
+        """A text without the spaces before English marks and endings, which GPT-2 itself never adds."""
+        for spaced in SPACED:
+            text = text.replace(spaced, spaced.strip())
+        return text
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None

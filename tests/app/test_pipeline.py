@@ -128,7 +128,6 @@ def test_what_cannot_be_answered_is_one_sentence(folder, tmp_path):
         ),
         (lambda: made("A", handle_long_generation="cut"), 'handle_long_generation: expected None or "hole", found'),
         (lambda: made("A", handle_long_generation="hole", max_new_tokens=256), "256 new tokens leave no room"),
-        (lambda: made("A", clean_up_tokenization_spaces=True), "clean_up_tokenization_spaces: expected False or None"),
         (lambda: made([*CHAT, {"role": "user"}]), "text_inputs: expected messages"),
         (lambda: plain(CHAT), "chat_template: expected a template, found None; set tokenizer.chat_template"),
         (lambda: pipeline(framework="pt", backend="tf"), "framework: is 'pt', and backend is 'tf'; give one"),

@@ -69,12 +69,12 @@ def test_every_text_comes_back(text):
     assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
 
 
-def test_no_space_is_cleaned_up():
+def test_spaces_are_cleaned_up_where_that_is_asked_for():
     tokenizer = small()
     text = "y is ? do n't , it 's  ."
     assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
-    with pytest.raises(TokenizerError, match="would alter the text"):
-        tokenizer.decode([1], clean_up_tokenization_spaces=True)
+    cleaned = tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=True)
+    assert cleaned == tokenizer.clean_up_tokenization(text) == "y is? don't, it's ."
 
 
 def test_errors_are_honoured():
