@@ -439,11 +439,15 @@ def device_of(device_map: Any) -> torch.device:
             "by accelerate.dispatch_model(model, device_map)"
         )
     (place,) = places
+    known = devices()
     try:
-        return torch.device(devices()[0] if place in ("auto", "balanced", "balanced_low_0", "sequential") else place)
+        device = torch.device(known[0] if place in ("auto", "balanced", "balanced_low_0", "sequential") else place)
     except (RuntimeError, TypeError):
-        known = ", ".join(f'"{name}"' for name in devices())
-        raise InputError(f'device_map: expected "auto" or one of {known}, found {place!r}') from None
+        device = None
+    if device is None or not {str(device), f"{device.type}:0" if device.index is None else ""} & {*known, "meta"}:
+        names = ", ".join(f'"{name}"' for name in known)
+        raise InputError(f'device_map: expected "auto" or one of {names}, found {place!r}')
+    return device
 
 
 def devices() -> list[str]:

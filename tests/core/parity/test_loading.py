@@ -120,8 +120,10 @@ def test_attention_of_others_and_several_places_are_refused(package: Package, fo
     if package.name == "pt":
         for place in ("cpu", {"": "cpu"}, "auto"):
             assert load(folder, device_map=place).device.type == package.package.loading.devices()[0].partition(":")[0]
-        with pytest.raises(InputError, match=r'device_map: expected "auto" or one of .*"cpu", found .gpu7'):
-            load(folder, device_map="gpu7")
+        for place in ("gpu7", "cuda:99", 99, {"": "cuda:99"}):
+            with pytest.raises(InputError, match=r'device_map: expected "auto" or one of .*"cpu", found '):
+                load(folder, device_map=place)
+        assert load(folder, device_map="meta").device.type == "meta"
 
 
 def test_config_stands_in_the_place_of_the_files(package: Package, folder: Path, tmp_path: Path) -> None:
