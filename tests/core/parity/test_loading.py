@@ -92,6 +92,13 @@ def test_what_cannot_be_honoured_says_what_to_do(name: str) -> None:
     assert str(caught.value).endswith(advice)
 
 
+def test_the_page_for_those_who_come_from_transformers_has_every_refusal() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "migration.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for name, (_, advice) in REFUSED.items():
+        assert any(f"`{name}" in row and advice in row for row in rows), name
+
+
 def test_every_argument_has_one_place() -> None:
     known = [*PLACE, *KIND, *MEANINGLESS, *REFUSED]
     assert len(known) == len(set(known)) and set(known) <= ARGUMENTS
