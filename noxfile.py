@@ -32,6 +32,7 @@ CLIENTS = [  # whose programs run on our classes
     "outlines",
     "peft",
     "transformers",
+    "trl",
     "xgrammar",
 ]
 TF_PEERS = {  # of the benchmarks, each in an environment of its own; TensorFlow at the version of constraints.txt

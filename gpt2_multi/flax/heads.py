@@ -201,7 +201,7 @@ class GPT2ForSequenceClassificationModule(Headed):
         if mask is not None and mask.ndim == 2:
             return mask[:, -hidden.shape[1] :]
         can_find_end = input_ids is not None and self.config.pad_token_id is not None
-        inputs.check_pooling(len(hidden), can_find_end)
+        inputs.check_pooling(hidden.shape[0], can_find_end)
         return input_ids != self.config.pad_token_id if can_find_end else jnp.ones(hidden.shape[:2], bool)  # type: ignore[return-value]
 
 

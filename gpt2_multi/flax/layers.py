@@ -107,10 +107,11 @@ def norm(owner: Any, name: str) -> nn.LayerNorm:
 
 
 def facts(x: Any) -> Facts:
-    """What is known of an input; while it is traced, not its values."""
+    """What is known of an input; while it is traced, not its values, and of sizes that are symbols, nothing."""
     kinds = {"integers": jnp.integer, "floats": jnp.floating}
     kind = next((kind for kind, dtype in kinds.items() if jnp.issubdtype(x.dtype, dtype)), "others")
-    return Facts(tuple(x.shape), str(x.dtype), kind, lambda: np.asarray(x) if is_concrete(x) else None)
+    shape = tuple(size if isinstance(size, int) else None for size in x.shape)
+    return Facts(shape, str(x.dtype), kind, lambda: np.asarray(x) if is_concrete(x) else None)
 
 
 def is_concrete(value: Any) -> bool:

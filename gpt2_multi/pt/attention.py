@@ -240,7 +240,7 @@ def positions(source: Tensor, mask: Tensor | None, past: int) -> Tensor:
     length = source.shape[1]
     if mask is None or mask.dim() != 2:
         return torch.arange(past, past + length, device=source.device)[None]
-    return ((mask != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
+    return ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
 
 
 def whole(name: str, x: Tensor, width: int) -> Tensor:

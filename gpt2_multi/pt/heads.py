@@ -86,20 +86,20 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Items = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Logits (B, T, V) of the next token; with labels (B, T), shifted here, their loss.
 
-        `logits_to_keep` n computes those of the last n positions only (0: of all). `num_items_in_batch` is how many
-        labels count in all parts of a batch that is read in parts, whose losses then add up to its mean.
+        `logits_to_keep` n computes those of the last n positions only (0: of all), a tensor (n,) those of its places.
+        `num_items_in_batch` is how many labels count in all parts of a batch that is read in parts, whose losses then
+        add up to its mean.
         """
         outputs = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
             encoder_hidden_states, encoder_attention_mask, use_cache, output_attentions, output_hidden_states, True,
         )  # fmt: skip
-        inputs.check_kept(logits_to_keep)
-        logits = self.logits(outputs.last_hidden_state[:, -logits_to_keep:])
+        logits = self.logits(kept(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             check_tied(self)
@@ -372,6 +372,16 @@ def lm_logits(model: Any, hidden: Tensor) -> Tensor:
         lend_embedding(model)
     logits = recast(model.lm_head, model.compute_dtype, hidden)
     return whole("lm_head", logits, getattr(model.lm_head, "out_features", logits.shape[-1]))
+
+
+def kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The hidden states that get logits: (B, T, E) -> (B, n, E)"""
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dim() == 1:
+            return hidden[:, logits_to_keep]
+        logits_to_keep = int(logits_to_keep)  # a number, of which an exporter has made a tensor
+    inputs.check_kept(logits_to_keep)
+    return hidden[:, -logits_to_keep:]
 
 
 def present(mask: Tensor | None, labels: Tensor) -> Tensor | None:

@@ -33,7 +33,7 @@ from gpt2_multi.pt.attention import (
     positions,
     score_dtype,
 )
-from gpt2_multi.pt.layers import facts
+from gpt2_multi.pt.layers import facts, is_at_hand
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 
 
@@ -355,6 +355,8 @@ def check_call(
     found = {name: facts(name, x) for name, x in given.items() if x is not None}
     batch, length = inputs.check_source(config, found).shape[:2]
     past = cache.length if cache is not None else 0
+    if past and not all(is_at_hand(x) for x in given.values() if x is not None):
+        found = {name: x._replace(values=lambda: None) for name, x in found.items()}  # or each token waits for a GPU
     if cache is not None and cache.layers:
         key = cache.layers[0][0]
         inputs.check_cache(key.shape[0], str(key.dtype), batch, str(key.dtype) if is_autocast(key) else dtype)

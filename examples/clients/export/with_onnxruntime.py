@@ -1,4 +1,6 @@
-"""Export to ONNX, and compute with onnxruntime: other batches and lengths than those of the export."""
+"""Export to ONNX by both exporters, and compute with onnxruntime: other sizes than those of the export, and a mask."""
+
+from itertools import product
 
 import numpy as np
 import onnxruntime
@@ -25,9 +27,16 @@ axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=model.co
 inputs = (batch["input_ids"], batch["attention_mask"])
 torch.onnx.export(Logits(), inputs, "gpt2.onnx", dynamo=True, dynamic_shapes=(axes, axes))
 
-session = onnxruntime.InferenceSession("gpt2.onnx")
+traced = GPT2LMHeadModel.from_pretrained("demo", torchscript=True, use_cache=False).eval()
+names = {name: {0: "batch", 1: "length"} for name in ("input_ids", "attention_mask", "logits")}
+torch.onnx.export(
+    traced, (), "traced.onnx", kwargs=dict(batch), dynamo=False,
+    input_names=["input_ids", "attention_mask"], output_names=["logits"], dynamic_axes=names,
+)  # fmt: skip
+
 other = tokenizer(["To be, or not to be", "that", "is the question"], padding=True, return_tensors="pt")
-for given in (batch, other):
+for file, given in product(("gpt2.onnx", "traced.onnx"), (batch, other)):
+    session = onnxruntime.InferenceSession(file)
     (found,) = session.run(None, {name: given[name].numpy() for name in ("input_ids", "attention_mask")})
     with torch.no_grad():
         expected = model(**given).logits.numpy()

@@ -122,7 +122,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "GPT2Model.checkpointing",
                 "GPT2Model._cache",
             ],
-            "heads": ["at"],
+            "heads": ["kept", "at"],
             "loading": [
                 f"GPT2PreTrainedModel.{name}"
                 for name in (

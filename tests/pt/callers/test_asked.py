@@ -39,6 +39,14 @@ def test_models_answer_as_transformers_models_do(tmp_path):
     assert ours.model_tags == ["a", "b"] and ours.warnings_issued == {}
 
 
+def test_logits_may_be_kept_by_their_places():
+    """As a tensor, and as the number of rank 0 that an exporter makes of a number."""
+    model = pt.GPT2LMHeadModel(SMALL).eval()
+    whole = model(IDS).logits
+    assert torch.allclose(model(IDS, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]], atol=1e-6)
+    assert torch.allclose(model(IDS, logits_to_keep=torch.tensor(2)).logits, whole[:, -2:], atol=1e-6)
+
+
 def test_inputs_may_have_gradients_where_every_weight_is_frozen():
     model = pt.GPT2LMHeadModel(SMALL).requires_grad_(False).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})

@@ -9,9 +9,11 @@ torch = pytest.importorskip("torch")
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 
+import gpt2_multi.pt.model
 from gpt2_multi import pt
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.pt import layers
 
 T = 6
 IDS = torch.randint(1, 50, (3, T), generator=torch.Generator().manual_seed(0))
@@ -90,6 +92,20 @@ def test_an_export_takes_other_sizes(head):
     exported = torch.export.export(model, (), given, dynamic_shapes=sizes)
     more = {name: longer(x) for name, x in given.items()}
     assert torch.allclose(first(exported.module()(**more)), first(model(**more)), atol=1e-5)
+
+
+def test_a_caller_s_own_loop_waits_for_another_device_once(monkeypatch):
+    """For the prompt, whose ids are checked; not at each token. What needs no value is checked all the same."""
+    model, looks, to_numpy = build(pt.GPT2LMHeadModel), [], layers.to_numpy
+    monkeypatch.setattr(layers, "to_numpy", lambda x: (looks.append(x), to_numpy(x))[1])
+    monkeypatch.setattr(gpt2_multi.pt.model, "is_at_hand", lambda x: False)
+    past, ids = None, IDS
+    for _ in range(6):
+        output = model(ids, past_key_values=past)
+        past, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    assert len(looks) == 1
+    with pytest.raises(InputError, match="33 tokens are more than n_positions 32"):
+        model(IDS[:, :1].expand(-1, 22), past_key_values=past)
 
 
 def longer(x):
