@@ -54,8 +54,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demo's tokenizer, and a small model of random weights for it."""
-    tokenizer, folder = GPT2Tokenizer.from_pretrained("demo"), tmp_path_factory.mktemp("model")
+    """The demo's tokenizer as servers set it, and a small model of random weights for it."""
+    tokenizer = GPT2Tokenizer.from_pretrained("demo", split_special_tokens=True)
+    folder = tmp_path_factory.mktemp("model")
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=16, n_layer=2, n_head=2)
     config = config.replace(eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id)
     fixtures.write_model(folder, config, "lm", dtype=np.float32)
@@ -203,8 +204,8 @@ def test_a_layer_tokenizes_in_the_file_as_it_is_set(demo, tmp_path):
     assert found["text"].numpy()[0].decode().startswith("To be, or not to be")
 
 
-def test_strangers_write_no_control_tokens(demo):
-    _, tokenizer = demo
+def test_strangers_write_no_control_tokens():
+    tokenizer = GPT2Tokenizer.from_pretrained("demo")
     assert export.layer_of(tokenizer).settings["split_special_tokens"]
     layer = TFGPT2Tokenizer.from_tokenizer(tokenizer)
     assert export.layer_of(layer) is layer and not layer.settings["split_special_tokens"]
