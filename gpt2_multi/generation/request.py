@@ -157,37 +157,18 @@ class Request:
         callbacks.check(config)
         prompts = input_ids if input_ids is not None and texts.are_texts(input_ids) else None
         given, ids, mask = rows_of(config, model, input_ids, attention_mask, tokenizer, embeds, batch)
-        new = new_tokens_after(config, ids.shape[1])
+        width, new = ids.shape[1], new_tokens_after(config, ids.shape[1])
         check_beside(config, embeds is not None, token_type_ids is not None, past is not None)
+        check_rows(config, model, mask, new, past)
         types = None if token_type_ids is None else types_of(token_type_ids, ids.shape, model)
-        if len(ids):
-            inputs.check_prompts(int(mask.sum(-1).min()))
-            config.check_context(int(mask.sum(-1).max()), new, model.n_positions)
-        if past is not None:
-            inputs.check_continued(ids.shape[1], past, bool(mask[:, -1].all()))
-        as_given = callbacks.see_ids and mask.shape[1] + new <= model.n_positions
+        as_given = callbacks.see_ids and width + new <= model.n_positions
         order = order_of(mask, as_given) if past is None else np.indices(mask.shape)[1]
-        width = ids.shape[1]
         ids, mask = np.take_along_axis(ids, order, 1), np.take_along_axis(mask, order, 1)
         types = None if types is None else np.take_along_axis(types, order, 1)
-        options = options_of(config, model, len(ids), tokenizer)
+        rules = options_of(config, model, len(ids), tokenizer), callbacks
         request = cls(
-            config,
-            model,
-            tokenizer,
-            prompts,
-            given,
-            ids,
-            mask,
-            new,
-            options,
-            callbacks,
-            order,
-            types,
-            None,
-            past,
-            width,
-        )
+            config, model, tokenizer, prompts, given, ids, mask, new, *rules, order, types, None, past, width
+        )  # fmt: skip
         return request._guided(*negative)
 
     def _guided(self, negative: Any, negative_mask: Any) -> Request:
@@ -291,6 +272,15 @@ def rows_of(
     if shape is not None:
         inputs.check_shape("inputs_embeds", shape, ids.shape)
     return ids, ids, mask
+
+
+def check_rows(config: GenerationConfig, model: GPT2Config, mask: Array, new: int, past: int | None) -> None:
+    """Every row has a token, its text fits the context, and after a cache there is something to read."""
+    if len(mask):
+        inputs.check_prompts(int(mask.sum(-1).min()))
+        config.check_context(int(mask.sum(-1).max()), new, model.n_positions)
+    if past is not None:
+        inputs.check_continued(mask.shape[1], past, bool(mask[:, -1].all()))
 
 
 def checked_rows(ids: Any, mask: Any) -> tuple[Array, Array]:
