@@ -147,7 +147,17 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         if not config.tie_word_embeddings:
             self.lm_head = dense(config.n_embd, config.vocab_size, "lm_head", self.dtype_policy, use_bias=False)
         self.multiple_choice_head = SequenceSummary(config, dtype=self.dtype_policy, name="multiple_choice_head")
+        self.generation_config = GenerationConfig.of(config)
         self.initialise()
+
+    generate = generation.generate
+    score = generation.score
+    stream = generation.stream
+    stream_tokens = generation.stream_tokens
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens of `batch_size` rows."""
+        return self.transformer.init_cache(batch_size, max_length)
 
     def call(
         self,

@@ -17,7 +17,6 @@ SMALL = GPT2Config(vocab_size=20, n_positions=40, n_embd=12, n_layer=2, n_head=2
 IDS = np.array([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2], [9, 2, 6, 5, 3]])
 MASK = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
 PROMPTS = [ids[keep == 1].tolist() for ids, keep in zip(IDS, MASK, strict=True)]
-READY = ("pt", "flax")
 GRAPH = {"tf": {"jit_compile": False}}  # XLA would compile for longer than all of it takes
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(0, 2, (20, 20))  # what is added to the logits after each id
@@ -40,8 +39,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def name(backend):
     """The backend's name."""
-    if backend.__name__ not in READY:
-        pytest.skip("this backend takes none of it yet")
     return backend.__name__
 
 

@@ -72,10 +72,6 @@ class Prompt(NamedTuple):
         """Each row so many times."""
         return self if rows == 1 else jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), self)
 
-    def row(self, row: int) -> Prompt:
-        """One row alone."""
-        return jax.tree.map(lambda x: x[row : row + 1], self)
-
     def doubled(self) -> Prompt:
         """All that is read: after the rows, those that they are guided away from."""
         if self.negative is None:
@@ -83,6 +79,10 @@ class Prompt(NamedTuple):
         twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), self._replace(negative=None))
         ids, mask = (jnp.concatenate(pair) for pair in zip((self.ids, self.mask), self.negative, strict=True))
         return twice._replace(ids=ids, mask=mask)
+
+    def row(self, row: int) -> Prompt:
+        """One row alone."""
+        return jax.tree.map(lambda x: x[row : row + 1], self)
 
     def bucketed(self, least: int = 1) -> Prompt:
         """With padding before it, up to the length of a bucket, `least` or more."""

@@ -10,9 +10,23 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.options import Options
+from gpt2_multi.generation.request import NO_CALLBACKS
 from gpt2_multi.tf.attention import KVCache, upcast
-from gpt2_multi.tf.generation.decoding import Prompt, Proposed, Records, Sampling, put, record, written
+from gpt2_multi.tf.generation.decoding import (
+    Prompt,
+    Proposed,
+    Records,
+    Sampling,
+    State,
+    guided,
+    own_ends,
+    own_rules,
+    put,
+    record,
+    written,
+)
 from gpt2_multi.tf.generation.rules import ends, gumbel, process, without
 from gpt2_multi.tf.layers import sizes
 
@@ -56,8 +70,10 @@ class BeamState(NamedTuple):
     mask: tf.Tensor  # (B * K, S) bool, which of them count
     stop: tf.Tensor  # (B * K,) int32, of the stop strings
     records: Records
+    number: tf.Tensor  # (B * K,) int32, which of the prompts each row continues
+    unseen: tf.Tensor  # (B * K,) int32, how many columns at the left are no part of the caller's text
     cache: KVCache
-    keep: tf.Tensor  # (B * K, the cache's capacity) bool, which of its keys count
+    keep: tf.Tensor  # (B * K, the cache's capacity) bool, which of its keys count; of guided rows twice as many
     scores: tf.Tensor  # (B, K), of the running beams, the best first
     running: Paths
     found: Hypotheses
@@ -70,37 +86,49 @@ class BeamSearch(NamedTuple):
     room: Any  # for how many tokens
     rows: int  # of each prompt, its beams
     records: tuple[str, ...]  # what is kept of each step
+    is_guided: bool = False  # whether there are rows that these are led away from
+    callbacks: Callbacks = NO_CALLBACKS
+    guesses: int = 0  # none
 
     def start(self, model: keras.Model, prompt: Prompt, options: Options) -> BeamState:
         """The state in which nothing is made; of a prompt's beams, which are all the same, one counts."""
         given = Sampling(*self).start(model, prompt, options)
-        own = given.step, given.length, given.ids, given.mask, given.stop, given.records, given.cache, given.keep
-        batch, kind = sizes(prompt.ids)[0] // self.rows, upcast(tf.zeros((), model.compute_dtype)).dtype
+        own = {name: getattr(given, name) for name in BeamState._fields if name in State._fields}
+        batch, kind = sizes(given.ids)[0] // self.rows, upcast(tf.zeros((), model.compute_dtype)).dtype
         none, shape = tf.fill((batch, self.rows), tf.constant(-float("inf"), kind)), (batch, self.rows, self.room)
         running = Paths(tf.fill(shape, options.fill), tf.zeros(shape, kind), tf.fill(shape, -1))
         scores = put(none, tf.zeros(batch, kind), tf.constant(0))
-        return BeamState(*own, scores, running, Hypotheses(none, running), none[:, 0] < 0)
+        found = Hypotheses(none, running)
+        return BeamState(scores=scores, running=running, found=found, is_open=none[:, 0] < 0, **own)
 
     def is_open(self, state: BeamState) -> tf.Tensor:
         """Whether anything is to follow."""
         return tf.reduce_any(state.is_open)
 
-    def propose(self, state: BeamState, options: Options) -> Proposed | None:
+    def finish(self, state: BeamState, options: Options) -> BeamState:
+        """The state in which the running beams are texts that were found, as there is no time for more."""
+        reached = without(state.scores / power(state.step, options, state.scores.dtype), ~state.is_open[:, None])
+        found = add_finished(state.found, state.running, reached)
+        return state._replace(found=found, is_open=tf.zeros_like(state.is_open))
+
+    def propose(self, state: BeamState, options: Options) -> tuple[BeamState, Proposed | None]:
         """What is read together with the last token, as it may follow: nothing."""
-        return None
+        return state, None
 
     def update(
-        self, state: BeamState, logits: tf.Tensor, proposed: Proposed | None, until: tf.Tensor, options: Options
+        self, state: BeamState, logits: tf.Tensor, proposed: Proposed | None, new: tf.Tensor, options: Options
     ) -> BeamState:
         """Go on by one token, from the logits (B * K, 1, V) of the next."""
-        logits, kind, made = logits[:, 0], state.scores.dtype, state.step + 1
-        log_probs = tf.nn.log_softmax(tf.cast(logits, kind))
-        processed = process(log_probs, state.ids, written(state), state.length, state.step, options)
+        (logits, led), made = guided(logits[:, 0], options, self.is_guided), state.step + 1
+        log_probs, own = led if self.is_guided else tf.nn.log_softmax(led), own_rules(self, state)
+        processed = process(log_probs, state.ids, written(state), state.length, state.step, options, own)
         values, beam, token = candidates(processed, state, options)  # (B, C)
         stop = tf.gather(tf.reshape(state.stop, tf.shape(state.scores)), beam, batch_dims=1)
         ended, stop = ends(token, stop, options)
-        ended |= made == until
-        first, reached = slice(0, self.rows), values / power(made, options, kind)
+        ended |= made == new
+        if self.callbacks.criteria:
+            ended |= self.ends(state, processed, beam, token)
+        first, reached = slice(0, self.rows), values / power(made, options, values.dtype)
         paths = extend(state.running, processed, beam[:, first], token[:, first], state.step)
         reached = without(reached, ~(ended & state.is_open[:, None]))[:, first]
         found = add_finished(state.found, paths, reached)
@@ -112,9 +140,16 @@ class BeamSearch(NamedTuple):
             scores=scores,
             running=extend(state.running, processed, beam, token, state.step),
             found=found,
-            is_open=state.is_open & can_improve(scores[:, 0], found, made, until, options),
+            is_open=state.is_open & can_improve(scores[:, 0], found, made, new, options),
         )
-        return reorder(state, beam, token)
+        return reorder(state, beam, token, self.is_guided)
+
+    def ends(self, state: BeamState, processed: tf.Tensor, beam: tf.Tensor, token: tf.Tensor) -> tf.Tensor:
+        """Which candidates are over by the caller's criteria: beam, token (B, C) -> (B, C)"""
+        rows = tf.reshape(beam + self.rows * tf.range(sizes(beam)[0])[:, None], [-1])  # (B * C,)
+        ids = put(tf.gather(state.ids, rows), tf.reshape(token, [-1]), state.length)
+        after = state._replace(length=state.length + 1)
+        return tf.reshape(own_ends(self.callbacks, ids, tf.gather(processed, rows), after), tf.shape(beam))
 
 
 def candidates(processed: tf.Tensor, state: BeamState, options: Options) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -153,11 +188,11 @@ def add_finished(found: Hypotheses, paths: Paths, scores: tf.Tensor) -> Hypothes
     return Hypotheses(best, found.paths.concat(paths).gather(index))
 
 
-def can_improve(score: tf.Tensor, found: Hypotheses, made: tf.Tensor, until: tf.Tensor, options: Options) -> tf.Tensor:
+def can_improve(score: tf.Tensor, found: Hypotheses, made: tf.Tensor, new: tf.Tensor, options: Options) -> tf.Tensor:
     """Whether the best running beam of each prompt may yet be better than the worst text that was found: (B,)"""
     worst, none = found.scores[:, -1], -float("inf")
     hopeful = (options.early_stopping == 2) & (options.length_penalty > 0)
-    attainable = score / power(tf.where(hopeful, until, made), options, score.dtype)
+    attainable = score / power(tf.where(hopeful, new, made), options, score.dtype)
     return tf.where(options.early_stopping == 1, (worst == none) & (score > none), attainable > worst)
 
 
@@ -166,14 +201,15 @@ def power(length: tf.Tensor, options: Options, dtype: tf.DType) -> tf.Tensor:
     return tf.cast(tf.cast(length, tf.float64) ** options.length_penalty, dtype)
 
 
-def reorder(state: BeamState, beam: tf.Tensor, token: tf.Tensor) -> BeamState:
+def reorder(state: BeamState, beam: tf.Tensor, token: tf.Tensor, is_guided: bool) -> BeamState:
     """Go on with the rows of these beams (B, K), each with its token; of the cache only what came after the prompt."""
     batch, beams, room = sizes(state.running.tokens)
+    prompt = sizes(state.keep)[1] - room  # which the beams of a text share
     rows = tf.reshape(beam + beams * tf.range(batch)[:, None], [-1])  # (B * K,)
-    prompt = sizes(state.ids)[1] - room  # which the beams of a text share
+    moving = tf.concat([rows, rows + batch * beams], 0) if is_guided else rows
 
     def moved(buffer: tf.Tensor) -> tf.Tensor:
-        return tf.concat([buffer[:, :, :prompt], tf.gather(buffer[:, :, prompt:], rows)], 2)
+        return tf.concat([buffer[:, :, :prompt], tf.gather(buffer[:, :, prompt:], moving)], 2)
 
     layers = tuple((moved(key), moved(value)) for key, value in state.cache.layers)
     ids = put(tf.gather(state.ids, rows), tf.reshape(token, [-1]), state.length)

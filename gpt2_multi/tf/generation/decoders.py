@@ -10,7 +10,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from gpt2_multi.tf.generation.decoding import decode, prefill
+from gpt2_multi.generation.callbacks import Callbacks
+from gpt2_multi.generation.request import NO_CALLBACKS
+from gpt2_multi.tf.generation.decoding import Prompt, begin, decode, prefill
+from gpt2_multi.tf.generation.lookup import Assisted
+
+KEPT = 4  # sets of a model's functions with what callers bring: another one takes the oldest one's place
 
 
 @dataclass(frozen=True)
@@ -18,17 +23,36 @@ class Decoders:
     """The functions that a model generates with, compiled, and what they were compiled of."""
 
     prefill: Any
+    begin: Any
     decode: Any
     parts: Sequence[Any]
+    callbacks: Callbacks  # which a strategy has to hold: others that are equal would be traced anew
+    is_plain: bool  # whether nothing of a caller's is in them
 
     @classmethod
-    def of(cls, model: keras.Model, jit: bool = True) -> Decoders:
-        """Those of a model as it is now, by XLA or as graphs."""
-        kept, parts = model.__dict__.setdefault("_decoders", {}), parts_of(model)  # Keras would look into an attribute
-        if jit not in kept or list(map(id, kept[jit].parts)) != list(map(id, parts)):
-            kept[jit] = cls(compiled(partial(prefill, model), jit), compiled(partial(decode, model), jit), parts)
-        found: Decoders = kept[jit]
+    def of(
+        cls, model: keras.Model, jit: bool = True, callbacks: Callbacks = NO_CALLBACKS, assistant: Any = None
+    ) -> Decoders:
+        """Those of a model as it is now, by XLA or as graphs; and of what else is compiled into the loop."""
+        parts = [part for each in (model, assistant) if each is not None for part in parts_of(each)]
+        kept = model.__dict__.setdefault("_decoders", {})  # Keras would look into an attribute
+        is_plain = callbacks == NO_CALLBACKS and assistant is None
+        found: Decoders | None = kept.pop((jit, callbacks, id(assistant)), None)
+        if found is None or list(map(id, found.parts)) != list(map(id, parts)):
+            reading = compiled(partial(prefill, model), jit) if is_plain else cls.of(model, jit).prefill
+            starting, going = (compiled(partial(function, model), jit) for function in (begin, decode))
+            found = cls(reading, starting, going, parts, callbacks, is_plain)
+        kept[jit, found.callbacks, id(assistant)] = found  # as the latest one
+        for key in [key for key, one in kept.items() if not one.is_plain][:-KEPT]:
+            del kept[key]
         return found
+
+
+def helper_of(strategy: Assisted, prompt: Prompt, jit: bool) -> tuple[Any, ...]:
+    """What an assistant has read before it guesses."""
+    types = () if prompt.types is None else (prompt.types,)
+    alone = Prompt(prompt.ids, prompt.mask, None, None, prompt.number, prompt.unseen, *types)
+    return *Decoders.of(strategy.assistant, jit).prefill(alone, strategy.room + strategy.guesses, 1), *types
 
 
 def parts_of(model: keras.Model) -> list[Any]:

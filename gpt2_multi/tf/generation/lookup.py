@@ -1,7 +1,8 @@
-"""Prompt-lookup decoding in TensorFlow: greedy choice in fewer steps, where a text repeats itself.
+"""Decoding in fewer steps in TensorFlow: guesses are read together with the last token, several at once.
 
-What followed the last tokens when they were there before is read together with them, and kept as far as the model would
-have chosen it (Saxena 2023). S places (prompt and room), N guesses, V vocabulary.
+They are kept as far as the model would have chosen them, so that the tokens are the same as without. A guess is what
+followed the last tokens when they were there before (prompt lookup, Saxena 2023), or what a smaller model chooses
+(Leviathan et al. 2023). S places (prompt and room), N guesses, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,37 +11,76 @@ import tensorflow as tf
 
 from gpt2_multi.generation.options import Options
 from gpt2_multi.tf.attention import KVCache
-from gpt2_multi.tf.generation.decoding import Proposed, Sampling, State, written
+from gpt2_multi.tf.generation.decoding import Prompt, Proposed, Sampling, State, decode_step, written
 from gpt2_multi.tf.layers import sizes
 
 
 class Lookup(Sampling):
-    """Greedy choice in one row, several tokens at a time."""
+    """One row, several tokens at a time."""
 
-    def propose(self, state: State, options: Options) -> Proposed:
+    def propose(self, state: State, options: Options) -> tuple[State, Proposed | None]:
         """What followed before: (1, N)"""
         tokens, count = guess(state.ids[0], written(state)[0], state.length, self.guesses, options)
-        return tokens[None], tf.minimum(count, self.room - state.step - 1)
+        return state, (tokens[None], tf.minimum(count, self.room - state.step - 1))
 
     def update(
-        self, state: State, logits: tf.Tensor, proposed: Proposed | None, until: tf.Tensor, options: Options
+        self, state: State, logits: tf.Tensor, proposed: Proposed | None, new: tf.Tensor, options: Options
     ) -> State:
         """Go on as far as the proposed tokens are what is chosen, and by one token more: logits (1, 1 + N, V)"""
-        assert proposed is not None
+        if proposed is None:
+            return super().update(state, logits, None, new, options)
         tokens, count = proposed
+        assert count is not None
 
         def going(place: tf.Tensor, is_right: tf.Tensor, state: State) -> tf.Tensor:
             return is_right & self.is_open(state)
 
         def once(place: tf.Tensor, _: tf.Tensor, state: State) -> tuple[tf.Tensor, tf.Tensor, State]:
             row = tf.gather(logits, [place], axis=1)
-            after = Sampling.update(self, state, row, None, until, options)
+            after = Sampling.update(self, state, row, None, new, options)
             guessed = tokens[0, tf.minimum(place, self.guesses - 1)]
             return place + 1, (place < count) & (after.ids[0, state.length] == guessed), after
 
-        state = tf.while_loop(going, once, (tf.constant(0), tf.constant(True), state))[2]
-        cache = KVCache(state.cache.layers, state.cache.cross, state.length - 1)  # without the wrong ones
-        return state._replace(cache=cache)
+        alone = state._replace(cache=KVCache(), helper=())
+        after = tf.while_loop(going, once, (tf.constant(0), tf.constant(True), alone))[2]
+        cache = KVCache(state.cache.layers, state.cache.cross, after.length - 1)  # without the wrong ones
+        return after._replace(cache=cache, helper=state.helper)
+
+
+class Assisted(Lookup):
+    """One row, of which an assistant guesses the next tokens by the same rules and the same noise.
+
+    The caller's functions are asked for the model's own choice alone, once for each token, as without an assistant.
+    """
+
+    def propose(self, state: State, options: Options) -> tuple[State, Proposed | None]:
+        """What the assistant chooses next: (1, N)
+
+        It reads two tokens first: what was kept of all its guesses is followed by one more, and it never read the last.
+        """
+        (cache, keep, *types), length, longest = state.helper, state.length, self.assistant.config.n_positions
+        prompt = Prompt(state.ids, state.mask, None, None, state.number, state.unseen, *types)
+        known = tf.math.count_nonzero(written(state), dtype=tf.int32)
+        count = tf.minimum(tf.minimum(self.guesses, self.room - state.step - 1), longest - known)
+        choosing = Sampling(self.room, 1, ())
+        back = KVCache(cache.layers, cache.cross, length - 2)
+        text = state._replace(length=length - 1, cache=back, keep=keep, records={}, helper=())
+        second = tf.gather(state.ids, [length - 1], axis=1), None  # (1, 1)
+
+        def read(text: State, proposed: Proposed | None) -> State:
+            logits, cache, _ = decode_step(self.assistant, prompt, text, proposed)
+            text = text._replace(cache=cache, length=length + text.step - state.step)
+            return choosing.update(text, logits[:, -1:], None, text.step, options)
+
+        def guessed() -> tuple[tf.Tensor, KVCache]:
+            after = tf.while_loop(
+                lambda text: text.step < state.step + count, lambda text: (read(text, None),), (read(text, second),)
+            )[0]
+            return after.ids, after.cache
+
+        ids, cache = tf.cond(count > 0, guessed, lambda: (state.ids, cache))
+        tokens = tf.gather(ids, tf.minimum(length + tf.range(self.guesses), sizes(ids)[1] - 1), axis=1)
+        return state._replace(helper=(cache, keep, *types)), (tokens, count)
 
 
 def guess(

@@ -24,12 +24,18 @@ def as_tensors(options: Options) -> Options:
 
 
 def process(
-    logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, place: tf.Tensor, step: tf.Tensor, options: Options
+    logits: tf.Tensor,
+    ids: tf.Tensor,
+    keep: tf.Tensor,
+    place: tf.Tensor,
+    step: tf.Tensor,
+    options: Options,
+    own: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> tf.Tensor:
     """What the next token, which will stand at `place`, is chosen by: -> (B, V)
 
     logits: (B, V), the model's, or a beam's log-probabilities. ids: (B, S), of which those count that `keep` (B, S)
-    marks. step: how many tokens were made.
+    marks. step: how many tokens were made. own: the caller's rules.
     """
     lengths = tf.math.count_nonzero(keep, -1, keepdims=True, dtype=tf.int32)  # (B, 1); padding does not count
     penalty, size = options.repetition_penalty, options.no_repeat_ngram_size
@@ -39,6 +45,7 @@ def process(
     logits = when(size > 0, lambda x: ban_repeats(x, ids, keep, place, size), logits)
     short = (lengths < options.min_length) | (step < options.min_new_tokens)
     logits = when(tf.reduce_any(short), lambda x: without(x, short & is_end(x, options)), logits)
+    logits = logits if own is None else own(logits)
     return when(options.do_sample, lambda x: warp(x, options), logits)
 
 
@@ -89,10 +96,11 @@ def add_biases(
 
 def mark(logits: tf.Tensor, ids: tf.Tensor, marked: tf.Tensor) -> tf.Tensor:
     """Which tokens (B, V) are marked somewhere in a row: ids (B, S), marked (B, S) -> booleans."""
-    batch, length = sizes(ids)
+    (batch, length), vocab = sizes(ids), sizes(logits)[1]
     row = tf.repeat(tf.range(batch), length)
     index = tf.stack([row, tf.reshape(ids, [-1])], -1)
-    return tf.scatter_nd(index, tf.cast(tf.reshape(marked, [-1]), tf.int32), tf.shape(logits)) > 0
+    marks = tf.scatter_nd(index, tf.cast(tf.reshape(marked, [-1]), tf.int32), (batch, vocab + 1))
+    return marks[:, :vocab] > 0  # without what stands for embeddings
 
 
 def penalise(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, penalty: tf.Tensor) -> tf.Tensor:
@@ -122,6 +130,7 @@ def warp(logits: tf.Tensor, options: Options) -> tf.Tensor:
     kept = when(options.top_k > 0, lambda x: keep_top_k(x, tf.maximum(options.top_k, least)), logits)
     kept = when(options.top_p < 1, lambda x: keep_top_p(x, options.top_p), kept)
     kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
+    kept = when(options.typical_p < 1, lambda x: keep_typical(x, options.typical_p), kept)
     return when(least > 1, lambda x: tf.maximum(keep_top_k(logits, least), x), kept)
 
 
@@ -149,6 +158,22 @@ def keep_min_p(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
     """Keep what is at least p times as likely as the likeliest token."""
     least = tf.reduce_max(logits, -1, keepdims=True) + tf.cast(tf.math.log(p), logits.dtype)
     return without(logits, logits < least)
+
+
+def keep_typical(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
+    """Keep the tokens whose surprise is nearest to the entropy, until they reach probability p; and ties."""
+    surprise, p = -tf.nn.log_softmax(logits), tf.cast(p, logits.dtype)
+    probs = tf.exp(-surprise)
+    entropy = tf.reduce_sum(tf.math.multiply_no_nan(surprise, probs), -1, keepdims=True)
+    nearness = ordered(-tf.abs(surprise - entropy))
+    last = greatest(nearness, lambda key: tf.reduce_sum(tf.where(nearness >= key, probs, 0), -1, keepdims=True) >= p)
+    return without(logits, nearness < last)
+
+
+def guide(logits: tf.Tensor, others: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """Log-probabilities led away from those without the prompt, all (B, V) (Sanchez et al. 2023, equation 7)."""
+    given, without = tf.nn.log_softmax(logits), tf.nn.log_softmax(others)
+    return without + tf.cast(scale, logits.dtype) * (given - without)
 
 
 def ordered(logits: tf.Tensor) -> tf.Tensor:

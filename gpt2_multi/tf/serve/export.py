@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 # Options that no file can have, switched off.
-UNWRITTEN: dict[str, Any] = {"max_length": None, "sliding_window": False, "prompt_lookup_num_tokens": None}
+UNWRITTEN: dict[str, Any] = {
+    "max_length": None, "max_time": None, "sliding_window": False, "prompt_lookup_num_tokens": None,
+}  # fmt: skip
 
 
 def export_saved_model(

@@ -15,6 +15,7 @@ import tensorflow as tf
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation.config import OPTIONS, GenerationConfig
 from gpt2_multi.generation.options import Options, within
+from gpt2_multi.generation.request import NO_CALLBACKS, Given
 from gpt2_multi.tf.attention import upcast
 from gpt2_multi.tf.generation.beams import BeamState
 from gpt2_multi.tf.generation.generate import request_of, strategy_of
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 IDS = [tf.TensorSpec((None, None), tf.int32, name) for name in ("input_ids", "attention_mask")]
+SHOWN: dict[str, Any] = dict.fromkeys(
+    ("output_scores", "output_logits", "output_hidden_states", "output_attentions"), False
+)  # which a signature's answer has no place for
 TEXT = [tf.TensorSpec((None,), tf.string, "text")]
 
 
@@ -119,7 +123,7 @@ class Continuing:
         """tokenizer: of the stop strings."""
         self.defaults = Choices.of(config, upcast(tf.zeros((), model.compute_dtype)).dtype)
         self.model, self.tokenizer = model, tokenizer
-        self.config = replace(config, seed=0, return_dict_in_generate=False, output_scores=False, output_logits=False)
+        self.config = replace(config, seed=0, return_dict_in_generate=False, **SHOWN)
         self.compiled = tf.function(self.run, jit_compile=jit or None, autograph=False)
 
     def __call__(self, ids: tf.Tensor, mask: tf.Tensor, choices: Choices) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -145,9 +149,10 @@ class Continuing:
 
     def run(self, ids: tf.Tensor, mask: tf.Tensor, choices: Choices) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """The same, with room for all tokens; this is what XLA compiles."""
-        request, prompt = request_of(self.model, self.config, ids, mask, self.tokenizer, None, None)
+        given = Given(ids, mask, self.tokenizer)
+        request, prompt = request_of(self.model, self.config, given)
         options, new, config = choices.into(as_tensors(request.options)), choices.max_new_tokens, self.config
-        state = traced(self.model, strategy_of(config, new), prompt, options, new)
+        state = traced(self.model, strategy_of(request, given, NO_CALLBACKS, new), prompt, options, new)
         if isinstance(state, BeamState):
             tokens, _, beams = state.found.best(config.num_return_sequences, config.fill_token_id)
             count = tf.reduce_max(tf.math.count_nonzero(beams >= 0, -1, dtype=tf.int32))
