@@ -203,7 +203,7 @@ def test_cross_attention_generates_with_an_encoder():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("rule", ["top_k", "top_p", "penalty", "repeats"])
+@pytest.mark.parametrize("rule", ["top_k", "top_p", "typical", "penalty", "repeats"])
 def test_rules_equal_the_specification(rule, dtype):
     rng = np.random.default_rng(7)
     for _ in range(30):
@@ -218,6 +218,9 @@ def test_rules_equal_the_specification(rule, dtype):
         elif rule == "top_p":
             p = float(rng.uniform(0.01, 0.99))
             found, expected = rules.keep_top_p(jax.numpy.asarray(logits), p), spec.keep_top_p(logits, p)
+        elif rule == "typical":
+            p = float(rng.uniform(0.01, 0.99))
+            found, expected = rules.keep_typical(jax.numpy.asarray(logits), p), spec.keep_typical(logits, p)
         elif rule == "penalty":
             found = rules.penalise(jax.numpy.asarray(logits), ids, mask, 1.7)
             expected = [spec.penalise(a, b[m], 1.7) for a, b, m in rows]
