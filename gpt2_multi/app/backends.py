@@ -49,10 +49,10 @@ class Backend:
         """The floating-point dtypes that a device computes in."""
         return list(self.loading.dtypes(device))
 
-    def load(self, folder: Path, device: str, dtype: str = "float32") -> Any:
-        """The language model in a folder, on a device."""
+    def load(self, folder: Path, device: str, dtype: str = "float32", **options: Any) -> Any:
+        """The language model in a folder, on a device; `options` are those of its `from_pretrained`."""
         model_class = getattr(importlib.import_module(self.package), self.language_model)
-        return self.loading.load_on(device, model_class, folder, param_dtype=dtype)
+        return self.loading.load_on(device, model_class, folder, param_dtype=dtype, **options)
 
     def layers(self, model: Any, ids: Array) -> list[Array]:
         """What `reference.oracle` gives, of a model: what goes into each layer, what the last norm gives, the logits.

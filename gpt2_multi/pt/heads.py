@@ -23,7 +23,11 @@ from gpt2_multi.model.outputs import (
 )
 from gpt2_multi.pt.attention import KVCache, whole
 from gpt2_multi.pt.generation import generate as generation
-from gpt2_multi.pt.generation.decoding import _update_model_kwargs_for_generation, prepare_inputs_for_generation
+from gpt2_multi.pt.generation.decoding import (
+    _update_model_kwargs_for_generation,
+    compute_transition_scores,
+    prepare_inputs_for_generation,
+)
 from gpt2_multi.pt.layers import facts
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, old_calls, recast
@@ -60,6 +64,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
     stream_tokens = generation.stream_tokens
     prepare_inputs_for_generation = prepare_inputs_for_generation
     _update_model_kwargs_for_generation = _update_model_kwargs_for_generation
+    compute_transition_scores = compute_transition_scores
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary: (..., E) -> (..., V)"""

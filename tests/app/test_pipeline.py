@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from gpt2_multi import GPT2Tokenizer, pipeline
+from gpt2_multi import GPT2Config, GPT2Tokenizer, pipeline
 from gpt2_multi.app import backends
 from gpt2_multi.errors import InputError, TokenizerError
 from gpt2_multi.files.hub import DEMO
@@ -105,6 +105,9 @@ def test_arguments_of_the_pipeline_hold_for_every_call(folder):
     assert not answer["generated_text"].startswith("ROMEO:")
     assert made("ROMEO:", return_full_text=True) == [{"generated_text": "ROMEO:" + answer["generated_text"]}]
     assert made("ROMEO:", generate_kwargs={"max_new_tokens": 1})[0]["generated_text"] < answer["generated_text"]
+    kinder = made.model.config.to_dict() | {"eos_token_id": 7}
+    told = pipeline(model=str(folder), framework="pt", config=GPT2Config(**kinder), model_kwargs={"subfolder": ""})
+    assert told.model.config.eos_token_id == 7
     moved = pipeline("text-generation", model=made.model, tokenizer=made.tokenizer, device="cpu", framework="pt")
     assert moved("ROMEO:", **options) == [answer]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Self, cast
@@ -345,6 +345,22 @@ def _update_model_kwargs_for_generation(
     if (places := model_kwargs.get("cache_position")) is not None:
         next_kwargs["cache_position"] = places[-1:] + 1
     return next_kwargs
+
+
+def compute_transition_scores(
+    self: Any,
+    sequences: Tensor,
+    scores: Sequence[Tensor],
+    beam_indices: Tensor | None = None,
+    normalize_logits: bool = False,
+) -> Tensor:
+    """What the new tokens of `generate`'s answer scored, (R, N), as transformers has it; 0 where a beam is finished."""
+    steps = torch.stack(tuple(scores))  # (N, rows, V)
+    steps = steps.log_softmax(-1) if normalize_logits else steps
+    tokens = sequences[:, sequences.shape[1] - len(steps) :]
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None] if beam_indices is None else beam_indices
+    found = steps[torch.arange(len(steps), device=tokens.device), rows.clamp(min=0), tokens]
+    return found.masked_fill(rows < 0, 0.0)
 
 
 def steers(model: Any) -> bool:

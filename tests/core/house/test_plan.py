@@ -165,6 +165,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "keep_cache",
                 "prepare_inputs_for_generation",
                 "_update_model_kwargs_for_generation",
+                "compute_transition_scores",
                 "steers",
                 "steered",
             ],

@@ -96,3 +96,13 @@ def test_a_file_s_other_keys_are_attributes_and_outputs_may_be_tuples():
         config.n_layers  # noqa: B018
     model = pt.GPT2LMHeadModel(SMALL.replace(torchscript=True))
     assert isinstance(model(IDS), tuple) and not isinstance(model(IDS, return_dict=True), tuple)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_transition_scores_are_log_probabilities(options):
+    model = pt.GPT2LMHeadModel.from_pretrained("demo")
+    more = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True, **options}
+    output = model.generate(torch.tensor([[5, 9, 7]]), **more)
+    beams = {"beam_indices": output.beam_indices} if options else {"normalize_logits": True}
+    scores = model.compute_transition_scores(output.sequences, output.scores, **beams)
+    torch.testing.assert_close(scores, output.log_probs, atol=1e-5, rtol=1e-5)
