@@ -61,8 +61,8 @@ def is_concrete(x: Tensor) -> bool:
     """Whether a tensor has values already, and may be asked for them: not while anything is traced."""
     if torch.compiler.is_compiling() or x.is_meta or active_fake_mode() is not None:
         return False
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # into a graph, in which nobody may wait
-        return False
+    if x.is_cuda and (torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing()):
+        return False  # a training step must not wait, a graph cannot; CUDA's kernels stop at a wrong index themselves
     is_plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__  # no fake one, no DTensor
     return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 

@@ -82,6 +82,14 @@ def test_every_part_may_be_wrapped():
         assert torch.equal(model.generate(IDS, max_new_tokens=4), tokens), place
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch wants it gone one day
+def test_a_model_whose_layers_have_no_parameters_generates():
+    model = pt.GPT2LMHeadModel(SMALL).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert torch.allclose(quantized(IDS).logits, model(IDS).logits, atol=0.1)
+    assert quantized.generate(IDS, max_new_tokens=3).shape == (2, 8)
+
+
 def test_a_body_that_is_another_thing_altogether_is_named():
     model = pt.GPT2LMHeadModel(SMALL)
     model.transformer = torch.nn.Linear(1, 1)

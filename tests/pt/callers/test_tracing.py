@@ -1,6 +1,7 @@
 """Calls without values: vmap, meta and fake tensors, traces and exports, of every head, with a mask and with labels."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,6 +107,12 @@ def test_a_caller_s_own_loop_waits_for_another_device_once(monkeypatch):
     assert len(looks) == 1
     with pytest.raises(InputError, match="33 tokens are more than n_positions 32"):
         model(IDS[:, :1].expand(-1, 22), past_key_values=past)
+
+
+def test_a_training_step_on_cuda_waits_for_nothing():
+    """Nobody may look at a value there; PyTorch's own kernels stop at a wrong index."""
+    assert layers.is_concrete(IDS)
+    assert not layers.is_concrete(SimpleNamespace(is_meta=False, is_cuda=True))
 
 
 def longer(x):
