@@ -204,6 +204,9 @@ def test_a_streamer_gets_the_prompts_and_then_each_token(model, name):
     recorder = Recorder()
     found = made(model, name, streamer=recorder)
     assert recorder.got == [IDS.tolist(), *found.T.tolist(), "end"]
+    recorder.got.clear()
+    made(model, name, IDS[:1], None, streamer=recorder, do_sample=True, num_return_sequences=2)
+    assert [len(column) for column in recorder.got[:-1]] == [2] * 7  # which a streamer of one text can refuse
     with pytest.raises(InputError, match="streamer: beams are not known before the end"):
         made(model, name, streamer=recorder, num_beams=2)
     with pytest.raises(InputError, match="streamer: 3 texts are made one after the other here"):

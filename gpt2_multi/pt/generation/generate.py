@@ -230,7 +230,7 @@ def run(model: Any, request: Request, prompt: Prompt, given: Given) -> GenerateO
     made = loops(model, request, prompt, given, stride_of(request, prompt))
     if streamer is not None:
         inputs.check_together(len(made))
-        streamer.put(torch.from_numpy(request.given))
+        streamer.put(torch.from_numpy(request.given).repeat_interleave(config.num_return_sequences, 0))
         made = [streamed(states, streamer) for states in made]
     finals: list[State] = []
     for states in made:

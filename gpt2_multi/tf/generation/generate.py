@@ -215,7 +215,7 @@ def loops(
     if streamer is None:
         return made
     inputs.check_together(len(made))
-    streamer.put(np.asarray(request.given))
+    streamer.put(np.repeat(request.given, request.config.num_return_sequences, axis=0))
     return [streamed(states, new, streamer) for states in made]
 
 
