@@ -7,7 +7,6 @@ import pytest
 
 from gpt2_multi import GenerationConfig, GPT2Config, GPT2Tokenizer, pipeline
 from gpt2_multi.errors import InputError
-from gpt2_multi.files.arguments import REFUSED
 from gpt2_multi.generation.config.table import UNSUPPORTED
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "migration.md").read_text("utf-8")
@@ -24,13 +23,8 @@ def names(cell):
     return re.findall(r"`(\w+)", cell)
 
 
-ARGUMENTS, OPTIONS = rows("| argument | what the error says |"), rows("| option | what the error says |")
+OPTIONS = rows("| option | what the error says |")
 STOPS = rows("| call | the sentence |")
-
-
-def test_every_refused_argument_has_its_row():
-    said = {(name, sentence) for cell, sentence in ARGUMENTS for name in names(cell)}
-    assert {(name, refused.advice) for name, refused in REFUSED.items()} <= said
 
 
 @pytest.mark.parametrize(("cell", "sentence"), OPTIONS, ids=[cell for cell, _ in OPTIONS])

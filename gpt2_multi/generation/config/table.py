@@ -92,6 +92,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
     "forced_eos_token_id": (None, "append it"),
     "num_beam_groups": (1, "use num_beams with do_sample=True"),
     "penalty_alpha": (None, "use do_sample=True with top_k, or repetition_penalty"),
+    "prng_key": (None, "give a seed, which is a number"),
     "remove_invalid_values": (False, _ON_LOGITS),
     "renormalize_logits": (False, _ON_LOGITS),
     "token_healing": (False, "leave a space at a prompt's end out"),
@@ -102,7 +103,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
 WITHOUT_EFFECT = {
     "assistant_confidence_threshold", "assistant_lookbehind", "cache_config", "compile_config", "disable_compile",
     "is_assistant", "low_memory", "num_assistant_tokens_schedule", "prefill_chunk_size",
-    "return_legacy_cache", "synced_gpus", "target_lookbehind", "transformers_version", "trust_remote_code",
+    "return_legacy_cache", "synced_gpus", "target_lookbehind", "trace", "transformers_version", "trust_remote_code",
     "use_cache", "use_model_defaults",
 }  # fmt: skip
 
