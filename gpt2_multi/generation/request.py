@@ -86,7 +86,7 @@ class Given(NamedTuple):
     @property
     def arrays(self) -> dict[str, Any]:
         """What is there and has to be a tensor: not texts, and no mask of theirs, which cannot be used."""
-        words = [given for given in WORDS if (x := getattr(self, given[0])) is not None and texts.are_texts(x)]
+        words = [given for given in WORDS if texts.are_texts(getattr(self, given[0]))]
         return {
             name: x for name in TENSORS if (x := getattr(self, name)) is not None and not any(name in w for w in words)
         }
@@ -155,7 +155,7 @@ class Request:
         Raises InputError for an id outside the vocabulary, a prompt without a token, and a text beyond `n_positions`.
         """
         callbacks.check(config)
-        prompts = input_ids if input_ids is not None and texts.are_texts(input_ids) else None
+        prompts = input_ids if texts.are_texts(input_ids) else None
         given, ids, mask = rows_of(config, model, input_ids, attention_mask, tokenizer, embeds, batch)
         width, new = ids.shape[1], new_tokens_after(config, ids.shape[1])
         check_beside(config, embeds is not None, token_type_ids is not None, past is not None)
@@ -186,14 +186,6 @@ class Request:
         return replace(
             self, ids=ids, mask=mask, order=order, negative=(widened(others[0], width), widened(others[1], width))
         )
-
-    @classmethod
-    def of_text(
-        cls, config: GenerationConfig, model: GPT2Config, text: str, tokenizer: GPT2Tokenizer | None
-    ) -> Request:
-        """Check what is streamed as text: one text, continued once."""
-        check_streamed(config, Given(text, tokenizer=tokenizer))
-        return cls.of(config, model, text, None, tokenizer)
 
     def answer(self, output: GenerateOutput, sequences: Array | None) -> Any:
         """What `generate` returns, of an output whose `sequences` (B * num_return_sequences, T + N) have the prompts.
@@ -258,7 +250,7 @@ def rows_of(
 ) -> tuple[Array, Array, Array]:
     """Ids as they were given, (B, given length), and what is read: ids and mask (B, T)."""
     shape = None if embeds is None else inputs.check_source(model, {"inputs_embeds": embeds}).shape[:2]
-    if ids is not None and texts.are_texts(ids):
+    if texts.are_texts(ids):
         inputs.check_text_input(mask is not None, tokenizer)
         ids, mask = texts.pad([texts.encode(text, cast("GPT2Tokenizer", tokenizer), model) for text in listed(ids)])
     elif ids is None and shape is None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from gpt2_multi.errors import InputError
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.stopping import own, stop_table, token_bytes, until_end
 from gpt2_multi.model import inputs
@@ -24,9 +23,7 @@ Array = np.ndarray[Any, Any]
 
 
 def are_texts(given: Any) -> bool:
-    """Whether an input is a text or a list of texts, and not ids; InputError where it is nothing."""
-    if given is None:
-        raise InputError("input_ids: expected ids or texts, found None; give at least the bos_token_id")
+    """Whether an input is a text or a list of texts, and not ids, or nothing."""
     return isinstance(given, str) or (isinstance(given, (list, tuple)) and all(isinstance(text, str) for text in given))
 
 
