@@ -451,6 +451,3 @@ class BitsAndBytesConfig:
 
     def __init__(self, **options: Any) -> None:
         self.options = options
-
-    def __repr__(self) -> str:
-        return f"BitsAndBytesConfig({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
