@@ -368,3 +368,11 @@ def test_bad_options_are_one_sentence():
         TFGPT2Model(SMALL, dtype="int8")
     with pytest.raises(InputError, match="param_dtype: expected float64, float32, float16 or bfloat16, found 'mixed"):
         TFGPT2Model(SMALL, param_dtype="mixed_float16")
+
+
+def test_models_say_how_many_parameters_they_have_and_where_they_come_from():
+    model = TFGPT2LMHeadModel.from_pretrained("demo")
+    assert model.num_parameters() == model.count_params() == model.num_parameters(only_trainable=True)
+    model.trainable = False
+    assert model.num_parameters(only_trainable=True) == 0
+    assert (model.name_or_path, model.base_model_prefix, model.can_generate()) == ("demo", "transformer", True)
