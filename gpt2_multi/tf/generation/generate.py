@@ -247,13 +247,7 @@ def streamed(states: Iterator[Any], new: int, streamer: Any) -> Iterator[Any]:
 
 
 def run(
-    model: keras.Model,
-    request: Request,
-    part: tuple[Prompt, Options],
-    given: Given,
-    stride: int,
-    jit: bool,
-    end: float,
+    model: keras.Model, request: Request, part: tuple[Prompt, Options], given: Given, stride: int, jit: bool, end: float
 ) -> Iterator[Any]:
     """The states of these prompts: in which nothing is made, and after every `stride` tokens or more, up to the last.
 
