@@ -150,6 +150,8 @@ def flax(session: nox.Session) -> None:
 def clients(session: nox.Session) -> None:
     """Run the scripts of examples/clients, each in a process and a folder of its own: `nox -s clients -- peft`."""
     install(session, ".[pt,tf,flax]", *CLIENTS)
+    # xgrammar wants it for GPUs; its LLVM and TensorFlow's end a process that loads both.
+    session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", "triton")
     scripts = sorted(Path("examples", "clients").resolve().glob("*/with_*.py"))
     chosen = [path for path in scripts if not session.posargs or path.stem.removeprefix("with_") in session.posargs]
     if failed := [path.name for path in chosen if not passes(session, path)]:
