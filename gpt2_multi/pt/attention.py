@@ -16,7 +16,7 @@ from torch.utils._pytree import register_pytree_node
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.pt.layers import replace_parameter
+from gpt2_multi.pt.layers import project, replace_parameter
 
 Pair = tuple[Tensor, Tensor]
 
@@ -315,12 +315,12 @@ class Attention(BaseAttention):
         self.c_proj = nn.Linear(inner, config.n_embd)
 
     def forward(self, x: Tensor, context: Context, head_mask: Tensor | None) -> Attended:
-        qkv = whole("attn.c_attn", self.c_attn(x), 3 * self.head_dim * len(self.present))
+        qkv = whole("attn.c_attn", project(self.c_attn, x), 3 * self.head_dim * len(self.present))
         q, k, v = (split_heads(t, self.head_dim) for t in qkv.chunk(3, dim=-1))
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
         x, probs = self.attend(q, k, v, context.bias, True, context.eager, head_mask)
-        return Attended(self.resid_dropout(self.c_proj(x)), probs)
+        return Attended(self.resid_dropout(project(self.c_proj, x)), probs)
 
     @torch.no_grad()
     def prune(self, heads: Iterable[int]) -> None:
@@ -345,16 +345,16 @@ class CrossAttention(BaseAttention):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, context: Context) -> Attended:
-        q = split_heads(whole("crossattention.q_attn", self.q_attn(x), self.config.n_embd), self.head_dim)
+        q = split_heads(whole("crossattention.q_attn", project(self.q_attn, x), self.config.n_embd), self.head_dim)
         k, v = self.encoded(context)
         x, probs = self.attend(q, k, v, context.states_bias, False, context.eager, None)
-        return Attended(self.resid_dropout(self.c_proj(x)), probs)
+        return Attended(self.resid_dropout(project(self.c_proj, x)), probs)
 
     def encoded(self, context: Context) -> Pair:
         cached = context.cache.cross if context.cache is not None else []
         if self.layer < len(cached):
             return cached[self.layer]
-        kv = whole("crossattention.c_attn", self.c_attn(context.states), 2 * self.config.n_embd)
+        kv = whole("crossattention.c_attn", project(self.c_attn, context.states), 2 * self.config.n_embd)
         k, v = (split_heads(t, self.head_dim) for t in kv.chunk(2, dim=-1))
         cached.append((k, v))
         return k, v

@@ -28,7 +28,7 @@ from gpt2_multi.pt.generation.decoding import (
     compute_transition_scores,
     prepare_inputs_for_generation,
 )
-from gpt2_multi.pt.layers import facts
+from gpt2_multi.pt.layers import facts, project
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, old_calls, recast
 from gpt2_multi.pt.state import check_tied, lend_embedding
@@ -375,7 +375,8 @@ def lm_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits over the vocabulary, by the head, which may be tied: (..., E) -> (..., V)"""
     if hasattr(model.lm_head, "_hf_hook"):
         lend_embedding(model)
-    logits = recast(model.lm_head, model.compute_dtype, hidden)
+    plain = model.compute_dtype is None
+    logits = project(model.lm_head, hidden) if plain else recast(model.lm_head, model.compute_dtype, hidden)
     return whole("lm_head", logits, getattr(model.lm_head, "out_features", logits.shape[-1]))
 
 

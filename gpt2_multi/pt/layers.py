@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.fields import float_name
@@ -22,6 +24,9 @@ NUMPY = {
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: _BFLOAT16,
 }
+_FORWARD = nn.Linear.forward
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+WORTHWHILE = 2**20  # products, below which the 40 microseconds of a call of oneDNN are more than it saves
 
 
 def as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -70,6 +75,39 @@ def is_concrete(x: Tensor) -> bool:
 def is_at_hand(x: Tensor) -> bool:
     """Whether looking at a value does not wait for another device, which does better with much to do ahead of it."""
     return x.device.type == "cpu"
+
+
+def project(layer: Any, x: Any) -> Any:
+    """What a projection gives of (..., in): (..., out).
+
+    Where only nn.Linear's own code would run, in float32 on a CPU and with nothing to record, oneDNN multiplies: it
+    reads rows of (out, in) faster than BLAS, and several rows in half the time.
+    """
+    if torch.compiler.is_compiling() or not (
+        is_bare(layer) and is_plain(x) and x.numel() * layer.out_features >= WORTHWHILE
+    ):
+        return layer(x)
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a layer is nn.Linear itself in float32 on a CPU, which nobody has hooked, replaced or adapted."""
+    if type(layer) is not nn.Linear or nn.Linear.forward is not _FORWARD or "forward" in vars(layer):
+        return False
+    weight = layer.weight
+    is_own = type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32 and weight.is_contiguous()
+    is_hooked = layer._forward_hooks or layer._forward_pre_hooks or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return is_own and not is_hooked
+
+
+def is_plain(x: Any) -> bool:
+    """Whether numbers in float32 on a CPU are to be computed with, and nobody records, traces or changes that."""
+    if torch.is_grad_enabled() or type(x) is not Tensor or not x.is_cpu or x.dtype != torch.float32:
+        return False
+    if not HAS_ONEDNN or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
+        return False
+    modes = (torch._C._get_tracing_state(), _get_current_dispatch_mode(), torch._C._functorch.peek_interpreter_stack())
+    return all(mode is None for mode in modes)
 
 
 def initialise(weight: Weight, tensor: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from gpt2_multi.pt.attention import (
     positions,
     score_dtype,
 )
-from gpt2_multi.pt.layers import facts, is_at_hand
+from gpt2_multi.pt.layers import facts, is_at_hand, project
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 
 
@@ -65,7 +65,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+        return self.dropout(project(self.c_proj, self.act(project(self.c_fc, x))))
 
 
 class GPT2Block(nn.Module):

@@ -5,7 +5,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
+
 from gpt2_multi.pt import GPT2LMHeadModel
+from gpt2_multi.pt.layers import project
 from tests.core.parity.test_parity import run_oracle
 from tests.support import fixtures
 
@@ -47,3 +52,57 @@ def test_one_token_at_a_time_gives_the_logits_of_all_at_once(dtype, kind, load):
     found = relative(torch.cat(steps, 1), model(ids).logits.double())
     print(f"{dtype}, {kind}: {found:.1e}")
     assert found <= CACHE_BOUNDS[dtype]
+
+
+def one_projection() -> tuple[nn.Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Linear(96, 384), torch.randn(8, 32, 96)  # 9.4 million products
+
+
+def calls_of_onednn(layer: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often a projection goes to oneDNN; what it gives has to be what the layer gives."""
+    calls = []
+    real = torch.ops.mkldnn._linear_pointwise
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: (calls.append(1), real(*given))[1])
+        found = project(layer, x)
+    torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+    return len(calls)
+
+
+def test_a_projection_is_multiplied_by_onednn_where_nobody_would_see_the_difference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, x = one_projection()
+    with torch.no_grad():
+        assert calls_of_onednn(layer, x, monkeypatch) == 1
+        layer.weight[3, 5] += 1.0  # in place, which must count
+        assert calls_of_onednn(layer, x, monkeypatch) == 1
+        assert calls_of_onednn(nn.Linear(96, 384, bias=False), x, monkeypatch) == 1
+
+
+def test_a_projection_is_the_layer_s_own_where_somebody_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = one_projection()
+    assert calls_of_onednn(layer, x, monkeypatch) == 0  # which is to be differentiated
+    with torch.no_grad():
+        assert calls_of_onednn(layer, x[0, :2], monkeypatch) == 0  # which is not worth it
+        assert calls_of_onednn(layer.double(), x.double(), monkeypatch) == 0
+        layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert project(layer, x).dtype == torch.bfloat16
+        with FlopCounterMode(display=False) as flops:
+            project(layer, x)
+        assert flops.get_total_flops() == 2 * 8 * 32 * 96 * 384
+        assert torch.func.vmap(lambda row: project(layer, row))(x).allclose(layer(x), atol=1e-5)
+        hook = layer.register_forward_hook(lambda module, given, output: output * 0)
+        assert calls_of_onednn(layer, x, monkeypatch) == 0 and not project(layer, x).any()
+        hook.remove()
+        everywhere = nn.modules.module.register_module_forward_hook(lambda module, given, output: output * 0)
+        assert not project(layer, x).any()
+        everywhere.remove()
+        layer.forward = lambda x: x  # type: ignore[method-assign]
+        assert project(layer, x) is x
+        del layer.forward
+        prune.l1_unstructured(layer, "weight", 0.5)
+        assert calls_of_onednn(layer, x, monkeypatch) == 0
+        assert calls_of_onednn(torch.nn.utils.parametrizations.weight_norm(nn.Linear(96, 384)), x, monkeypatch) == 0
