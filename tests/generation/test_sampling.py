@@ -119,6 +119,10 @@ def test_ban_repeats():
         ({"prompt_lookup_num_tokens": 3, "do_sample": True}, "prompt_lookup_num_tokens: is for greedy choice"),
         ({"sliding_window": True, "num_beams": 2}, "sliding_window: cannot be used with num_beams"),
         (
+            {"sliding_window": True, "output_attentions": True, "return_dict_in_generate": True},
+            "sliding_window: cannot be used with output_hidden_states",
+        ),
+        (
             {"output_scores": True},
             "output_scores, output_logits, output_hidden_states, output_attentions: ids have no place for them",
         ),

@@ -128,7 +128,8 @@ class GenerationConfig:
     def _conflicts(self) -> list[tuple[bool, str]]:
         beams, lookup = self.num_beams > 1, self.prompt_lookup_num_tokens is not None
         several = self.num_return_sequences > 1
-        detailed = self.output_scores or self.output_logits or self.output_hidden_states or self.output_attentions
+        inside = self.output_hidden_states or self.output_attentions
+        detailed = self.output_scores or self.output_logits or inside
         return [
             (
                 several and not self.do_sample and not beams,
@@ -143,6 +144,10 @@ class GenerationConfig:
                 "prompt_lookup_num_tokens: is for greedy choice; leave out do_sample, num_beams and sliding_window",
             ),
             (beams and self.sliding_window, "sliding_window: cannot be used with num_beams; leave out one of the two"),
+            (
+                inside and self.sliding_window,  # which reads tokens again, and shows other things of them
+                "sliding_window: cannot be used with output_hidden_states and output_attentions; leave it out",
+            ),
             (
                 detailed and not self.return_dict_in_generate,
                 "output_scores, output_logits, output_hidden_states, output_attentions: ids have no place for them; "

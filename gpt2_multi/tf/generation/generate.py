@@ -18,7 +18,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gpt2_multi.errors import InputError
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.config import GenerationConfig
@@ -157,7 +156,6 @@ def request_of(model: keras.Model, config: GenerationConfig, given: Given) -> tu
         )  # fmt: skip
         check_assisted(request, given)
     inputs.check_states(model.config, request.ids.shape[0], found)
-    check_inside(config)
     if past is not None:
         check_past(model, past, request)
     return request, Prompt.of(request, given, past)
@@ -168,12 +166,6 @@ def check_past(model: keras.Model, past: KVCache, request: Request) -> None:
     if past.layers:
         key = past.layers[0][0]
         inputs.check_cache(key.shape[0], key.dtype.name, len(request.ids), model.compute_dtype)
-
-
-def check_inside(config: GenerationConfig) -> None:
-    """Where a window slides, the model reads tokens again, and shows other things of them."""
-    if config.sliding_window and set(INSIDE) & set(config.records):
-        raise InputError("sliding_window: cannot be used with output_hidden_states and output_attentions; leave it out")
 
 
 def strategy_of(request: Request, given: Given, callbacks: Callbacks, room: Any) -> Sampling | BeamSearch | Lookup:

@@ -186,7 +186,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "forget_functions",
                 )
             ],
-            "generation/generate": ["output_of", "check_inside", "can_read", "within", "width_of"],
+            "generation/generate": ["output_of", "can_read", "within", "width_of"],
             "generation/decoding": ["Sampling.finish", "begins", "blank", "noted", "written"],
             "generation/beams": ["BeamSearch.finish", "power"],
         }
