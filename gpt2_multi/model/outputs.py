@@ -170,14 +170,14 @@ class GenerateOutput(Output):
     past_key_values: the cache of `sequences` but their last column, to go on from; None with beams.
     """
 
-    sequences: Any = None
-    texts: Any = None
-    token_ids: Any = None
-    log_probs: Any = None
+    sequences: Any = None  # the order of transformers, and what it has not after that
+    sequences_scores: Any = None
     scores: tuple[Any, ...] | None = None
     logits: tuple[Any, ...] | None = None
-    sequences_scores: Any = None
     beam_indices: Any = None
-    hidden_states: tuple[tuple[Any, ...], ...] | None = None
     attentions: tuple[tuple[Any, ...], ...] | None = None
+    hidden_states: tuple[tuple[Any, ...], ...] | None = None
     past_key_values: Any = None
+    log_probs: Any = None
+    texts: Any = None
+    token_ids: Any = None

@@ -198,3 +198,11 @@ def test_a_tokenizer_of_another_kind_is_named_with_its_library(tmp_path: Path) -
         Request.of(GenerationConfig(), model, "the king", None, bert)
     with pytest.raises(InputError, match="tokenizer: expected a GPT2Tokenizer, found an AddedToken of gpt2_multi"):
         Request.of(GenerationConfig(), model, "the king", None, AddedToken("a"))
+
+
+def test_none_is_an_option_that_is_not_set():
+    config = GenerationConfig(temperature=None, top_p=None, do_sample=None, repetition_penalty=None)
+    assert config == GenerationConfig()
+    config.num_beams = None
+    assert config.num_beams == 1
+    assert config.with_options({"min_length": None, "early_stopping": None}) == GenerationConfig()

@@ -12,6 +12,7 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.request import Request
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.inputs import Facts
+from gpt2_multi.model.outputs import GenerateOutput
 
 MODEL = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=7, eos_token_id=None)
 IDS = np.array([[0, 0, 11, 12, 13], [0, 21, 22, 0, 0], [0, 31, 32, 33, 0]])
@@ -202,3 +203,9 @@ def test_biases_go_by_two_names():
     made = GenerationConfig(bad_words_ids=[[4, 5]]).with_options
     found = made({"sequence_bias": {(1, 2): 3.0}, "suppress_tokens": [7, 8]})
     assert found.biases == [((1, 2), 3.0), ((4, 5), -np.inf), ((7,), -np.inf), ((8,), -np.inf)]
+
+
+def test_an_answer_has_the_order_of_transformers():
+    output = GenerateOutput(sequences=1, log_probs=2, scores=3, texts=4, past_key_values=5, logits=6, attentions=7)
+    assert output.keys() == ["sequences", "scores", "logits", "attentions", "past_key_values", "log_probs", "texts"]
+    assert output[1] == 3 and output.to_tuple()[:2] == (1, 3)

@@ -102,6 +102,8 @@ class GenerationConfig:
             return self._keep(name, value)
         value = plain(value)
         value = (value or 0) if name == "top_k" else value
+        if value is None and not OPTIONS[name].fits(None):  # as transformers says that an option is not set
+            value = getattr(GenerationConfig, name)  # its default
         if not OPTIONS[name].fits(value):
             raise InputError(f"{name}: expected {OPTIONS[name].words}, found {value!r}")
         vars(self)[name] = value
@@ -260,12 +262,12 @@ class GenerationConfig:
             "prompt_lookup_num_tokens": (self.prompt_lookup_num_tokens is not None, ("max_matching_ngram_size",)),
         }
         default = {f.name: f.default for f in fields(self)}
-        off = {"top_k": (50, 0, None)}  # what is the default, or switched off, is no mistake
+        off = {"top_k": (50, 0)}  # what is the default, or switched off, is no mistake
         return [
             (name, needed)
             for needed, (there, names) in needs.items()
             for name in names
-            if not there and name in options and options[name] not in off.get(name, (default[name],))
+            if not there and name in options and options[name] not in (None, *off.get(name, (default[name],)))
         ]
 
     def check_streaming(self) -> None:
