@@ -1,13 +1,13 @@
 """What a call of the tokenizer returns: rows of lists, or the arrays of a framework."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
-from gpt2_multi.tokenizer.batching import choose
+from gpt2_multi.tokenizer.batching import choose, merge_encodings
 
 Span = tuple[int, int]
 FRAMEWORKS = {"np": "numpy", "pt": "torch", "tf": "tensorflow", "jax": "jax"}
@@ -16,10 +16,12 @@ FRAMEWORKS = {"np": "numpy", "pt": "torch", "tf": "tensorflow", "jax": "jax"}
 class BatchEncoding(dict[str, Any]):
     """What a tokenizer returns: a dict whose entries are attributes too.
 
-    `word_ids` and `sequence_ids` say where each token came from, for a call with `return_offsets_mapping` or
-    `is_split_into_words`.
+    `word_ids`, `sequence_ids`, `char_to_token` and `token_to_chars` say where each token came from, for a call with
+    `return_offsets_mapping` or `is_split_into_words`.
     """
 
+    spell: Callable[[list[int]], list[str]] | None = None  # the tokenizer's, which is not pickled with a batch
+    _spans: Sequence[Sequence[Any]] | None = None
     _words: Sequence[Sequence[int | None]] | None = None
     _sequences: Sequence[Sequence[int | None]] | None = None
 
@@ -52,6 +54,42 @@ class BatchEncoding(dict[str, Any]):
                 raise TokenizerError(f'{name!r} is a {type(value).__name__}; .to() needs return_tensors="pt" or "jax"')
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "spell"}
+
+    def tokens(self, batch_index: int = 0) -> list[str]:
+        """The tokens of a row, as the vocabulary spells them.
+
+        Raises:
+            TokenizerError: it is not what a call of the tokenizer gave, but a copy of it.
+        """
+        if self.spell is None:
+            raise TokenizerError("tokens: are known where the tokenizer was called; use convert_ids_to_tokens")
+        return self.spell(merge_encodings({"input_ids": self["input_ids"]})[0]["input_ids"][batch_index])
+
+    def char_to_token(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """The first token with a character of a text (with two numbers: of that row), or None where there is none.
+
+        Raises:
+            TokenizerError: the call kept no record of characters.
+        """
+        row, at = (0, batch_or_char_index) if char_index is None else (batch_or_char_index, char_index)
+        spans = zip(self._recorded(self._spans, row), self.sequence_ids(row), strict=True)
+        found = (i for i, (span, own) in enumerate(spans) if own == sequence_index and span[0] <= at < span[1])
+        return next(found, None)
+
+    def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> Span | None:
+        """The characters of a token (with two numbers: of that row), from and to; None for one that was added.
+
+        Raises:
+            TokenizerError: the call kept no record of characters.
+        """
+        row, at = (0, batch_or_token_index) if token_index is None else (batch_or_token_index, token_index)
+        span: Span = self._recorded(self._spans, row)[at]
+        return None if self.sequence_ids(row)[at] is None else span
+
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
         """For each token of a row the index of its word; None for tokens that were added.
 
@@ -71,16 +109,17 @@ class BatchEncoding(dict[str, Any]):
     def record(self, rows: "Sequence[Row]", side: str) -> None:
         """Keep where the tokens of each row came from, padded as its `input_ids` are."""
 
-        def column(name: str) -> list[list[int | None]]:
+        def column(name: str) -> list[list[Any]]:
             lists = [row.entry(name) for row in rows]
             pad = [[None] * (len(ids) - len(row)) for ids, row in zip(self["input_ids"], lists, strict=True)]
             return [row + fill if side == "right" else fill + row for row, fill in zip(lists, pad, strict=True)]
 
         self._words, self._sequences = column("words"), column("sequences")
+        self._spans = column("offset_mapping")
 
-    def _recorded(self, rows: Sequence[Sequence[int | None]] | None, at: int) -> list[int | None]:
+    def _recorded(self, rows: Sequence[Sequence[Any]] | None, at: int) -> list[Any]:
         if rows is None:
-            raise TokenizerError("no record of words was kept; call with return_offsets_mapping=True")
+            raise TokenizerError("no record of words and characters was kept; call with return_offsets_mapping=True")
         return list(rows[at])
 
 

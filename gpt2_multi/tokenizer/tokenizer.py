@@ -467,6 +467,7 @@ class GPT2Tokenizer(TokenTable):
         lists = {name: [row.entry(name) for row in rows] for name, asked in wanted.items() if asked}
         self._pad_lists(lists, padding, max_length, pad_to_multiple_of, padding_side)
         encoding = BatchEncoding(lists)
+        encoding.spell = self.convert_ids_to_tokens
         if detailed:
             encoding.record(rows, self._side(padding_side))
         if return_length:

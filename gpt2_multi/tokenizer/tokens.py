@@ -95,6 +95,11 @@ class TokenTable:
         """Every token with its id, added ones too."""
         return self._vocab | self._control.ids
 
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Every token with its id, added ones too."""
+        return self.get_vocab()
+
     def get_added_vocab(self) -> dict[str, int]:
         """The tokens outside the merges with their ids, control tokens too."""
         return self.added_tokens_encoder

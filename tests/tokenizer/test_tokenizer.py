@@ -498,6 +498,32 @@ def test_encodings_move_to_a_device():
         encoding.token_type_ids  # noqa: B018
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_encodings_say_what_transformers_says_of_tokens_and_characters(peer, side):
+    tokenizer, peer.padding_side = small(padding_side=side), side
+    texts = ["hello €12", "é", " the  world"]
+    ours = tokenizer(texts, ["a b"] * 3, padding=True, return_offsets_mapping=True, return_tensors="np")
+    theirs = peer(texts, ["a b"] * 3, padding=True)
+    for row in range(3):
+        assert ours.tokens(row) == tokenizer(texts, ["a b"] * 3, padding=True).tokens(row) == theirs.tokens(row)
+        for text in (0, 1):
+            found = [ours.char_to_token(row, at, text) for at in range(12)]
+            assert found == [theirs.char_to_token(row, at, text) for at in range(12)]
+        for at, own in enumerate(theirs.sequence_ids(row)):
+            assert ours.token_to_chars(row, at) == (None if own is None else theirs.token_to_chars(row, at))
+    assert ours.char_to_token(3) == theirs.char_to_token(3) and tokenizer.vocab == peer.vocab
+
+
+def test_an_encoding_is_pickled_without_its_tokenizer():
+    encoding = small()("hello world")
+    again = pickle.loads(pickle.dumps(encoding))
+    assert again == encoding and len(pickle.dumps(encoding)) < 500
+    with pytest.raises(TokenizerError, match="tokens: are known where the tokenizer was called; use"):
+        again.tokens()
+    with pytest.raises(TokenizerError, match="no record of words and characters was kept"):
+        encoding.char_to_token(3)
+
+
 def test_ids_stay_whole_numbers_where_a_dtype_is_given():
     torch = pytest.importorskip("torch")
     encoding = small()("hello", return_tensors="pt").to(torch.float16)
