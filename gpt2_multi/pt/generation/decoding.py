@@ -380,10 +380,14 @@ def steered(model: Any, state: State, before: Tensor | None, tokens: Tensor, giv
     ids = torch.cat([before, tokens], 1)
     mask = given.pop("attention_mask", None)
     mask = torch.ones_like(ids) if mask is None else mask.long()
-    return model.prepare_inputs_for_generation(
+    call: dict[str, Any] = model.prepare_inputs_for_generation(
         ids, past_key_values=state.cache, attention_mask=mask, use_cache=True, next_sequence_length=tokens.shape[1],
         **given,
     )  # fmt: skip
+    if state.is_guided and (wide := call.get("attention_mask")) is not None and wide.shape[1] > mask.shape[1]:
+        call["attention_mask"] = wide = wide.clone()
+        wide[len(wide) // 2 :, : wide.shape[1] - mask.shape[1]] = 0  # an adapter's prompt leads the rows alone
+    return call
 
 
 def see(state: State, output: Any) -> None:

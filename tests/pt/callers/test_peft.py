@@ -134,6 +134,18 @@ def test_a_prompt_that_an_adapter_makes_too_long_is_one_sentence(folder):
     assert model.generate(input_ids=IDS, max_new_tokens=40, sliding_window=True).shape == (2, 46)
 
 
+@pytest.mark.parametrize("name", PROMPTS)
+def test_guidance_leads_away_from_the_model_without_the_prompt(name, folder):
+    """As in transformers: what an adapter puts before the text is before the rows alone, at every step."""
+    theirs, ours = (adapted(lib.GPT2LMHeadModel, folder, ADAPTERS[name](**LM)) for lib in (transformers, pt))
+    given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "guidance_scale": 1.5, "max_new_tokens": 8}
+    expected = theirs.generate(**given, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours.generate(**given), expected)
+    assert not torch.equal(ours.generate(**{**given, "guidance_scale": 1.0}), expected)
+    several = ours.generate(**given, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(several, expected.repeat_interleave(2, 0))
+
+
 def test_a_subclass_steers_what_generation_reads(folder):
     """By the arguments that transformers gives it: the ids so far, their mask, and the cache."""
 
