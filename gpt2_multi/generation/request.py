@@ -20,6 +20,7 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.config import GenerationConfig, as_generation_config
+from gpt2_multi.generation.config.table import OF_CALLS
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.rules import noise_streams
 from gpt2_multi.generation.stopping import stop_table
@@ -73,6 +74,7 @@ class Given(NamedTuple):
         """
         if hasattr(attention_mask, "to_dict") and config is None:
             attention_mask, config = None, attention_mask
+        more = {name: value for name, value in more.items() if value is not None or name not in OF_CALLS}
         arguments = [*cls._fields[2:], "inputs"]
         GenerationConfig.check_names(more, arguments)
         if more.get("inputs") is not None and input_ids is not None:

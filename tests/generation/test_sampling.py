@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation import rules
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.config.table import OF_CALLS
+from gpt2_multi.generation.request import Given
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
 
@@ -131,6 +134,14 @@ def test_ban_repeats():
 def test_bad_options_are_one_sentence(options, sentence):
     with pytest.raises(InputError, match=sentence):
         GenerationConfig(**options)
+
+
+def test_arguments_of_a_model_s_call_are_named():
+    for name, sentence in OF_CALLS.items():
+        with pytest.raises(TypeError, match=f"^{name}: {re.escape(sentence)}$"):
+            Given.of(GenerationConfig(), None, None, None, {name: [1]})
+    more = {"position_ids": None, "logits_to_keep": 1, "num_beams": 3}
+    assert Given.of(GenerationConfig(), None, None, None, more)[1] == GenerationConfig(num_beams=3)
 
 
 def test_an_unknown_option_suggests_the_nearest():

@@ -20,6 +20,7 @@ from gpt2_multi.files.json_files import read_json, write_whole
 from gpt2_multi.generation.config.table import (
     IDLE,
     NAMES,
+    OF_CALLS,
     OPTIONS,
     RENAMED,
     UNSUPPORTED,
@@ -251,6 +252,9 @@ class GenerationConfig:
     @staticmethod
     def check_names(options: Iterable[str], arguments: Sequence[str] = ()) -> None:
         """TypeError, with the nearest name, for an option that does not exist, and is none of these arguments."""
+        options = list(options)
+        for name in OF_CALLS.keys() & options:
+            raise TypeError(f"{name}: {OF_CALLS[name]}")
         known = [*(option.name for option in fields(GenerationConfig) if option.name != "extra"), *arguments]
         taken = {*WITHOUT_EFFECT, *UNSUPPORTED, *RENAMED}
         inputs.check_names("generate()", [name for name in options if name not in taken], known, "option")

@@ -83,7 +83,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
     "diversity_penalty": (0.0, "use num_beams with do_sample=True"),
     "dola_layers": (None, _ON_LOGITS),
     "encoder_no_repeat_ngram_size": (0, _ON_LOGITS),
-    "encoder_repetition_penalty": (1.0, "use repetition_penalty"),
+    "encoder_repetition_penalty": (1.0, _ON_LOGITS),
     "epsilon_cutoff": (0.0, "use min_p"),
     "eta_cutoff": (0.0, "use typical_p or min_p"),
     "exponential_decay_length_penalty": (None, _ON_LOGITS),
@@ -102,11 +102,15 @@ UNSUPPORTED: Mapping[str, tuple[Any, str]] = {
 # Options of transformers that say how, and not what: with any value the text is the same.
 WITHOUT_EFFECT = {
     "assistant_confidence_threshold", "assistant_lookbehind", "cache_config", "compile_config", "disable_compile",
-    "is_assistant", "low_memory", "num_assistant_tokens_schedule", "prefill_chunk_size",
+    "is_assistant", "logits_to_keep", "low_memory", "num_assistant_tokens_schedule", "prefill_chunk_size",
     "return_legacy_cache", "synced_gpus", "target_lookbehind", "trace", "transformers_version", "trust_remote_code",
     "use_cache", "use_model_defaults",
 }  # fmt: skip
-
+# Arguments of a model's call that `generate` has none of, and why.
+OF_CALLS = {
+    "labels": "generate() computes no loss; leave it out, or call the model itself",
+    "position_ids": "generate() counts positions by attention_mask; leave it out",
+}
 RENAMED = ("sequence_bias", "suppress_tokens")  # options of transformers that have another name here
 
 # What each option may be: in the language of model/fields.py.
