@@ -66,6 +66,7 @@ class FlaxGPT2PreTrainedModel:
     module_class: ClassVar[type[nn.Module]]
     base_model_prefix: ClassVar[str] = "transformer"
     main_input_name: ClassVar[str] = "input_ids"
+    framework: ClassVar[str] = "flax"
     generation_config: GenerationConfig | None = None  # of the classes that generate
     _compiled: tuple[Any, Callable[..., Any]] | None = None
 

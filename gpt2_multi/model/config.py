@@ -162,7 +162,8 @@ class GPT2Config:
     that begin with "_". A name that is nearly that of a setting is an error.
     """
 
-    model_type: ClassVar[str] = "gpt2"  # other libraries ask for it
+    model_type: ClassVar[str] = "gpt2"  # other libraries ask for it, and for the other spellings
+    attribute_map: ClassVar[Mapping[str, str]] = ALIASES
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -288,6 +289,15 @@ class GPT2Config:
     def is_encoder_decoder(self) -> bool:
         """Other libraries ask for it: a GPT-2 is a decoder."""
         return False
+
+    @property
+    def _attn_implementation(self) -> str:
+        """How PyTorch's model of this configuration computes attention, which `set_attn_implementation` changes."""
+        return str(self.extra.get("_attn_implementation", "sdpa"))
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, name: str) -> None:
+        self._keep("_attn_implementation", name)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> GPT2Config:
         """Other libraries ask for the part that reads text: the whole, whichever is asked for."""

@@ -306,6 +306,15 @@ def check_room(new: int | None, past: int | None, capacity: int | None) -> None:
         )
 
 
+def check_crop(length: int) -> None:
+    """A cache is cut to a length, or by one; 0 would be none of it in transformers 4, and all of it in 5."""
+    if not length:
+        raise InputError(
+            "crop: expected a length to keep, or a negative number of tokens to drop, found 0; leave it out to keep "
+            "all tokens, or reset() the cache to forget them"
+        )
+
+
 def check_pooling(batch: int, can_find_end: bool) -> None:
     """Sequence classification has to know where each row of a batch ends."""
     if not can_find_end and batch > 1:

@@ -5,7 +5,7 @@ Shapes: B batch, T length of this call, S keys (past included), H heads, D head 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from gpt2_multi.errors import InputError
+from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt.layers import project, replace_parameter
 
@@ -75,9 +76,36 @@ class KVCache(Sequence[Pair]):
         """How many tokens fit, or None for a cache that grows."""
         return self.layers[0][0].shape[2] if self.preallocated else None
 
-    def get_seq_length(self) -> int:
-        """The number of tokens in the cache."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens in the cache, which is that of every layer."""
         return self.length
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """How many tokens fit, or -1 for a cache that grows."""
+        return -1 if self.capacity is None else self.capacity
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first `max_length` tokens, or, where it is negative, all but the last so many; in place."""
+        inputs.check_crop(max_length)
+        self.length = max(0, self.length + max_length) if max_length < 0 else min(self.length, max_length)
+        if not self.preallocated:
+            self.layers = [(key[:, :, : self.length], value[:, :, : self.length]) for key, value in self.layers]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have each row so many times, one beside the other; in place."""
+        self._each(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows only, by numbers or by booleans (B,); in place."""
+        self._each(lambda x: x[indices.to(x.device)])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let each row be the one that `beam_idx` (B,) names; in place."""
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for pairs in (self.layers, self.cross):
+            pairs[:] = [(change(key), change(value)) for key, value in pairs]
 
     def returned(self) -> KVCache:
         """What the caller gets: itself."""
@@ -278,7 +306,10 @@ class BaseAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
+        self.embed_dim = self.split_size = config.n_embd
+        self.num_heads = config.n_head
         self.head_dim = config.n_embd // config.n_head
+        self.scale_attn_weights = config.scale_attn_weights
         self.scale = config.score_scale(layer)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
@@ -310,12 +341,13 @@ class Attention(BaseAttention):
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__(config, layer)
         self.present = config.heads(layer)
-        inner = self.head_dim * len(self.present)
-        self.c_attn = nn.Linear(config.n_embd, 3 * inner)
-        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.num_heads = len(self.present)
+        self.split_size = self.head_dim * self.num_heads
+        self.c_attn = nn.Linear(config.n_embd, 3 * self.split_size)
+        self.c_proj = nn.Linear(self.split_size, config.n_embd)
 
     def forward(self, x: Tensor, context: Context, head_mask: Tensor | None) -> Attended:
-        qkv = whole("attn.c_attn", project(self.c_attn, x), 3 * self.head_dim * len(self.present))
+        qkv = whole("attn.c_attn", project(self.c_attn, x), 3 * self.split_size)
         q, k, v = (split_heads(t, self.head_dim) for t in qkv.chunk(3, dim=-1))
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
@@ -333,6 +365,7 @@ class Attention(BaseAttention):
         replace_parameter(self.c_attn, "bias", self.c_attn.bias[every])
         replace_parameter(self.c_proj, "weight", self.c_proj.weight[:, kept])
         self.c_attn.out_features, self.c_proj.in_features, self.present = len(every), len(kept), left
+        self.num_heads, self.split_size = len(left), len(kept)
 
 
 class CrossAttention(BaseAttention):

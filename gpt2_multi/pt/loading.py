@@ -34,6 +34,7 @@ class GPT2PreTrainedModel(nn.Module):
     head: ClassVar[str]
     base_model_prefix: ClassVar[str] = "transformer"
     main_input_name: ClassVar[str] = "input_ids"
+    framework: ClassVar[str] = "pt"
     supports_gradient_checkpointing: ClassVar[bool] = True
     _tied_weights_keys: ClassVar[dict[str, str] | None] = None  # PEFT asks what follows an adapted embedding
     accepts_loss_kwargs: ClassVar[bool] = False  # what transformers' Trainer and accelerate ask a model
@@ -67,6 +68,15 @@ class GPT2PreTrainedModel(nn.Module):
     def base_model(self) -> Any:
         """The model without its head, as it stands there."""
         return getattr(self, "transformer", self)
+
+    def get_decoder(self) -> Any:
+        """The model without its head: all of a GPT-2 is a decoder."""
+        return self.base_model
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Arguments of a call, of some ids that every vocabulary has, (3, 5)."""
+        return {"input_ids": torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]])}
 
     @property
     def num_labels(self) -> int:
@@ -157,6 +167,11 @@ class GPT2PreTrainedModel(nn.Module):
         embeddings = {id(table.weight) for table in (self.body.wte, self.body.wpe)} if exclude_embeddings else set()
         counted = [p for p in self.parameters() if id(p) not in embeddings and (p.requires_grad or not only_trainable)]
         return sum(p.numel() for p in counted)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """How many bytes its parameters are; a tied head counts once."""
+        held = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(x.numel() * x.element_size() for x in held)
 
     @classmethod
     def from_pretrained(
@@ -401,6 +416,8 @@ class GPT2PreTrainedModel(nn.Module):
                 "fused kernels of PyTorch itself: leave it out"
             )
         self.body.attn_implementation = attn_implementation
+        if self.config._attn_implementation != attn_implementation:  # a default leaves no trace
+            self.config._attn_implementation = attn_implementation
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""

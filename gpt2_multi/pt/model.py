@@ -193,6 +193,7 @@ class GPT2Model(GPT2PreTrainedModel):
     ) -> None:
         super().__init__(config, dtype)
         config = self.config
+        self.embed_dim = config.n_embd
         self.gradient_checkpointing = False
         self.every_n_layers = 1
         self.checkpointing_options: dict[str, Any] = {"use_reentrant": False}

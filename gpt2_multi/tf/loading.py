@@ -43,6 +43,7 @@ class TFGPT2PreTrainedModel(keras.Model):
     logit_names: ClassVar[tuple[str, ...]] = ("logits",)  # outputs that a loss or a metric of `compile` sees
     base_model_prefix: ClassVar[str] = "transformer"
     main_input_name: ClassVar[str] = "input_ids"
+    framework: ClassVar[str] = "tf"
     generation_config: GenerationConfig | None = None  # of the classes that generate
 
     def __init__(

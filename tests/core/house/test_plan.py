@@ -103,6 +103,12 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "attention": [
                 "KVCache.__init__",
                 "KVCache.fork",
+                "KVCache.get_max_cache_shape",
+                "KVCache.crop",
+                "KVCache.batch_repeat_interleave",
+                "KVCache.batch_select_indices",
+                "KVCache.reorder_cache",
+                "KVCache._each",
                 "KVCache.returned",
                 "_flatten",
                 "_unflatten",
@@ -132,6 +138,9 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 f"GPT2PreTrainedModel.{name}"
                 for name in (
                     "base_model",
+                    "get_decoder",
+                    "dummy_inputs",
+                    "get_memory_footprint",
                     "num_labels",
                     "is_gradient_checkpointing",
                     "add_model_tags",

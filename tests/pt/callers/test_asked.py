@@ -26,6 +26,13 @@ def test_models_answer_as_transformers_models_do(tmp_path):
         assert getattr(ours, name) == getattr(theirs, name), name
     for name in ("is_encoder_decoder", "tie_word_embeddings", "model_type", "use_return_dict", "name_or_path"):
         assert getattr(ours.config, name) == getattr(theirs.config, name), name
+    for name in ("num_heads", "head_dim", "split_size", "embed_dim", "scale_attn_weights"):
+        assert getattr(ours.transformer.h[1].attn, name) == getattr(theirs.transformer.h[1].attn, name), name
+    assert ours.transformer.embed_dim == theirs.transformer.embed_dim
+    assert theirs.config.attribute_map.items() <= ours.config.attribute_map.items()
+    assert torch.equal(ours.dummy_inputs["input_ids"], theirs.dummy_inputs["input_ids"]) and ours.framework == "pt"
+    assert ours.get_memory_footprint() == theirs.get_memory_footprint() == 4 * ours.num_parameters()
+    assert ours.get_decoder() is ours.transformer and ours.transformer.get_decoder() is ours.transformer
     assert ours.can_generate() and not pt.GPT2ForTokenClassification.can_generate()
     assert ours.base_model is ours.transformer and ours.transformer.base_model is ours.transformer
     assert ours.config.get_text_config(decoder=True) is ours.config
@@ -37,6 +44,21 @@ def test_models_answer_as_transformers_models_do(tmp_path):
     for tags in ("a", ["a", "b"]):
         ours.add_model_tags(tags)
     assert ours.model_tags == ["a", "b"] and ours.warnings_issued == {}
+
+
+def test_what_attention_says_of_itself_follows_a_change(tmp_path):
+    """Pruned heads count no more; the way to compute is said by the configuration, and by no file."""
+    config = SMALL.replace()
+    model = pt.GPT2LMHeadModel(config, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path / "m")
+    assert "attn_implementation" not in (tmp_path / "m" / "config.json").read_text()
+    model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == pt.GPT2Model(SMALL.replace()).config._attn_implementation == "sdpa"
+    model.prune_heads({0: [1]})
+    attention = model.transformer.h[0].attn
+    assert (attention.num_heads, attention.head_dim, attention.split_size, attention.embed_dim) == (3, 4, 12, 16)
+    assert model(IDS).logits.shape == (2, 5, 50)
 
 
 def test_logits_may_be_kept_by_their_places():

@@ -119,3 +119,52 @@ def test_a_loop_of_somebody_else_is_given_what_it_hands_on():
     assert torch.equal(ids, expected) and given["attention_mask"].shape == (1, 7)
     with pytest.raises(InputError, match="cache_position: expected 6 to 6, since tokens are written after"):
         model(ids[:, -1:], past_key_values=output.past_key_values, cache_position=torch.tensor([9]))
+
+
+def written(model, ids):
+    """A cache of `init_cache`, with room for more than the text."""
+    cache = model.init_cache(len(ids), 12)
+    return model(ids, past_key_values=cache).past_key_values
+
+
+@pytest.mark.parametrize("read", [lambda model, ids: model(ids).past_key_values, written], ids=["grows", "has room"])
+def test_one_prefix_is_read_once_for_many_suffixes(read):
+    """Cut, repeated, chosen and reordered in place, as transformers' DynamicCache: each row is what it is alone."""
+    torch.manual_seed(0)
+    model = pt.GPT2LMHeadModel(SMALL).eval()
+    ours, theirs = read(model, IDS), transformers.DynamicCache()
+    model(IDS, past_key_values=theirs)
+    ours.crop(5)
+    ours.crop(-1)
+    theirs.crop(-2)
+    for cache in (ours, theirs):
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0, 2, 3]))
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+    assert len(ours) == len(theirs) == 2 and ours.get_seq_length(1) == theirs.get_seq_length(1) == 4
+    assert ours.get_max_cache_shape() == (-1 if ours.capacity is None else 12)
+    for pair, layer in zip(ours, theirs.layers, strict=True):
+        assert torch.equal(pair[0], layer.keys) and torch.equal(pair[1], layer.values)
+    rows, suffix = IDS[[1, 0, 1], :4], torch.tensor([[7, 8], [9, 4], [3, 2]])
+    expected = model(torch.cat([rows, suffix], 1)).logits[:, 4:]
+    assert torch.allclose(model(suffix, past_key_values=ours).logits, expected, atol=1e-5)
+
+
+def test_a_cut_of_nothing_has_two_meanings_and_is_refused():
+    cache = pt.GPT2LMHeadModel(SMALL).eval()(IDS).past_key_values
+    with pytest.raises(InputError, match=r"crop: expected a length to keep, .*, found 0; leave it out"):
+        cache.crop(0)
+    cache.crop(99)
+    assert cache.get_seq_length() == 6
+    cache.crop(-99)
+    assert cache.get_seq_length() == 0 and torch.equal(cache[0][0], cache[0][0][:, :, :0])
+
+
+def test_the_encoder_s_keys_follow_the_rows():
+    torch.manual_seed(0)
+    model, states = pt.GPT2LMHeadModel(SMALL.replace(add_cross_attention=True)).eval(), torch.randn(2, 3, 16)
+    cache = model(IDS[:, :4], encoder_hidden_states=states).past_key_values
+    cache.batch_select_indices(torch.tensor([False, True]))
+    found = model(IDS[1:, 4:], past_key_values=cache, encoder_hidden_states=torch.zeros(1, 3, 16)).logits
+    expected = model(IDS[1:], encoder_hidden_states=states[1:]).logits[:, 4:]
+    assert torch.allclose(found, expected, atol=1e-5)
