@@ -176,3 +176,16 @@ def test_a_subclass_has_what_is_its_own_after_loading(dtype, tmp_path):
         model.save_pretrained(tmp_path / "lost")
     model.save_pretrained(tmp_path / "own", state_dict=model.state_dict())
     assert torch.equal(logits(pt.GPT2LMHeadModel.from_pretrained(tmp_path / "own", dtype=dtype)), logits(plain))
+
+
+def test_a_part_that_says_nothing_of_its_layout_is_taken_as_it_is():
+    """A square kernel alone may be either; beside one that is not square, or a bias that tells, it is turned."""
+    model = pt.GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=4, n_embd=8, n_layer=1, n_head=2))
+    path = "transformer.h.0.attn."
+    square, wide = torch.randn(8, 8), torch.randn(8, 24)
+    model.load_state_dict({f"{path}c_proj.weight": square}, strict=False)
+    assert torch.equal(model.transformer.h[0].attn.c_proj.weight, square)
+    told = {f"{path}c_proj.weight": square, f"{path}c_attn.weight": wide, f"{path}c_attn.bias": torch.randn(24)}
+    model.load_state_dict(told, strict=False)
+    assert torch.equal(model.transformer.h[0].attn.c_proj.weight, square.T)
+    assert torch.equal(model.transformer.h[0].attn.c_attn.weight, wide.T)
