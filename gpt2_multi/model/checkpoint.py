@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -31,17 +31,23 @@ from gpt2_multi.model.spelling import (
     misshapen,
     out_first,
     parts_of,
+    refuse_unexpected,
     row_of,
+    turned,
 )
 from gpt2_multi.model.weights import HEADS, Weight, head_rows, table
+
+# What a caller's class has besides the table: shapes by name, with kernels as the table has them; and further names.
+Own = Callable[[GPT2Config], tuple[Mapping[str, Shape], Mapping[str, str]]]
 
 
 class Checkpoint(Mapping[str, Array]):
     """The tensors of a checkpoint: canonical name -> array in the table's layout, mapped from its file as a rule.
 
-    `format` is a key of `formats.FORMATS`, `head` one of `weights.HEADS`, `found` every tensor as the file has it, and
-    `places` the names there of each row of the table. A tensor of another shape than the configuration says is an
-    error; with `ignore_mismatched_sizes` it is left out, and `wrong` has the row that it is by its name in the file.
+    `own` says what a model of a caller's class has besides the table; `beside` has what of it is there. `format` is a
+    key of `formats.FORMATS`, `head` one of `weights.HEADS`, `found` every tensor as the file has it, and `places` the
+    names there of each row of the table. A tensor of another shape than the configuration says is an error; with
+    `ignore_mismatched_sizes` it is left out, and `wrong` has the row that it is by its name in the file.
     """
 
     def __init__(
@@ -52,13 +58,21 @@ class Checkpoint(Mapping[str, Array]):
         config: GPT2Config,
         head: str,
         ignore_mismatched_sizes: bool = False,
+        own: Own | None = None,
     ) -> None:
         self.path, self.format, self.found, self.config, self.head = path, format, found, config, head
         shapes = {name: array.shape for name, array in found.items()}
-        matched = match(shapes, config, head, self.spelling, str(path))
+        matched = match(shapes, config, head, self.spelling, str(path), own is not None)
         self.wrong = {name: weight for name, weight in matched.items() if shapes[name] != self.spelling.shape(weight)}
         if self.wrong and not ignore_mismatched_sizes:
             raise misshapen(shapes, self.wrong, self.spelling, str(path))
+        none: tuple[dict[str, Shape], dict[str, str]] = {}, {}
+        self.own, others = none if own is None else own(config)  # makes a model: of a configuration that fits only
+        refuse_unexpected(found, {*matched, *self.own, *others}, config, self.spelling, str(path))
+        self.own_places = {name: other for other, name in others.items() if other in found}
+        self.own_places.update((name, name) for name in self.own if name in found)
+        self.beside = {name: self._turned(name) for name in self.own if name in self.own_places}
+        self._check_own(ignore_mismatched_sizes)
         left_out = {weight.name for weight in self.wrong.values()}
         self.weights: dict[str, Weight] = {}
         self.places: dict[str, list[str]] = {}
@@ -83,13 +97,19 @@ class Checkpoint(Mapping[str, Array]):
     @property
     def dropped(self) -> list[str]:
         """What the file holds beside the model: masks of old versions, and a head that is tied."""
-        used = {name for names in self.places.values() for name in names}
+        used = {*self.own_places.values(), *(name for names in self.places.values() for name in names)}
         return [name for name in self.found if name not in used]
 
     @property
     def mismatched(self) -> list[tuple[str, Shape, Shape]]:
         """The name of each tensor that was left out for its shape, that shape, and the one that was expected."""
-        return [(name, self.found[name].shape, self.spelling.shape(weight)) for name, weight in self.wrong.items()]
+        rows = [(name, self.found[name].shape, self.spelling.shape(weight)) for name, weight in self.wrong.items()]
+        return rows + [(name, self._turned(name).shape, self.own[name]) for name in self.own if self._is_wrong(name)]
+
+    @property
+    def lacking(self) -> list[str]:
+        """What a model has besides the table, and the file has not."""
+        return [name for name in self.own if name not in self.own_places]
 
     @property
     def bytes(self) -> int:
@@ -109,6 +129,24 @@ class Checkpoint(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def _turned(self, name: str) -> Array:
+        """A tensor besides the table, with the kernels of another GPT-2 inside as the table has them."""
+        array = self.found[self.own_places[name]]
+        return cast(Array, turned(name, array)) if self.spelling is TORCH else array
+
+    def _is_wrong(self, name: str) -> bool:
+        return name in self.own_places and self._turned(name).shape != self.own[name]
+
+    def _check_own(self, ignore_mismatched_sizes: bool) -> None:
+        """What is there besides the table has to have the shape that the model says, or is left out."""
+        for name in [name for name in self.own if self._is_wrong(name)]:
+            found = self.beside.pop(name)
+            if not ignore_mismatched_sizes:
+                raise CheckpointError(
+                    f"{self.path}: {name} has shape {found.shape}, expected {self.own[name]} by the model's class; "
+                    "make the layer as long, or give ignore_mismatched_sizes=True, which initialises it"
+                )
 
     def _check_dtypes(self) -> None:
         """The parts of one tensor have to be of one type."""
@@ -142,6 +180,7 @@ def open(
     kinds: Iterable[str] = (),
     variant: str | None = None,
     ignore_mismatched_sizes: bool = False,
+    own: Own | None = None,
 ) -> Checkpoint:
     """Open a folder, or the main file of a checkpoint, in any of the formats of `formats.FORMATS`, or of `kinds`.
 
@@ -154,13 +193,14 @@ def open(
     found = kind.read(main)
     config = config or kind.config(main)
     head = head or head_of(kind, found, config)
-    return Checkpoint(Path(path), format, found, config, head, ignore_mismatched_sizes)
+    return Checkpoint(Path(path), format, found, config, head, ignore_mismatched_sizes, own)
 
 
 class Loaded(NamedTuple):
     """What a model is made of: its folder, its configuration, and its tensors by the table's names, in its layout.
 
-    `chosen` are the settings that the caller wants otherwise than the files, `info` what was not as a model needs it.
+    `chosen` are the settings that the caller wants otherwise than the files, `info` what was not as a model needs it,
+    and `beside` the tensors of a caller's class that the table does not have.
     """
 
     folder: Path | None
@@ -168,24 +208,33 @@ class Loaded(NamedTuple):
     arrays: dict[str, Array]
     chosen: dict[str, Any]
     info: dict[str, list[Any]]
+    beside: dict[str, Array]
 
 
 def load(
-    name_or_path: PathLike, head: str, config: Any, given: Mapping[str, Any], *, ignore_mismatched_sizes: bool = False
+    name_or_path: PathLike,
+    head: str,
+    config: Any,
+    given: Mapping[str, Any],
+    *,
+    ignore_mismatched_sizes: bool = False,
+    own: Own | None = None,
 ) -> Loaded:
     """Find a model's folder, and read what is in it in whichever format, for a model with this head.
 
     `config` stands in the place of that of the files. `given` are arguments of `files.arguments` and settings of the
-    configuration that are changed. Warns of what is initialised anew: a task head that the files lack as a whole, and
-    tensors of other shapes. Raises CheckpointError or ConfigError for whatever does not fit, InputError for an argument
-    that cannot be honoured, and TypeError for one that does not exist.
+    configuration that are changed. `own` says what the model has besides the table. Warns of what is initialised anew:
+    a task head that the files lack as a whole, what they lack besides the table, and tensors of other shapes. Raises
+    CheckpointError or ConfigError for whatever does not fit, InputError for an argument that cannot be honoured, and
+    TypeError for one that does not exist.
     """
     place, given = _sorted(given)
     kinds, variant = arguments.wanted_kinds(given, FORMATS), place.get("variant")
     folder = resolve(name_or_path, **place, kinds=[kind for kind in kinds if kind in WEIGHTS])
     stored = _stored_config(folder, kinds, variant, config is not None)
     config = _wanted(stored, config, given, name_or_path)
-    found = open(folder, config, head, kinds=kinds, variant=variant, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    how: dict[str, Any] = {"ignore_mismatched_sizes": ignore_mismatched_sizes, "own": own}
+    found = open(folder, config, head, kinds=kinds, variant=variant, **how)
     return _loaded(folder, found, stored, given)
 
 
@@ -197,6 +246,7 @@ def load_state(
     given: Mapping[str, Any],
     *,
     ignore_mismatched_sizes: bool = False,
+    own: Own | None = None,
 ) -> Loaded:
     """The same of a state dictionary of PyTorch, ours or transformers', in the place of a folder's weights.
 
@@ -211,7 +261,7 @@ def load_state(
         stored = GPT2Config.from_json_file(folder / SETTINGS[0])
     config = _wanted(stored, config, given, name_or_path or "")
     format = "torch-safetensors" if out_first({name: x.shape for name, x in tensors.items()}) else "safetensors"
-    found = Checkpoint(Path("state_dict"), format, dict(tensors), config, head, ignore_mismatched_sizes)
+    found = Checkpoint(Path("state_dict"), format, dict(tensors), config, head, ignore_mismatched_sizes, own)
     return _loaded(folder, found, stored, given)
 
 
@@ -233,7 +283,8 @@ def _wanted(stored: GPT2Config, config: Any, given: Mapping[str, Any], name_or_p
 
 def _loaded(folder: Path | None, found: Checkpoint, stored: GPT2Config, given: Mapping[str, Any]) -> Loaded:
     warn_of_fresh(found, stacklevel=5)
-    return Loaded(folder, found.config, dict(found), _chosen(found.config, stored, given), _info(found))
+    chosen = _chosen(found.config, stored, given)
+    return Loaded(folder, found.config, dict(found), chosen, _info(found), found.beside)
 
 
 def _stored_config(folder: Path, kinds: Iterable[str], variant: str | None, is_given: bool) -> GPT2Config:
@@ -264,7 +315,7 @@ def _info(found: Checkpoint) -> dict[str, list[Any]]:
     tied = {"lm_head.weight"} if found.config.tie_word_embeddings else set()
     known = {*tied, *found.wrong, *(name for name in found.dropped if MASK_BUFFERS.fullmatch(name))}
     return {
-        "missing_keys": [TRANSFORMERS.spell(row, found.head != "base") for row in missing],
+        "missing_keys": [*(TRANSFORMERS.spell(row, found.head != "base") for row in missing), *found.lacking],
         "unexpected_keys": [name for name in found.dropped if name not in known],
         "mismatched_keys": found.mismatched,
         "error_msgs": [],
@@ -277,8 +328,9 @@ def warn_of_fresh(found: Checkpoint, stacklevel: int) -> None:
         sentence = f"{found.path}: {name} has shape {shape}, not {expected}: initialised anew; train the model first"
         warnings.warn(sentence, stacklevel=stacklevel)
     known = {*found, *(weight.name for weight in found.wrong.values())}
-    if fresh := [weight.name for weight in table(found.config, found.head) if weight.name not in known]:
-        names = " and ".join(fresh)
+    fresh = [weight.name for weight in table(found.config, found.head) if weight.name not in known]
+    if fresh := fresh + found.lacking:
+        names = " and ".join(fresh) if len(fresh) < 9 else f"{', '.join(fresh[:8])} and {len(fresh) - 8} more"
         sentence = f"{found.path} has no {names}: initialised anew; train the model before you use it"
         warnings.warn(sentence, stacklevel=stacklevel)
 
@@ -318,6 +370,11 @@ def recognised(path: Path, kinds: Iterable[str] = (), variant: str | None = None
         for file in there:
             if matches(file.name, [varied(name, variant) for name in FORMATS[format].main]) and _is(format, file):
                 return format, file
+    if any(file.name == "adapter_config.json" for file in there):
+        raise CheckpointError(
+            f"{path}: expected the weights of a GPT-2, found an adapter of PEFT; load the model that it was made for, "
+            "and call PeftModel.from_pretrained(model, folder)"
+        )
     names = ", ".join(file.name for file in there[:8]) or "nothing"
     wanted = ", ".join(dict.fromkeys(varied(FORMATS[format].main[0], variant) for format in kinds))
     raise CheckpointError(f"{path}: expected the weights of a GPT-2, such as {wanted}; found no weights, but {names}")
@@ -380,14 +437,17 @@ def save(
     max_shard_size: int | str,
     kind: str = "safetensors",
     variant: str | None = None,
+    own: Mapping[str, Made] | None = None,
 ) -> None:
     """Write config.json, generation_config.json (where there is one) and the weights, or their shards and index.
 
-    `kind` is a key of `formats.FORMATS`; a `variant` has another name and leaves the others. The model's files are
-    replaced together, other files of the folder stay: see `files.folders.replaced`.
+    `own` are tensors that a caller's class has besides the table, by their names in the file. `kind` is a key of
+    `formats.FORMATS`; a `variant` has another name and leaves the others. The model's files are replaced together,
+    other files of the folder stay: see `files.folders.replaced`.
     """
     with replaced(folder, partial(is_model_file, kind=kind, variant=variant)) as stage:
-        FORMATS[kind].write(stage, spelled(sources, head, FORMATS[kind].spelling), config, max_shard_size)
+        tensors = {**spelled(sources, head, FORMATS[kind].spelling), **(own or {})}
+        FORMATS[kind].write(stage, tensors, config, max_shard_size)
         if generation_config is not None:
             generation_config.save_pretrained(stage)
         for path in list(stage.iterdir()) if variant else []:

@@ -154,7 +154,12 @@ MASK_BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias
 
 
 # A kernel in a state dictionary of PyTorch, whatever stands before its name.
-KERNEL = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.\w+\.weight$")
+KERNEL = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.(c_attn|q_attn|c_fc|c_proj)\.weight$")
+
+
+def turned(name: str, x: Any) -> Any:
+    """A tensor of a state dictionary of PyTorch, in the other layout where it is a kernel."""
+    return x.T if KERNEL.search(name) and len(x.shape) == 2 else x
 
 
 def out_first(found: Mapping[str, Shape]) -> bool | None:
@@ -171,12 +176,18 @@ def out_first(found: Mapping[str, Shape]) -> bool | None:
 
 
 def match(
-    found: Mapping[str, Shape], config: GPT2Config, head: str, spelling: Spelling, source: str
+    found: Mapping[str, Shape],
+    config: GPT2Config,
+    head: str,
+    spelling: Spelling,
+    source: str,
+    has_own: bool = False,
 ) -> dict[str, Weight]:
     """Which row of the table each tensor of a checkpoint is: name in `spelling` -> Weight.
 
     Strict: raises CheckpointError for a missing or an unexpected tensor, naming `source`; shapes are for the caller to
-    look at. Old masks and a head that this model does not have are dropped; so is a tied `lm_head.weight`, which the
+    look at. With `has_own` the model has more than the table, and the caller calls `refuse_unexpected` when he knows
+    what. Old masks and a head that this model does not have are dropped; so is a tied `lm_head.weight`, which the
     caller has to compare with `wte`. The root prefix may be missing from all names, or be there although the model is
     the bare one. A task head that is missing as a whole is left out of the answer: fine-tuning starts so, and the
     caller initialises it.
@@ -186,10 +197,17 @@ def match(
     if not fresh & set(found):
         wanted = {name: weight for name, weight in wanted.items() if name not in fresh}
     _refuse(source, "lacks", [_both(name, weight) for name, weight in wanted.items() if name not in found])
-    known = wanted.keys() | _heads(config, spelling)
-    extra = [name for name in found if name not in known and not MASK_BUFFERS.fullmatch(name)]
-    _refuse(source, "has unexpected", extra)
+    if not has_own:
+        refuse_unexpected(found, wanted, config, spelling, source)
     return wanted
+
+
+def refuse_unexpected(
+    found: Collection[str], wanted: Collection[str], config: GPT2Config, spelling: Spelling, source: str
+) -> None:
+    """Raises CheckpointError for a tensor that is not wanted, and that no other head or old version explains."""
+    extra = [name for name in found if name not in wanted and not is_known_extra(name, config, spelling)]
+    _refuse(source, "has unexpected", extra)
 
 
 def misshapen(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -14,24 +15,42 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt2_multi.errors import CheckpointError, InputError, shortened
+from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files import arguments
 from gpt2_multi.files.hub import push
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
-from gpt2_multi.model.config import GPT2Config, check_config
+from gpt2_multi.model.config import SETTINGS, GPT2Config, check_config
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.pt.layers import NUMPY, as_dtype, contiguous, initialise, replace_parameter, to_numpy, to_torch
-from gpt2_multi.pt.state import gather, is_split, register_hooks
+from gpt2_multi.pt.state import (
+    check_in,
+    check_rows,
+    check_transformer,
+    fill_own,
+    gather,
+    is_callers,
+    is_split,
+    made_of_own,
+    other_names,
+    own,
+    own_shapes,
+    register_hooks,
+    rows,
+)
 
 _files_follow: ContextVar[bool] = ContextVar("files_follow", default=False)  # so that no parameter is filled twice
 
 
 class GPT2PreTrainedModel(nn.Module):
-    """What every GPT-2 class shares: a configuration, and the way to and from files."""
+    """What every GPT-2 class shares: a configuration, and the way to and from files.
+
+    A class of your own, on this one or on one with a head, has its GPT2Model as `transformer`, and what else it wants.
+    """
 
     head: ClassVar[str]
+    config_class: ClassVar[type[GPT2Config]] = GPT2Config
     base_model_prefix: ClassVar[str] = "transformer"
     main_input_name: ClassVar[str] = "input_ids"
     framework: ClassVar[str] = "pt"
@@ -42,6 +61,10 @@ class GPT2PreTrainedModel(nn.Module):
     _no_split_modules: ClassVar[list[str]] = ["GPT2Block"]
     _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
     generation_config: GenerationConfig | None = None  # of the classes that generate
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.head = getattr(cls, "head", "base")  # what else a caller's class has, the table does not know
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype | str | None = None) -> None:
         super().__init__()
@@ -135,9 +158,41 @@ class GPT2PreTrainedModel(nn.Module):
         for weight in () if device.type == "meta" else table(self.config, self.head):
             initialise(weight, self.parameter(weight))
 
+    def post_init(self) -> None:
+        """What a class of your own calls last in its __init__: its own layers get their first values, and heads tie."""
+        inner = [(path, part) for path, part in self.named_modules() if path and isinstance(part, GPT2PreTrainedModel)]
+        done = {f"{path}.{row}" for path, part in inner for row in rows(part)}
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in own(self) if name not in done):
+            self._init_weights(self.get_submodule(path))
+        self._tie_linear()
+
+    def init_weights(self) -> None:
+        """Give every parameter its first value again."""
+        for weight in () if next(self.parameters()).is_meta else table(self.config, self.head):
+            with torch.no_grad():
+                initialise(weight, self.parameter(weight))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """First values of a layer that the table does not have; a class of your own may have others."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight.normal_(std=self.config.initializer_range)
+        if isinstance(module, nn.LayerNorm) and module.weight is not None:
+            module.weight.fill_(1)
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+            module.bias.zero_()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx].zero_()
+
+    def _tie_linear(self) -> None:
+        head = getattr(self, "lm_head", None)
+        if isinstance(head, nn.Linear) and head.weight.shape == self.body.wte.weight.shape:
+            self.tie_weights()
+
     def parameter(self, weight: Weight) -> nn.Parameter:
         """The parameter that a row of the table is; nn.Linear stores kernels as (out, in)."""
-        return self.get_parameter(TORCH.spell(weight, self.head != "base"))
+        return self.get_parameter(TORCH.spell(weight, self.base_model is not self))
 
     @classmethod
     def from_config(
@@ -155,7 +210,14 @@ class GPT2PreTrainedModel(nn.Module):
 
         dtype, stored = two_dtypes(config, dtype, param_dtype, torch_dtype, dtype)
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation or "sdpa")
-        return cls(config, **kinds, **arguments.sort(options)[1])
+        options = arguments.sort(options)[1]
+        if is_callers(cls) and not kinds.keys() <= signature(cls).parameters.keys():
+            model = cls(config, **options)
+            model._compute_in(as_dtype("dtype", dtype), kinds["attn_implementation"])
+            return model if stored is None else model.to(as_dtype("param_dtype", stored))
+        return cls(config, **kinds, **options)
+
+    _from_config = from_config
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -202,7 +264,9 @@ class GPT2PreTrainedModel(nn.Module):
         `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
         configuration. `config` stands in the place of the files' own: a GPT2Config, its keys, or where it lies. So does
         `state_dict` in that of their weights; with both the name may be None. A task head that the files lack, and with
-        `ignore_mismatched_sizes` what has another shape, is initialised anew, with a warning. With
+        `ignore_mismatched_sizes` what has another shape, is initialised anew, with a warning. What a class of your own
+        has besides is read where the files have it, and is else as its __init__ made it; arguments that are no settings
+        go to that __init__. With
         `output_loading_info` the answer is a pair: the model, and what was missing, unexpected and mismatched. Raises
         CheckpointError or ConfigError for anything that does not fit, InputError for an argument that cannot be
         honoured, and TypeError for one that does not exist.
@@ -213,40 +277,72 @@ class GPT2PreTrainedModel(nn.Module):
         if state_dict is not None or pretrained_model_name_or_path is None:
             read = partial(load_state, {name: to_numpy(tensor) for name, tensor in (state_dict or {}).items()})
         device = None if device_map is None else device_of(device_map)
+        given, options = cls._constructors(options)
+        made: list[Self] = []
+
+        def shapes(config: GPT2Config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+            made.append(cls._unfilled(config, given))
+            return own_shapes(made[0])
+
         found = read(
-            pretrained_model_name_or_path, cls.head, config, options, ignore_mismatched_sizes=ignore_mismatched_sizes
-        )
+            pretrained_model_name_or_path, cls.head, config, options, ignore_mismatched_sizes=ignore_mismatched_sizes,
+            own=shapes if is_callers(cls) else None,
+        )  # fmt: skip
         dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype, dtype)
         stored = as_dtype("param_dtype", stored) or torch.get_default_dtype()
-        model = cls._unfilled(found.config, as_dtype("dtype", dtype), attn_implementation or "sdpa")
+        model = made[0] if made else cls._unfilled(found.config, {})
+        model._compute_in(as_dtype("dtype", dtype), attn_implementation or "sdpa")
         model._assign(found.arrays, stored, mmap)
+        fill_own(model, found.beside)
         if model.generation_config is not None:
             model.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
         model = model.eval() if device is None else model.eval().to(device)
         return cast(Self, (model, found.info)) if output_loading_info else model
 
     @classmethod
-    def _unfilled(cls, config: GPT2Config, dtype: torch.dtype | None, attn_implementation: str) -> Self:
+    def _constructors(cls, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What of the options goes to the __init__ of a caller's class; and the others."""
+        if not is_callers(cls):
+            return {}, dict(options)
+        takes = signature(cls).parameters
+        is_open = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in takes.values())
+        known = {*SETTINGS, *arguments.ARGUMENTS}
+        given = {name: x for name, x in options.items() if name not in known and (is_open or name in takes)}
+        return given, {name: x for name, x in options.items() if name not in given}
+
+    @classmethod
+    def _unfilled(cls, config: GPT2Config, given: Mapping[str, Any]) -> Self:
         """A model without memory for the table; a subclass may have more, and take a configuration alone."""
         token = _files_follow.set(True)
         try:
-            model = cls(config)
+            model = cls(config, **given)
         finally:
             _files_follow.reset(token)
-        model.compute_dtype = model.body.compute_dtype = dtype
-        model.set_attn_implementation(attn_implementation)
+        check_transformer(model)
+        model._tie_linear()
+        device = nn.LayerNorm(1).weight.device
+        for part in model.modules():  # another GPT-2 inside, which the files need not have
+            if isinstance(part, GPT2PreTrainedModel) and part not in (model, model.body):
+                part._materialise(device, None)
         return model
 
+    def _compute_in(self, dtype: torch.dtype | None, attn_implementation: str) -> None:
+        self.compute_dtype = self.body.compute_dtype = dtype
+        self.set_attn_implementation(attn_implementation)
+
     def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtype: torch.dtype, mmap: bool = False) -> None:
-        tensors = {}
-        for weight in table(self.config, self.head):
+        tensors, others = {}, other_names(self)
+        for name, weight in rows(self).items():
             if weight.name in arrays:
                 tensor = TORCH.layout(weight, to_torch(arrays[weight.name]))
                 tensor = tensor.to(dtype) if mmap else contiguous(tensor, dtype)
             else:
                 tensor = initialise(weight, torch.empty(weight.shape, dtype=dtype, device="cpu"))
-            tensors[TORCH.spell(weight, self.head != "base")] = tensor
+            tensors[name] = tensor
         self.load_state_dict(tensors, strict=False, assign=True)  # every row is there; a subclass may have more
+        for name, row in others.items():
+            path, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(path), leaf, self.get_parameter(row))
         self.to(dtype)
 
     def save_pretrained(
@@ -278,16 +374,18 @@ class GPT2PreTrainedModel(nn.Module):
         if not is_main_process and not split:
             return
         if state_dict is None:
-            self._check_rows()
+            check_rows(self)
         self._check_tie()
         writes = is_main_process and not (split and torch.distributed.get_rank())
         made = (self._source(weight, state_dict) for weight in table(self.config, self.head))
         sources = [source for source in made if writes]  # each is made, since all processes have to gather
+        beside = made_of_own(self, state_dict) if is_callers(type(self)) else {}
         if not writes:
             return
         config = self.config.replace(architectures=[type(self).__name__], dtype=sources[0][1].name)
         kind = "safetensors" if safe_serialization else "pytorch"
-        save(save_directory, config, self.generation_config, sources, self.head, max_shard_size, kind, variant)
+        names = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
+        save(save_directory, config, self.generation_config, sources, names, max_shard_size, kind, variant, beside)
         if push_to_hub:
             self.push_to_hub(
                 **{"repo_id": Path(save_directory).name, **wanted}, max_shard_size=max_shard_size,
@@ -304,19 +402,12 @@ class GPT2PreTrainedModel(nn.Module):
         how = {name: options.pop(name) for name in SAVING if name in options}
         return push(partial(self.save_pretrained, **how), repo_id, **arguments.sort_saving("push_to_hub", options))
 
-    def _check_rows(self) -> None:
-        """What a subclass has more than the table would be lost."""
-        rows = {TORCH.spell(weight, self.head != "base") for weight in table(self.config, self.head)}
-        if extra := [name for name, _ in self.named_parameters() if name not in {*rows, "lm_head.weight"}]:
-            raise CheckpointError(
-                f"save_pretrained: {shortened(', '.join(extra))} of {type(self).__name__} is none of GPT-2's tensors, "
-                "and a file would lose it; use torch.save(model.state_dict(), path) and load_state_dict"
-            )
-
     def _check_tie(self) -> None:
-        if not self.config.tie_word_embeddings or not hasattr(self, "lm_head"):
+        head, embedding = getattr(getattr(self, "lm_head", None), "weight", None), self.body.wte.weight
+        if not self.config.tie_word_embeddings or head is None:
             return
-        head, embedding = self.lm_head.weight, self.body.wte.weight
+        if self.head == "base" and head.shape != embedding.shape:  # of a class of a caller's, which only calls it so
+            return
         if head is not embedding and not torch.equal(head, embedding):
             raise CheckpointError(
                 "lm_head.weight differs from wte.weight although config.tie_word_embeddings is true, and a file would "
@@ -324,9 +415,8 @@ class GPT2PreTrainedModel(nn.Module):
             )
 
     def _source(self, weight: Weight, state_dict: Mapping[str, Tensor] | None) -> Any:
-        name = TORCH.spell(weight, self.head != "base")
-        if state_dict is not None and name not in state_dict:
-            raise CheckpointError(f"state_dict: lacks {name}; give all of model.state_dict(), or leave it out")
+        name = TORCH.spell(weight, self.base_model is not self)
+        check_in(state_dict, name)
         parameter = gather(self.parameter(weight) if state_dict is None else state_dict[name])
         return weight, NUMPY[parameter.dtype], lambda: TORCH.layout(weight, to_numpy(parameter))
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpt2_multi.errors import InputError
-from gpt2_multi.model.spelling import KERNEL, out_first
+from gpt2_multi.errors import CheckpointError, InputError, shortened
+from gpt2_multi.files.arrays import Made
+from gpt2_multi.model.spelling import TORCH, out_first, turned
+from gpt2_multi.model.weights import Weight, table
+from gpt2_multi.pt.layers import to_numpy, to_torch
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
@@ -91,4 +96,92 @@ def turn_kernels(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> 
     """Kernels of (in, out), as transformers' state dictionaries have them, become nn.Linear's (out, in)."""
     own = {name: x for name, x in state.items() if name.startswith(prefix) and isinstance(x, Tensor)}
     if out_first({name: tuple(x.shape) for name, x in own.items()}) is False:
-        state.update({name: x.mT for name, x in own.items() if KERNEL.search(name) and x.dim() == 2})
+        state.update({name: turned(name, x) for name, x in own.items()})
+
+
+def rows(model: Any) -> dict[str, Weight]:
+    """The table's rows by the names that a model's state dictionary has for them."""
+    rooted = model.base_model is not model
+    return {TORCH.spell(weight, rooted): weight for weight in table(model.config, model.head)}
+
+
+def own(model: Any) -> dict[str, Tensor]:
+    """What a caller's class has besides the table: parameters and buffers that are saved, each once."""
+    known, named = rows(model), dict(model.named_parameters(remove_duplicate=False))
+    shared = {id(named[name]) for name in known if name in named}
+    found = {name: x for name, x in model.named_parameters() if id(x) not in shared and name not in known}
+    if model.head in ("lm", "double_heads"):
+        found.pop(HEAD, None)  # a row, or tied
+    for path, module in model.named_modules():
+        for name, x in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                found[name] = x
+    return found
+
+
+def own_shapes(model: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shapes of what is its own, kernels of another GPT-2 inside as the table has them; and `other_names`."""
+    return {name: tuple(turned(name, x).shape) for name, x in own(model).items()}, other_names(model)
+
+
+@torch.no_grad()
+def fill_own(model: Any, arrays: Mapping[str, Any]) -> None:
+    """Give what is a model's own the values of a file, in place: who shares a parameter goes on to."""
+    for name, x in own(model).items():
+        if name in arrays:
+            x.copy_(turned(name, to_torch(arrays[name])))
+
+
+def made_of_own(model: Any, state: Mapping[str, Tensor] | None) -> dict[str, Made]:
+    """What is its own, to be written; of a model that is split all processes call it together."""
+    found: dict[str, Made] = {}
+    for name, parameter in own(model).items():
+        check_in(state, name)
+        x = turned(name, gather(parameter if state is None else state[name]).detach())
+        dtype = to_numpy(torch.empty(0, dtype=x.dtype)).dtype
+        found[name] = dtype, tuple(x.shape), partial(_array, x)
+    return found
+
+
+def _array(x: Tensor) -> Any:
+    return to_numpy(x.contiguous())
+
+
+def check_in(state: Mapping[str, Tensor] | None, name: str) -> None:
+    """A state dictionary that is saved in the place of the model's own has all its tensors."""
+    if state is not None and name not in state:
+        raise CheckpointError(f"state_dict: lacks {name}; give all of model.state_dict(), or leave it out")
+
+
+def other_names(model: Any) -> dict[str, str]:
+    """The names under which modules have a parameter once more, as a tied head: name -> the one that is saved."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    known = {id(named[name]): name for name in (*rows(model), *own(model)) if name in named}
+    return {name: known[id(x)] for name, x in named.items() if known.get(id(x), name) != name}
+
+
+def is_callers(cls: type) -> bool:
+    """Whether a class is none of the library's: it may have more than the table."""
+    return not cls.__module__.startswith("gpt2_multi.")
+
+
+def check_transformer(model: Any) -> None:
+    """What files have of GPT-2 needs a place in a caller's class."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if any(name not in named for name in rows(model)):
+        raise InputError(
+            f"{type(model).__name__}: expected a GPT2Model as self.transformer, which files fill, found none; give it "
+            "that name in __init__"
+        )
+
+
+def check_rows(model: Any) -> None:
+    """A file keeps the table, and what a class has besides; what else somebody put into a model would be lost."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    is_whole = all(name in named for name in rows(model))
+    if (extra := list(own(model))) and not (is_whole and is_callers(type(model))):
+        raise CheckpointError(
+            f"save_pretrained: {shortened(', '.join(extra))} of {type(model).__name__} is none of GPT-2's tensors, "
+            "and a file would lose it; make it in the __init__ of a class of your own, or use "
+            "torch.save(model.state_dict(), path) and load_state_dict"
+        )

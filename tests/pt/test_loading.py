@@ -231,6 +231,10 @@ def test_wrong_arguments_are_one_sentence(tmp_path):
         pt.GPT2LMHeadModel.from_pretrained(tmp_path / "m", param_dtype="int4")
     with pytest.raises(CheckpointError, match="there is no such folder"):
         pt.GPT2LMHeadModel.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"found an adapter of PEFT; .*PeftModel.from_pretrained\(model, folder"):
+        pt.GPT2LMHeadModel.from_pretrained(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="max_shard_size"):
         random_model(pt.GPT2LMHeadModel).save_pretrained(tmp_path / "m", max_shard_size="big")
 

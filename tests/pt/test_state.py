@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 
@@ -9,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
-from gpt2_multi import CheckpointError, GPT2Config, pt
+from gpt2_multi import CheckpointError, GPT2Config, InputError, pt
 from tests.support import fixtures
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3, pad_token_id=0)
@@ -165,6 +166,7 @@ class Valued(pt.GPT2LMHeadModel):
         self.register_buffer("places", torch.arange(3))
 
 
+@pytest.mark.filterwarnings("ignore:.*initialised anew")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_subclass_has_what_is_its_own_after_loading(dtype, tmp_path):
     make().save_pretrained(tmp_path / "m")
@@ -172,10 +174,116 @@ def test_a_subclass_has_what_is_its_own_after_loading(dtype, tmp_path):
     plain = pt.GPT2LMHeadModel.from_pretrained(tmp_path / "m", dtype=dtype)
     assert torch.equal(logits(model), logits(plain)) and is_tied(model) and model.places.tolist() == [0, 1, 2]
     assert model.value(model.transformer(IDS).last_hidden_state).dtype == getattr(torch, dtype)
-    with pytest.raises(CheckpointError, match=r"value\.weight, value\.bias of Valued is none of GPT-2's tensors"):
-        model.save_pretrained(tmp_path / "lost")
-    model.save_pretrained(tmp_path / "own", state_dict=model.state_dict())
-    assert torch.equal(logits(pt.GPT2LMHeadModel.from_pretrained(tmp_path / "own", dtype=dtype)), logits(plain))
+    plain.value = torch.nn.Linear(12, 1)
+    with pytest.raises(CheckpointError, match=r"value\.weight, value\.bias of GPT2LMHeadModel is none of GPT-2's"):
+        plain.save_pretrained(tmp_path / "lost")
+
+
+class Reward(pt.GPT2PreTrainedModel):
+    """A reward model as people write it, with a shared layer, a scalar, and a second GPT-2 inside."""
+
+    def __init__(self, config, scale=1.0, ref=True):
+        super().__init__(config)
+        self.scale = scale
+        self.transformer = pt.GPT2Model(config)
+        self.ref = pt.GPT2Model(config) if ref else None
+        self.score = torch.nn.Linear(config.n_embd, 1, bias=False)
+        self.again = torch.nn.Linear(config.n_embd, 1, bias=False)
+        self.again.weight = self.score.weight
+        self.offset = torch.nn.Parameter(torch.tensor(2.0))
+        self.decoder = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.decoder.weight = self.transformer.wte.weight
+        self.register_buffer("kept", torch.tensor([True, False]))
+        self.register_buffer("left", torch.ones(2), persistent=False)
+        self.post_init()
+
+    def forward(self, ids):
+        hidden = self.transformer(ids).last_hidden_state
+        return self.decoder(hidden).sum() * self.scale + self.score(hidden).sum() + self.offset
+
+
+@pytest.mark.filterwarnings("ignore:.*initialised anew")
+@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}, {"max_shard_size": 3000}], ids=str)
+def test_a_class_on_the_base_class_loads_the_body_and_keeps_what_is_its_own(options, tmp_path):
+    make().save_pretrained(tmp_path / "m")
+    with pytest.warns(UserWarning, match=r"has no offset, ref\.wte\.weight, .* more: initialised anew"):
+        model, info = Reward.from_pretrained(tmp_path / "m", scale=3.0, n_positions=24, output_loading_info=True)
+    body = pt.GPT2Model.from_pretrained(tmp_path / "m")
+    assert all(torch.equal(a, b) for a, b in zip(model.transformer.parameters(), body.parameters(), strict=True))
+    assert {"score.weight", "offset", "kept", "ref.ln_f.bias"} <= set(info["missing_keys"])
+    assert not any(name.startswith(("transformer", "decoder", "again", "left")) for name in info["missing_keys"])
+    assert model.scale == 3.0 and model.config_class is GPT2Config and not any(p.is_meta for p in model.parameters())
+    assert model.decoder.weight is model.transformer.wte.weight and model.again.weight is model.score.weight
+    assert 0.01 < float(model.ref.h[0].mlp.c_fc.weight.std()) < 0.5 and 0.05 < float(model.score.weight.std()) < 0.6
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.kept.logical_not_()
+    model.save_pretrained(tmp_path / "own", **options)
+    again, info = Reward.from_pretrained(tmp_path / "own", scale=3.0, output_loading_info=True)
+    assert not info["missing_keys"] and info["unexpected_keys"] == [] and again.offset == model.offset
+    assert torch.equal(again(IDS), model.eval()(IDS)) and torch.equal(again.kept, model.kept)
+    assert torch.equal(again.ref(IDS).last_hidden_state, model.ref(IDS).last_hidden_state)
+    assert again.decoder.weight is again.transformer.wte.weight and again.again.weight is again.score.weight
+    state = Reward.from_pretrained(None, config=SMALL, state_dict=model.state_dict(), scale=3.0)
+    assert torch.equal(state(IDS), model(IDS)) and torch.equal(state.kept, model.kept)
+    with pytest.raises(CheckpointError, match=r"has unexpected 28 tensors: ref\..*the class that you load it with"):
+        Reward.from_pretrained(tmp_path / "own", ref=False)
+    with pytest.raises(TypeError, match="from_pretrained has no argument 'scal'"):
+        Reward.from_pretrained(tmp_path / "own", scal=3.0)
+    with pytest.raises(CheckpointError, match="state_dict: lacks offset"):
+        model.save_pretrained(
+            tmp_path / "lost", state_dict={k: x for k, x in model.state_dict().items() if k != "offset"}
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*initialised anew")
+def test_a_head_of_a_subclass_is_listed_as_missing_and_comes_back(tmp_path):
+    make().save_pretrained(tmp_path / "m")
+    with pytest.warns(UserWarning, match=r"has no value\.weight and value\.bias and places: initialised anew"):
+        model, info = Valued.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert info["missing_keys"] == ["value.weight", "value.bias", "places"]
+    model.places.add_(5)
+    model.save_pretrained(tmp_path / "own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, info = Valued.from_pretrained(tmp_path / "own", output_loading_info=True, dtype="bfloat16")
+    assert info["missing_keys"] == [] and again.places.tolist() == [5, 6, 7] and again.places.dtype == torch.int64
+    assert torch.equal(again.value.weight, model.value.weight.bfloat16())
+    wider = type("Wider", (Valued,), {"__init__": lambda self, c: (Valued.__init__(self, c), widen(self, c))[0]})
+    with pytest.raises(CheckpointError, match=r"value\.weight has shape \(1, 12\), expected \(2, 12\) by the model's"):
+        wider.from_pretrained(tmp_path / "own")
+    with pytest.warns(UserWarning, match=r"value\.(weight|bias) has shape \(1.*\), not \(2.*\): initialised anew"):
+        wider.from_pretrained(tmp_path / "own", ignore_mismatched_sizes=True)
+
+
+def test_a_class_without_a_body_by_its_name_is_one_sentence(tmp_path):
+    class Named(pt.GPT2PreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.gpt = pt.GPT2Model(config)
+
+    make().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"Named: expected a GPT2Model as self\.transformer"):
+        Named.from_pretrained(tmp_path)
+
+
+def widen(model, config):
+    model.value = torch.nn.Linear(config.n_embd, 2)
+
+
+def test_first_values_of_own_layers_are_the_class_s_own():
+    class Zeros(Reward):
+        def _init_weights(self, module):
+            super()._init_weights(module)
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data.fill_(7)
+
+    model = Zeros._from_config(SMALL, dtype="bfloat16")
+    assert (model.score.weight == 7).all() and model.dtype == model.score.weight.dtype == torch.bfloat16
+    assert not (model.transformer.h[0].mlp.c_fc.weight == 7).any() and not (model.decoder.weight == 7).any()
+    model.init_weights()
+    assert not (model.transformer.h[0].mlp.c_fc.weight == 7).any()
 
 
 def test_a_part_that_says_nothing_of_its_layout_is_taken_as_it_is():
