@@ -67,7 +67,7 @@ REFUSED: Mapping[str, Refused] = {
     "use_kernels": Refused((None, False), "there are no kernels of others here; leave it out"),
 }
 ARGUMENTS = frozenset({*PLACE, *KIND, *MEANINGLESS, *REFUSED, "config", "dtype", "param_dtype", "torch_dtype"}) | {
-    "ignore_mismatched_sizes", "output_loading_info", "pretrained_model_name_or_path",
+    "generation_config", "ignore_mismatched_sizes", "output_loading_info", "pretrained_model_name_or_path",
 }  # fmt: skip
 
 

@@ -199,8 +199,8 @@ def open(
 class Loaded(NamedTuple):
     """What a model is made of: its folder, its configuration, and its tensors by the table's names, in its layout.
 
-    `chosen` are the settings that the caller wants otherwise than the files, `info` what was not as a model needs it,
-    and `beside` the tensors of a caller's class that the table does not have.
+    `chosen` are the settings that the caller wants otherwise than the files, his generation_config among them, `info`
+    what was not as a model needs it, and `beside` the tensors of a caller's class that the table does not have.
     """
 
     folder: Path | None
@@ -269,14 +269,15 @@ def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where the files are; and which of them are read, and settings of the configuration."""
     place, given = arguments.sort(given)
     for name in given:
-        if name not in (*KEYS, *arguments.KIND):
+        if name not in (*KEYS, *arguments.KIND, "generation_config"):
             raise arguments.unknown("from_pretrained", name, KEYS)
     return place, given
 
 
 def _wanted(stored: GPT2Config, config: Any, given: Mapping[str, Any], name_or_path: PathLike) -> GPT2Config:
     """The configuration of the model that is wanted."""
-    found = (stored if config is None else as_config(config)).replace(**given)
+    changed = {name: value for name, value in given.items() if name != "generation_config"}
+    found = (stored if config is None else as_config(config)).replace(**changed)
     found.name_or_path = os.fspath(name_or_path)
     return found
 

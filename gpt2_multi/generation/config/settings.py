@@ -318,8 +318,11 @@ class GenerationConfig:
     def of_folder(cls, folder: Path | None, config: GPT2Config, chosen: Mapping[str, Any]) -> Self:
         """What generation_config.json says; what it leaves open is taken from the model's configuration.
 
-        `chosen` are settings of the configuration that a caller wants otherwise than the files: they win over both.
+        `chosen` are settings of the configuration that a caller wants otherwise than the files: they win over both. A
+        generation_config among them, ours or of transformers, stands in the place of all.
         """
+        if chosen.get("generation_config") is not None:
+            return cast(Self, replace(as_generation_config(chosen["generation_config"])))
         path = Path(folder or "") / "generation_config.json"
         over = {name: value for name, value in chosen.items() if name in TOKENS or name not in FIELDS}
         return cls._of_keys(str(path), read_json(path) if folder and path.exists() else {}, cls.of(config), over)

@@ -14,6 +14,7 @@ from gpt2_multi_conversion import convert
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files.arguments import ARGUMENTS, KIND, MEANINGLESS, PLACE, REFUSED, sort
+from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.config import GPT2Config
 from tests.support.fixtures import write_model
 
@@ -203,6 +204,20 @@ def test_dtypes_are_called_by_every_name(package: Package, folder: Path, tmp_pat
     assert package.stored(cls.from_pretrained(tmp_path / "half")) == {"float32"}
     stored = package.stored(cls.from_pretrained(folder, dtype="bfloat16"))
     assert stored == {"bfloat16" if package.name == "pt" else "float32"}  # as each is in transformers
+
+
+def test_a_generation_config_stands_in_the_place_of_the_files(package: Package, folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3, "max_new_tokens": 6}')
+    load = package.GPT2LMHeadModel.from_pretrained
+    for given in (GenerationConfig(max_new_tokens=4), transformers.GenerationConfig(max_new_tokens=4)):
+        model = load(folder, generation_config=given)
+        options = model.generation_config
+        assert options is not given and (options.eos_token_id, options.max_new_tokens) == (None, 4)
+        assert model.config.eos_token_id == 2 and model.generate(package.ids([[1]])).shape == (1, 5)
+    assert load(folder, generation_config=None).generation_config.max_new_tokens == 6
+    with pytest.raises(InputError, match="generation_config: expected a GenerationConfig, found"):
+        load(folder, generation_config="greedy")
 
 
 def test_an_override_reaches_generate(package: Package, folder: Path) -> None:
