@@ -382,7 +382,7 @@ class GPT2PreTrainedModel(nn.Module):
         beside = made_of_own(self, state_dict) if is_callers(type(self)) else {}
         if not writes:
             return
-        config = self.config.replace(architectures=[type(self).__name__], dtype=sources[0][1].name)
+        config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=sources[0][1].name)
         kind = "safetensors" if safe_serialization else "pytorch"
         names = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
         save(save_directory, config, self.generation_config, sources, names, max_shard_size, kind, variant, beside)

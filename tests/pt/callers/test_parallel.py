@@ -78,7 +78,9 @@ def split(name, plan):
 def fsdp2_saves(folder):
     sharded(make(folder=folder)).save_pretrained(folder / "saved", max_shard_size="20KB")
     dist.barrier()
-    return logits(make(folder=folder / "saved"))
+    model = make(folder=folder / "saved")
+    assert model.config.architectures == ["GPT2LMHeadModel"], "fully_shard gives the class another name"
+    return logits(model)
 
 
 def fsdp2_keeps_its_state(folder):
