@@ -253,8 +253,7 @@ def rows_of(
     """Ids as they were given, (B, given length), and what is read: ids and mask (B, T)."""
     shape = None if embeds is None else inputs.check_source(model, {"inputs_embeds": embeds}).shape[:2]
     if texts.are_texts(ids):
-        inputs.check_text_input(mask is not None, tokenizer)
-        ids, mask = texts.pad([texts.encode(text, cast("GPT2Tokenizer", tokenizer), model) for text in listed(ids)])
+        ids, mask = encoded(ids, mask, tokenizer, model)
     elif ids is None and shape is None:
         inputs.check_begin(config.bos_token_id, model.vocab_size)
         ids = np.full((batch, 1), config.bos_token_id)
@@ -266,6 +265,14 @@ def rows_of(
     if shape is not None:
         inputs.check_shape("inputs_embeds", shape, ids.shape)
     return ids, ids, mask
+
+
+def encoded(
+    prompts: str | Sequence[str], mask: Any, tokenizer: GPT2Tokenizer | None, model: GPT2Config
+) -> tuple[Array, Array]:
+    """Texts, which bring no mask, as ids and mask (B, T)."""
+    inputs.check_text_input(mask is not None, tokenizer)
+    return texts.pad([texts.encode(text, cast("GPT2Tokenizer", tokenizer), model) for text in listed(prompts)])
 
 
 def check_rows(config: GenerationConfig, model: GPT2Config, mask: Array, new: int, past: int | None) -> None:
@@ -359,9 +366,7 @@ def widened(x: Array, width: int) -> Array:
 def negative_rows(request: Request, given: Any, mask: Any) -> tuple[Array, Array]:
     """What is guided away from, one row for each prompt, as ids and mask."""
     if texts.are_texts(given):
-        inputs.check_text_input(mask is not None, request.tokenizer)
-        tokenizer = cast("GPT2Tokenizer", request.tokenizer)
-        given, mask = texts.pad([texts.encode(text, tokenizer, request.model) for text in listed(given)])
+        given, mask = encoded(given, mask, request.tokenizer, request.model)
     given = np.asarray(given)
     keep = np.ones(given.shape, bool) if mask is None else np.asarray(mask) != 0
     inputs.check_shape("negative_prompt_ids", given.shape, (len(request.ids), None))
