@@ -84,7 +84,7 @@ def project(layer: Any, x: Any) -> Any:
     reads rows of (out, in) faster than BLAS, and several rows in half the time.
     """
     if torch.compiler.is_compiling() or not (
-        is_bare(layer) and is_plain(x) and x.numel() * layer.out_features >= WORTHWHILE
+        is_plain(x) and is_bare(layer) and x.numel() * layer.out_features >= WORTHWHILE
     ):
         return layer(x)
     return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
