@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.files import arguments
-from gpt2_multi.files.hub import push
 from gpt2_multi.flax.attention import KVCache
 from gpt2_multi.flax.layers import (
     as_array,
@@ -360,14 +359,9 @@ class FlaxGPT2PreTrainedModel:
 
         `options` are those of `save_pretrained` for the weights, and of `files.hub.push`.
         """
-        from gpt2_multi.model.checkpoint import SAVING
+        from gpt2_multi.model.checkpoint import upload
 
-        how = {name: options.pop(name) for name in SAVING if name in options}
-        return push(
-            partial(self.save_pretrained, params=params, **how),
-            repo_id,
-            **arguments.sort_saving("push_to_hub", options),
-        )
+        return upload(partial(self.save_pretrained, params=params), repo_id, options)
 
     def resize_token_embeddings(
         self,

@@ -17,7 +17,7 @@ from gpt2_multi.files import arguments, containers
 from gpt2_multi.files.arrays import Array, Made, Shape, mapping, release, same
 from gpt2_multi.files.containers.safetensors import fitting
 from gpt2_multi.files.folders import PathLike, replaced
-from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, resolve, varied
+from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, push, resolve, varied
 from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.model.config import SETTINGS as KEYS
 from gpt2_multi.model.config import TOKENS, GPT2Config, as_config
@@ -426,7 +426,11 @@ def _are_there(spelling: Spelling, rows: list[Weight], shapes: Mapping[str, Shap
 Source = tuple[Weight, np.dtype[Any], Callable[[], Array]]
 
 
-SAVING = ("max_shard_size", "safe_serialization", "variant")  # what `push_to_hub` of a model takes of `save_pretrained`
+def upload(save_pretrained: Callable[..., Any], repo_id: str, options: Mapping[str, Any]) -> str:
+    """Upload what a model's `save_pretrained` writes, by its options and those of `hub.push`: the commit's address."""
+    how = {name: options[name] for name in ("max_shard_size", "safe_serialization", "variant") if name in options}
+    wanted = {name: value for name, value in options.items() if name not in how}
+    return push(partial(save_pretrained, **how), repo_id, **arguments.sort_saving("push_to_hub", wanted))
 
 
 def save(

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files import arguments
-from gpt2_multi.files.hub import push
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import SETTINGS, GPT2Config, check_config
@@ -397,10 +396,9 @@ class GPT2PreTrainedModel(nn.Module):
 
         `options` are those of `save_pretrained` for the weights, and of `files.hub.push`.
         """
-        from gpt2_multi.model.checkpoint import SAVING
+        from gpt2_multi.model.checkpoint import upload
 
-        how = {name: options.pop(name) for name in SAVING if name in options}
-        return push(partial(self.save_pretrained, **how), repo_id, **arguments.sort_saving("push_to_hub", options))
+        return upload(self.save_pretrained, repo_id, options)
 
     def _check_tie(self) -> None:
         head, embedding = getattr(getattr(self, "lm_head", None), "weight", None), self.body.wte.weight

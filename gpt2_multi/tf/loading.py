@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -16,7 +15,6 @@ import numpy as np
 import tensorflow as tf
 
 from gpt2_multi.files import arguments
-from gpt2_multi.files.hub import push
 from gpt2_multi.generation.config import GenerationConfig, as_generation_config
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config, check_config
@@ -235,10 +233,9 @@ class TFGPT2PreTrainedModel(keras.Model):
 
         `options` are those of `save_pretrained` for the weights, and of `files.hub.push`.
         """
-        from gpt2_multi.model.checkpoint import SAVING
+        from gpt2_multi.model.checkpoint import upload
 
-        how = {name: options.pop(name) for name in SAVING if name in options}
-        return push(partial(self.save_pretrained, **how), repo_id, **arguments.sort_saving("push_to_hub", options))
+        return upload(self.save_pretrained, repo_id, options)
 
     def _source(self, weight: Weight) -> Any:
         value = self.parameter(weight)
