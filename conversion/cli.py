@@ -13,7 +13,7 @@ import click
 
 from gpt2_multi.app.comparison import table
 from gpt2_multi.app.terminal import Commands, console
-from gpt2_multi.model.formats import FORMATS
+from gpt2_multi.model.formats.table import FORMATS
 
 from . import converting, inspection, verification
 

@@ -20,7 +20,8 @@ from gpt2_multi.files.json_files import write_json
 from gpt2_multi.model import fields
 from gpt2_multi.model.checkpoint import Checkpoint, open
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import ARCHITECTURES, FORMATS, Format
+from gpt2_multi.model.formats.format import ARCHITECTURES, Format
+from gpt2_multi.model.formats.table import FORMATS
 from gpt2_multi.model.spelling import parts_of
 from gpt2_multi.model.weights import Weight, table
 
@@ -68,7 +69,7 @@ def convert(
     check: Callable[[Checkpoint, Checkpoint], None] | None = None,
     watch: Callable[[str, int, int], None] | None = None,
 ) -> ConversionReport:
-    """Write the checkpoint `source` to the folder `target` in the format `to`, a key of `formats.FORMATS`.
+    """Write the checkpoint `source` to the folder `target` in the format `to`, a key of `formats.table`.
 
     dtype: what the tensors are cast to, by default what they are. max_shard_size: of safetensors and pytorch_model.bin.
     untie: store the head of a tied model as a tensor of its own. force: replace a model that is there, and go on where

@@ -10,7 +10,7 @@ from gpt2_multi.files.arrays import Array, Shape
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.model.checkpoint import head_of, recognised
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import FORMATS
+from gpt2_multi.model.formats.table import FORMATS
 from gpt2_multi.model.spelling import is_known_extra, named_rows
 from gpt2_multi.model.weights import Weight
 

@@ -21,7 +21,8 @@ from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, push, resolve, vari
 from gpt2_multi.files.json_files import read_json, write_json
 from gpt2_multi.model.config import SETTINGS as KEYS
 from gpt2_multi.model.config import TOKENS, GPT2Config, as_config
-from gpt2_multi.model.formats import ARCHITECTURES, FORMATS, Format
+from gpt2_multi.model.formats.format import ARCHITECTURES, Format
+from gpt2_multi.model.formats.table import FORMATS
 from gpt2_multi.model.spelling import (
     MASK_BUFFERS,
     TORCH,
@@ -45,7 +46,7 @@ class Checkpoint(Mapping[str, Array]):
     """The tensors of a checkpoint: canonical name -> array in the table's layout, mapped from its file as a rule.
 
     `own` says what a model of a caller's class has besides the table; `beside` has what of it is there. `format` is a
-    key of `formats.FORMATS`, `head` one of `weights.HEADS`, `found` every tensor as the file has it, and `places` the
+    key of `formats.table`, `head` one of `weights.HEADS`, `found` every tensor as the file has it, and `places` the
     names there of each row of the table. A tensor of another shape than the configuration says is an error; with
     `ignore_mismatched_sizes` it is left out, and `wrong` has the row that it is by its name in the file.
     """
@@ -182,7 +183,7 @@ def open(
     ignore_mismatched_sizes: bool = False,
     own: Own | None = None,
 ) -> Checkpoint:
-    """Open a folder, or the main file of a checkpoint, in any of the formats of `formats.FORMATS`, or of `kinds`.
+    """Open a folder, or the main file of a checkpoint, in any of the formats of `formats.table`, or of `kinds`.
 
     config and head, by default, are what the files say. Nothing but names and shapes is read before it is used, apart
     from checksums where a format has them. Raises CheckpointError or ConfigError for whatever is missing, damaged, or
@@ -447,7 +448,7 @@ def save(
     """Write config.json, generation_config.json (where there is one) and the weights, or their shards and index.
 
     `own` are tensors that a caller's class has besides the table, by their names in the file. `kind` is a key of
-    `formats.FORMATS`; a `variant` has another name and leaves the others. The model's files are replaced together,
+    `formats.table`; a `variant` has another name and leaves the others. The model's files are replaced together,
     other files of the folder stay: see `files.folders.replaced`.
     """
     with replaced(folder, partial(is_model_file, kind=kind, variant=variant)) as stage:

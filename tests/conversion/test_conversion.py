@@ -16,7 +16,8 @@ from gpt2_multi.files.containers.safetensors import read_safetensors
 from gpt2_multi.model import reference
 from gpt2_multi.model.checkpoint import write_weights
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import ARCHITECTURES, FORMATS
+from gpt2_multi.model.formats.format import ARCHITECTURES
+from gpt2_multi.model.formats.table import FORMATS
 from gpt2_multi.model.weights import table
 from tests.support import fixtures
 from tests.support.fixtures import parameter_count, write_model

@@ -15,7 +15,8 @@ import pytest
 
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import ARCHITECTURES, FORMATS
+from gpt2_multi.model.formats.format import ARCHITECTURES
+from gpt2_multi.model.formats.table import FORMATS
 from tests.support.fixtures import write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2

@@ -15,7 +15,7 @@ from gpt2_multi_conversion import convert
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import FORMATS
+from gpt2_multi.model.formats.table import FORMATS
 from tests.support.effort import some
 from tests.support.fixtures import parameter_count, write_model
 

@@ -29,7 +29,7 @@ from gpt2_multi_conversion import convert
 from gpt2_multi.errors import CheckpointError, ConfigError
 from gpt2_multi.model.checkpoint import open as open_checkpoint
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats import FORMATS
+from gpt2_multi.model.formats.table import FORMATS
 from tests.support import damage
 from tests.support.fixtures import write_model
 

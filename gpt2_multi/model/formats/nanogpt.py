@@ -1,0 +1,64 @@
+"""Karpathy's nanoGPT: its ckpt.pt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2_multi.errors import CheckpointError
+from gpt2_multi.files import containers
+from gpt2_multi.files.arrays import Made
+from gpt2_multi.files.hub import WEIGHTS
+from gpt2_multi.model import spelling
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.formats.format import DECODERS, PLAIN, QUARTER, SAME, Format, Tensors, beside, settings_of, state
+from gpt2_multi.model.weights import table
+
+MODEL_ARGS = {"vocab_size": "vocab_size", "block_size": "n_positions", **SAME}
+
+
+def _config(main: Path) -> GPT2Config:
+    if main.with_name("config.json").exists():
+        return beside(main)
+    found = containers.read_torch(main).get("model_args")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{main}: expected 'model_args', as nanoGPT writes them, found none; is it another's?")
+    drop = found.get("dropout", 0.0)
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), drop)
+    return settings_of(main, found, MODEL_ARGS, activation_function="gelu", **dropouts)
+
+
+def _read(main: Path) -> Tensors:
+    """The weights without the prefix of torch.compile; biases that were left out are zeros."""
+    found = containers.read_torch(main, "model")
+    model = found.get("model")
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{main}: expected the weights under 'model', as nanoGPT writes them, found none")
+    tensors = {name.removeprefix("_orig_mod."): array for name, array in state(main, model).items()}
+    args = found.get("model_args")
+    if not isinstance(args, dict) or args.get("bias", True):
+        return tensors
+    config = _config(main)
+    if config.n_layer > max(1000, len(tensors)):
+        raise CheckpointError(f"{main}: has {len(tensors)} tensors, too few for {config.n_layer} layers")
+    rows = {spelling.NANOGPT.spell(row): row for row in table(config)}
+    zeros = {name: np.zeros(row.shape, np.float32) for name, row in rows.items() if row.kind in ("bias", "shift")}
+    return {**zeros, **tensors}
+
+
+def _write(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | str) -> None:
+    args: dict[str, Any] = {name: getattr(config, ours) for name, ours in MODEL_ARGS.items()}
+    args |= {"bias": True, "dropout": config.resid_pdrop}
+    around = {"model_args": args, "iter_num": 0, "best_val_loss": 1e9, "config": {}}
+    tied = {"lm_head.weight": tensors["transformer.wte.weight"]}
+    containers.write_torch(folder / "ckpt.pt", {**tensors, **tied}, lambda state: {"model": state, **around})
+    config.save_pretrained(folder)
+
+
+NANOGPT = Format(
+    "nanoGPT's ckpt.pt", spelling.NANOGPT, WEIGHTS["nanogpt"], WEIGHTS["nanogpt"],
+    _read, _write, _config, {**PLAIN, "activation_function": ("gelu",)},
+    QUARTER, DECODERS,
+)  # fmt: skip
