@@ -62,16 +62,10 @@ def pipeline(
         raise InputError(f'task: expected "{TASK}", the only one that there is, found {task!r}')
     place = {name: options.pop(name) for name in PLACE if name in options}
     options = {name: value for name, value in options.items() if name not in IDLE}
-    backend, dtype = (
-        one_of("framework", framework, "backend", backend),
-        one_of("torch_dtype", torch_dtype, "dtype", dtype),
-    )
-    device = one_of("device_map", None if device_map == "auto" else device_map, "device", device)
-    if isinstance(device, Mapping) and len(set(device.values())) == 1:
-        device = next(iter(device.values()))
+    backend = one_of("framework", framework, "backend", backend)
+    dtype = one_of("torch_dtype", torch_dtype, "dtype", dtype)
+    device = one_device(device_map, device)
     check_options(options)
-    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
-
     if model is None or isinstance(model, (str, os.PathLike)):
         row, folder = backends.resolve(backend), resolve(DEMO if model is None else model, **place)
         more = {**({} if config is None else {"config": config}), **(model_kwargs or {})}
@@ -81,12 +75,7 @@ def pipeline(
         raise InputError(f"model: expected a name, a folder or a language model, found {type(model).__name__}")
     else:
         model = placed(model, backend, device, dtype)
-    if tokenizer is None:
-        raise InputError("tokenizer: a model that is loaded already does not know its own; give it, or its folder")
-    if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = GPT2Tokenizer.from_pretrained(tokenizer)
-    inputs.check_tokenizer(tokenizer)
-    return TextGenerationPipeline(model, tokenizer, options, batch_size)
+    return TextGenerationPipeline(model, read(tokenizer), options, batch_size)
 
 
 def one_of(name: str, value: Any, other: str, found: Any) -> Any:
@@ -94,6 +83,24 @@ def one_of(name: str, value: Any, other: str, found: Any) -> Any:
     if value is not None and found is not None and value != found:
         raise InputError(f"{name}: is {value!r}, and {other} is {found!r}; give one of the two")
     return found if value is None else value
+
+
+def one_device(device_map: Any, device: Any) -> Any:
+    """The device that is given under one of two names; a map may have several names for it."""
+    device = one_of("device_map", None if device_map == "auto" else device_map, "device", device)
+    return next(iter(device.values())) if isinstance(device, Mapping) and len(set(device.values())) == 1 else device
+
+
+def read(tokenizer: GPT2Tokenizer | str | os.PathLike[str] | None) -> GPT2Tokenizer:
+    """A tokenizer, or that of a folder or of a name on the hub."""
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+
+    if tokenizer is None:
+        raise InputError("tokenizer: a model that is loaded already does not know its own; give it, or its folder")
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = GPT2Tokenizer.from_pretrained(tokenizer)
+    inputs.check_tokenizer(tokenizer)
+    return tokenizer
 
 
 def placed(model: Any, backend: str | None, device: Any, dtype: Any) -> Any:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from gpt2_multi.pt.state import (
     register_hooks,
     rows,
 )
+
+if TYPE_CHECKING:
+    from gpt2_multi.model.checkpoint import Loaded
 
 _files_follow: ContextVar[bool] = ContextVar("files_follow", default=False)  # so that no parameter is filled twice
 
@@ -291,10 +294,7 @@ class GPT2PreTrainedModel(nn.Module):
         stored = as_dtype("param_dtype", stored) or torch.get_default_dtype()
         model = made[0] if made else cls._unfilled(found.config, {})
         model._compute_in(as_dtype("dtype", dtype), attn_implementation or "sdpa")
-        model._assign(found.arrays, stored, mmap)
-        fill_own(model, found.beside)
-        if model.generation_config is not None:
-            model.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
+        model._fill(found, stored, mmap)
         model = model.eval() if device is None else model.eval().to(device)
         return cast(Self, (model, found.info)) if output_loading_info else model
 
@@ -328,6 +328,13 @@ class GPT2PreTrainedModel(nn.Module):
     def _compute_in(self, dtype: torch.dtype | None, attn_implementation: str) -> None:
         self.compute_dtype = self.body.compute_dtype = dtype
         self.set_attn_implementation(attn_implementation)
+
+    def _fill(self, found: Loaded, dtype: torch.dtype, mmap: bool) -> None:
+        """Take over what was read: the table's weights, what a class of a caller's has besides, how it generates."""
+        self._assign(found.arrays, dtype, mmap)
+        fill_own(self, found.beside)
+        if self.generation_config is not None:
+            self.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
 
     def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtype: torch.dtype, mmap: bool = False) -> None:
         tensors, others = {}, other_names(self)

@@ -273,19 +273,7 @@ class GPT2Model(GPT2PreTrainedModel):
         x = self.embed(source, position_ids, token_type_ids)
         context = self._context(x, cache, attention_mask, encoder_hidden_states, encoder_attention_mask)
         self._wanted(context, output_attentions, output_hidden_states)
-        for layer, (block, heads) in enumerate(zip(self.h, self._head_masks(head_mask), strict=True)):
-            note(context.hidden, x)
-            if self.checkpointing and layer % self.every_n_layers == 0:
-                options = self.checkpointing_options
-                x, probs, cross_probs = recomputed(recast, block, self.compute_dtype, x, context, heads, **options)
-            elif self.compute_dtype is None:
-                x, probs, cross_probs = block(x, context, heads)
-            else:
-                x, probs, cross_probs = recast(block, self.compute_dtype, x, context, heads)
-            note(context.probs, probs)
-            note(context.cross_probs, cross_probs)
-        x = recast(self.ln_f, self.compute_dtype, x)
-        note(context.hidden, x)
+        x = self._through(x, context, self._head_masks(head_mask))
         if cache is not None:
             cache.length += x.shape[1]
             past_key_values = cache.returned()
@@ -339,6 +327,23 @@ class GPT2Model(GPT2PreTrainedModel):
         context.hidden = [] if hidden_states else None
         context.probs = [] if attentions else None
         context.cross_probs = [] if attentions and context.states is not None else None
+
+    def _through(self, x: Tensor, context: Context, head_masks: Sequence[Tensor | None]) -> Tensor:
+        """The hidden states after all blocks and the last norm; what a caller wants to see is noted on the way."""
+        for layer, (block, heads) in enumerate(zip(self.h, head_masks, strict=True)):
+            note(context.hidden, x)
+            if self.checkpointing and layer % self.every_n_layers == 0:
+                options = self.checkpointing_options
+                x, probs, cross_probs = recomputed(recast, block, self.compute_dtype, x, context, heads, **options)
+            elif self.compute_dtype is None:
+                x, probs, cross_probs = block(x, context, heads)
+            else:
+                x, probs, cross_probs = recast(block, self.compute_dtype, x, context, heads)
+            note(context.probs, probs)
+            note(context.cross_probs, cross_probs)
+        x = recast(self.ln_f, self.compute_dtype, x)
+        note(context.hidden, x)
+        return x
 
     def _head_masks(self, head_mask: Tensor | None) -> Sequence[Tensor | None]:
         if head_mask is None:

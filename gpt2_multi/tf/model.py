@@ -187,11 +187,7 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         x = self.embed(source, position_ids, token_type_ids)
         context = self._context(x, past, attention_mask, encoder_hidden_states, encoder_attention_mask)
         self._wanted(context, output_attentions, output_hidden_states)
-        for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
-            note(context.hidden, x)
-            x = block(x, context=context, head_mask=heads)
-        x = self.ln_f(x)
-        note(context.hidden, x)
+        x = self._through(x, context, self._head_masks(head_mask))
         cache = None
         if self.config.use_cache and not training if use_cache is None else use_cache:
             filled = None if past.filled is None else past.filled + sizes(x)[1]
@@ -225,6 +221,15 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         context.hidden = [] if hidden_states else None
         context.probs = [] if attentions else None
         context.cross_probs = [] if attentions and context.states is not None else None
+
+    def _through(self, x: tf.Tensor, context: Context, head_masks: Sequence[tf.Tensor | None]) -> tf.Tensor:
+        """The hidden states after all blocks and the last norm; what a caller wants to see is noted on the way."""
+        for block, heads in zip(self.h, head_masks, strict=True):
+            note(context.hidden, x)
+            x = block(x, context=context, head_mask=heads)
+        x = self.ln_f(x)
+        note(context.hidden, x)
+        return x
 
     def _head_masks(self, head_mask: tf.Tensor | None) -> Sequence[tf.Tensor | None]:
         if head_mask is None:

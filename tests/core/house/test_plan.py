@@ -96,7 +96,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "model": ["Seen", "Blocks", "Blocks.forward", "rematerialised", "GPT2Model._layers"],
             "attention": ["KVCache.stacked", "Layer"],
         },
-        **{package: {"model": ["GPT2Model._wanted", "note"]} for package in ("pt", "tf")},
+        **{package: {"model": ["GPT2Model._wanted", "GPT2Model._through", "note"]} for package in ("pt", "tf")},
     },
     "PyTorch's modules change in place: caches, dtypes, ties, memory and gradient checkpointing": {
         "pt": {
@@ -158,6 +158,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "_tie_linear",
                     "_constructors",
                     "_compute_in",
+                    "_fill",
                     "_check_tie",
                     "tie_weights",
                     "set_input_embeddings",
