@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -36,14 +37,14 @@ def read_json(
 ) -> dict[str, Any]:
     """The object in a JSON file; an error of one of these classes where there is none.
 
-    A pipe, which would be read for ever, is refused, and so is a giant.
+    A byte order mark before it means nothing. A pipe, which would be read for ever, is refused, and so is a giant.
     """
     try:
         if path.exists() and not path.is_file():
             raise missing(f"{path}: expected a file, found something else; check the path")
         if (size := path.stat().st_size) > largest:
             raise missing(f"{path}: has {size} bytes, more than such a file of a model ({largest}); fetch it again")
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes().removeprefix(BOM_UTF8))
     except FileNotFoundError:
         raise missing(f"{path}: there is no such file; a model folder holds it beside the weights") from None
     except OSError as error:

@@ -1,3 +1,4 @@
+import codecs
 import json
 import pickle
 import random
@@ -553,6 +554,25 @@ def test_jax_encodings_move_to_a_device():
 def test_both_pairs_of_files(tmp_path, names):
     tokenizer = GPT2Tokenizer.from_pretrained(write_small(tmp_path, names))
     assert [tokenizer.encode(text) for text in TEXTS] == [small().encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_files_may_have_been_through_an_editor(tmp_path, names):
+    """Byte order marks, ends of lines, tabs, spaces and empty lines mean nothing, nor which version the header says."""
+    vocab, merges = (write_small(tmp_path, names) / name for name in names)
+    header, *lines = merges.read_text("utf-8").splitlines()
+    vocab.write_bytes(codecs.BOM_UTF8 + vocab.read_bytes())
+    for text in [
+        "\n".join(lines),
+        "\r\n".join(["\ufeff#version: 0.4 - trained", *lines, ""]),
+        "\n".join([f"{header}  ", *(line.replace(" ", "\t") for line in lines), "", " ", ""]),
+        "\ufeff" + "\r".join(f" {line}\t" for line in lines),
+    ]:
+        merges.write_bytes(text.encode())
+        assert GPT2Tokenizer.from_pretrained(tmp_path)._bpe.merges == small_files()[1]
+    merges.write_text("\n".join([header, "# comment of three", *lines]), "utf-8")
+    with pytest.raises(TokenizerError, match=f"{names[1]}, merge 0: expected two tokens"):
+        GPT2Tokenizer.from_pretrained(tmp_path)
 
 
 def test_saved_tokenizers_come_back(tmp_path):
