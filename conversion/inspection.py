@@ -8,7 +8,7 @@ from typing import Any
 
 from gpt2_multi.files.arrays import Array, Shape
 from gpt2_multi.files.folders import PathLike
-from gpt2_multi.model.checkpoint import head_of, recognised
+from gpt2_multi.model.checkpoint import config_of, head_of, recognised
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.table import FORMATS
 from gpt2_multi.model.spelling import is_known_extra, named_rows
@@ -54,7 +54,7 @@ def inspect(path: PathLike) -> Inspection:
     """List what a checkpoint of any format holds. Raises CheckpointError where it cannot be read at all."""
     format, main = recognised(Path(path))
     kind = FORMATS[format]
-    arrays, config = kind.read(main), kind.config(main)
+    arrays, config = kind.read(main), config_of(kind, main)
     head = head_of(kind, arrays, config)
     rows = named_rows(arrays, config, head, kind.spelling, str(path))
     result = Inspection(str(path), format, kind.title, head, config.to_dict())

@@ -192,7 +192,7 @@ def open(
     format, main = recognised(Path(path), kinds, variant)
     kind = FORMATS[format]
     found = kind.read(main)
-    config = config or kind.config(main)
+    config = config or config_of(kind, main)
     head = head or head_of(kind, found, config)
     return Checkpoint(Path(path), format, found, config, head, ignore_mismatched_sizes, own)
 
@@ -294,7 +294,18 @@ def _stored_config(folder: Path, kinds: Iterable[str], variant: str | None, is_g
     format, main = recognised(folder, kinds, variant)
     if is_given and not main.with_name("config.json").exists():
         return GPT2Config()
-    return FORMATS[format].config(main)
+    return config_of(FORMATS[format], main)
+
+
+def config_of(kind: Format, main: Path) -> GPT2Config:
+    """The configuration that the files have."""
+    config = kind.config(main)
+    if config is None:
+        raise CheckpointError(
+            f"{main}: has no config.json beside it; give config=model.config, or put it there by "
+            "model.config.save_pretrained(folder)"
+        )
+    return config
 
 
 def _chosen(config: GPT2Config, stored: GPT2Config, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,7 +364,7 @@ def _is_auto(dtype: Any) -> bool:
 def read_config(path: PathLike, **overrides: Any) -> GPT2Config:
     """The configuration of a checkpoint in any format, with changes."""
     format, main = recognised(Path(path))
-    config = FORMATS[format].config(main)
+    config = config_of(FORMATS[format], main)
     return config.replace(**overrides) if overrides else config
 
 
@@ -370,16 +381,31 @@ def recognised(path: Path, kinds: Iterable[str] = (), variant: str | None = None
     there, kinds = _files(path), list(kinds or FORMATS)
     for format in kinds:
         for file in there:
-            if matches(file.name, [varied(name, variant) for name in FORMATS[format].main]) and _is(format, file):
+            patterns = [varied(name, variant) for name in FORMATS[format].main]
+            if matches(file.name, patterns) and FORMATS[format].is_it(file):
                 return format, file
     if any(file.name == "adapter_config.json" for file in there):
         raise CheckpointError(
             f"{path}: expected the weights of a GPT-2, found an adapter of PEFT; load the model that it was made for, "
             "and call PeftModel.from_pretrained(model, folder)"
         )
+    if found := _otherwise_named(path, there, kinds):
+        return found
     names = ", ".join(file.name for file in there[:8]) or "nothing"
     wanted = ", ".join(dict.fromkeys(varied(FORMATS[format].main[0], variant) for format in kinds))
     raise CheckpointError(f"{path}: expected the weights of a GPT-2, such as {wanted}; found no weights, but {names}")
+
+
+def _otherwise_named(path: Path, there: list[Path], kinds: list[str]) -> tuple[str, Path] | None:
+    """The format of the one file that has a name which such files often have; the most particular one, the last."""
+    files = [file for file in there if any(matches(file.name, FORMATS[format].others) for format in kinds)]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:8])
+        raise CheckpointError(f"{path}: expected one file of weights, found {names}; give the one that is meant")
+    for format in reversed(kinds) if files else ():
+        if matches(files[0].name, FORMATS[format].others) and FORMATS[format].is_it(files[0]):
+            return format, files[0]
+    return None
 
 
 def _files(path: Path) -> list[Path]:
@@ -392,18 +418,6 @@ def _files(path: Path) -> list[Path]:
     except (OSError, ValueError, StopIteration):  # longer than a path may be, with a zero byte in it, or nothing
         raise CheckpointError(f"{path}: no such file or folder; check the path") from None
     return sorted(files, key=lambda path: (len(path.name), path.name))
-
-
-def _is(format: str, file: Path) -> bool:
-    """Whether a file is of this format, where two formats give it one name."""
-    if format == "keras-hub":
-        config = file.with_name("config.json")
-        return config.exists() and "class_name" in read_json(config)
-    kind = FORMATS[format]
-    if kind.spelling in (TRANSFORMERS, TORCH):
-        found = {name: array.shape for name, array in kind.read(file).items()}
-        return not any("/" in name for name in found) and bool(out_first(found)) == (kind.spelling is TORCH)
-    return True
 
 
 def head_of(format: Format, found: Mapping[str, Array], config: GPT2Config) -> str:

@@ -31,18 +31,21 @@ LONG = pickle.LONG1 + b"\xff" + b"\x7f" * 255
 SHAPE = pickle.MARK + LONG + (pickle.BINPUT + b"\1") + (pickle.BINGET + b"\1") * 20000 + pickle.TUPLE + b"q\0"
 COLLIDING = b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(9000))
 PICKLES = {
-    "a call": (RUN + TOUCH + b"\x85R", "calls os system, which is not run"),
-    "a call of a name on the stack": (short("os") + short("system") + b"\x93" + TOUCH + b"\x85R", "calls os system"),
+    "a call": (RUN + TOUCH + b"\x85R", "what os system would make, which is not run"),
+    "a call of a name on the stack": (short("os") + short("system") + b"\x93" + TOUCH + b"\x85R", "what os system wou"),
+    "a call for a value": (short("x") + RUN + TOUCH + b"\x85Rs", "found 'x' with what os system would make"),
     "an instance": (b"(" + TOUCH + b"ios\nsystem\n", r"does what no checkpoint does \(INST\)"),
     "an object": (b"(" + RUN + TOUCH + b"o", r"does what no checkpoint does \(OBJ\)"),
-    "a new object": (RUN + TOUCH + b"\x85\x81", r"does what no checkpoint does \(NEWOBJ\)"),
+    "a new object": (RUN + TOUCH + b"\x85\x81", "what os system would make, which is not run"),
+    "a new object of no class": (TOUCH + TOUCH + b"\x85\x81", "an object of what is no class"),
+    "what is called is none": (TOUCH + TOUCH + b"\x85R", "calls what is no name"),
     "a new object with names": (RUN + TOUCH + b"\x85}\x92", r"does what no checkpoint does \(NEWOBJ_EX\)"),
     "a state that is set": (short("x") + RUN + b"}" + short("__setstate__") + RUN + b"sb" + b"s", "holds|expected"),
     "an extension": (b"\x82\1", r"does what no checkpoint does \(EXT1\)"),
     "a persistent name": (b"Pos\n", r"does what no checkpoint does \(PERSID\)"),
     "a memo that is not there": (pickle.LONG_BINGET + b"\xff" * 4, "not a whole file of torch.save"),
     "a huge memo index": (short("x") + b"K\1" + pickle.LONG_BINPUT + b"\xff" * 4 + b"s", "found 'x' with another"),
-    "tuples of tuples for a key": (LAUGHS + b"K\1s", "keys are neither strings nor small numbers"),
+    "tuples of tuples for a key": (LAUGHS + b"K\1s", "found a tuple with another value"),
     "tuples of tuples for pairs": (b"ccollections\nOrderedDict\n" + b"(" + LAUGHS + b"lR", "which|calls|does"),
     "tuples of tuples for a value": (short("x") + LAUGHS + b"s", "found 'x' with another value"),
     "marks": (pickle.MARK * 400_000, "longer than that of any GPT-2"),
@@ -50,7 +53,7 @@ PICKLES = {
     "lists": (b"]" * 400_000, "longer than that of any GPT-2"),
     "long names": (text("a" * 99_000) + b"q\0" + (b"h\0h\0\x93") * 20_000, "a name that is longer than any"),
     "a long shape many times": (SHAPE + (TENSOR + b"((" + STORAGE + b"tQK\0h\0h\0tR") * 500, "a tensor that is none"),
-    "keys that collide": (b"(" + COLLIDING + b"u", "small numbers"),
+    "keys that collide": (b"(" + COLLIDING + b"u", "it has 9000 tensors"),
     "an order that is not there": (b"(" + b"K\1" * 9 + b"tR", "not a whole"),
     "a length that lies": (pickle.BINUNICODE8 + b"\xff" * 8, "not a whole"),
     "many arguments": (b"(" + b"N" * 99 + b"tq\0ccollections\nOrderedDict\nh\0R", "no list of arguments"),
@@ -72,6 +75,24 @@ def test_pickles(whole, outcome, tmp_path, monkeypatch, format, name):
     assert not (tmp_path / "ran").exists() and not (tmp_path / "case" / "ran").exists()
     found = outcome({**files, file: zipped({**members, "archive/data.pkl": pickled(body)})})
     assert re.search(sentence if format == "pytorch" else "", found), found
+
+
+def test_what_stands_beside_a_state_dict_is_not_run(whole, outcome, tmp_path, monkeypatch):
+    """Trainers save objects of their classes: they stay names, wherever they are, and the model opens."""
+    monkeypatch.chdir(tmp_path)
+    files = whole("nanogpt")
+    (file,) = [file for file in files if file.endswith(".pt")]
+    members = unzipped(files[file])
+    call = RUN + TOUCH + b"\x85R"
+    made = RUN + TOUCH + b"\x85\x81}" + short("x") + call + b"sb"
+    odd = short("odd") + b"}" + call + b"K\1s" + LAUGHS + b"K\1s" + b"NK\1s" + b"s"
+    twice = b"}" + short("a") + b"h\xf0s" + short("b") + b"h\xf0s" + b"q\xf00"
+    deep = b"}q\xf00" + twice * 60 + short("deep") + b"h\xf0s"
+    extra = short("run") + call + b"s" + short("made") + made + b"s" + odd + deep + short("laughs") + LAUGHS + b"s"
+    members["archive/data.pkl"] = members["archive/data.pkl"][:-1] + extra + pickle.STOP
+    for data in (files[file], zipped(members)):
+        assert outcome({**files, file: data}) == "opened"
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "case" / "ran").exists()
 
 
 def patched(data, signature, place, form, *values):

@@ -1,7 +1,7 @@
 """Pickles as torch.save writes them, read without running anything.
 
 A small machine for the opcodes that such a pickle has (Lib/pickletools.py documents them). Names of functions and
-classes stay names: the few that build a tensor or a dict are known here, and any other is refused.
+classes stay names: the few that build a tensor or a dict are known here, and what any other would make is an `Inert`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,22 @@ class Name(NamedTuple):
     text: str
 
 
+class Inert:
+    """What a function or a class would have made, which is not run: its name, and nothing that it was given."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 MARK = Name("mark")
+
+
+def _is_plain(key: Any) -> bool:
+    """Whether a key of a dict is a string or a small number."""
+    return isinstance(key, str) or (type(key) is int and key in range(1 << 32))
 
 
 def _tensor(storage: Storage, offset: int, shape: Shape, strides: Shape, *_: Any) -> Stored:
@@ -159,12 +174,18 @@ class Machine:
 
     def do_reduce(self, _: Any) -> None:
         function, arguments = self.last(2)
-        call = CALLS.get(function.text) if isinstance(function, Name) else None
-        if call is None:
-            raise ValueError(f"its pickle calls {getattr(function, 'text', 'what is no name')}, which is not run")
-        if not isinstance(arguments, tuple) or len(arguments) > 8:
+        if not isinstance(function, Name):
+            raise ValueError("its pickle calls what is no name, which is not run")
+        call = CALLS.get(function.text)
+        if call is not None and (not isinstance(arguments, tuple) or len(arguments) > 8):
             raise ValueError("its pickle calls with what is no list of arguments")
-        self.stack.append(call(*arguments))
+        self.stack.append(Inert(function.text) if call is None else call(*arguments))
+
+    def do_newobj(self, _: Any) -> None:
+        made, _arguments = self.last(2)
+        if not isinstance(made, Name):
+            raise ValueError("its pickle makes an object of what is no class, which is not run")
+        self.stack.append(Inert(made.text))
 
     def do_build(self, _: Any) -> None:
         self.last(1)  # attributes, such as `_metadata` of a state_dict
@@ -183,12 +204,15 @@ class Machine:
     do_long_binget = do_binget
 
     def do_append(self, _: Any) -> None:
-        value = self.last(1)
-        self.stack[-1].extend(value)
+        self.extend(self.last(1))
 
     def do_appends(self, _: Any) -> None:
-        values = self.marked()
-        self.stack[-1].extend(values)
+        self.extend(self.marked())
+
+    def extend(self, values: list[Any]) -> None:
+        """Put values at the end of the list on top."""
+        if not isinstance(self.stack[-1], Inert):
+            self.stack[-1].extend(values)
 
     def do_setitem(self, _: Any) -> None:
         self.put(self.last(2))
@@ -197,13 +221,14 @@ class Machine:
         self.put(self.marked())
 
     def put(self, values: list[Any]) -> None:
-        """Put keys and values, in turn, into the dict on top. A key that is a tree of tuples would take for ever.
+        """Put keys and values, in turn, into the dict on top.
 
-        So would many large numbers that collide.
+        A key that is a tree of tuples would take for ever, and so would many large numbers that collide: it is a key
+        that is like no other.
         """
-        if not all(isinstance(key, str) or (type(key) is int and key in range(1 << 32)) for key in values[::2]):
-            raise ValueError("it has a dict whose keys are neither strings nor small numbers")
-        self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
+        keys = [key if _is_plain(key) else Inert(f"a {type(key).__name__}") for key in values[::2]]
+        if not isinstance(self.stack[-1], Inert):
+            self.stack[-1].update(zip(keys, values[1::2], strict=True))
 
     def do_binpersid(self, _: Any) -> None:
         (identity,) = self.last(1)

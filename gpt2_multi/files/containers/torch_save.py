@@ -12,7 +12,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from gpt2_multi.files.arrays import MOST, Array, Made, chunks, mapped, mapping, reading, tensor
 from gpt2_multi.files.containers import archive
-from gpt2_multi.files.containers.pickles import STORAGES, Machine, Storage, Stored
+from gpt2_multi.files.containers.pickles import STORAGES, Inert, Machine, Storage, Stored
 
 OLD_MAGIC = 0x1950A86A20F9469CFC6C
 ALIGNMENT = 64  # bytes, as torch aligns storages
@@ -29,24 +29,36 @@ _BYTE = np.dtype(np.uint8)
 Storages = Callable[[Storage], Array]
 
 
-def read_torch(path: Path, inner: str = "") -> dict[str, Any]:
-    """The dict that torch.load would give, with mapped arrays for its tensors and for those of the dict `inner` in it.
+def read_torch(path: Path, is_inner: Callable[[Collection[Any]], bool] = lambda names: False) -> dict[str, Any]:
+    """The dict that torch.load would give, with mapped arrays for its tensors; what code would have made is `Inert`.
 
-    Raises CheckpointError for a damaged or unsafe file.
+    So are the dicts in it, however deep, of which `is_inner` says so by the names of their tensors. Raises
+    CheckpointError for a damaged file.
     """
     with reading(path, "file of torch.save"):
         data = mapped(path)
         value, storages = _read_zip(data) if bytes(data[:4]) == archive.START else _read_old(data)
-        return {key: _shown(part, storages) if key == inner else part for key, part in _shown(value, storages).items()}
+        return _shown(value, storages, is_inner)
 
 
-def _shown(value: Any, storages: Storages) -> Any:
-    """A dict with arrays for its tensors."""
+def _shown(value: Any, storages: Storages, is_inner: Callable[[Collection[Any]], bool]) -> dict[str, Any]:
+    """A dict with arrays for its tensors, and for those of the dicts in it that are wanted; each is looked at once."""
+    if isinstance(value, Inert):
+        raise ValueError(f"it holds what {value} would make, which is not run; save the model's state_dict() instead")
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not a dict of tensors")
-    if len(value) > MOST:
-        raise ValueError(f"it has {len(value)} tensors; no GPT-2 has as many")
-    return {key: _view(part, storages) if isinstance(part, Stored) else part for key, part in value.items()}
+    dicts, count = {id(value): value}, 0
+    for found in (queue := [value]):
+        names = [key for key, part in found.items() if isinstance(part, Stored)]
+        if found is value or is_inner(names):
+            count += len(names)
+            if max(count, len(found)) > MOST:
+                raise ValueError(f"it has {max(count, len(found))} tensors; no GPT-2 has as many")
+            found.update({key: _view(found[key], storages) for key in names})
+        inner = {id(part): part for part in found.values() if isinstance(part, dict)}
+        queue += [part for key, part in inner.items() if key not in dicts]
+        dicts.update(inner)
+    return value
 
 
 def _read_zip(data: Array) -> tuple[Any, Storages]:

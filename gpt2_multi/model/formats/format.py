@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import numpy as np
 
 from gpt2_multi.errors import CheckpointError, shortened
 from gpt2_multi.files import containers
-from gpt2_multi.files.arrays import Array, Made, reading
+from gpt2_multi.files.arrays import LONGEST, Array, Made, reading
+from gpt2_multi.files.containers.pickles import Inert
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.fields import ACTIVATIONS
 from gpt2_multi.model.spelling import Spelling
@@ -44,8 +45,10 @@ class Format:
     """A format of checkpoints.
 
     `main` are patterns of the file that a folder of this format is recognised by, `own` those of all its files but
-    config.json. `fixed` are the values of settings that its program computes with, whatever they should be; `no_room`
-    those without which it has no names for all tensors. An empty `heads` is all heads.
+    config.json. `others` are names by which people call such a file: read where it is given itself or lies alone, and
+    where `is_it` says so of what is in it. `config` gives None where the files do not say what model they are of.
+    `fixed` are the values of settings that its program computes with, whatever they should be; `no_room` those without
+    which it has no names for all tensors. An empty `heads` is all heads.
     """
 
     title: str
@@ -54,15 +57,18 @@ class Format:
     own: tuple[str, ...]
     read: Callable[[Path], Tensors]
     write: Callable[[Path, dict[str, Made], GPT2Config, int | str], None]
-    config: Callable[[Path], GPT2Config]
+    config: Callable[[Path], GPT2Config | None]
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     no_room: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     heads: tuple[str, ...] = tuple(ARCHITECTURES)
+    others: tuple[str, ...] = ()
+    is_it: Callable[[Path], bool] = lambda main: True
 
 
-def beside(main: Path) -> GPT2Config:
-    """The configuration in the config.json that lies beside a file."""
-    return GPT2Config.from_json_file(main.with_name("config.json"))
+def beside(main: Path) -> GPT2Config | None:
+    """The configuration in the config.json that lies beside a file, if one does."""
+    path = main.with_name("config.json")
+    return GPT2Config.from_json_file(path) if path.exists() else None
 
 
 def sharded(read: Callable[[Path], Tensors]) -> Callable[[Path], Tensors]:
@@ -70,17 +76,51 @@ def sharded(read: Callable[[Path], Tensors]) -> Callable[[Path], Tensors]:
     return lambda main: containers.read_shards(main, read) if main.suffix == ".json" else read(main)
 
 
+def is_state(names: Collection[Any]) -> bool:
+    """Whether a dict whose tensors have these names may be the state dict of a GPT-2."""
+    return any(isinstance(name, str) and name.endswith("wpe.weight") for name in names)
+
+
 def state(path: Path, found: Mapping[Any, Any]) -> Tensors:
-    """A state dict, which holds tensors by their names."""
+    """The tensors of a file of PyTorch by their names: of a state dict, or of those below keys, the keys first.
+
+    What else is in such a file, an optimizer or how a model was trained, is not looked at.
+    """
+    arrays = [isinstance(value, np.ndarray) for value in found.values()]
+    if all(arrays) or is_state(found) or not (below := _below(path, found)):
+        return _checked(path, found)
+    return below
+
+
+def _checked(path: Path, found: Mapping[Any, Any]) -> Tensors:
     for name, array in found.items():
         if not isinstance(name, str) or not isinstance(array, np.ndarray):
-            raise CheckpointError(f"{path}: expected tensors by their names, found {plain(name)} with another value")
+            value = f"what {plain(array)} would make, which is not run" if isinstance(array, Inert) else "another value"
+            raise CheckpointError(f"{path}: expected tensors by their names, found {plain(name)} with {value}")
     return dict(found)
+
+
+def _below(path: Path, found: Mapping[Any, Any]) -> Tensors:
+    """The state dicts in a dict, however deep, their tensors with the keys before their names."""
+    tensors: Tensors = {}
+    seen, queue = {id(found)}, [("", found)]
+    for before, inside in queue:
+        for key, value in inside.items():
+            name = f"{before}{key}."
+            if not isinstance(value, dict) or id(value) in seen or len(name) > LONGEST:
+                continue
+            seen.add(id(value))
+            if is_state([name for name, part in value.items() if isinstance(part, np.ndarray)]):
+                tensors.update({name + inner: array for inner, array in _checked(path, value).items()})
+            else:
+                queue.append((name, value))
+    return tensors
 
 
 def plain(value: Any) -> str:
     """A string or number of a file for an error; the text of any other value may be longer than the world."""
-    return shortened(repr(value)) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    known = (str, int, float, bool, type(None), Inert)
+    return shortened(repr(value)) if isinstance(value, known) else type(value).__name__
 
 
 def settings_of(path: Path, found: Mapping[str, Any], names: Mapping[str, str], **more: Any) -> GPT2Config:

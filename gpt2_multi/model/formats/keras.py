@@ -30,7 +30,12 @@ BACKBONE = {
 OURS = "gpt2_config"  # where KerasHub's config.json keeps what its backbone has no setting for
 
 
-def _keras_hub_config(main: Path) -> GPT2Config:
+def _is_keras_hub(main: Path) -> bool:
+    path = main.with_name("config.json")
+    return path.exists() and "class_name" in read_json(path)
+
+
+def _keras_hub_config(main: Path) -> GPT2Config | None:
     path = main.with_name("config.json")
     found = read_json(path)
     if isinstance(ours := found.get(OURS), dict):
@@ -69,7 +74,7 @@ def _write_keras_weights(folder: Path, tensors: dict[str, Made], config: GPT2Con
 
 KERAS_HUB = Format(
     "KerasHub's preset", spelling.KERAS_HUB, WEIGHTS["keras-hub"][:1], WEIGHTS["keras-hub"],
-    _read_keras, _write_keras_hub, _keras_hub_config, TANH, NO_ROOM, DECODERS,
+    _read_keras, _write_keras_hub, _keras_hub_config, TANH, NO_ROOM, DECODERS, is_it=_is_keras_hub,
 )  # fmt: skip
 KERAS_WEIGHTS = Format(
     "Keras' .weights.h5 of gpt2_multi.tf", spelling.KERAS_WEIGHTS, ("*.weights.h5",), WEIGHTS["keras-hub"][:1],

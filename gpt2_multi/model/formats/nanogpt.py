@@ -13,18 +13,34 @@ from gpt2_multi.files.arrays import Made
 from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.model import spelling
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats.format import DECODERS, PLAIN, QUARTER, SAME, Format, Tensors, beside, settings_of, state
+from gpt2_multi.model.formats.format import (
+    DECODERS,
+    PLAIN,
+    QUARTER,
+    SAME,
+    Format,
+    Tensors,
+    beside,
+    is_state,
+    settings_of,
+    state,
+)
 from gpt2_multi.model.weights import table
 
 MODEL_ARGS = {"vocab_size": "vocab_size", "block_size": "n_positions", **SAME}
 
 
-def _config(main: Path) -> GPT2Config:
+def _is_nanogpt(main: Path) -> bool:
+    found = containers.read_torch(main)
+    return isinstance(found.get("model"), dict) and isinstance(found.get("model_args"), dict)
+
+
+def _config(main: Path) -> GPT2Config | None:
     if main.with_name("config.json").exists():
         return beside(main)
     found = containers.read_torch(main).get("model_args")
     if not isinstance(found, dict):
-        raise CheckpointError(f"{main}: expected 'model_args', as nanoGPT writes them, found none; is it another's?")
+        return None
     drop = found.get("dropout", 0.0)
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), drop)
     return settings_of(main, found, MODEL_ARGS, activation_function="gelu", **dropouts)
@@ -32,7 +48,7 @@ def _config(main: Path) -> GPT2Config:
 
 def _read(main: Path) -> Tensors:
     """The weights without the prefix of torch.compile; biases that were left out are zeros."""
-    found = containers.read_torch(main, "model")
+    found = containers.read_torch(main, is_state)
     model = found.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{main}: expected the weights under 'model', as nanoGPT writes them, found none")
@@ -41,6 +57,7 @@ def _read(main: Path) -> Tensors:
     if not isinstance(args, dict) or args.get("bias", True):
         return tensors
     config = _config(main)
+    assert config is not None  # the arguments are there
     if config.n_layer > max(1000, len(tensors)):
         raise CheckpointError(f"{main}: has {len(tensors)} tensors, too few for {config.n_layer} layers")
     rows = {spelling.NANOGPT.spell(row): row for row in table(config)}
@@ -60,5 +77,5 @@ def _write(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | 
 NANOGPT = Format(
     "nanoGPT's ckpt.pt", spelling.NANOGPT, WEIGHTS["nanogpt"], WEIGHTS["nanogpt"],
     _read, _write, _config, {**PLAIN, "activation_function": ("gelu",)},
-    QUARTER, DECODERS,
+    QUARTER, DECODERS, ("*.pt", "*.pth"), _is_nanogpt,
 )  # fmt: skip

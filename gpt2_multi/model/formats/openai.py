@@ -15,10 +15,11 @@ from gpt2_multi.model.formats.format import DECODERS, QUARTER, SAME, TANH, Forma
 HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "n_positions", **SAME}
 
 
-def _config(main: Path) -> GPT2Config:
-    if main.with_name("config.json").exists():
+def _config(main: Path) -> GPT2Config | None:
+    path = main.with_name("hparams.json")
+    if main.with_name("config.json").exists() or not path.exists():
         return beside(main)
-    return settings_of(main.with_name("hparams.json"), read_json(main.with_name("hparams.json")), HPARAMS)
+    return settings_of(path, read_json(path), HPARAMS)
 
 
 def _read(main: Path) -> Tensors:
@@ -35,5 +36,5 @@ def _write(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | 
 
 OPENAI = Format(
     "OpenAI's TensorFlow 1 checkpoint", spelling.OPENAI, ("model.ckpt.index", "model.ckpt-[0-9]*.index"),
-    WEIGHTS["openai"], _read, _write, _config, TANH, QUARTER, DECODERS,
+    WEIGHTS["openai"], _read, _write, _config, TANH, QUARTER, DECODERS, ("*.index",),
 )  # fmt: skip

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files import containers
 from gpt2_multi.files.arrays import Made
 from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats.format import Format, Tensors, beside, sharded, snake_case, state
-from gpt2_multi.model.spelling import FLAX_FILE, TF, TORCH, TRANSFORMERS
-
-
-def _state_config(main: Path) -> GPT2Config:
-    """The configuration beside a state dictionary; who saves one alone, as transformers' Trainer, writes none."""
-    if not main.with_name("config.json").exists():
-        raise CheckpointError(
-            f"{main.parent}: has a state dictionary of gpt2_multi.pt, as transformers' Trainer saves it, but no "
-            "config.json; give config=model.config, or put it there by model.config.save_pretrained(folder)"
-        )
-    return beside(main)
+from gpt2_multi.model.formats.format import Format, Tensors, beside, is_state, sharded, snake_case, state
+from gpt2_multi.model.spelling import FLAX_FILE, TF, TORCH, TRANSFORMERS, out_first
 
 
 def _read_safetensors(main: Path) -> Tensors:
@@ -41,7 +31,7 @@ def _write_tf_safetensors(folder: Path, tensors: dict[str, Made], config: GPT2Co
 
 
 def _read_pytorch(path: Path) -> Tensors:
-    return state(path, containers.read_torch(path))
+    return state(path, containers.read_torch(path, is_state))
 
 
 def _write_pytorch(folder: Path, tensors: dict[str, Made], config: GPT2Config, size: int | str) -> None:
@@ -81,34 +71,53 @@ def _write_flax(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: i
     config.save_pretrained(folder)
 
 
+def _with_kernels(read: Callable[[Path], Tensors], is_out_first: bool) -> Callable[[Path], bool]:
+    """Whether a file has the names of PyTorch, and kernels of (out, in) or of (in, out)."""
+
+    def is_it(main: Path) -> bool:
+        shapes = {name: array.shape for name, array in read(main).items()}
+        return not any("/" in name for name in shapes) and bool(out_first(shapes)) == is_out_first
+
+    return is_it
+
+
+_safetensors, _pytorch = sharded(_read_safetensors), sharded(_read_pytorch)
+TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin")
 _MAIN = {format: (files[0], files[-1]) for format, files in WEIGHTS.items()}  # one file, or the index of shards
 
 
 SAFETENSORS = Format(
     "transformers' safetensors", TRANSFORMERS, _MAIN["safetensors"], WEIGHTS["safetensors"],
-    sharded(_read_safetensors), _write_safetensors, beside,
+    _safetensors, _write_safetensors, beside,
+    others=("*.safetensors",), is_it=_with_kernels(_safetensors, False),
 )  # fmt: skip
 TORCH_SAFETENSORS = Format(
     "a state dictionary of gpt2_multi.pt in safetensors", TORCH, _MAIN["safetensors"], WEIGHTS["safetensors"],
-    sharded(_read_safetensors), _write_safetensors, _state_config,
+    _safetensors, _write_safetensors, beside,
+    others=("*.safetensors",), is_it=_with_kernels(_safetensors, True),
 )  # fmt: skip
 TF_SAFETENSORS = Format(
     "transformers' safetensors of TensorFlow", TF, _MAIN["safetensors"], WEIGHTS["safetensors"],
-    sharded(_read_safetensors), _write_tf_safetensors, beside, no_room={"tie_word_embeddings": (True,)},
+    _safetensors, _write_tf_safetensors, beside, no_room={"tie_word_embeddings": (True,)},
+    others=("*.safetensors",),
 )  # fmt: skip
 PYTORCH = Format(
     "transformers' pytorch_model.bin", TRANSFORMERS, _MAIN["pytorch"], WEIGHTS["pytorch"],
-    sharded(_read_pytorch), _write_pytorch, beside,
+    _pytorch, _write_pytorch, beside,
+    others=TORCH_FILES, is_it=_with_kernels(_pytorch, False),
 )  # fmt: skip
 TORCH_PICKLE = Format(
     "a state dictionary of gpt2_multi.pt in pytorch_model.bin", TORCH, _MAIN["pytorch"], WEIGHTS["pytorch"],
-    sharded(_read_pytorch), _write_pytorch, _state_config,
+    _pytorch, _write_pytorch, beside,
+    others=TORCH_FILES, is_it=_with_kernels(_pytorch, True),
 )  # fmt: skip
 TF_H5 = Format(
     "transformers' tf_model.h5", TF, _MAIN["tf-h5"], WEIGHTS["tf-h5"],
     sharded(_read_tf_h5), _write_tf_h5, beside, no_room={"tie_word_embeddings": (True,)},
+    others=("*.h5",),
 )  # fmt: skip
 FLAX_MSGPACK = Format(
     "transformers' flax_model.msgpack", FLAX_FILE, _MAIN["flax-msgpack"], WEIGHTS["flax-msgpack"],
     sharded(_read_flax), _write_flax, beside,
+    others=("*.msgpack",),
 )  # fmt: skip
