@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2_multi.app import backends
 from gpt2_multi.app.prompts import READING, Reading, check_prompt, is_chat, items, reading_of
-from gpt2_multi.errors import InputError
+from gpt2_multi.errors import InputError, described
 from gpt2_multi.files.hub import DEMO, resolve
 from gpt2_multi.files.progress import watched
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import TASK, GenerationConfig, as_generation_config, task_options
 from gpt2_multi.generation.request import Given, seed_of
 from gpt2_multi.generation.rules import noise_streams
-from gpt2_multi.generation.stopping import own
+from gpt2_multi.generation.stopping.spelling import Foreign, ids_of, own
 from gpt2_multi.model import inputs
 
 if TYPE_CHECKING:
@@ -161,6 +161,10 @@ class TextGenerationPipeline:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Save the model and its tokenizer in one folder; `options` are those of the model's `save_pretrained`."""
+        if not hasattr(self.tokenizer, "save_pretrained"):
+            raise InputError(
+                f"tokenizer: expected one that can be saved, found {described(self.tokenizer)}; save the model alone"
+            )
         self.model.save_pretrained(save_directory, **options)
         self.tokenizer.save_pretrained(save_directory)
 
@@ -205,7 +209,7 @@ class TextGenerationPipeline:
         config = as_generation_config(self.model.generation_config).resolve(given, options)
         if config.records:
             raise InputError("return_dict_in_generate: a pipeline gives texts; leave it out, or call model.generate")
-        before = len(self.tokenizer(reading.prefix).input_ids) if reading.prefix else 0
+        before = len(ids_of(self.tokenizer, reading.prefix)) if reading.prefix else 0
         if before and config.max_length is not None and config.max_new_tokens is None:
             config = replace(config, max_length=config.max_length + before)
         return replace(config, min_length=config.min_length + before) if before and config.min_length else config
@@ -244,15 +248,18 @@ class Answering:
         """The prompt is given too."""
         return self.return_full_text is not False and self._type != 1
 
-    def spelled(self, tokenizer: GPT2Tokenizer, ids: list[int], config: GenerationConfig) -> str:
-        """What new ids spell; control tokens only where they are not to be skipped."""
-        tokenizer = own(tokenizer)
+    def spelled(self, tokenizer: GPT2Tokenizer, ids: list[int], config: GenerationConfig, before: list[int]) -> str:
+        """What new ids spell after those before; control tokens only where they are not to be skipped."""
+        known, clean = own(tokenizer), self.clean_up_tokenization_spaces
         if self.skip_special_tokens is False:
             config = replace(config, eos_token_id=None)
         else:
-            ids = [i for i in ids if i not in tokenizer.all_special_ids]
-        text = "".join(texts.decode(tokenizer, ids, config))
-        return tokenizer.clean_up_tokenization(text) if self.clean_up_tokenization_spaces else text
+            ids, before = ([i for i in row if i not in known.all_special_ids] for row in (ids, before))
+        if isinstance(known, Foreign):
+            options = {} if clean is None else {"clean_up_tokenization_spaces": clean}
+            return texts.spelled(tokenizer, ids, config, before, **options)
+        text = texts.spelled(tokenizer, ids, config, before)
+        return known.clean_up_tokenization(text) if clean else text
 
     @property
     def _type(self) -> Any:
@@ -331,5 +338,5 @@ class Batches:
         """What is given for a prompt and the ids that follow it."""
         if self.answering.tensors:
             return {"generated_token_ids": read + new}
-        text = self.answering.spelled(self.reading.tokenizer, new, self.config)
+        text = self.answering.spelled(self.reading.tokenizer, new, self.config, read)
         return {"generated_text": self.reading.whole(prompt, text) if self.answering.full_text else text}

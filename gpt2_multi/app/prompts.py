@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.stopping.spelling import ids_of
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 
@@ -89,7 +90,7 @@ class Reading:
 
     def _of_text(self, prompt: str, options: Mapping[str, Any]) -> list[int]:
         if options:
-            return list(self.tokenizer(self.prefix + prompt, **options).input_ids)
+            return ids_of(self.tokenizer, self.prefix + prompt, **options)
         return texts.encode(self.prefix + prompt, self.tokenizer, self.model)
 
     def _of_chat(self, messages: Any, options: Mapping[str, Any]) -> list[int]:
@@ -103,7 +104,7 @@ class Reading:
 
     def _room(self, length: int, config: GenerationConfig) -> int:
         """How many ids leave room for the new ones."""
-        most = min(self.tokenizer.model_max_length, self.model.n_positions)
+        most = min(getattr(self.tokenizer, "model_max_length", self.model.n_positions), self.model.n_positions)
         new = config.max_new_tokens
         new = max(config.max_length - length, 0) if new is None and config.max_length is not None else new or 20
         if most <= new:

@@ -17,7 +17,6 @@ In TensorFlow and JAX they are traced once into the compiled loop, and ids from 
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import numpy as np
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.stopping import token_bytes
+from gpt2_multi.generation.stopping.spelling import Speller
 from gpt2_multi.model import inputs
 
 if TYPE_CHECKING:
@@ -91,7 +90,9 @@ class TextStreamer:
 
     def _begin(self) -> None:
         self.next_tokens_are_prompt = True
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        skips = self.decode_kwargs.get("skip_special_tokens")
+        skipped = getattr(self.tokenizer, "all_special_ids", ()) if skips else ()
+        self._speller = Speller(self.tokenizer, skipped, **self.decode_kwargs)
 
     def put(self, value: Any) -> None:
         """Take ids of one row, (1, T) or (N,): the prompt's, then the new ones."""
@@ -99,16 +100,14 @@ class TextStreamer:
         if ids.ndim > 1 and len(ids) > 1:
             raise InputError(f"streamer: prints one text, found {len(ids)} rows; give one prompt, or use stream_tokens")
         is_prompt, self.next_tokens_are_prompt = self.next_tokens_are_prompt, False
-        if not (is_prompt and self.skip_prompt) and (text := self._decoder.decode(self._bytes(ids.reshape(-1)))):
+        if is_prompt and self.skip_prompt:
+            self._speller.follow(ids.reshape(-1).tolist())
+        elif text := self._speller.put(ids.reshape(-1).tolist()):
             self.on_finalized_text(text)
-
-    def _bytes(self, ids: Any) -> bytes:
-        skipped = self.tokenizer.all_special_ids if self.decode_kwargs.get("skip_special_tokens") else ()
-        return b"".join(token_bytes(self.tokenizer, token) for token in ids.tolist() if token not in skipped)
 
     def end(self) -> None:
         """Give what is left, and the end of the line; the next text may begin."""
-        rest = self._decoder.decode(b"", final=True)
+        rest = self._speller.end()
         self._begin()
         self.on_finalized_text(rest, stream_end=True)
 

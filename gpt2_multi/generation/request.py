@@ -197,10 +197,10 @@ class Request:
         if self.prompts is None or sequences is None:
             return output if self.config.return_dict_in_generate else output.sequences
         made = self._trimmed(sequences)
-        found = self._spelled(made)
+        prompts = self._each([row[keep].tolist() for row, keep in zip(self.ids, self.mask, strict=True)])
+        found = self._spelled(prompts, made)
         if not self.config.return_dict_in_generate:
             return found
-        prompts = self._each([row[keep].tolist() for row, keep in zip(self.ids, self.mask, strict=True)])
         output.texts = found
         output.token_ids = self._grouped([prompt + ids for prompt, ids in zip(prompts, made, strict=True)])
         return output
@@ -210,10 +210,11 @@ class Request:
         rows = sequences[:, self.given.shape[1] :].tolist()
         return texts.trim(rows, cast("GPT2Tokenizer", self.tokenizer), self.config, self.model)
 
-    def _spelled(self, made: list[list[int]]) -> Any:
+    def _spelled(self, before: list[list[int]], made: list[list[int]]) -> Any:
         """Each prompt with what its new tokens spell."""
         prompts = self._each(listed(cast("str | Sequence[str]", self.prompts)))
-        new = ("".join(texts.decode(cast("GPT2Tokenizer", self.tokenizer), row, self.config)) for row in made)
+        tokenizer = cast("GPT2Tokenizer", self.tokenizer)
+        new = (texts.spelled(tokenizer, ids, self.config, first) for first, ids in zip(before, made, strict=True))
         return self._grouped([prompt + text for prompt, text in zip(prompts, new, strict=True)])
 
     def _each(self, prompts: Sequence[Any]) -> list[Any]:

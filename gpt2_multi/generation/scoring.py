@@ -16,6 +16,7 @@ import numpy as np
 
 from gpt2_multi.files.progress import watched
 from gpt2_multi.generation import texts
+from gpt2_multi.generation.stopping.spelling import ids_of
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 
@@ -87,7 +88,7 @@ def score(
 
 def started(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
     """The ids of a text, after the token that begins one."""
-    start, ids = model.bos_token_id, list(tokenizer(text).input_ids)
+    start, ids = model.bos_token_id, ids_of(tokenizer, text)
     return ids if start is None or not 0 <= start < model.vocab_size else [start, *ids]
 
 

@@ -5,14 +5,15 @@ The model sees ids in NumPy, padded on the left under a mask; nobody has to care
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.stopping import own, stop_table, token_bytes, until_end
+from gpt2_multi.generation.stopping import stop_table, until_end
+from gpt2_multi.generation.stopping.spelling import Speller, ids_of, text_of
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 
@@ -31,8 +32,7 @@ def encode(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
     """The ids of a prompt; an empty one is begun by the model's `bos_token_id`."""
     inputs.check_text("text", text)
     inputs.check_tokenizer(tokenizer)
-    own(tokenizer)  # what it is not known to spell, it shall not read
-    if ids := list(tokenizer(text).input_ids):
+    if ids := ids_of(tokenizer, text):
         return ids
     inputs.check_start(model.bos_token_id, model.vocab_size)
     return [cast(int, model.bos_token_id)]
@@ -62,16 +62,27 @@ def grouped(texts: list[Any], alone: bool, several: int) -> Any:
     return each[0] if alone else each
 
 
-def decode(tokenizer: GPT2Tokenizer, ids: Iterable[int], config: GenerationConfig) -> Iterator[str]:
+def decode(
+    tokenizer: GPT2Tokenizer, ids: Iterable[int], config: GenerationConfig, before: Iterable[int] = ()
+) -> Iterator[str]:
     """The text of each id up to an end token; a character that several ids share waits for its last byte.
 
-    An id that the tokenizer does not know, as of a vocabulary that was filled up, has no text.
+    An id that the tokenizer does not know, as of a vocabulary that was filled up, has no text. before: the ids that
+    these follow.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    speller = Speller(tokenizer)
+    speller.follow(before)
     for token in ids:
         if token in config.eos_token_ids:
             break
-        if piece := decoder.decode(token_bytes(tokenizer, token)):
+        if piece := speller.put([token]):
             yield piece
-    if rest := decoder.decode(b"", final=True):
+    if rest := speller.end():
         yield rest
+
+
+def spelled(
+    tokenizer: GPT2Tokenizer, ids: Sequence[int], config: GenerationConfig, before: Sequence[int], **options: Any
+) -> str:
+    """The text of ids up to an end token, after those before; `options` are of a foreign tokenizer's `decode`."""
+    return text_of(tokenizer, before, list(takewhile(lambda token: token not in config.eos_token_ids, ids)), **options)

@@ -384,8 +384,8 @@ def check_seed(seed: Any) -> None:
 
 
 def check_tokenizer(tokenizer: object) -> None:
-    """What makes ids of texts is a tokenizer of this library, or of another that saves the same files."""
-    if not hasattr(tokenizer, "decode_bytes") and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
+    """What makes ids of texts, and texts of ids, is a tokenizer of this library, or of another."""
+    if not hasattr(tokenizer, "decode_bytes") and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
         found = f"the text {tokenizer!r}" if isinstance(tokenizer, str) else described(tokenizer)
         raise InputError(f"tokenizer: expected a GPT2Tokenizer, found {found}; use GPT2Tokenizer.from_pretrained")
 

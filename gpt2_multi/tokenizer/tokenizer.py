@@ -166,6 +166,11 @@ class GPT2Tokenizer(TokenTable):
         """
         if isinstance(tokenizer, GPT2Tokenizer):
             return tokenizer
+        if not hasattr(tokenizer, "save_pretrained"):
+            raise TokenizerError(
+                f"tokenizer: expected one of GPT-2's kind, found {described(tokenizer)}; "
+                "use GPT2Tokenizer.from_pretrained"
+            )
         with TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             try:

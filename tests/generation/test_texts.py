@@ -1,14 +1,17 @@
 """Texts in, texts out on every backend: generate, stream, score, the pipeline, seeds."""
 
 import functools
+import io
 import math
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 
-from gpt2_multi import GPT2Tokenizer, pipeline, set_seed
+from gpt2_multi import GPT2Tokenizer, TextStreamer, pipeline, set_seed
 from gpt2_multi.app import backends
-from gpt2_multi.errors import InputError
+from gpt2_multi.app import pipeline as pipelines
+from gpt2_multi.errors import InputError, TokenizerError
 from gpt2_multi.files.hub import DEMO
 
 PROMPTS = ["ROMEO:", "What is the matter, my good lord and", "A"]
@@ -211,6 +214,104 @@ def test_tasks_of_a_configuration_are_followed(model, tokenizer):
         assert [len(row["generated_token_ids"]) for row in generator("A", return_tensors=True)] == [9, 9]
     finally:
         del model.config.extra["task_specific_params"]
+
+
+# --- tokenizers of another kind --------------------------------------------------------------------------------------
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SYLLABLES = [*LETTERS, *(a + b for a in LETTERS for b in "aeiouy")]
+
+
+class Plain:
+    """A tokenizer of which nothing is there but a call and decode: it has no hash, and fails at an id of its own."""
+
+    __hash__ = None
+
+    def __call__(self, text):
+        return {"input_ids": np.array([[1, *map(ord, text)]])}
+
+    def decode(self, ids):
+        return "".join("^" if at == 1 else chr(0x21 + at % (94 if at else at)) for at in ids)
+
+
+def bert(folder):
+    """WordPiece, which begins and ends every text with a token of its own."""
+    transformers = pytest.importorskip("transformers")
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *":.'!", *SYLLABLES, *("##" + part for part in SYLLABLES)]
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    return transformers.BertTokenizer.from_pretrained(folder)
+
+
+def unigram(_):
+    """What SentencePiece makes, with a token for each byte."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256)), ("\u2581", -2.0)]
+    pieces += [(mark + part, -3.0) for mark in ("", "\u2581") for part in (*SYLLABLES, *":.'!")]
+    engine = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    steps = [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()]
+    engine.decoder = tokenizers.decoders.Sequence(steps)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=engine, eos_token="</s>", unk_token="<unk>")
+
+
+def check_foreign(model, foreign, **options):
+    """What is read is what its call gives, and a text is what it decodes after the prompt, also in pieces."""
+    prompt, options = "the king!", {**OPTIONS, **options}
+    ids, row = np.ravel(foreign(prompt)["input_ids"]).tolist(), backends.BACKENDS[pipelines.backend_of(model)]
+    whole = row.to_numpy(model.generate(row.to_tensor(model, np.array([ids])), **options))[0].tolist()
+    assert whole[: len(ids)] == ids and len(whole) == len(ids) + 12
+    new = foreign.decode(whole)[len(foreign.decode(ids)) :]
+    assert model.generate([prompt], tokenizer=foreign, **options) == [prompt + new]
+    assert "".join(model.stream(prompt, tokenizer=foreign, **options)) == new
+    hidden = set(getattr(foreign, "all_special_ids", ()))
+    shown, before = (foreign.decode([at for at in row if at not in hidden]) for row in (whole, ids))
+    made = pipelines.pipeline("text-generation", model, foreign)(prompt, **options)
+    assert made == [{"generated_text": prompt + shown[len(before) :]}]
+    assert model.score(prompt, tokenizer=foreign).token_ids[-len(ids) :] == (*ids,)
+    stop = new.strip()[4:7]
+    stopped = model.generate(prompt, tokenizer=foreign, stop_strings=[stop], **options)
+    assert len(stop) == 3 and (prompt + new).startswith(stopped) and stop in stopped[len(prompt) :] != new
+
+
+def test_all_that_is_asked_of_a_tokenizer_is_a_call_and_decode(model):
+    check_foreign(model, Plain())
+
+
+@pytest.mark.parametrize("make", [bert, unigram])
+def test_tokenizers_of_another_kind_read_and_write(make, tmp_path):
+    """Tokens of bytes are left out, since those of no character change the text of those before them."""
+    check_foreign(loaded(backends.installed()[0]), make(tmp_path), top_k=0, suppress_tokens=[*range(258), 1023])
+
+
+def test_a_streamer_takes_them_too(tmp_path):
+    foreign = unigram(tmp_path)
+    ids = foreign("the \u00e9 is \U0001f600 le").input_ids
+    for skipped, expected in ((True, " \U0001f600 le\n"), (False, "the \u00e9 is \U0001f600 le\n")):
+        streamer, shown = TextStreamer(foreign, skip_prompt=skipped, skip_special_tokens=True), io.StringIO()
+        with redirect_stdout(shown):
+            streamer.put(np.array([ids[:7]]))
+            for at in (*ids[7:], foreign.eos_token_id):
+                streamer.put(np.array([at]))
+            streamer.end()
+        assert shown.getvalue() == expected
+
+
+def test_what_cannot_be_done_with_them_is_one_sentence(model, tmp_path):
+    foreign = bert(tmp_path)
+    with pytest.raises(TokenizerError, match=r"found a BertTokenizer of transformers \(tokenizer\.json: expected"):
+        GPT2Tokenizer.from_tokenizer(foreign)
+    with pytest.raises(TokenizerError, match="expected one of GPT-2's kind, found a Plain of tests"):
+        GPT2Tokenizer.from_tokenizer(Plain())
+    with pytest.raises(InputError, match="tokenizer: expected one that can be saved, found a Plain"):
+        pipeline("text-generation", model, Plain()).save_pretrained(tmp_path)
+    parts = type("Parts", (Plain,), {"decode": lambda self, ids: "".join("\ufffd" for _ in ids)})()
+    with pytest.raises(
+        InputError, match="stop_strings: '\u00e9' may be spelled in parts of characters, which this tok"
+    ):
+        model.generate("a", tokenizer=parts, stop_strings=["\u00e9"])
+    wrong = type("Wrong", (Plain,), {"__call__": lambda self, text: {"input_ids": ["a"]}})()
+    with pytest.raises(InputError, match="tokenizer: expected a call that gives the input_ids of a text, whole"):
+        model.generate("a", tokenizer=wrong)
 
 
 def test_seeds_are_whole_numbers():

@@ -98,7 +98,8 @@ def stream(
     check_streamed(config, brought)
     source = Source.of(self.fitting(params), brought)
     made = columns(self, source, *request_of(self, config, brought, source))
-    return texts.decode(tokenizer, (int(column[0]) for column in made), config)
+    before = texts.encode(text, tokenizer, self.config)
+    return texts.decode(tokenizer, (int(column[0]) for column in made), config, before)
 
 
 def stream_tokens(

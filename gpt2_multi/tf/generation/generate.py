@@ -95,7 +95,8 @@ def stream(
     brought, config = Given.of(self.generation_config, text, None, generation_config, given)
     check_streamed(config, brought)
     made = columns(self, *request_of(self, config, brought), brought, jit_compile in (None, True))
-    return texts.decode(tokenizer, (int(column[0]) for column in made), config)
+    before = texts.encode(text, tokenizer, self.config)
+    return texts.decode(tokenizer, (int(column[0]) for column in made), config, before)
 
 
 def stream_tokens(

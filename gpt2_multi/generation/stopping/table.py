@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt2_multi.errors import InputError, TokenizerError
+from gpt2_multi.errors import InputError, described
+from gpt2_multi.generation.stopping.spelling import UNKNOWN, Foreign, Key, own, size_of, token_bytes
 from gpt2_multi.model import inputs
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ def stop_table(stops: Sequence[str], tokenizer: GPT2Tokenizer | None, vocab_size
     inputs.check_tokenizer(tokenizer)
     if (size := sum(map(len, spelled(stops)))) > LONGEST:
         raise InputError(f"stop_strings: {size} bytes in all are more than {LONGEST}; give fewer, or shorter ones")
-    return _table(tuple(stops), tokenizer, len(tokenizer), vocab_size)
+    known = own(tokenizer)
+    table = _table(tuple(stops), Key(known), size_of(tokenizer), vocab_size)
+    check_parts(stops, known, vocab_size)
+    return table
 
 
 def spelled(stops: Sequence[str]) -> list[bytes]:
@@ -42,12 +46,24 @@ def spelled(stops: Sequence[str]) -> list[bytes]:
     return [repair(text).encode() for text in stops]
 
 
+def check_parts(stops: Sequence[str], tokenizer: Any, vocab_size: int) -> None:
+    """InputError where a stop string may be spelled by parts of characters that only another library knows."""
+    hidden = [stop for stop in stops if not stop.isascii()]
+    if hidden and isinstance(tokenizer, Foreign):
+        words = _words(Key(tokenizer), size_of(tokenizer.tokenizer), vocab_size)
+        if any(UNKNOWN.encode() in word for word in words):
+            raise InputError(
+                f"stop_strings: {hidden[0]!r} may be spelled in parts of characters, which this tokenizer, "
+                f"{described(tokenizer.tokenizer)}, does not tell; give stop strings of ASCII, or a stopping_criteria"
+            )
+
+
 @lru_cache(maxsize=4)
-def _table(stops: tuple[str, ...], tokenizer: GPT2Tokenizer, known: int, vocab_size: int) -> Array:
+def _table(stops: tuple[str, ...], tokenizer: Key, known: int | None, vocab_size: int) -> Array:
     steps = automaton(spelled(stops))
     table = np.zeros((1 << (len(steps) - 1).bit_length(), vocab_size), np.int32)
     table[: len(steps)] = np.arange(len(steps))[:, None]
-    words = _words(tokenizer, min(known, vocab_size))
+    words = _words(tokenizer, known, vocab_size)
     for place in range(max(map(len, words), default=0)):
         tokens = np.array([token for token, word in enumerate(words) if len(word) > place])
         bytes_here = np.array([words[token][place] for token in tokens])
@@ -57,28 +73,12 @@ def _table(stops: tuple[str, ...], tokenizer: GPT2Tokenizer, known: int, vocab_s
 
 
 @lru_cache(maxsize=2)
-def _words(tokenizer: GPT2Tokenizer, count: int) -> list[bytes]:
-    return [token_bytes(tokenizer, token) for token in range(count)]
-
-
-def token_bytes(tokenizer: GPT2Tokenizer, token: int) -> bytes:
-    """The bytes of an id; none for one that the tokenizer does not know."""
-    try:
-        return own(tokenizer).decode_bytes([token])
-    except TokenizerError:
-        return b""
-
-
-def own(tokenizer: Any) -> GPT2Tokenizer:
-    """A tokenizer that knows the bytes of its tokens: one of transformers has a copy of ours made."""
-    return tokenizer if hasattr(tokenizer, "decode_bytes") else _copied(tokenizer, len(tokenizer))
-
-
-@lru_cache(maxsize=4)
-def _copied(tokenizer: Any, _: int) -> GPT2Tokenizer:
-    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer  # which few calls need
-
-    return GPT2Tokenizer.from_tokenizer(tokenizer)
+def _words(tokenizer: Key, known: int | None, vocab_size: int) -> list[bytes]:
+    count = vocab_size if known is None else min(known, vocab_size)
+    words = [token_bytes(tokenizer.tokenizer, token) for token in range(count)]
+    if not any(words):
+        raise InputError(f"tokenizer: expected one that decodes ids from 0 to {count - 1}, found none that it knows")
+    return words
 
 
 def until_end(tokens: Iterable[int], table: Array, ends: Sequence[int]) -> Iterator[int]:
