@@ -117,6 +117,10 @@ def _check_room(kind: Format, to: str, config: GPT2Config, head: str, force: boo
     """Whether the target can hold the model, and its program compute the same with it."""
     if head not in kind.heads:
         raise CheckpointError(f"{to}: expected a model with the head {' or '.join(kind.heads)}, found {head}")
+    if kind.dtypes and config.dtype not in kind.dtypes:
+        raise CheckpointError(
+            f"{to}: has no room for {config.dtype}; convert to one that it has by dtype: {' or '.join(kind.dtypes)}"
+        )
     for name, allowed in kind.no_room.items():
         if not _may_be(config, name, allowed):
             raise CheckpointError(

@@ -21,9 +21,10 @@ class Spelling:
     """How one format spells and stores the table: a root before the body's paths, a leaf name per kind, a layout.
 
     `block` spells `h.{i}`, `first_block` that of layer 0 where it has no number, and `renamed` other paths, those of a
-    block without it. Where that gives several names, each has an equal part of the last dimension. The body's tensors
-    of a kind in `leading_one` have a first dimension of 1; with `unflattened` the named axes have dimensions of their
-    own. With `always_rooted` the bare model has the root too.
+    block without it; `named` those of single tensors, by their canonical names there. Where that gives several names,
+    each has an equal part of the last dimension. The body's tensors of a kind or a name in `leading_one` have a first
+    dimension of 1; with `unflattened` the named axes have dimensions of their own, the heads before all others with
+    `heads_first`. With `always_rooted` the bare model has the root too.
     """
 
     name: str
@@ -34,9 +35,11 @@ class Spelling:
     block: str = "h.{}"
     first_block: str | None = None
     renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    named: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     suffix: str = ""
     leading_one: frozenset[str] = frozenset()
     unflattened: bool = False
+    heads_first: bool = False
     always_rooted: bool = False
 
     def spell(self, weight: Weight, rooted: bool = True) -> str:
@@ -46,27 +49,63 @@ class Spelling:
     def spellings(self, weight: Weight, rooted: bool = True) -> tuple[str, ...]:
         """The names of all tensors that `weight` is in this format, one as a rule."""
         block = re.match(r"h\.(\d+)\.", weight.path)
-        path = weight.path[block.end() :] if block else weight.path
+        start = block.end() if block else 0
         before = self.root if weight.in_body and (rooted or self.always_rooted) else ""
         before += self._block(block[1]) + self.separator if block else ""
-        leaf = self.leaves[weight.kind]
+        return tuple(before + name for name in self.named.get(weight.name[start:]) or self._names(weight, start))
+
+    def _names(self, weight: Weight, start: int) -> tuple[str, ...]:
+        """The names within a block, of a path with a leaf for its kind."""
+        leaf, path = self.leaves[weight.kind], weight.path[start:]
         after = (self.separator + leaf if leaf else "") + self.suffix
-        return tuple(before + name + after for name in self.renamed.get(path, (path.replace(".", self.separator),)))
+        return tuple(name + after for name in self.renamed.get(path, (path.replace(".", self.separator),)))
 
     def _block(self, layer: str) -> str:
         return self.first_block if self.first_block and layer == "0" else self.block.format(layer)
 
     def shape(self, weight: Weight) -> Shape:
         """The shape of `weight` as this format stores it, of each part of it where there are several."""
-        shape = weight.shape[::-1] if weight.kind in self.transposed else weight.shape
+        shape = self.flat_shape(weight)
         if self.unflattened:
-            named = zip(weight.axes, weight.lengths, strict=True)
-            shape = tuple(n for axes, lengths in named for axis, n in zip(axes, lengths, strict=True) if axis != "qkv")
-        return (1, *shape) if weight.in_body and weight.kind in self.leading_one else shape
+            lengths, order = self._apart(weight)
+            shape = tuple(lengths[axis] for axis in order)
+        shape = shape[::-1] if weight.kind in self.transposed else shape
+        leads = weight.in_body and not self.leading_one.isdisjoint((weight.kind, weight.name))
+        return (1, *shape) if leads else shape
+
+    def flat_shape(self, weight: Weight) -> Shape:
+        """The shape of `weight` in the table's layout, of each part of it where this format has several."""
+        *others, last = weight.shape
+        return *others, last // len(self.spellings(weight))
 
     def layout(self, weight: Weight, array: Any) -> Any:
         """Turn `array` from the table's layout into this format's, or back: both are the same transposition."""
         return array.T if weight.kind in self.transposed else array
+
+    def stored(self, weight: Weight, part: Array) -> Array:
+        """One part of `weight` from the table's layout as this format stores it."""
+        if self.heads_first:
+            lengths, order = self._apart(weight)
+            part = part.reshape(lengths).transpose(order)
+        found: Array = self.layout(weight, part).reshape(self.shape(weight))
+        return found
+
+    def restored(self, weight: Weight, part: Array) -> Array:
+        """One part of `weight` as this format stores it in the table's layout; a view where there can be one."""
+        flat = self.flat_shape(weight)
+        if self.heads_first:
+            lengths, order = self._apart(weight)
+            part = self.layout(weight, part).reshape([lengths[axis] for axis in order])
+            return part.transpose(np.argsort(order)).reshape(flat)
+        found: Array = self.layout(weight, part.reshape(flat[::-1] if weight.kind in self.transposed else flat))
+        return found
+
+    def _apart(self, weight: Weight) -> tuple[list[int], list[int]]:
+        """The lengths of the named axes of one part of `weight`, and the order in which this format has them."""
+        named = [pair for dim in zip(weight.axes, weight.lengths, strict=True) for pair in zip(*dim, strict=True)]
+        named = [pair for pair in named if pair[0] != "qkv"]
+        order = sorted(range(len(named)), key=lambda axis: self.heads_first and named[axis][0] != "head")
+        return [length for _, length in named], order
 
 
 _WEIGHT_BIAS = dict(embedding="weight", kernel="weight", linear="weight", bias="bias", scale="weight", shift="bias")
@@ -149,8 +188,55 @@ KERAS_WEIGHTS = Spelling(  # what `save_weights` makes of gpt2_multi.tf; a head 
     },
 )
 
-# The causal mask that old PyTorch checkpoints carry as a buffer: known, and dropped.
-MASK_BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias|masked_bias)")
+MINGPT_2020 = Spelling(  # the first minGPT; its positions are a parameter of (1, n_positions, n_embd)
+    "mingpt-2020",
+    "",
+    _WEIGHT_BIAS,
+    transposed=frozenset({"kernel"}),
+    block="blocks.{}",
+    renamed={
+        "wte": ("tok_emb",),
+        "lm_head": ("head",),
+        "ln_1": ("ln1",),
+        "attn.c_attn": ("attn.query", "attn.key", "attn.value"),
+        "attn.c_proj": ("attn.proj",),
+        "ln_2": ("ln2",),
+        "mlp.c_fc": ("mlp.0",),
+        "mlp.c_proj": ("mlp.2",),
+    },
+    named={"wpe.weight": ("pos_emb",)},
+    leading_one=frozenset({"wpe.weight"}),
+)
+LENS = Spelling(  # TransformerLens' HookedTransformer: each head apart, the unembedding of (embed, vocab)
+    "transformer-lens",
+    "",
+    dict(embedding="W", kernel="W", linear="W", bias="b", scale="w", shift="b"),
+    transposed=frozenset({"linear"}),
+    block="blocks.{}",
+    renamed={"ln_1": ("ln1",), "ln_2": ("ln2",), "ln_f": ("ln_final",)},
+    named={
+        "wte.weight": ("embed.W_E",),
+        "wpe.weight": ("pos_embed.W_pos",),
+        "lm_head.weight": ("unembed.W_U",),
+        "attn.c_attn.weight": ("attn.W_Q", "attn.W_K", "attn.W_V"),
+        "attn.c_attn.bias": ("attn.b_Q", "attn.b_K", "attn.b_V"),
+        "attn.c_proj.weight": ("attn.W_O",),
+        "attn.c_proj.bias": ("attn.b_O",),
+        "mlp.c_fc.weight": ("mlp.W_in",),
+        "mlp.c_fc.bias": ("mlp.b_in",),
+        "mlp.c_proj.weight": ("mlp.W_out",),
+        "mlp.c_proj.bias": ("mlp.b_out",),
+    },
+    unflattened=True,
+    heads_first=True,
+)
+
+# The causal mask that old PyTorch checkpoints carry as a buffer, and a bias of TransformerLens that GPT-2 has not and
+# that has to be zero: known, and dropped.
+MASK_BUFFERS = re.compile(
+    r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias|masked_bias)"
+    r"|blocks\.\d+\.attn\.(mask|IGNORE)|unembed\.b_U"
+)
 
 
 # A kernel in a state dictionary of PyTorch, whatever stands before its name.
@@ -276,14 +362,10 @@ def _refuse(source: str, verb: str, names: Iterable[str]) -> None:
 
 def parts_of(spelling: Spelling, weight: Weight, array: Array) -> list[Array]:
     """A row of the table in this format's shape and layout: a part per name."""
-    count = len(spelling.spellings(weight))
-    return [spelling.layout(weight, part).reshape(spelling.shape(weight)) for part in np.split(array, count, -1)]
+    return [spelling.stored(weight, part) for part in np.split(array, len(spelling.spellings(weight)), -1)]
 
 
 def row_of(spelling: Spelling, weight: Weight, found: list[Array]) -> Array:
-    """A row of the table from its parts in this format. One part is not copied."""
-    *others, last = weight.shape
-    shape = (*others, last // len(found))
-    shape = shape[::-1] if weight.kind in spelling.transposed else shape
-    rows: list[Array] = [spelling.layout(weight, part.reshape(shape)) for part in found]
+    """A row of the table from its parts in this format. One part is not copied, but where its heads come first."""
+    rows = [spelling.restored(weight, part) for part in found]
     return rows[0] if len(rows) == 1 else np.concatenate(rows, -1)

@@ -1,10 +1,13 @@
 """Every backend loads every example of every format, and computes what the program that wrote it computed."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from gpt2_multi.files.containers.safetensors import read_safetensors
 from tests.conversion.test_conversion import COARSE, LM_FORMATS, OTHERS, close
+from tests.conversion.test_layouts import EXPECTED, FILES, PEERS
 from tests.support import fixtures
 from tests.support.shared_data import shared
 
@@ -28,3 +31,12 @@ def test_what_others_wrote_is_computed(backend, name):
     expected = read_safetensors(folder / "reference.safetensors")
     (ids,) = [array for array in expected.values() if array.dtype.kind == "i"]
     close(np.asarray(backend("lm", folder, "float32", {"input_ids": ids})["logits"]), expected["logits"])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_programs_without_settings_wrote_is_computed(backend, tmp_path, file):
+    shutil.copy(PEERS / file, tmp_path)
+    if "mingpt" in file:
+        shutil.copy(PEERS / "mingpt/config.json", tmp_path)  # which has the heads
+    found = backend("lm", tmp_path, "float32", {"input_ids": EXPECTED["ids"]})["logits"]
+    close(np.asarray(found), EXPECTED[FILES[file][1]])

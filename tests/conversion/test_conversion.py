@@ -20,6 +20,7 @@ from gpt2_multi.model.formats.format import ARCHITECTURES
 from gpt2_multi.model.formats.table import FORMATS
 from gpt2_multi.model.weights import table
 from tests.support import fixtures
+from tests.support.effort import some
 from tests.support.fixtures import parameter_count, write_model
 from tests.support.shared_data import shared
 
@@ -115,13 +116,17 @@ DTYPES = {
 }
 
 
+EXACT = {"nanogpt", "mingpt-2020"}  # whose programs compute with the exact GELU
+
+
 def random_model(rng, formats):
     """A configuration and a head that both formats hold."""
     n_head, head_dim = rng.choice([(1, 3), (2, 5), (3, 2), (4, 4)])
     config = GPT2Config(
         vocab_size=rng.choice([7, 13, 32]), n_positions=rng.choice([4, 9]), n_embd=n_head * head_dim,
         n_layer=rng.choice([1, 2, 11]), n_head=n_head, bos_token_id=0, eos_token_id=0, num_labels=rng.choice([1, 2, 5]),
-        activation_function="gelu" if "nanogpt" in formats else "gelu_new", summary_proj_to_labels=rng.random() < 0.5,
+        activation_function="gelu" if EXACT.intersection(formats) else "gelu_new",
+        summary_proj_to_labels=rng.random() < 0.5,
     )  # fmt: skip
     kinds = [FORMATS[name] for name in formats]
     changes = {"n_inner": 17, "add_cross_attention": True, "tie_word_embeddings": False}
@@ -139,7 +144,8 @@ def test_every_format_becomes_every_other_bit_for_bit(tmp_path, source, target):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    for dtype in rng.sample(sorted(DTYPES), 2):
+    held = [dtype for dtype in DTYPES if all(dtype in (FORMATS[name].dtypes or DTYPES) for name in (source, target))]
+    for dtype in rng.sample(held, some(2, 1)):
         config, head = random_model(rng, (source, target))
         arrays = write_model(tmp_path / dtype / "0", config, head, seed, DTYPES[dtype])
         for step, to in enumerate([source, target, "safetensors"], 1):

@@ -63,6 +63,8 @@ def fitting(files: Files) -> list[Damage]:
         found += [repickle, reprogram, rezip] * 2
     if any(name.endswith(".ckpt.index") for name in files):
         found += [reindex] * 5
+    if any(data.startswith(LLMC) for data in files.values()):
+        found += [rehead] * 5
     return found
 
 
@@ -295,6 +297,20 @@ def rezip(rng: random.Random, files: Files, places: Places) -> None:
                 place = rng.choice(starts) + rng.randrange(4, 46)
                 data[place : place + 4] = struct.pack("<I", rng.choice(NUMBERS) % 2**32)
         files[name] = bytes(data)
+
+
+LLMC = struct.pack("<i", 20240326)
+
+
+def rehead(rng: random.Random, files: Files, places: Places) -> None:
+    """Let some of the eight numbers of a header of llm.c lie, and cut the file to what they say or not."""
+    for name in [name for name, data in files.items() if data.startswith(LLMC) and len(data) >= 1024]:
+        header = list(struct.unpack_from("<8i", files[name]))
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            near = rng.choice(header) + rng.choice((-1, 0, 1))
+            header[rng.randrange(8)] = rng.choice((*[n for n in NUMBERS if n < 2**31], near, -1, -(2**31)))
+        end = rng.choice((len(files[name]), rng.randrange(32, len(files[name]))))
+        files[name] = struct.pack("<8i", *[min(n, 2**31 - 1) for n in header]) + files[name][32:end]
 
 
 def reindex(rng: random.Random, files: Files, places: Places) -> None:

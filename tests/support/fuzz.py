@@ -31,7 +31,7 @@ from gpt2_multi.model.checkpoint import open as open_checkpoint
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.table import FORMATS
 from tests.support import damage
-from tests.support.fixtures import write_model
+from tests.support.fixtures import HERE, write_model
 
 SECONDS, MEGABYTES, BATCH = 2.0, 8, 250  # seconds of the processor, or five times as many in all
 Files = dict[str, bytes]
@@ -71,6 +71,7 @@ def sources(folder: Path) -> dict[str, Source]:
 def _fixtures() -> dict[str, Path]:
     root = Path(os.environ.get("GPT2_MULTI_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "fixtures"
     folders = [*root.glob("lm_formats/*"), *root.glob("nanogpt/*"), root / "openai_tf1", root / "keras_hub"]
+    folders += [HERE / "peers" / name for name in ("build_nanogpt", "mingpt", "mingpt_2020")]
     return {f"{path.name} of others": path for path in sorted(folders) if path.is_dir()}
 
 

@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt2_multi.files.containers.flat_files import read_flat as read_flat
+    from gpt2_multi.files.containers.flat_files import read_header as read_header
+    from gpt2_multi.files.containers.flat_files import write_flat as write_flat
     from gpt2_multi.files.containers.hdf5 import read_hdf5 as read_hdf5
     from gpt2_multi.files.containers.hdf5 import write_hdf5 as write_hdf5
     from gpt2_multi.files.containers.msgpack_files import read_msgpack as read_msgpack
@@ -19,16 +22,20 @@ if TYPE_CHECKING:
     from gpt2_multi.files.containers.safetensors import write_shards as write_shards
     from gpt2_multi.files.containers.tf_bundle import read_bundle as read_bundle
     from gpt2_multi.files.containers.tf_bundle import write_bundle as write_bundle
+    from gpt2_multi.files.containers.torch_save import read_outline as read_outline
     from gpt2_multi.files.containers.torch_save import read_torch as read_torch
     from gpt2_multi.files.containers.torch_save import write_torch as write_torch
 
 _MODULES = {
+    "flat": "flat_files",
+    "header": "flat_files",
     "hdf5": "hdf5",
     "msgpack": "msgpack_files",
     "safetensors": "safetensors",
     "shards": "safetensors",
     "bundle": "tf_bundle",
     "torch": "torch_save",
+    "outline": "torch_save",
 }
 
 if not TYPE_CHECKING:

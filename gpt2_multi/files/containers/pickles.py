@@ -51,10 +51,10 @@ class Name(NamedTuple):
 
 
 class Inert:
-    """What a function or a class would have made, which is not run: its name, and nothing that it was given."""
+    """What a function or a class would have made, which is not run: its name, `module name`, and its attributes."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, attributes: Any = None) -> None:
+        self.text, self.attributes = text, attributes
 
     def __repr__(self) -> str:
         return self.text
@@ -188,7 +188,9 @@ class Machine:
         self.stack.append(Inert(made.text))
 
     def do_build(self, _: Any) -> None:
-        self.last(1)  # attributes, such as `_metadata` of a state_dict
+        (state,) = self.last(1)
+        if isinstance(self.stack[-1], Inert):  # what else has attributes is a state_dict, with its `_metadata`
+            self.stack[-1].attributes = state
 
     def do_binput(self, index: int) -> None:
         self.memo[index] = self.stack[-1]

@@ -36,21 +36,35 @@ def read_torch(path: Path, is_inner: Callable[[Collection[Any]], bool] = lambda 
     CheckpointError for a damaged file.
     """
     with reading(path, "file of torch.save"):
-        data = mapped(path)
-        value, storages = _read_zip(data) if bytes(data[:4]) == archive.START else _read_old(data)
-        return _shown(value, storages, is_inner)
+        return _shown(*_read(path), is_inner)
 
 
-def _shown(value: Any, storages: Storages, is_inner: Callable[[Collection[Any]], bool]) -> dict[str, Any]:
-    """A dict with arrays for its tensors, and for those of the dicts in it that are wanted; each is looked at once."""
+def read_outline(path: Path) -> dict[str, Any]:
+    """The same with a `Stored`, which has a shape, for each tensor: no storage is looked at."""
+    with reading(path, "file of torch.save"):
+        return _checked(_read(path)[0])
+
+
+def _read(path: Path) -> tuple[Any, Storages]:
+    data = mapped(path)
+    return _read_zip(data) if bytes(data[:4]) == archive.START else _read_old(data)
+
+
+def _checked(value: Any) -> dict[Any, Any]:
     if isinstance(value, Inert):
         raise ValueError(f"it holds what {value} would make, which is not run; save the model's state_dict() instead")
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not a dict of tensors")
-    dicts, count = {id(value): value}, 0
-    for found in (queue := [value]):
+    return value
+
+
+def _shown(value: Any, storages: Storages, is_inner: Callable[[Collection[Any]], bool]) -> dict[str, Any]:
+    """A dict with arrays for its tensors, and for those of the dicts in it that are wanted; each is looked at once."""
+    top = _checked(value)
+    dicts, count = {id(top): top}, 0
+    for found in (queue := [top]):
         names = [key for key, part in found.items() if isinstance(part, Stored)]
-        if found is value or is_inner(names):
+        if found is top or is_inner(names):
             count += len(names)
             if max(count, len(found)) > MOST:
                 raise ValueError(f"it has {max(count, len(found))} tensors; no GPT-2 has as many")
@@ -58,7 +72,7 @@ def _shown(value: Any, storages: Storages, is_inner: Callable[[Collection[Any]],
         inner = {id(part): part for part in found.values() if isinstance(part, dict)}
         queue += [part for key, part in inner.items() if key not in dicts]
         dicts.update(inner)
-    return value
+    return top
 
 
 def _read_zip(data: Array) -> tuple[Any, Storages]:
@@ -117,7 +131,7 @@ def write_torch(path: Path, tensors: Mapping[str, Made], around: Callable[[Any],
     """Write a state dict given as name -> (dtype, shape, function that makes the array), as torch.save does.
 
     Entries with the same function share their storage. `around` puts the state dict, which stands for itself, into
-    a larger value of dicts, strings and numbers.
+    a larger value of dicts, strings, numbers and an `Inert`.
     """
     keys = {make: str(number) for number, make in enumerate(dict.fromkeys(make for _, _, make in tensors.values()))}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -168,6 +182,10 @@ def _write_value(out: io.BytesIO, value: Any, tensors: Mapping[str, Made], keys:
             out.write(_plain(key))
             _write_value(out, part, tensors, keys)
         out.write(pickle.SETITEMS)
+    elif isinstance(value, Inert):
+        out.write(pickle.GLOBAL + "{}\n{}\n".format(*value.text.split()).encode() + pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+        _write_value(out, value.attributes, tensors, keys)
+        out.write(pickle.BUILD)
     else:
         out.write(_plain(value))
 

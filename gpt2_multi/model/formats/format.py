@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ import numpy as np
 
 from gpt2_multi.errors import CheckpointError, shortened
 from gpt2_multi.files import containers
-from gpt2_multi.files.arrays import LONGEST, Array, Made, reading
+from gpt2_multi.files.arrays import LONGEST, Array, Made, reading, same
 from gpt2_multi.files.containers.pickles import Inert
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.fields import ACTIVATIONS
 from gpt2_multi.model.spelling import Spelling
+from gpt2_multi.model.weights import EMBEDDINGS, HEADS, table, weight_of
 
 ARCHITECTURES = {  # of each head, the class that config.json names
     "base": "GPT2Model",
@@ -37,6 +39,7 @@ TANH = {**PLAIN, "activation_function": TANH_GELU}
 QUARTER = {**NO_ROOM, "n_inner": (None,)}  # whose inner layer is four times as wide
 DECODERS = ("lm", "base")  # the heads of a program that only writes texts
 SAME = {"n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer"}
+POSITIONS = ("wpe.weight", "pos_emb", "pos_embed.W_pos")  # what their embedding is called in state dicts
 Tensors = dict[str, Array]
 
 
@@ -48,7 +51,7 @@ class Format:
     config.json. `others` are names by which people call such a file: read where it is given itself or lies alone, and
     where `is_it` says so of what is in it. `config` gives None where the files do not say what model they are of.
     `fixed` are the values of settings that its program computes with, whatever they should be; `no_room` those without
-    which it has no names for all tensors. An empty `heads` is all heads.
+    which it has no names for all tensors. An empty `dtypes` is all dtypes.
     """
 
     title: str
@@ -63,6 +66,7 @@ class Format:
     heads: tuple[str, ...] = tuple(ARCHITECTURES)
     others: tuple[str, ...] = ()
     is_it: Callable[[Path], bool] = lambda main: True
+    dtypes: tuple[str, ...] = ()
 
 
 def beside(main: Path) -> GPT2Config | None:
@@ -78,7 +82,7 @@ def sharded(read: Callable[[Path], Tensors]) -> Callable[[Path], Tensors]:
 
 def is_state(names: Collection[Any]) -> bool:
     """Whether a dict whose tensors have these names may be the state dict of a GPT-2."""
-    return any(isinstance(name, str) and name.endswith("wpe.weight") for name in names)
+    return any(isinstance(name, str) and name.endswith(POSITIONS) for name in names)
 
 
 def state(path: Path, found: Mapping[Any, Any]) -> Tensors:
@@ -133,6 +137,30 @@ def settings_of(path: Path, found: Mapping[str, Any], names: Mapping[str, str], 
             raise CheckpointError(f"{path}: expected a number for {name}, found a {type(value).__name__}")
     with reading(path, "file of settings"):
         return GPT2Config(**{ours: found[name] for name, ours in names.items()}, **more)
+
+
+EMBEDDING, HEAD = (weight_of(param, GPT2Config(), None) for param in (EMBEDDINGS[0], HEADS["lm"][0]))  # rows, for names
+
+
+def sizes_of(main: Path, spelling: Spelling, found: Mapping[str, Array]) -> dict[str, Any]:
+    """The sizes of a model whose file has no settings, from the shapes of its tensors: all but the heads."""
+    rows = {row.name: spelling.spell(row) for row in table(GPT2Config(n_layer=1), "base")}
+    names = [rows[name] for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.bias")]
+    if lacking := [name for name in names if name not in found]:
+        raise CheckpointError(f"{main}: lacks {', '.join(lacking)}, by which its sizes would be known")
+    with reading(main, "checkpoint of a GPT-2"):
+        (n_vocab, n_embd), (n_positions, _), (n_inner,) = (found[name].shape[-2:] for name in names)
+    first = rows["h.0.ln_1.weight"]
+    layers = itertools.takewhile(lambda layer: first.replace("0", str(layer), 1) in found, itertools.count())
+    inner = None if n_inner == 4 * n_embd else n_inner
+    sizes = {"vocab_size": n_vocab, "n_positions": n_positions, "n_embd": n_embd, "n_inner": inner}
+    return {**sizes, "n_layer": sum(1 for _ in layers)}
+
+
+def is_tied(spelling: Spelling, found: Mapping[str, Array]) -> bool:
+    """Whether the head of a file that always has one is the embedding."""
+    head, embedding = (found.get(spelling.spell(row)) for row in (HEAD, EMBEDDING))
+    return head is None or embedding is None or same(spelling.layout(HEAD, head), embedding, "the head")
 
 
 def snake_case(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Karpathy's nanoGPT: its ckpt.pt."""
+"""Karpathy's nanoGPT: its ckpt.pt; and build-nanogpt, of his lecture: the files in its folder log."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files import containers
 from gpt2_multi.files.arrays import Made
+from gpt2_multi.files.containers.pickles import Inert
 from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.model import spelling
 from gpt2_multi.model.config import GPT2Config
@@ -18,6 +19,7 @@ from gpt2_multi.model.formats.format import (
     PLAIN,
     QUARTER,
     SAME,
+    TANH,
     Format,
     Tensors,
     beside,
@@ -78,4 +80,36 @@ NANOGPT = Format(
     "nanoGPT's ckpt.pt", spelling.NANOGPT, WEIGHTS["nanogpt"], WEIGHTS["nanogpt"],
     _read, _write, _config, {**PLAIN, "activation_function": ("gelu",)},
     QUARTER, DECODERS, ("*.pt", "*.pth"), _is_nanogpt,
+)  # fmt: skip
+
+
+def _is_log(main: Path) -> bool:
+    """Whether a file has what build-nanogpt saves, an instance of its GPTConfig, or the dict of one."""
+    found = containers.read_outline(main)
+    return isinstance(found.get("model"), dict) and MODEL_ARGS.keys() <= _settings(found.get("config")).keys()
+
+
+def _settings(found: Any) -> dict[str, Any]:
+    attributes = found.attributes if isinstance(found, Inert) else found
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _log_config(main: Path) -> GPT2Config | None:
+    if main.with_name("config.json").exists():
+        return beside(main)
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return settings_of(main, _settings(containers.read_outline(main).get("config")), MODEL_ARGS, **dropouts)
+
+
+def _write_log(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | str) -> None:
+    settings = Inert("__main__ GPTConfig", {name: getattr(config, ours) for name, ours in MODEL_ARGS.items()})
+    tied = {"lm_head.weight": tensors["transformer.wte.weight"]}
+    around = {"config": settings, "step": 0, "val_loss": 0.0}
+    containers.write_torch(folder / "model_00000.pt", {**tensors, **tied}, lambda state: {"model": state, **around})
+    config.save_pretrained(folder)
+
+
+BUILD_NANOGPT = Format(
+    "build-nanogpt's log/model_XXXXX.pt", spelling.NANOGPT, ("model_00000.pt",), ("model_00000.pt",),
+    _read, _write_log, _log_config, TANH, QUARTER, DECODERS, ("*.pt", "*.pth"), _is_log,
 )  # fmt: skip

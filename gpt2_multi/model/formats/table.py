@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gpt2_multi.model.formats import keras, nanogpt, openai, transformers
+from gpt2_multi.model.formats import keras, lens, llmc, mingpt, nanogpt, openai, transformers
 from gpt2_multi.model.formats.format import Format
 
 FORMATS: Mapping[str, Format] = {
@@ -17,6 +17,11 @@ FORMATS: Mapping[str, Format] = {
     "flax-msgpack": transformers.FLAX_MSGPACK,
     "openai": openai.OPENAI,
     "nanogpt": nanogpt.NANOGPT,
+    "build-nanogpt": nanogpt.BUILD_NANOGPT,
+    "mingpt": mingpt.MINGPT,
+    "mingpt-2020": mingpt.MINGPT_2020,
+    "llmc": llmc.LLMC,
+    "transformer-lens": lens.TRANSFORMER_LENS,
     "keras-hub": keras.KERAS_HUB,
     "keras-weights": keras.KERAS_WEIGHTS,
 }
