@@ -16,6 +16,7 @@ if keras.config.backend() != "tensorflow":
 from gpt2_multi.errors import GPT2Error
 from gpt2_multi.model import outputs
 from gpt2_multi.tf.attention import KVCache
+from gpt2_multi.tf.fit.metrics import Perplexity
 from gpt2_multi.tf.fit.optimizers import AdamW, CosineSchedule
 from gpt2_multi.tf.heads import (
     TFGPT2DoubleHeadsModel,
@@ -74,4 +75,5 @@ __all__ = [  # noqa: RUF022  the order of the other two packages
     "cosine_schedule",
     "AdamW",
     "CosineSchedule",
+    "Perplexity",
 ]

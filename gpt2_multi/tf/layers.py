@@ -74,6 +74,20 @@ def replace_variable(layer: keras.layers.Layer, leaf: str, value: tf.Tensor) -> 
     new.trainable, new._path = old.trainable, old.path
 
 
+def replace_layer(owner: keras.layers.Layer, name: str, layer: keras.layers.Layer | None) -> None:
+    """Give a built layer another part in the place of the old one, or none; what has none yet gets it as its last."""
+    old, layers = getattr(owner, name, None), owner._layers
+    place = next((at for at, each in enumerate(layers) if each is old), len(layers))
+    owner._tracker.unlock()
+    if old is not None:
+        delattr(owner, name)
+        del layers[place]  # which Keras forgets
+    if layer is not None:
+        setattr(owner, name, layer)
+        layers.insert(place, layers.pop())  # `set_weights` goes by the order
+    owner._tracker.lock()
+
+
 _Class = TypeVar("_Class", bound=type)
 
 

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from gpt2_multi.errors import InputError
 from gpt2_multi.files import arguments
 from gpt2_multi.generation.config import GenerationConfig, as_generation_config
 from gpt2_multi.model import inputs
@@ -21,10 +22,10 @@ from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.model.spelling import KERAS
 from gpt2_multi.model.weights import Weight, table
-from gpt2_multi.tf.fit import fitting, quantization
+from gpt2_multi.tf.fit import data, fitting, quantization
 from gpt2_multi.tf.fit.arguments import as_keywords, is_old, signature_of
 from gpt2_multi.tf.fit.policies import Policy, policy_of
-from gpt2_multi.tf.layers import initial, replace_variable
+from gpt2_multi.tf.layers import initial, replace_layer, replace_variable
 
 _READING = ContextVar("_READING", default=False)  # a file's values will follow: random ones would cost half the time
 
@@ -93,6 +94,11 @@ class TFGPT2PreTrainedModel(keras.Model):
         """The variable that a row of the table is; with LoRA, its value with the update merged in."""
         return getattr(self.owner(weight), KERAS.leaves[weight.kind])
 
+    prepare_tf_dataset = data.prepare_tf_dataset
+    fit = data.weighing(keras.Model.fit)
+    evaluate = data.weighing(keras.Model.evaluate)
+    train_on_batch = data.weighing(keras.Model.train_on_batch)
+    test_on_batch = data.weighing(keras.Model.test_on_batch)
     compile = fitting.compile
     compile_from_config = fitting.compile_from_config
     _maybe_symbolic_build = fitting.build_compiled
@@ -102,6 +108,7 @@ class TFGPT2PreTrainedModel(keras.Model):
     predict = fitting.predict
     predict_on_batch = fitting.predict_on_batch
     compute_loss = fitting.compute_loss
+    hf_compute_loss = fitting.hf_compute_loss
     compute_metrics = fitting.compute_metrics
     quantize = quantization.quantize
     load_weights = quantization.load_weights
@@ -246,11 +253,48 @@ class TFGPT2PreTrainedModel(keras.Model):
         """The token embedding."""
         return self.body().wte
 
+    def set_input_embeddings(self, embedding: Any) -> None:
+        """Use another token embedding; a tied head and `vocab_size` follow.
+
+        A ReversibleEmbedding, as `get_input_embeddings` gives it, is used itself, so that two models may share one; of
+        another Embedding, or of an array (V, E), the values are copied. Compile the model again before you train it
+        further: the optimizer has to forget the old variable.
+        """
+        quantization.refuse_adapted(self, "given other embeddings")
+        body, layer = self.body(), embedding
+        if not isinstance(layer, keras.layers.ReversibleEmbedding):
+            values = tf.convert_to_tensor(getattr(layer, "embeddings", layer))
+            inputs.check_shape("embedding", tuple(values.shape), (None, self.config.n_embd))
+            layer = keras.layers.ReversibleEmbedding(*values.shape, name="wte", dtype=body.dtype_policy)
+            layer.build((None, None))
+            layer.embeddings.assign(values)
+        check_layer("embedding", layer, "embeddings", (None, self.config.n_embd), self.compute_dtype)
+        replace_layer(body, "wte", layer)
+        self.config.vocab_size = layer.input_dim
+        self.forget_functions()
+
     def get_output_embeddings(self) -> keras.layers.Layer | None:
         """The language-model head: a Dense layer, the token embedding where they are tied, or None."""
         if self.head not in ("lm", "double_heads"):
             return None
         return self.body().wte if self.config.tie_word_embeddings else self.lm_head
+
+    def set_output_embeddings(self, head: Any) -> None:
+        """Use another language-model head: a Dense layer without bias, or the token embedding.
+
+        The token embedding ties the head to it; another embedding takes its place, as in `set_input_embeddings`.
+        """
+        if self.get_output_embeddings() is None:
+            raise InputError(f"set_output_embeddings: {type(self).__name__} has no language-model head")
+        quantization.refuse_adapted(self, "given another head")
+        is_own = isinstance(head, keras.layers.Dense)
+        if is_own:
+            check_layer("head", head, "kernel", (self.config.n_embd, None), self.compute_dtype)
+        elif head is not self.body().wte:
+            self.set_input_embeddings(head)
+        replace_layer(self, "lm_head", head if is_own else None)
+        self.config.tie_word_embeddings = not is_own
+        self.forget_functions()
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -293,6 +337,17 @@ class TFGPT2PreTrainedModel(keras.Model):
 def _resized(rows: tf.Tensor, number: int, std: float | None) -> tf.Tensor:
     new = tf.repeat(tf.reduce_mean(rows, 0, keepdims=True), max(number - rows.shape[0], 0), 0)
     return tf.concat([rows[:number], new if std is None else keras.random.normal(new.shape, 0, std, new.dtype.name)], 0)
+
+
+def check_layer(name: str, layer: Any, leaf: str, shape: tuple[int | None, ...], dtype: str) -> None:
+    """A layer that takes a place in the model has a variable of the right shape, no bias, and computes in its dtype."""
+    found = tuple(getattr(layer, leaf).shape) if layer.built else ()
+    inputs.check_shape(f"{name}.{leaf}", found, shape)
+    if getattr(layer, "bias", None) is not None or layer.compute_dtype != dtype:
+        raise InputError(
+            f"{name}: expected a layer without bias that computes in {dtype}, found {layer.compute_dtype}; give it "
+            f"use_bias=False, and dtype=model.dtype_policy"
+        )
 
 
 def devices() -> list[str]:

@@ -240,3 +240,54 @@ def test_one_row_may_have_its_label_alone(head, labels, both):
     two = np.repeat(ids, 2, 0)
     with pytest.raises(InputError, match=r"expected shape \(2,\), found \(1,\)"):
         both(head, {"input_ids": two, "attention_mask": np.ones_like(two), **labels})
+
+
+def test_embeddings_and_heads_are_replaced(tmp_path):
+    model, other = (tfm.TFGPT2LMHeadModel(SMALL.replace()) for _ in range(2))
+    values = RNG.normal(size=(40, 12)).astype(np.float32)
+    number, before = len(model.weights), model(IDS).logits
+    model.set_input_embeddings(values)
+    assert model.config.vocab_size == 40 == model(IDS).logits.shape[-1] and len(model.weights) == number
+    np.testing.assert_array_equal(model.get_input_embeddings().embeddings, values)
+    assert model.weights[0] is model.transformer.wte.embeddings
+    model.save_pretrained(tmp_path / "m")
+    again = tfm.TFGPT2LMHeadModel.from_pretrained(tmp_path / "m")
+    np.testing.assert_array_equal(again(IDS).logits, model(IDS).logits)
+    other.set_output_embeddings(model.get_input_embeddings())  # two models with one embedding, tied in both
+    assert other.get_output_embeddings() is other.transformer.wte is model.transformer.wte
+    plain = keras.layers.Embedding(31, 12)
+    plain.build()
+    model.set_input_embeddings(plain)
+    assert model.config.vocab_size == 31 and model(IDS).logits.shape == before.shape
+
+
+def test_a_head_of_its_own_unties_and_ties_again(tmp_path):
+    model = tfm.TFGPT2LMHeadModel(SMALL.replace())
+    tied, number = model(IDS).logits, len(model.weights)
+    head = keras.layers.Dense(31, use_bias=False, name="lm_head")
+    head.build((None, 12))
+    model.set_output_embeddings(head)
+    assert not model.config.tie_word_embeddings and model.get_output_embeddings() is head
+    found = model(IDS).logits
+    assert np.abs(found - tied).max() > 1e-3
+    model.save_pretrained(tmp_path / "m")
+    np.testing.assert_array_equal(tfm.TFGPT2LMHeadModel.from_pretrained(tmp_path / "m")(IDS).logits, found)
+    model.compile("sgd", run_eagerly=True)
+    old = head.kernel.numpy()
+    model.fit(IDS, IDS, verbose=0)
+    assert np.abs(head.kernel - old).max() > 0
+    model.set_output_embeddings(model.get_input_embeddings())
+    assert model.config.tie_word_embeddings and len(model.weights) == number
+    assert not np.array_equal(model(IDS).logits, found)
+
+
+def test_what_is_no_embedding_or_head_is_one_sentence():
+    model = tfm.TFGPT2LMHeadModel(SMALL.replace())
+    with pytest.raises(InputError, match=r"embedding: expected shape \(any, 12\), found \(31, 13\)"):
+        model.set_input_embeddings(np.zeros((31, 13), np.float32))
+    head = keras.layers.Dense(31)
+    head.build((None, 12))
+    with pytest.raises(InputError, match="head: expected a layer without bias that computes in float32, found float32"):
+        model.set_output_embeddings(head)
+    with pytest.raises(InputError, match="set_output_embeddings: TFGPT2ForTokenClassification has no language-model"):
+        tfm.TFGPT2ForTokenClassification(SMALL.replace()).set_output_embeddings(head)

@@ -2,18 +2,20 @@
 
 Labels are among the inputs (x={"input_ids": ids, "labels": ids}) or are y: an array, or a mapping or a list where a
 head has several. Without a compiled loss, the model's own counts: labels are shifted, -100 and padding left out, and
-the mean is over a batch's labels. The loss of an epoch is Keras' mean of its batches, weighted by their rows.
+the mean is over a batch's labels. The loss of an epoch is Keras' mean of its batches, weighted by their rows. Metrics
+and weights see the labels that the loss counts: see `gpt2_multi.tf.fit.metrics`.
 
-A compiled loss and the metrics see labels as they are given, and logits: nothing is shifted, nothing left out, so shift
-the labels yourself and use SparseCategoricalCrossentropy(from_logits=True, ignore_class=-100). Where a head has several
-labels, they see mappings under the labels' names: compile(loss={"labels": ..., "mc_labels": ...}). Sample weights need
-a compiled loss, and its shape: (B, T) for a language model.
+A compiled loss is Keras': it and the metrics see labels as they are given, and logits. Nothing is shifted, nothing left
+out, so shift the labels yourself and use SparseCategoricalCrossentropy(from_logits=True, ignore_class=-100). Where a
+head has several labels, losses and metrics are mappings under the labels' names, compile(loss={"labels": ...,
+"mc_labels": ...}), or lists in their order; what the model gives besides logits has None in a list, or nothing.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -22,19 +24,100 @@ import tensorflow as tf
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import Output
+from gpt2_multi.tf.fit import metrics
 from gpt2_multi.tf.fit.arguments import as_keywords
+from gpt2_multi.tf.fit.metrics import Perplexity
 from gpt2_multi.tf.fit.strategy import LossOverReplicas
 from gpt2_multi.tf.layers import replicas
+from gpt2_multi.tf.training import cross_entropy
+
+OWN_LOSS = ("passthrough", "auto_with_warning")  # as transformers' `compile` asks for it
 
 
 @functools.wraps(keras.Model.compile, assigned=())
 def compile(self: Any, *args: Any, **options: Any) -> None:
     """Keras' own, which otherwise would keep the loss and the metrics of an earlier `compile`."""
+    given = inspect.signature(keras.Model.compile).bind(self, *args, **options).arguments
+    given.update(wanted(self, given))
     self._compile_loss = self._compile_metrics = self.loss = None
-    keras.Model.compile(self, *args, **options)
+    keras.Model.compile(**given)
     check_moments(self.optimizer, self.variable_dtype)
     if self._compile_loss is None:
         self.__dict__["_loss_tracker"] = LossOverReplicas(name="loss")  # as an attribute it would be listed twice
+
+
+def wanted(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The losses and the metrics that `compile` was given, by the names of labels where a head has several."""
+    loss = None if isinstance(given.get("loss"), str) and given["loss"] in OWN_LOSS else given.get("loss")
+    found = {"loss": understood("loss", by_label(model, "loss", loss))}
+    if given.get("loss_weights") is not None:
+        found["loss_weights"] = by_label(model, "loss_weights", given["loss_weights"])
+        if found["loss"] is None:
+            raise InputError("loss_weights: weigh compiled losses; compile a loss for each of them, or leave it out")
+    for name in ("metrics", "weighted_metrics"):
+        if given.get(name) is not None:
+            found[name] = understood(name, by_label(model, name, given[name]))
+            if found[name] is not None and not isinstance(found[name], (list, dict)):
+                found[name] = [found[name]]
+    if found["loss"] is None and given.get("jit_compile", "auto") == "auto":
+        leaves = keras.tree.flatten([found.get("metrics"), found.get("weighted_metrics")])
+        found |= {} if all(map(metrics.weighs, leaves)) else {"jit_compile": False}
+    return found
+
+
+def by_label(model: Any, argument: str, given: Any) -> Any:
+    """What `compile` gives for each output, by the names of labels; for the one that a head has, alone."""
+    names = model.label_names
+    if isinstance(given, Mapping):
+        label = dict(zip((*model.logit_names, *names), names * 2, strict=True))
+        there = {name: each for name, each in given.items() if each is not None}
+        inputs.check_names(f"{argument} of {type(model).__name__}", list(there), list(label), "output")
+        found = {label[name]: each for name, each in there.items()}
+    elif isinstance(given, (list, tuple)) and not is_flat(model, argument, given):
+        found = {name: each for name, each in zip(names, given, strict=False) if each is not None}
+        if argument != "loss_weights" and any(each is not None for each in given[len(names) :]):
+            raise InputError(
+                f"{argument}: expected an entry for each of {', '.join(names)}, found {len(given)}; "
+                f"give a mapping of them, and None for what else {type(model).__name__} returns"
+            )
+    else:
+        return given
+    return found if len(names) > 1 else next(iter(found.values()), None)
+
+
+def is_flat(model: Any, argument: str, given: Sequence[Any]) -> bool:
+    """Whether a list has metrics of the one output that there is, and not an entry for each output."""
+    return (
+        "metrics" in argument and len(model.label_names) == 1 and not any(isinstance(x, (list, tuple)) for x in given)
+    )
+
+
+def understood(argument: str, given: Any) -> Any:
+    """Losses or metrics that are given by a name, if the name alone would mean another thing of logits."""
+    if isinstance(given, dict):
+        return {name: understood(argument, each) for name, each in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [understood(argument, each) for each in given if each is not None]
+    if isinstance(given, str):
+        return of_logits(argument, given)
+    options = getattr(given, "_fn_kwargs", {})
+    function = given if inspect.isfunction(given) and given.__module__.startswith("keras.") else None
+    if function is not None and "from_logits" in inspect.signature(function).parameters:
+        options = {"from_logits": False}
+    if options.get("from_logits") is False:
+        name = getattr(given, "name", None) or given.__name__
+        raise InputError(f"{argument}: {name} expects probabilities, but the model gives logits; say from_logits=True")
+    return given
+
+
+def of_logits(argument: str, name: str) -> Any:
+    """A loss or a metric by its name; of what it is, logits or probabilities, a name says nothing."""
+    if argument != "loss" and name.lower() == "perplexity":
+        return Perplexity(name)
+    full = "sparse_categorical_crossentropy" if name.lower() in ("ce", "crossentropy") else name
+    room = keras.losses if argument == "loss" else keras.metrics
+    kind: Any = getattr(room, full.title().replace("_", "") if "_" in full else full, None)
+    return name if kind is None or "crossentropy" not in full.lower() else kind(from_logits=True, name=name)
 
 
 def check_moments(optimizer: Any, dtype: str) -> None:
@@ -70,16 +153,12 @@ def build_compiled(self: Any, iterator: Any = None, data_batch: Any = None) -> N
 
 
 def labelled(model: Any, data: Any) -> tuple[dict[str, Any], Any, Any]:
-    """A batch of `fit` as (inputs, labels, sample weights); with no loss compiled, the labels are inputs too."""
+    """A batch of `fit` as (inputs, labels, sample weights); labels are inputs too where the model computes its loss."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
     inputs = as_keywords(type(model), (x,), {"return_dict": True})
     labels = {name: inputs.pop(name) for name in model.label_names if name in inputs}
     labels |= named(model, y)
-    if model._compile_loss is None:
-        if weight is not None:
-            raise InputError(
-                "sample_weight, class_weight: the model's own loss is a mean over labels; compile a loss to weight it"
-            )
+    if model._compile_loss is None and weight is None:
         inputs |= labels
     return inputs, labels if len(model.label_names) > 1 else next(iter(labels.values()), y), weight
 
@@ -137,9 +216,38 @@ def compute_loss(
     if self._compile_loss is not None:
         return keras.Model.compute_loss(self, x, y, logits_of(self, y, y_pred), sample_weight, training)
     own = [y_pred[name] for name in ("loss", "mc_loss") if name in y_pred]
+    if sample_weight is not None and has_labels(self, y):
+        labels = metrics.targets(self, x, y, y_pred)
+        own = [metrics.weighted_loss(self, labels, metrics.weights_of(self, labels, sample_weight), y_pred)]
     if not own:
         raise InputError(f"{type(self).__name__}: {what_fit_needs(self.label_names)}")
     return tf.add_n([*own, *(tf.cast(loss, own[0].dtype) / replicas() for loss in self.losses)])
+
+
+def has_labels(model: Any, y: Any) -> bool:
+    """Whether there are labels enough for the model's own loss."""
+    return len(y) == 2 if model.head == "question_answering" else y is not None and not (isinstance(y, dict) and not y)
+
+
+def hf_compute_loss(self: Any, labels: Any, logits: Any) -> tf.Tensor:
+    """The loss of labels and logits under transformers' name: of tokens their mean, (1,), of texts that of each, (B,).
+
+    Nothing is shifted here, as there; -100 does not count. `model(ids, labels=labels).loss` shifts.
+    """
+
+    def each(labels: Any, logits: Any) -> tf.Tensor:  # Keras makes floats of the labels that it gives a loss
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(tf.cast(labels, tf.int64), logits)
+
+    if self.head in ("lm", "token_classification"):
+        return tf.reshape(cross_entropy(logits, tf.cast(labels, tf.int64)), [1])
+    if self.head == "question_answering":
+        start, end = (labels.get(f"{place}_position", labels.get(f"{place}_positions")) for place in ("start", "end"))
+        return (each(start, logits[0]) + each(end, logits[1])) / 2
+    if self.head != "sequence_classification":
+        raise InputError(f"hf_compute_loss: {type(self).__name__} has none; take the losses of model(...)")
+    if logits.shape[-1] == 1:
+        return tf.square(tf.reshape(logits, [-1]) - tf.cast(tf.reshape(labels, [-1]), logits.dtype))
+    return each(labels, logits)
 
 
 def what_fit_needs(names: tuple[str, ...]) -> str:
@@ -151,8 +259,19 @@ def what_fit_needs(names: tuple[str, ...]) -> str:
 
 
 def compute_metrics(self: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-    """Keras' metrics, which see labels and logits."""
-    return keras.Model.compute_metrics(self, x, y, logits_of(self, y, y_pred), sample_weight)
+    """Keras' metrics, which see labels and logits: with the model's own loss, those that it counts."""
+    logits = logits_of(self, y, y_pred)
+    if self._compile_loss is None and self._compile_metrics is not None:
+        labels = metrics.targets(self, x, y, y_pred)
+        weights = None if sample_weight is None else metrics.weights_of(self, labels, sample_weight)
+        y, sample_weight = of_head(self, labels), of_head(self, weights)
+        metrics.count(self._compile_metrics, y, logits, self.jit_compile)
+    return keras.Model.compute_metrics(self, x, y, logits, sample_weight)
+
+
+def of_head(model: Any, by_name: Any) -> Any:
+    """What is given by the names of labels, alone where a head has one kind."""
+    return by_name[model.label_names[0]] if by_name is not None and len(model.label_names) == 1 else by_name
 
 
 def logits_of(model: Any, y: Any, output: Any) -> Any:

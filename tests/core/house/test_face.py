@@ -43,7 +43,7 @@ FRAMEWORKS = {
     "tf": (
         "tensorflow", "TF",
         {
-            "TFAutoModelWithLMHead", "TFGPT2MainLayer", "TFGPT2Tokenizer", "AdamW", "CosineSchedule",
+            "TFAutoModelWithLMHead", "TFGPT2MainLayer", "TFGPT2Tokenizer", "AdamW", "CosineSchedule", "Perplexity",
             "TFSequenceClassifierOutputWithPast", *(f"TF{name}" for name in OUTPUTS),
         },
     ),

@@ -81,7 +81,9 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                         "parameter",
                         "_source",
                         "get_input_embeddings",
+                        "set_input_embeddings",
                         "get_output_embeddings",
+                        "set_output_embeddings",
                         "prune_heads",
                     )
                 ]
@@ -161,8 +163,6 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "_fill",
                     "_check_tie",
                     "tie_weights",
-                    "set_input_embeddings",
-                    "set_output_embeddings",
                     "gradient_checkpointing_enable",
                     "activation_checkpointing_enable",
                     "gradient_checkpointing_disable",
@@ -201,7 +201,9 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "get_config",
                     "forget_functions",
                 )
-            ],
+            ]
+            + ["check_layer"],
+            "training": ["within", "weighted"],
             "generation/generate": ["output_of", "can_read", "within", "width_of"],
             "generation/decoding": ["Sampling.finish", "begins", "blank", "noted", "written"],
             "generation/beams": ["BeamSearch.finish", "power"],
@@ -222,6 +224,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "align",
             ],
             "generation/rules": ["when", "ordered", "greatest", "four_rounds"],
+            "training": ["shifted"],
         },
         "flax": {
             "attention": ["write", "hiding"],

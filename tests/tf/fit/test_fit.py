@@ -175,21 +175,59 @@ def test_a_compiled_loss_sees_labels_and_logits_only():
     assert history["accuracy"] == pytest.approx([np.mean(np.argmax(logits, -1) == IDS)])
 
 
+LISTS = {
+    "list": {"loss": [CROSS_ENTROPY(from_logits=True), None]},
+    "as long as the outputs": {"loss": [CROSS_ENTROPY(from_logits=True), *[None] * 12]},
+    "mapping": {"loss": {"logits": CROSS_ENTROPY(from_logits=True)}},
+    "label": {"loss": {"labels": CROSS_ENTROPY(from_logits=True), "past_key_values": None}},
+    "name": {"loss": "sparse_categorical_crossentropy"},
+    "weights": {"loss": [CROSS_ENTROPY(from_logits=True), None], "loss_weights": [1.0, 0.0]},
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_losses_as_for_several_outputs(case):
+    expected = new()
+    expected.compile("sgd", CROSS_ENTROPY(from_logits=True), metrics=["accuracy"], **FAST)
+    model = new(use_cache=case != "list", return_dict=case != "mapping", output_hidden_states=True)
+    model.compile("sgd", metrics={"logits": "accuracy"}, **FAST, **LISTS[case])
+    for each in (model, expected):
+        fit(each, IDS, IDS)
+    assert model.evaluate(LABELLED, verbose=0) == expected.evaluate(IDS, IDS, verbose=0)
+    np.testing.assert_array_equal(model.predict(IDS, verbose=0).logits, expected.predict(IDS, verbose=0).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"loss": [None, "mse"]},
+            "loss: expected an entry for each of labels, found 2; give a mapping",
+        ),
+        ({"loss": CROSS_ENTROPY()}, "loss: sparse_categorical_crossentropy expects probabilities, but the"),
+        (
+            {"metrics": [keras.losses.sparse_categorical_crossentropy]},
+            "metrics: sparse_categorical_crossentropy exp",
+        ),
+        (
+            {"loss_weights": [2.0]},
+            "loss_weights: weigh compiled losses; compile a loss for each",
+        ),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_sentence(options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        new().compile("sgd", **options)
+    with pytest.raises(TypeError, match="loss of TFGPT2LMHeadModel has no output 'logit'; did you mean"):
+        new().compile("sgd", loss={"logit": "mse"})
+
+
 def test_a_compiled_loss_on_shifted_labels_equals_the_model_s_own():
     labels = np.concatenate([IDS[:, 1:], np.full((7, 1), -100)], 1)
     model = new()
     model.compile(loss=CROSS_ENTROPY(from_logits=True, ignore_class=-100, reduction="sum"), **FAST)
     found = model.evaluate({"input_ids": IDS, "labels": labels}, batch_size=7, verbose=0) / (7 * 11)
     assert found == pytest.approx(float(model(IDS, labels=IDS).loss), rel=1e-6)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_metrics_without_a_loss(mode):
-    model = compiled(mode=MODES[mode], metrics=["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(3)])
-    found = model.evaluate(LABELLED, batch_size=3, verbose=0, return_dict=True)
-    logits = model(IDS).logits
-    assert found["accuracy"] == pytest.approx(np.mean(np.argmax(logits, -1) == IDS))
-    assert found["sparse_top_k_categorical_accuracy"] == pytest.approx(np.mean(tf.math.in_top_k(IDS.ravel(), tf.reshape(logits, (-1, 50)), 3)))  # fmt: skip  # noqa: E501
 
 
 def test_compiling_again_forgets_the_loss_and_the_metrics():
@@ -201,25 +239,6 @@ def test_compiling_again_forgets_the_loss_and_the_metrics():
     assert found == {"loss": pytest.approx(float(model(IDS, labels=IDS).loss), rel=1e-6)}
 
 
-def test_weights_of_samples_and_classes_need_a_compiled_loss():
-    weight = np.zeros((7, 12))
-    weight[2] = 1
-    model = new()
-    model.compile(loss=CROSS_ENTROPY(from_logits=True), **FAST)
-    expected = float(CROSS_ENTROPY(from_logits=True)(IDS[2:3], model(IDS[2:3]).logits)) / 7
-    found = model.evaluate(IDS, IDS, sample_weight=weight, batch_size=7, verbose=0)
-    assert found == pytest.approx(expected, rel=1e-5)
-
-
-def test_class_weights_need_a_compiled_loss():
-    model = new(tfm.TFGPT2ForSequenceClassification)
-    y = np.arange(7) % 3
-    model.compile(keras.optimizers.SGD(0.0), loss=CROSS_ENTROPY(from_logits=True), **FAST)
-    (found,) = fit(model, IDS, y, batch_size=7, class_weight={0: 2.0, 1: 0.0, 2: 0.0})
-    each = CROSS_ENTROPY(from_logits=True, reduction=None)(y, model(IDS).logits).numpy()
-    assert found == pytest.approx(2 * each[y == 0].sum() / 7, rel=1e-5)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("cls", "data", "options", "sentence"),
@@ -227,7 +246,13 @@ def test_class_weights_need_a_compiled_loss():
         (tfm.TFGPT2LMHeadModel, (IDS,), {}, "TFGPT2LMHeadModel: fit and evaluate need labels, in x={'input_ids'"),
         (tfm.TFGPT2Model, (IDS,), {}, "TFGPT2Model: the bare model has no loss of its own; compile one"),
         (tfm.TFGPT2ForQuestionAnswering, (IDS, np.ones(7, int)), {}, "need start_positions and end_positions"),
-        (tfm.TFGPT2LMHeadModel, (IDS, IDS), {"sample_weight": np.ones(7)}, "sample_weight, class_weight: the model's"),
+        (tfm.TFGPT2LMHeadModel, (IDS, IDS), {"sample_weight": np.ones((7, 5))}, r"sample_weight: expected shape \("),
+        (
+            tfm.TFGPT2LMHeadModel,
+            (IDS,),
+            {"sample_weight": np.ones(7)},
+            "weight: expected labels to weigh, found a nda",
+        ),
         (tfm.TFGPT2LMHeadModel, (IDS, IDS.astype(float)), {}, "labels: expected integers, found float"),
         (tfm.TFGPT2LMHeadModel, (IDS, IDS[:, 1:]), {}, r"labels: expected shape \(\w+, 12\), found \(\w+, 11\)"),
     ],
@@ -307,6 +332,8 @@ def test_losses_and_metrics_by_the_names_of_labels():
     )
     assert found["loss"] == pytest.approx(words + choices, rel=1e-5)
     assert found["mc_labels_loss"] == pytest.approx(choices, rel=1e-5) and "mc_labels_accuracy" in found
+    model.compile(loss=[None, losses["labels"], None], **FAST)
+    assert model.evaluate(x, y, batch_size=7, verbose=0) == pytest.approx(choices, rel=1e-5)
 
 
 def test_labels_in_a_list_are_in_the_order_of_their_names():

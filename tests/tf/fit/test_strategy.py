@@ -26,7 +26,7 @@ few[2:4, 3:], few[6:8] = -100, -100
 compiled = {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True), "metrics": ["accuracy"]}
 CASES = {
     "equal parts": (TFGPT2LMHeadModel, ids, 8, {}),
-    "smaller last batch": (TFGPT2LMHeadModel, ids, 9, {"metrics": ["accuracy"]}),
+    "smaller last batch": (TFGPT2LMHeadModel, few, 9, {"metrics": ["accuracy", "perplexity"]}),
     "smaller first batch": (TFGPT2LMHeadModel, ids, 3, {"metrics": ["accuracy"]}),
     "other counts": (TFGPT2LMHeadModel, few, 9, {}),
     "classes": (TFGPT2ForSequenceClassification, rng.integers(0, 2, 9), 9, {"metrics": ["accuracy"]}),
