@@ -15,7 +15,7 @@ from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files.arrays import Array, Made
 from gpt2_multi.files.containers.safetensors import DTYPES
 from gpt2_multi.files.folders import PathLike, replaced
-from gpt2_multi.files.hub import RENAMED, SETTINGS, TOKENIZER, matches
+from gpt2_multi.files.hub import CHATS, RENAMED, SETTINGS, TOKENIZER, matches
 from gpt2_multi.files.json_files import write_json
 from gpt2_multi.model import fields
 from gpt2_multi.model.checkpoint import Checkpoint, open
@@ -27,11 +27,7 @@ from gpt2_multi.model.weights import Weight, table
 
 REPORT = "conversion.json"
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name in fields.DTYPES}
-COMPANIONS = (
-    SETTINGS[1],
-    *(name for name in TOKENIZER if name not in RENAMED),
-    "chat_template.jinja",
-)  # go as they are
+COMPANIONS = (SETTINGS[1], *(name for name in TOKENIZER if name not in RENAMED))  # go as they are
 
 
 @dataclass
@@ -158,7 +154,7 @@ def _check_place(old: Checkpoint, place: Path, force: bool) -> None:
 def _is_ours(path: Path) -> bool:
     """Whether a file belongs to a model, and goes with it."""
     known = (*SETTINGS, REPORT, *COMPANIONS, *RENAMED, *(name for kind in FORMATS.values() for name in kind.own))
-    return matches(path.name, known) and not path.is_dir()
+    return path.name == Path(CHATS).parent.name if path.is_dir() else matches(path.name, known)
 
 
 def _made(
@@ -217,6 +213,9 @@ def _carry(old: Checkpoint, stage: Path, to: str, report: ConversionReport) -> N
     for ours, theirs in RENAMED.items():
         names |= {name: theirs if to == "openai" else ours for name in (theirs, ours)}
     for name, new in names.items():
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, stage / new)
-            report.files.append(new if new == name else f"{name} as {new}")
+        for path in sorted(folder.glob(name)):
+            own = path.relative_to(folder).as_posix()
+            target = own if new == name else new
+            (stage / target).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, stage / target)
+            report.files.append(target if target == own else f"{own} as {target}")

@@ -254,7 +254,7 @@ class Answering:
         if self.skip_special_tokens is False:
             config = replace(config, eos_token_id=None)
         else:
-            ids, before = ([i for i in row if i not in known.all_special_ids] for row in (ids, before))
+            ids, before = ([i for i in row if i not in known.control_ids] for row in (ids, before))
         if isinstance(known, Foreign):
             options = {} if clean is None else {"clean_up_tokenization_spaces": clean}
             return texts.spelled(tokenizer, ids, config, before, **options)

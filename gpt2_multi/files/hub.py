@@ -27,12 +27,14 @@ def _sharded(single: str) -> tuple[str, ...]:
     return single, f"{stem}-[0-9]*-of-[0-9]*.{suffix}", f"{single}.index.json"
 
 
+CHAT, CHATS = "chat_template.jinja", "additional_chat_templates/*.jinja"  # the template of a chat, and those by name
+
 # The files of a model folder, as patterns of the shell: nothing else in the library lists them.
 SETTINGS = ("config.json", "generation_config.json")
 RENAMED = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # transformers' name -> OpenAI's
 TOKENIZER = (
     *RENAMED, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja",
+    CHAT, CHATS,
 )  # fmt: skip
 WEIGHTS = {  # of each format; the first that a model has is fetched
     "safetensors": _sharded("model.safetensors"),

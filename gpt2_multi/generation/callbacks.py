@@ -27,7 +27,7 @@ import numpy as np
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.stopping.spelling import Speller
+from gpt2_multi.generation.stopping.spelling import Speller, own
 from gpt2_multi.model import inputs
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class TextStreamer:
     def _begin(self) -> None:
         self.next_tokens_are_prompt = True
         skips = self.decode_kwargs.get("skip_special_tokens")
-        skipped = getattr(self.tokenizer, "all_special_ids", ()) if skips else ()
+        skipped = own(self.tokenizer).control_ids if skips else ()
         self._speller = Speller(self.tokenizer, skipped, **self.decode_kwargs)
 
     def put(self, value: Any) -> None:

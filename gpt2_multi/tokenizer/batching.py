@@ -179,12 +179,11 @@ def pad_rows(
     lists: dict[str, list[list[Any]]], width: int, side: str, pad_id: int, fillers: Mapping[str, Any] = FILLERS
 ) -> None:
     """Fill every known list to `width`, in place."""
-    for name, rows in lists.items():
-        filler = pad_id if name == "input_ids" else fillers.get(name)
-        if filler is not None:
-            for at, row in enumerate(rows):
-                fill = [filler] * (width - len(row))
-                rows[at] = row + fill if side == "right" else fill + row
+    fillers = {"input_ids": pad_id, **fillers}
+    for name in lists.keys() & fillers.keys():
+        for at, row in enumerate(lists[name]):
+            fill = [fillers[name]] * (width - len(row))
+            lists[name][at] = row + fill if side == "right" else fill + row
 
 
 def width_of(rows: Sequence[Sequence[Any]], padding: str, max_length: int | None, multiple: int | None) -> int:

@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from os import PathLike
 from typing import Any
 
-from gpt2_multi.tokenizer.bpe import byte_characters
+from gpt2_multi.tokenizer.engine.bpe import byte_characters
+from gpt2_multi.tokenizer.engine.words import ABOVE_BMP, Ranges, code_point_classes, spell_ranges, windows
 from gpt2_multi.tokenizer.files import to_tokenizer_json
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
-from gpt2_multi.tokenizer.words import ABOVE_BMP, Ranges, code_point_classes, spell_ranges, windows
 
 PLAIN = {"add_prefix_space": False, "add_bos_token": False}
 # Ranges of one size in UTF-8 that hold all assigned characters; the last has the tags that emoji flags are made of.

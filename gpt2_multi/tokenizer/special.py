@@ -6,8 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
+from gpt2_multi.tokenizer.engine.words import code_point_classes
 from gpt2_multi.tokenizer.files import ROLES, AddedToken
-from gpt2_multi.tokenizer.words import code_point_classes
 
 BRANCHES, DEPTH = 8, 4  # of a pattern: what is tried one by one, and characters that it is divided by at most
 Choice = Collection[str] | str  # names of control tokens, or "all"
@@ -54,11 +54,15 @@ class ControlTokens:
         self.tokens[token.content], self.ids[token.content] = token, at
         self._finders = None
 
+    def named(self) -> list[str]:
+        """The control tokens with a role, and the additional ones, each once."""
+        roles = [name for name in self.roles.values() if name is not None]
+        return list(dict.fromkeys([*roles, *self.additional]))
+
     def special(self) -> list[str]:
         """All control tokens, each once: those with a role first."""
-        roles = [name for name in self.roles.values() if name is not None]
         marked = [name for name, token in self.tokens.items() if token.special]
-        return list(dict.fromkeys([*roles, *self.additional, *marked]))
+        return list(dict.fromkeys([*self.named(), *marked]))
 
     def select(self, name: str, choice: Choice) -> frozenset[str]:
         """The control tokens that an argument names.

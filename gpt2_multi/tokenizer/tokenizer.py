@@ -1,6 +1,7 @@
 """GPT2Tokenizer: GPT-2's byte-level BPE in pure Python, with the calls that transformers' users know."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from inspect import signature
 from os import PathLike
 from pathlib import Path
@@ -8,8 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from gpt2_multi.errors import TokenizerError, described, nearest
-from gpt2_multi.files import arguments
-from gpt2_multi.files.templates import render_chat, up_to_message
+from gpt2_multi.files import arguments, templates
 from gpt2_multi.tokenizer.batching import (
     PADDINGS,
     TRUNCATIONS,
@@ -19,11 +19,10 @@ from gpt2_multi.tokenizer.batching import (
     choose,
     merge_encodings,
     pad_rows,
-    truncate,
     width_of,
 )
-from gpt2_multi.tokenizer.bpe import BPE
-from gpt2_multi.tokenizer.encoding import BatchEncoding, Row, Span, Tokens, char_spans, repair, to_arrays, unrepaired
+from gpt2_multi.tokenizer.encoding import BatchEncoding, to_arrays
+from gpt2_multi.tokenizer.engine.bpe import BPE
 from gpt2_multi.tokenizer.files import (
     ROLES,
     AddedToken,
@@ -36,8 +35,9 @@ from gpt2_multi.tokenizer.files import (
     write_folder,
     write_vocabulary,
 )
+from gpt2_multi.tokenizer.reading import Reader, Texts
 from gpt2_multi.tokenizer.special import Choice
-from gpt2_multi.tokenizer.tokens import TokenTable
+from gpt2_multi.tokenizer.tokens import TokenTable, listed
 
 END_OF_TEXT = "<|endoftext|>"
 SIDES = {"right": "right", "left": "left"}
@@ -63,12 +63,14 @@ class GPT2Tokenizer(TokenTable):
         errors: how `decode` treats bytes that are not UTF-8: "replace", "strict" or "ignore".
         unk_token, bos_token, eos_token, pad_token, sep_token, cls_token, mask_token: added to the vocabulary where it
             does not hold them.
-        add_prefix_space: put a space before each text that does not begin with white space.
+        add_prefix_space: put a space before each text, and what follows a token that is found in it, if there is none.
         add_bos_token: put the bos token before each text; may be changed later.
-        additional_special_tokens: more control tokens, added to the vocabulary where it does not hold them.
+        additional_special_tokens, extra_special_tokens: more control tokens, by either name, added to the vocabulary
+            where it does not hold them.
         split_special_tokens: read control tokens in texts as ordinary text; may be changed later.
         padding_side, truncation_side: "right" or "left".
         model_max_length: the limit for truncation without `max_length`.
+        chat_template: how a chat is spelled, in Jinja, or a template for each name.
         added_tokens: tokens outside the merges, with their ids.
 
     Raises:
@@ -95,10 +97,12 @@ class GPT2Tokenizer(TokenTable):
         cls_token: Any = None,
         mask_token: Any = None,
         additional_special_tokens: Sequence[Any] = (),
+        extra_special_tokens: Sequence[Any] | Mapping[str, Any] = (),
         split_special_tokens: bool = False,
         padding_side: str = "right",
         truncation_side: str = "right",
         model_max_length: int = 1024,
+        chat_template: Any = None,
         added_tokens: Mapping[AddedToken, int] | None = None,
         **unknown: Any,
     ) -> None:
@@ -110,13 +114,15 @@ class GPT2Tokenizer(TokenTable):
         self.padding_side = choose("padding_side", padding_side, SIDES)
         self.truncation_side = choose("truncation_side", truncation_side, SIDES)
         self.model_max_length = model_max_length
-        self.name_or_path = ""
+        self.name_or_path, self.chat_template = "", chat_template
         self._kept: dict[str, Any] = {}  # entries of tokenizer_config.json that mean nothing here, written back
         super().__init__(vocab, added_tokens or {}, errors)
         given = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
         roles = dict(zip(ROLES, given, strict=True))
         self.add_special_tokens({role: token for role, token in roles.items() if token is not None})
-        self.add_special_tokens({"additional_special_tokens": additional_special_tokens})
+        more = extra_special_tokens or ()
+        more = list(more.values()) if isinstance(more, Mapping) else more
+        self.add_special_tokens({"additional_special_tokens": [*listed(additional_special_tokens), *listed(more)]})
         self._engine_in_python = BPE(self._vocab, merges, self.unk_token_id)
 
     @property
@@ -186,13 +192,6 @@ class GPT2Tokenizer(TokenTable):
 
     @classmethod
     def _from_vocabulary(cls, found: Vocabulary, overrides: Mapping[str, Any]) -> Self:
-        more = found.settings.pop("extra_special_tokens", None) or []
-        more = list(more.values()) if isinstance(more, dict) else more
-        if more:
-            found.settings["additional_special_tokens"] = [
-                *(found.settings.get("additional_special_tokens") or []),
-                *more,
-            ]
         overrides = dict(overrides)
         for given in (found.settings, overrides):
             if "max_len" in given:  # its name in 2019
@@ -229,6 +228,8 @@ class GPT2Tokenizer(TokenTable):
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
         }
+        if self.chat_template is not None:
+            settings["chat_template"] = templates.to_json(self.chat_template)
         paths = write_folder(Path(save_directory), Vocabulary(self._vocab, list(self._bpe.merges), added, settings))
         if push_to_hub:
             self.push_to_hub(**{"repo_id": Path(save_directory).name, **options})
@@ -245,66 +246,74 @@ class GPT2Tokenizer(TokenTable):
     @property
     def chat_template(self) -> Any:
         """How a chat is spelled, in Jinja, or a template for each name; saved with the tokenizer."""
-        found = self._kept.get("chat_template")
-        return {row["name"]: row["template"] for row in found} if isinstance(found, list) else found
+        return self._chat_template
 
     @chat_template.setter
     def chat_template(self, template: Any) -> None:
-        if isinstance(template, dict):
-            template = [{"name": name, "template": text} for name, text in template.items()]
-        self._kept["chat_template"] = template
+        self._chat_template = templates.from_json(template)
 
-    def get_chat_template(self, chat_template: str | None = None) -> str:
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         """The template of a name, or the text that is given as one; without either the tokenizer's own.
 
         Raises:
             TokenizerError: there is none.
         """
-        own = self.chat_template
-        found = own.get(chat_template or "default", chat_template) if isinstance(own, dict) else chat_template or own
-        if not isinstance(found, str):
-            raise TokenizerError(f"chat_template: expected a template, found {found!r}; set tokenizer.chat_template")
-        return found
+        return templates.pick(self.chat_template, chat_template, tools)
 
     def apply_chat_template(
         self,
-        conversation: Sequence[Any],
+        conversation: Any,
         tools: Any = None,
         documents: Any = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
         tokenize: bool = True,
         padding: Any = False,
         truncation: Any = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
         return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         **names: Any,
     ) -> Any:
         """What a chat, a list of `{"role": ..., "content": ...}`, or a list of chats is as ids, or as a text.
 
-        tokenize: ids; otherwise a text. return_dict: all that a call gives instead of `input_ids`. `names` are what the
-        template may speak of beside messages, tools, documents and the control tokens.
+        Args:
+            conversation: the chat, or several.
+            tools, documents: dicts of which the template may speak; of tools JSON schemas.
+            chat_template: a template, or the name of one of several; the tokenizer's own without it.
+            add_generation_prompt: go on to where the assistant's message begins.
+            continue_final_message: leave the last message open; a text names its field, instead of "content".
+            tokenize: ids; otherwise a text.
+            padding, truncation, max_length, return_tensors: as in a call of the tokenizer.
+            return_dict: all that a call gives instead of `input_ids`.
+            return_assistant_tokens_mask: with `return_dict`, `assistant_masks` of 1 for tokens that begin within
+                `{% generation %}` of the template.
+            tokenizer_kwargs: other arguments of a call of the tokenizer.
+            names: what else the template may speak of; the control tokens are there.
 
         Raises:
             TokenizerError: there is no template, or no Jinja, or the template refuses the messages.
         """
-        if add_generation_prompt and continue_final_message:
-            raise TokenizerError("continue_final_message: cannot be used with add_generation_prompt; leave one out")
-        alone = bool(conversation) and isinstance(conversation[0], Mapping)
-        chats = [conversation] if alone else conversation
-        names |= {**self.special_tokens_map, "tools": tools, "documents": documents}
+        templates.check_request(add_generation_prompt, continue_final_message, return_assistant_tokens_mask, names)
+        if return_assistant_tokens_mask and not (return_dict and tokenize):
+            raise TokenizerError("return_assistant_tokens_mask: is an entry of what return_dict=True gives; set it too")
+        chats, alone = templates.as_chats(conversation)
+        names = {**self.special_tokens_map, **names, "tools": templates.schemas(tools), "documents": documents}
         names["add_generation_prompt"] = add_generation_prompt
-        made = [render_chat(self.get_chat_template(chat_template), chat, **names) for chat in chats]
-        if continue_final_message:
-            made = [up_to_message(text, chat[-1]["content"]) for text, chat in zip(made, chats, strict=True)]
-        text = made[0] if alone else made
+        template = self.get_chat_template(chat_template, tools)
+        made = [templates.spell(template, chat, continue_final_message, names) for chat in chats]
+        text = made[0][0] if alone else [text for text, _ in made]
         if not tokenize:
             return text
         options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(tokenizer_kwargs or {})}
-        encoded = self(text, add_special_tokens=False, return_tensors=return_tensors, **options)
+        encoded = self(text, **{"add_special_tokens": False, "return_tensors": return_tensors, **options})
+        if return_assistant_tokens_mask:
+            masks = [row.marks(spans) for row, (_, spans) in zip(encoded.encodings or (), made, strict=True)]
+            encoded["assistant_masks"] = masks[0] if alone and return_tensors is None else masks
+            encoded.convert_to_tensors(return_tensors)
         return encoded if return_dict else encoded["input_ids"]
 
     # --- one text ----------------------------------------------------------------------------------------------------
@@ -338,55 +347,6 @@ class GPT2Tokenizer(TokenTable):
     def _encode_ordinary(self, text: str) -> list[int]:
         """The ids of a text that holds no added token and no lone surrogate."""
         return self._bpe.encode(text)
-
-    def _plain(self, text: str, allowed: frozenset[str]) -> Tokens:
-        text = repair(text)
-        text = " " + text if self.add_prefix_space and text and not text[0].isspace() else text
-        ids: list[int] = []
-        for part, at in self._control.split(text, allowed):
-            ids += self._encode_ordinary(part) if at is None else [at]
-        return Tokens(ids)
-
-    def _detailed(self, text: str, allowed: frozenset[str], prefix_space: bool) -> Tokens:
-        """The same, with the span in the user's text and the number of the word for each token."""
-        fixed = repair(text)
-        prefix = " " if prefix_space and fixed and not fixed[0].isspace() else ""
-        ids: list[int] = []
-        words: list[int | None] = []
-        spans: list[Span] = []
-        position = -len(prefix)
-        for number, (word, found) in enumerate(self._parts(prefix + fixed, allowed)):
-            spans += self._spans(word, found, position)
-            ids += found
-            words += [number] * len(found)
-            position += len(word)
-        spans = [(max(first, 0), max(last, 0)) for first, last in spans] if prefix else spans
-        return Tokens(ids, unrepaired(text, spans), words)
-
-    def _spans(self, word: str, ids: Sequence[int], start: int) -> list[Span]:
-        sizes = [len(self._bytes[at]) for at in ids]
-        if len(ids) == 1 or sum(sizes) != len(word.encode()):  # an unknown byte has the unknown token's size
-            return [(start, start + len(word))] * len(ids)
-        return char_spans(word, sizes, start)
-
-    def _parts(self, text: str, allowed: frozenset[str]) -> Iterable[tuple[str, Sequence[int]]]:
-        for part, at in self._control.split(text, allowed):
-            if at is None:
-                yield from self._bpe.words(part)
-            else:
-                yield part, [at]
-
-    def _split_words(self, words: Sequence[str], allowed: frozenset[str]) -> Tokens:
-        """A text that is already split: each word gets a space before it; spans count from the word's beginning."""
-        ids: list[int] = []
-        spans: list[Span] = []
-        numbers: list[int | None] = []
-        for at, word in enumerate(words):
-            tokens = self._detailed(word, allowed, prefix_space=True)
-            ids += tokens.ids
-            spans += tokens.spans or []
-            numbers += [at] * len(tokens.ids)
-        return Tokens(ids, spans, numbers)
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
@@ -453,15 +413,17 @@ class GPT2Tokenizer(TokenTable):
         check_size("stride", stride)
         texts, pairs, batched = as_batch(text, text_pair, is_split_into_words)
         control = self._choose_control(split_special_tokens, allowed_special, disallowed_special)
-        detailed = return_offsets_mapping or is_split_into_words
-        columns = [
-            [self._sequence(item, *control, detailed, is_split_into_words) for item in column]
-            for column in (texts, pairs)
-            if column is not None
-        ]
-        prefix = self._prefix() if add_special_tokens else []
-        overlap = stride if return_overflowing_tokens else None
-        rows, owners = self._cut_rows(columns, prefix, overlap, *self._limit(truncation, max_length, padding))
+        prefix_space = self.add_prefix_space or is_split_into_words
+        given = Texts(
+            [column for column in (texts, pairs) if column is not None],
+            Reader(self._control, self._bpe, self._encode_ordinary, self._bytes, *control, prefix_space),
+            is_split_into_words,
+            self._prefix() if add_special_tokens else [],
+            *self._limit(truncation, max_length, padding),
+            stride if return_overflowing_tokens else None,
+            self.truncation_side,
+        )
+        rows, owners = given.rows(return_offsets_mapping)
         wanted = {
             "input_ids": True,
             "token_type_ids": return_token_type_ids,
@@ -472,9 +434,8 @@ class GPT2Tokenizer(TokenTable):
         lists = {name: [row.entry(name) for row in rows] for name, asked in wanted.items() if asked}
         self._pad_lists(lists, padding, max_length, pad_to_multiple_of, padding_side)
         encoding = BatchEncoding(lists)
-        encoding.spell = self.convert_ids_to_tokens
-        if detailed:
-            encoding.record(rows, self._side(padding_side))
+        make = partial(given.encodings, lists["input_ids"], self._side(padding_side), self.convert_ids_to_tokens)
+        encoding.trace(make, len(given.columns), return_offsets_mapping or is_split_into_words)
         if return_length:
             encoding["length"] = [len(ids) for ids in lists["input_ids"]]
         if return_overflowing_tokens:
@@ -485,33 +446,6 @@ class GPT2Tokenizer(TokenTable):
         return encoding
 
     encode_plus = batch_encode_plus = __call__
-
-    def _sequence(
-        self, text: Any, allowed: frozenset[str], disallowed: frozenset[str], detailed: bool, split: bool
-    ) -> Tokens:
-        for token in disallowed:
-            for part in text if split else [text]:
-                self._control.refuse(part, frozenset([token]))
-        if split:
-            return self._split_words(text, allowed)
-        return self._detailed(text, allowed, self.add_prefix_space) if detailed else self._plain(text, allowed)
-
-    def _cut_rows(
-        self, columns: list[list[Tokens]], prefix: list[int], stride: int | None, limit: int, strategy: str
-    ) -> tuple[list[Row], list[int]]:
-        """The rows of a batch, and for each row the number of the text that it comes from."""
-        rows: list[Row] = []
-        owners: list[int] = []
-        for owner, sequences in enumerate(zip(*columns, strict=True)):
-            room = limit - len(prefix) * len(sequences)
-            if strategy and room < 0:
-                raise TokenizerError(f"max_length: expected room for {limit - room} added tokens, found {limit}")
-            for parts in truncate(
-                [len(tokens.ids) for tokens in sequences], room, strategy, stride, self.truncation_side
-            ):
-                rows.append(Row(list(sequences), parts, prefix))
-                owners.append(owner)
-        return rows, owners
 
     def _choose_control(
         self, split: bool | None, allowed: Choice | None, disallowed: Choice = NOTHING

@@ -6,7 +6,7 @@ from typing import Any, NoReturn, TypeVar, overload
 
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.tokenizer.batching import choose
-from gpt2_multi.tokenizer.bpe import unspell
+from gpt2_multi.tokenizer.engine.bpe import unspell
 from gpt2_multi.tokenizer.files import ROLES, AddedToken
 from gpt2_multi.tokenizer.special import ControlTokens, as_token
 
@@ -37,6 +37,7 @@ def _role_id(name: str) -> property:
     return property(get, assign, doc=f"The id of the {name}, or None; assignable.")
 
 
+ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")  # the names of transformers 4 and 5
 SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # in this order
 
 
@@ -116,18 +117,37 @@ class TokenTable:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """All control tokens, each once."""
-        return self._control.special()
+        """The control tokens with a role, and the additional ones, each once."""
+        return self._control.named()
 
     @property
     def all_special_ids(self) -> list[int]:
-        """The ids of all control tokens."""
+        """The ids of `all_special_tokens`."""
         return [self._known_id(token) for token in self.all_special_tokens]
 
     @property
     def additional_special_tokens(self) -> list[str]:
-        """The control tokens without a role."""
+        """The control tokens without a role; assigning a token that the tokenizer does not know is an error."""
         return list(self._control.additional)
+
+    @additional_special_tokens.setter
+    def additional_special_tokens(self, tokens: Any) -> None:
+        found = [self._as_token(token, True) for token in listed(tokens)]
+        for token in found:
+            self._check_known("additional_special_tokens", token.content, [token.content])
+        self._control.additional = list(dict.fromkeys(self._register(token) for token in found))
+
+    @property
+    def additional_special_tokens_ids(self) -> list[int]:
+        """The ids of `additional_special_tokens`; assignable."""
+        return [self._known_id(token) for token in self._control.additional]
+
+    @additional_special_tokens_ids.setter
+    def additional_special_tokens_ids(self, ids: Sequence[int]) -> None:
+        self.additional_special_tokens = self.convert_ids_to_tokens(ids)
+
+    extra_special_tokens = additional_special_tokens  # their name in transformers 5
+    extra_special_tokens_ids = additional_special_tokens_ids
 
     @property
     def special_tokens_map(self) -> dict[str, Any]:
@@ -148,24 +168,38 @@ class TokenTable:
             self._register(self._as_token(token, special_tokens or bool(getattr(token, "special", False))))
         return len(self) - before
 
-    def add_special_tokens(self, special_tokens_dict: Mapping[str, Any]) -> int:
+    def add_special_tokens(
+        self,
+        special_tokens_dict: Mapping[str, Any],
+        replace_additional_special_tokens: bool = True,
+        *,
+        replace_extra_special_tokens: bool | None = None,
+    ) -> int:
         """Register control tokens: {"pad_token": "<pad>", "additional_special_tokens": ["<user>"]}.
 
         They get ids, `decode(skip_special_tokens=True)` skips them, and they are found in texts, unless
-        `split_special_tokens` is set.
+        `split_special_tokens` is set. `extra_special_tokens` is the name of the additional ones in transformers 5.
+
+        Args:
+            special_tokens_dict: tokens by their roles.
+            replace_additional_special_tokens: whether additional ones take the place of those before, which go on
+                being found in texts and skipped, or join them.
+            replace_extra_special_tokens: its name in transformers 5.
 
         Returns:
             How many of them the tokenizer did not know before.
         """
-        before = len(self)
+        before, replace = len(self), replace_additional_special_tokens
+        replace = replace if replace_extra_special_tokens is None else replace_extra_special_tokens
         for role, value in special_tokens_dict.items():
-            if role == "additional_special_tokens":
-                names = [self._register(self._as_token(token, True)) for token in _listed(value)]
-                self._control.additional = list(dict.fromkeys([*self._control.additional, *names]))
+            if role in ADDITIONAL:
+                names = [self._register(self._as_token(token, True)) for token in listed(value)]
+                kept = () if replace and names else self._control.additional
+                self._control.additional = list(dict.fromkeys([*kept, *names]))
             elif role in ROLES:
                 self._control.roles[role] = self._register(self._as_token(value, True))
             else:
-                expected = [*ROLES, "additional_special_tokens"]
+                expected = [*ROLES, ADDITIONAL[0]]
                 raise TokenizerError(f"add_special_tokens: expected some of {expected}, found {role!r}")
         return len(self) - before
 
@@ -192,13 +226,21 @@ class TokenTable:
     def _assign_role(self, role: str, token: Any) -> None:
         if token is not None:
             token = self._as_token(token, True)
-            if token.content not in self._vocab and token.content not in self._control.ids:
-                raise TokenizerError(
-                    f"{role}: expected a token of the vocabulary, found {token.content!r}; "
-                    f"add_special_tokens({{{role!r}: {token.content!r}}}) gives it an id"
-                )
+            self._check_known(role, token.content, token.content)
             self._register(token)
         self._control.roles[role] = token and token.content
+
+    def _check_known(self, role: str, content: str, given: Any) -> None:
+        if content not in self._vocab and content not in self._control.ids:
+            raise TokenizerError(
+                f"{role}: expected a token of the vocabulary, found {content!r}; "
+                f"add_special_tokens({{{role!r}: {given!r}}}) gives it an id"
+            )
+
+    @property
+    def control_ids(self) -> list[int]:
+        """The ids of all control tokens, those that were replaced or added by `add_tokens` too: what decoding skips."""
+        return [self._known_id(token) for token in self._control.special()]
 
     def _known_id(self, token: str) -> int:
         at = self._control.ids.get(token)
@@ -328,7 +370,7 @@ class TokenTable:
         ids = to_list(ids)
         ids = ids if isinstance(ids, list) else [ids]
         ids = ids if set(map(type, ids)) <= {int} else [self._number(at) for at in ids]
-        skipped = set(self.all_special_ids) if skip_special_tokens else ()
+        skipped = set(self.control_ids) if skip_special_tokens else ()
         return [at for at in ids if at not in skipped] if skipped else ids
 
     def _number(self, at: Any) -> int:
@@ -350,12 +392,13 @@ def _texts(first: Sequence[int], second: Sequence[int] | None) -> list[Sequence[
     return [first] if second is None else [first, second]
 
 
-def _listed(tokens: Any) -> list[Any]:
-    if isinstance(tokens, str | Mapping) or not isinstance(tokens, Iterable):
+def listed(tokens: Any) -> list[Any]:
+    """Additional control tokens as a list; TokenizerError where they are none."""
+    if isinstance(tokens, str | Mapping) or not isinstance(tokens, Iterable | None):
         raise TokenizerError(
             f"additional_special_tokens: expected a list of tokens, found {tokens!r}; put it in a list"
         )
-    return list(tokens)
+    return list(tokens or ())
 
 
 def to_list(ids: Any) -> Any:

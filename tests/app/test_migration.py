@@ -1,5 +1,6 @@
 """docs/migration.md keeps to what the library says: every sentence of its tables is one that a call ends in."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def scope():
         "generator": pipeline("text-generation", model, tokenizer),
         "ids": torch.tensor([[5, 9, 7]]),
         "model": model,
+        "pickle": pickle,
         "pipeline": pipeline,
         "tokenizer": tokenizer,
         "torch": torch,

@@ -139,7 +139,7 @@ def test_lists_call_all_of_their_functions():
 class _Bytes:
     """A tokenizer in which an id is a byte, and 0 a control token."""
 
-    all_special_ids = (0,)
+    control_ids = (0,)
 
     def decode(self, ids, skip_special_tokens=False):
         return bytes(ids).decode()

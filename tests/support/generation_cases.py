@@ -12,7 +12,7 @@ from gpt2_multi.generation.reference import generate
 from gpt2_multi.generation.rules import noise_streams
 from gpt2_multi.generation.stopping import stop_table
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.tokenizer.bpe import byte_characters, spell
+from gpt2_multi.tokenizer.engine.bpe import byte_characters, spell
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 from tests.support import fixtures
 from tests.support.effort import some

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_multi.errors import TokenizerError
-from gpt2_multi.tokenizer.bpe import BPE, SHORT, byte_characters, spell, unspell
-from gpt2_multi.tokenizer.words import code_point_classes, split_words, windows
+from gpt2_multi.tokenizer.engine.bpe import BPE, SHORT, byte_characters, spell, unspell
+from gpt2_multi.tokenizer.engine.words import code_point_classes, split_words, windows
 
 Merges = list[tuple[str, str]]
 
@@ -115,7 +115,7 @@ def test_a_million_characters(text):
 
 def test_the_number_of_steps_is_linear(monkeypatch):
     """Counts what the heap is asked for, since time depends on the machine."""
-    import gpt2_multi.tokenizer.bpe as module
+    import gpt2_multi.tokenizer.engine.bpe as module
 
     pops = 0
 
@@ -205,7 +205,7 @@ def test_windows_never_cut_a_word(parts, size):
 
 
 def test_ascii_text_never_compiles_the_slow_pattern():
-    from gpt2_multi.tokenizer.words import full_pattern
+    from gpt2_multi.tokenizer.engine.words import full_pattern
 
     full_pattern.cache_clear()
     assert split_words("It's 12 o'clock, naïve 中") == ["It", "'s", " 12", " o", "'", "clock", ",", " naïve", " 中"]

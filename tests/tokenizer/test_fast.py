@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from gpt2_multi.tokenizer.bpe import BPE, byte_characters
+from gpt2_multi.tokenizer.engine.bpe import BPE, byte_characters
+from gpt2_multi.tokenizer.engine.words import code_point_classes
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
-from gpt2_multi.tokenizer.words import code_point_classes
 from tests.support.shared_data import shared
 from tests.tokenizer.test_tokenizer import TEXTS, small_files
 

@@ -84,7 +84,7 @@ class Foreign:
         self.tokenizer = tokenizer
 
     @property
-    def all_special_ids(self) -> list[int]:
+    def control_ids(self) -> list[int]:
         """The ids of its control tokens, where it tells them."""
         return list(getattr(self.tokenizer, "all_special_ids", ()))
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from gpt2_multi.tf.serve.merging import Merges
 from gpt2_multi.tf.serve.splitting import among, class_table, word_starts
-from gpt2_multi.tokenizer.bpe import BPE
+from gpt2_multi.tokenizer.engine.bpe import BPE
 
 UNKNOWN = -1
 HIDDEN = -2  # a token that hides what it overlaps, but is ordinary text
@@ -21,8 +21,11 @@ OUTSIDE = b"\xff"  # before a token's text: a byte that no word has
 class Encoder(tf.Module):
     """What turns texts into ids: the merges, the words that are one token, and tokens that stand outside the merges."""
 
-    def __init__(self, bpe: BPE, outside: Sequence[Mapping[str, int]]) -> None:
-        """outside: groups of tokens that are found in texts before words are, the longest first where several begin."""
+    def __init__(self, bpe: BPE, outside: Sequence[Mapping[str, int]], prefix_space: bool = False) -> None:
+        """outside: groups of tokens that are found in texts before words are, the longest first where several begin.
+
+        prefix_space: put a space before ordinary text that begins without one.
+        """
         super().__init__()
         table = bpe.table()
         self.merges, self.classes = Merges(table), tf.constant(class_table())
@@ -30,7 +33,7 @@ class Encoder(tf.Module):
         known |= {
             raw: at for raw, at, whole in zip(table.raw, table.ids, table.whole, strict=True) if whole and at >= 0
         }
-        self.finders = [Finder(group) for group in outside]
+        self.finders, self.prefix_space = [Finder(group) for group in outside], prefix_space
         found = ((token, at) for group in outside for token, at in group.items() if at != HIDDEN)
         self.words = look_up(known | {OUTSIDE + token.encode(): at for token, at in found})
 
@@ -48,7 +51,12 @@ class Encoder(tf.Module):
             begin, end = finder.find(points, breaks | begins | ends, inside)
             begins, ends = begins | begin, ends | end
             inside = tf.cumsum(tf.cast(begins, tf.int32)) > tf.cumsum(tf.cast(ends, tf.int32))
-        starts = word_starts(points, breaks | begins | ends, self.classes)
+        edges = breaks | ends
+        if self.prefix_space:
+            lacking = edges & ~inside & (points != ord(" "))
+            points, splits, edges, begins, inside = spaced(points, splits, lacking, edges, begins, inside)
+            size = tf.shape(points, tf.int64)[0]
+        starts = word_starts(points, edges | begins, self.classes)
         places = tf.where(starts & (begins | ~inside))[:, 0]  # (W,)
         words = spelled(tf.RaggedTensor.from_row_splits(points, tf.concat([places, [size]], 0), validate=False))
         if self.finders:
@@ -120,6 +128,24 @@ def marks(places: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     """Which of so many places (size,) are among these; some may lie at the end."""
     here = tf.ones_like(places, tf.bool)
     return tf.tensor_scatter_nd_update(tf.zeros([size + 1], tf.bool), places[:, None], here)[:size]
+
+
+def spaced(
+    points: tf.Tensor, splits: tf.Tensor, lacking: tf.Tensor, edges: tf.Tensor, *others: tf.Tensor
+) -> list[tf.Tensor]:
+    """Code points (N,), the splits of their texts and marks on them, with a space before those that lack one.
+
+    A mark of `edges` moves onto the space, those of `others` stay where they are.
+    """
+    number = tf.cast(lacking, tf.int64)
+    shift = tf.concat([[0], tf.cumsum(number)], 0)  # how far each moves to the right, (N + 1,)
+    size = tf.shape(points, tf.int64)[0] + shift[-1]
+    places = tf.range(size - shift[-1]) + shift[1:]
+    filled = tf.fill([size], ord(" "))
+    found = [tf.tensor_scatter_nd_update(filled, places[:, None], points), splits + tf.gather(shift, splits)]
+    for mark, at in ((edges, places - number), *((other, places) for other in others)):
+        found.append(tf.tensor_scatter_nd_update(tf.zeros([size], tf.bool), at[:, None], mark))
+    return found
 
 
 def apart(places: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from gpt2_multi.tf.serve.splitting import ahead, moved
-from gpt2_multi.tokenizer.bpe import NO_MERGE, SHIFT, MergeTable
+from gpt2_multi.tokenizer.engine.bpe import NO_MERGE, SHIFT, MergeTable
 
 
 class Merges(tf.Module):

@@ -1,7 +1,7 @@
 """GPT-2's words in TensorFlow: where each begins, from the classes of code points, without a regular expression.
 
-The classes are those of `gpt2_multi.tokenizer.words`, pinned to Unicode 16. N code points of all texts stand in one
-row.
+The classes are those of `gpt2_multi.tokenizer.engine.words`, pinned to Unicode 16. N code points of all texts stand in
+one row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from gpt2_multi.tokenizer.words import code_point_classes
+from gpt2_multi.tokenizer.engine.words import code_point_classes
 
 CLASSES = ("other", "letter", "number", "space")
 SPACE = CLASSES.index("space")

@@ -14,10 +14,9 @@ import tensorflow as tf
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.model import inputs
 from gpt2_multi.tf.serve.encoding import HIDDEN, Encoder, repaired
-from gpt2_multi.tf.serve.splitting import among
 from gpt2_multi.tokenizer.batching import check_size, choose
-from gpt2_multi.tokenizer.encoding import repair
 from gpt2_multi.tokenizer.files import ROLES, AddedToken
+from gpt2_multi.tokenizer.reading import repair
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 MOST_IDS = 1 << 24
@@ -38,7 +37,7 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         padding: "longest", "max_length", or None.
         padding_side, truncation_side: "right" or "left", where rows are filled and cut.
         add_bos_token: put the bos token before each text.
-        add_prefix_space: put a space before each text that does not begin with white space.
+        add_prefix_space: put a space before each text, and what follows a token that is found in it, if there is none.
         split_special_tokens: read control tokens in texts as ordinary text.
         allowed_special: the control tokens that are found in texts, or "all"; by default all, and none with
             `split_special_tokens`.
@@ -83,9 +82,10 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         check_size("pad_token_id", self.pad_token_id)
         check_room("pad_token_id", self.pad_token_id)
         self.first = self.python._prefix()
-        self.encoder = Encoder(self.python._bpe, recognised(self.python, split_special_tokens, allowed_special))
+        outside = recognised(self.python, split_special_tokens, allowed_special)
+        self.encoder = Encoder(self.python._bpe, outside, add_prefix_space)
         self.spelling = tf.constant(spellings(self.python))  # (V,) bytes
-        self.control = tf.constant(sorted(self.python.all_special_ids), tf.int64)
+        self.control = tf.constant(sorted(self.python.control_ids), tf.int64)
         texts = [tf.TensorSpec([None], tf.string)]
         self.encode = tf.function(self._encode, input_signature=texts, autograph=False)
         self.batch = tf.function(self._batch, input_signature=texts, autograph=False)
@@ -158,18 +158,12 @@ class TFGPT2Tokenizer(keras.layers.Layer):
 
     def _encode(self, texts: tf.Tensor) -> tf.RaggedTensor:
         """The ids of texts (B,), cut and begun as the options say: (B, None) int32"""
-        rows = self.encoder.encode(self.prefixed(texts) if self.settings["add_prefix_space"] else texts)
+        rows = self.encoder.encode(texts)
         if self.settings["max_length"] is not None and self.settings["truncation"]:
             room = max(self.settings["max_length"] - len(self.first), 0)
             rows = rows[:, :room] if self.settings["truncation_side"] == "right" or not room else rows[:, -room:]
         first = tf.tile(tf.constant(self.first, tf.int32, [1, len(self.first)]), [rows.nrows(), 1])
         return tf.concat([tf.RaggedTensor.from_tensor(first), rows], 1) if self.first else rows
-
-    def prefixed(self, texts: tf.Tensor) -> tf.Tensor:
-        """Texts with a space before those that begin with something else than white space."""
-        first = tf.strings.unicode_decode(tf.strings.substr(texts, 0, 4), "UTF-8", errors="replace")
-        point = first[:, :1].to_tensor(0, shape=[None, 1])[:, 0]
-        return tf.where(among(point, white_space()) | (texts == b""), texts, b" " + texts)
 
     @property
     def width(self) -> int | None:
@@ -292,11 +286,6 @@ def spellings(tokenizer: GPT2Tokenizer) -> list[bytes]:
     raw, last = tokenizer._bytes, max(tokenizer._bytes, default=0)
     check_room("vocab", last)
     return [raw.get(at, b"") for at in range(last + 1)]
-
-
-def white_space() -> str:
-    """The characters that Python counts as white space."""
-    return "".join(char for char in map(chr, range(0x110000)) if char.isspace())
 
 
 def arguments(tokenizer: GPT2Tokenizer) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
-from gpt2_multi.files.hub import RENAMED
+from gpt2_multi.files.hub import CHAT, CHATS, RENAMED
 from gpt2_multi.files.json_files import write_whole
 from gpt2_multi.tokenizer.files.tokenizer_json import read_tokenizer_json, to_tokenizer_json
 from gpt2_multi.tokenizer.files.vocabulary import (
@@ -75,8 +75,11 @@ def read_folder(folder: Path) -> Vocabulary:
             settings = read_json(path)
             _merge_added(found, _decoder_tokens(settings.pop("added_tokens_decoder", {}), path))
             found.settings |= {key: _plain(value) for key, value in settings.items()}
-    if (path := folder / "chat_template.jinja").exists():
-        found.settings["chat_template"] = _read_text(path)
+    named = {path.stem: _read_text(path) for path in sorted(folder.glob(CHATS))}
+    if (path := folder / CHAT).exists():
+        found.settings["chat_template"] = {"default": _read_text(path), **named} if named else _read_text(path)
+    elif named:
+        found.settings["chat_template"] = named
     return found
 
 
@@ -148,6 +151,8 @@ def write_folder(folder: Path, tokenizer: Vocabulary) -> tuple[str, ...]:
             paths.append(_write(folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n"))
         else:
             (folder / name).unlink(missing_ok=True)  # an older one would add tokens that are gone
+    for path in (folder / CHAT, *folder.glob(CHATS)):  # which would win over tokenizer_config.json
+        path.unlink(missing_ok=True)
     return tuple(paths)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gpt2_multi import GPT2Config, GPT2Tokenizer
-from gpt2_multi.tokenizer.bpe import byte_characters
+from gpt2_multi.tokenizer.engine.bpe import byte_characters
 from tests.support.fixtures import write_model
 
 HEADS = ("double_heads", "sequence_classification", "token_classification", "question_answering")

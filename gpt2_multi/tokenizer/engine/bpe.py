@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 from gpt2_multi.errors import TokenizerError
-from gpt2_multi.tokenizer.words import split_words, windows
+from gpt2_multi.tokenizer.engine.words import split_words, windows
 
 NO_MERGE = 1 << 62
 SHORT = 48  # bytes up to which scanning a list beats a heap

@@ -1,0 +1,176 @@
+"""One text to tokens: what stands outside the merges is found first, and the rest is cut into words and merged."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+from gpt2_multi.errors import TokenizerError
+from gpt2_multi.tokenizer.batching import truncate
+from gpt2_multi.tokenizer.encoding import Encoding, Row, Span, Tokens, encoding_of
+from gpt2_multi.tokenizer.engine.bpe import BPE
+from gpt2_multi.tokenizer.special import ControlTokens
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a call reads texts.
+
+    encode: ordinary text without lone surrogates to ids, the engine's or a faster one. raw: the bytes of each id.
+    allowed: the control tokens that are found in texts. refused: those that a text may not contain. prefix_space: put
+    a space before text that follows none, but another token or nothing.
+    """
+
+    control: ControlTokens
+    engine: BPE
+    encode: Callable[[str], list[int]]
+    raw: Mapping[int, bytes]
+    allowed: frozenset[str]
+    refused: frozenset[str]
+    prefix_space: bool
+
+    def read(self, text: str, detailed: bool) -> Tokens:
+        """The tokens of a text; detailed: with the span in it and the number of the word of each."""
+        self.control.refuse(text, self.refused)
+        return self._detailed(text) if detailed else self._plain(text)
+
+    def read_words(self, words: Sequence[str]) -> Tokens:
+        """A text that is already split: each word gets a space before it; spans count from the word's beginning."""
+        ids: list[int] = []
+        spans: list[Span] = []
+        numbers: list[int | None] = []
+        for at, word in enumerate(words):
+            tokens = self.read(word, True)
+            ids += tokens.ids
+            spans += tokens.spans or []
+            numbers += [at] * len(tokens.ids)
+        return Tokens(ids, spans, numbers)
+
+    def _plain(self, text: str) -> Tokens:
+        ids: list[int] = []
+        for part, at in self.control.split(repair(text), self.allowed):
+            ids += self.encode(self._prefix(part) + part) if at is None else [at]
+        return Tokens(ids)
+
+    def _detailed(self, text: str) -> Tokens:
+        ids: list[int] = []
+        words: list[int | None] = []
+        spans: list[Span] = []
+        for number, (found, places) in enumerate(self._words(repair(text))):
+            ids += found
+            spans += places
+            words += [number] * len(found)
+        return Tokens(ids, unrepaired(text, spans), words)
+
+    def _words(self, text: str) -> Iterator[tuple[Sequence[int], Iterable[Span]]]:
+        """The ids and the spans of each word, and of each token that stands outside the merges."""
+        position = 0
+        for part, at in self.control.split(text, self.allowed):
+            if at is not None:
+                yield [at], [(position, position + len(part))]
+            else:
+                prefix = self._prefix(part)
+                place = position - len(prefix)
+                for word, ids in self.engine.words(prefix + part):
+                    yield ids, self._spans(word, ids, place, position)
+                    place += len(word)
+            position += len(part)
+
+    def _spans(self, word: str, ids: Sequence[int], start: int, least: int) -> Iterable[Span]:
+        """The spans of a word's tokens; a space that was put before `least` has those of what follows it."""
+        sizes = [len(self.raw[at]) for at in ids]
+        if len(ids) == 1 or sum(sizes) != len(word.encode()):  # an unknown byte has the unknown token's size
+            spans = [(start, start + len(word))] * len(ids)
+        else:
+            spans = char_spans(word, sizes, start)
+        return spans if start >= least else [(max(first, least), max(last, least + 1)) for first, last in spans]
+
+    def _prefix(self, text: str) -> str:
+        return " " if self.prefix_space and text[0] != " " else ""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a call, or also their pairs, and how they become rows of tokens.
+
+    split: they are lists of words. prefix: ids before each text. limit, strategy, stride, side: how rows are cut; see
+    `batching.truncate`.
+    """
+
+    columns: list[list[Any]]
+    reader: Reader
+    split: bool
+    prefix: list[int]
+    limit: int
+    strategy: str
+    stride: int | None
+    side: str
+
+    def rows(self, detailed: bool) -> tuple[list[Row], list[int]]:
+        """The rows, and for each the number of the text that it comes from.
+
+        Raises:
+            TokenizerError: a text holds a token that is refused, or there is no room for the prefix.
+        """
+        read = self.reader.read_words if self.split else partial(self.reader.read, detailed=detailed)
+        rows: list[Row] = []
+        owners: list[int] = []
+        for owner, given in enumerate(zip(*self.columns, strict=True)):
+            sequences = [read(text) for text in given]
+            room = self.limit - len(self.prefix) * len(sequences)
+            if self.strategy and room < 0:
+                added = self.limit - room
+                raise TokenizerError(f"max_length: expected room for {added} added tokens, found {self.limit}")
+            sizes = [len(tokens.ids) for tokens in sequences]
+            for parts in truncate(sizes, room, self.strategy, self.stride, self.side):
+                rows.append(Row(sequences, parts, self.prefix))
+                owners.append(owner)
+        return rows, owners
+
+    def encodings(self, ids: list[list[int]], side: str, spell: Callable[[list[int]], list[str]]) -> list[Encoding]:
+        """What is known of the tokens of each row, whose ids were these when they were padded on that side."""
+        rows, _ = self.rows(True)
+        return [encoding_of(row, own, side, spell) for row, own in zip(rows, ids, strict=True)]
+
+
+_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]|[\ud800-\udfff]")
+
+
+def repair(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD, so that it has an encoding."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def unrepaired(text: str, spans: list[Span]) -> list[Span]:
+    """Spans in `repair(text)` as spans in `text`, where a surrogate pair is two characters."""
+    pairs = [match.start() for match in _SURROGATES.finditer(text) if len(match[0]) == 2]
+    if not pairs:
+        return spans
+    joined, start = [0], 0
+    paired = set(pairs)
+    while start < len(text):
+        start += 2 if start in paired else 1
+        joined.append(start)
+    return [(joined[first], joined[last]) for first, last in spans]
+
+
+def char_spans(word: str, sizes: Iterable[int], start: int) -> list[Span]:
+    """The characters that tokens of the given sizes in bytes stand for, in a word that begins at `start`.
+
+    A token that holds a part of a character has the whole character's span.
+    """
+    ends = list(accumulate(sizes))
+    starts = [0, *ends[:-1]]
+    if not word.isascii():
+        owner = [at for at, char in enumerate(word) for _ in char.encode()]  # byte -> character
+        starts = [owner[first] for first in starts]
+        ends = [owner[last - 1] + 1 for last in ends]
+    return [(start + first, start + last) for first, last in zip(starts, ends, strict=True)]
