@@ -18,7 +18,21 @@ from gpt2_multi.model.formats.table import FORMATS
 from . import converting, inspection, verification
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one object.")
+NAMES = (
+    click.option("--prefix", help="Which of several models in SOURCE, by what stands before its names."),
+    click.option(
+        "--drop", multiple=True, metavar="PATTERN", help='Leave out tensors, as "v_head.*"; may be given again.'
+    ),
+    click.option("--n-head", type=int, help="How many heads it has, where no config.json says so."),
+)
 LISTED = 8  # lines of each kind in what is printed; the report file has all
+
+
+def _named(command: Any) -> Any:
+    """Give a command the options that say which tensors of a file are meant, and what they do not say."""
+    for option in reversed(NAMES):
+        command = option(command)
+    return command
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,6 +49,9 @@ def main() -> None:
 @click.option("--dtype", type=click.Choice(list(converting.FLOATS)), help="Cast the tensors. Default: as they are.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of safetensors and pytorch_model.bin.")
 @click.option("--untie", is_flag=True, help="Store the language-model head as a tensor of its own.")
+@_named
+@click.option("--vocab-size", type=int, help="Keep the first words only, of a table that was padded.")
+@click.option("--n-positions", type=int, help="Keep the first positions only.")
 @click.option("--verify", "check", is_flag=True, help="Compare old and new, tensors and logits, before TARGET changes.")
 @click.option("--force", is_flag=True, help="Replace a model in TARGET; go on where the new format computes otherwise.")
 @JSON
@@ -85,10 +102,12 @@ def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
 def _show_report(report: converting.ConversionReport) -> None:
     click.echo(f"{report.source} ({report.from_format}, {report.head}) -> {report.target} ({report.to_format})")
     click.echo(f"{report.tensors} tensors, {report.parameters:,} parameters")
+    if report.prefix:
+        click.echo(f"names after {report.prefix!r}")
     renamed = [f"{old} -> {', '.join(new)}" for old, new in report.renamed.items()]
-    cast = [f"{name}: {how}" for name, how in report.cast.items()]
+    cast, cut = ([f"{name}: {how}" for name, how in changed.items()] for changed in (report.cast, report.cut))
     for title, lines in (
-        ("renamed", renamed), ("cast", cast), ("dropped", report.dropped), ("missing", report.missing),
+        ("renamed", renamed), ("cast", cast), ("cut", cut), ("dropped", report.dropped), ("missing", report.missing),
         ("went along", report.files), ("warning", report.warnings),
     ):  # fmt: skip
         _show_lines(title, lines)
@@ -108,13 +127,14 @@ def _print_json(value: Any) -> None:
 
 @main.command()
 @click.argument("source")
+@_named
 @JSON
-def inspect(source: str, as_json: bool) -> None:
+def inspect(source: str, as_json: bool, **options: Any) -> None:
     """List the tensors of the checkpoint SOURCE, and what the table of weights says of each.
 
     What is unknown, missing or of a wrong shape is in red.
     """
-    found = inspection.inspect(_local(source))
+    found = inspection.inspect(_local(source), **options)
     if as_json:
         _print_json(found.to_dict())
     else:
@@ -126,6 +146,10 @@ def _show_inspection(found: inspection.Inspection) -> None:
     from rich.table import Table
 
     click.echo(f"{found.path}: {found.title}, head: {found.head}")
+    if found.prefix:
+        click.echo(f"names after {found.prefix!r}")
+    if found.guessed:
+        click.echo(found.guessed)
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     click.echo(", ".join(f"{key} {found.config[key]}" for key in sizes))
     rows = Table("tensor", "shape", "dtype", "in the table", box=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,10 +39,12 @@ class ConversionReport:
     from_format: str
     to_format: str
     head: str
+    prefix: str = ""  # what stood before the names
     tensors: int = 0
     parameters: int = 0
     renamed: dict[str, list[str]] = field(default_factory=dict)  # the names that it had -> that it has
     cast: dict[str, str] = field(default_factory=dict)  # canonical name -> "float32 to bfloat16"
+    cut: dict[str, str] = field(default_factory=dict)  # the name that it had -> "50304 to 50257 rows"
     dropped: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # that went along
@@ -62,6 +64,11 @@ def convert(
     max_shard_size: int | str = "5GB",
     untie: bool = False,
     force: bool = False,
+    prefix: str | None = None,
+    drop: str | Iterable[str] = (),
+    n_head: int | None = None,
+    vocab_size: int | None = None,
+    n_positions: int | None = None,
     check: Callable[[Checkpoint, Checkpoint], None] | None = None,
     watch: Callable[[str, int, int], None] | None = None,
 ) -> ConversionReport:
@@ -69,17 +76,23 @@ def convert(
 
     dtype: what the tensors are cast to, by default what they are. max_shard_size: of safetensors and pytorch_model.bin.
     untie: store the head of a tied model as a tensor of its own. force: replace a model that is there, and go on where
-    the target's program would compute with another activation or epsilon. check: is given the old and the new one
-    before the new one takes its place, and may raise. watch: is told each tensor, its bytes and those of all.
-    Memory is a few megabytes, or the largest tensor where a layout changes.
+    the target's program would compute with another activation or epsilon. prefix: which of several models in the source
+    is meant, by what stands before its names. drop: patterns of names of tensors to leave out. n_head: how many heads
+    there are, where no config.json says. vocab_size, n_positions: keep only so many rows. check: is given the old and
+    the new one before the new one takes its place, and may raise. watch: is told each tensor, its bytes and those of
+    all. Memory is a few megabytes, or the largest tensor where a layout changes.
 
     Configuration, generation settings and tokenizer go along; `conversion.json` says what was done. `target` is the old
     folder or the new one at any moment; where other files are in it, they stay: see `files.folders.replaced`. Raises
     CheckpointError, and changes nothing, where something is damaged, would be lost, or is there already.
     """
-    old, place = open(source), Path(target)
+    sizes = {"n_head": n_head, "vocab_size": vocab_size, "n_positions": n_positions}
+    settings: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    old, place = open(source, prefix=prefix, drop=drop, **settings), Path(target)
     kind = _kind(to)
-    report = ConversionReport(str(source), str(target), old.format, to, old.head, dropped=old.dropped)
+    report = ConversionReport(str(source), str(target), old.format, to, old.head, old.names.prefix or "")
+    report.cut = {old.original(name): how for name, how in old.cut.items()}
+    report.dropped, report.warnings = old.dropped, [old.guessed] if old.guessed else []
     config = _configuration(old, dtype, untie)
     _check_room(kind, to, config, old.head, force, report)
     _check_place(old, place, force)
@@ -179,7 +192,7 @@ def _made(
         for number, part in enumerate(parts):
             make = partial(_part, old, kind, row, source, number, watch)
             made[part] = (stored, kind.spelling.shape(row), make)
-        _note(report, old.places[source], list(parts), array, stored, name)
+        _note(report, [old.original(place) for place in old.places[source]], list(parts), array, stored, name)
     return made
 
 

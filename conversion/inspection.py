@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gpt2_multi.files.arrays import Array, Shape
 from gpt2_multi.files.folders import PathLike
-from gpt2_multi.model.checkpoint import config_of, head_of, recognised
-from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats.table import FORMATS
+from gpt2_multi.model.checkpoint import find, head_of
+from gpt2_multi.model.formats.format import Format
 from gpt2_multi.model.spelling import is_known_extra, named_rows
 from gpt2_multi.model.weights import Weight
 
@@ -33,13 +32,19 @@ class TensorEntry:
 
 @dataclass
 class Inspection:
-    """What `inspect` found. `missing` are the rows of the table that the file lacks."""
+    """What `inspect` found. `missing` are the rows of the table that the file lacks.
+
+    `prefix` is what stands before the names of the model, None where no tensor is one of a GPT-2, and `guessed` a
+    sentence of what the files do not say.
+    """
 
     path: str
     format: str
     title: str
     head: str
     config: dict[str, Any]
+    prefix: str | None = ""
+    guessed: str = ""
     tensors: list[TensorEntry] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     parameters: int = 0
@@ -50,26 +55,34 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(path: PathLike) -> Inspection:
-    """List what a checkpoint of any format holds. Raises CheckpointError where it cannot be read at all."""
-    format, main = recognised(Path(path))
-    kind = FORMATS[format]
-    arrays, config = kind.read(main), config_of(kind, main)
+def inspect(
+    path: PathLike, *, prefix: str | None = None, drop: str | Iterable[str] = (), n_head: int | None = None
+) -> Inspection:
+    """List what a checkpoint of any format holds; `prefix`, `drop` and `n_head` are those of `convert`.
+
+    Raises CheckpointError where it cannot be read at all.
+    """
+    source = find(path, prefix=prefix, drop=drop)
+    kind, arrays, originals = source.kind, source.names.tensors, source.names.originals
+    config, guessed = source.config({"n_head": n_head})
+    config = config if n_head is None else config.replace(n_head=n_head)
     head = head_of(kind, arrays, config)
     rows = named_rows(arrays, config, head, kind.spelling, str(path))
-    result = Inspection(str(path), format, kind.title, head, config.to_dict())
-    result.tensors = [_entry(name, array, rows.get(name), config, format) for name, array in arrays.items()]
+    result = Inspection(str(path), source.format, kind.title, head, config.to_dict(), source.names.prefix, guessed)
+    result.tensors = [
+        _entry(originals[name], array, rows.get(name), is_known_extra(name, config, kind.spelling), kind)
+        for name, array in arrays.items()
+    ]
     result.missing = [name for name in rows if name not in arrays]
     result.parameters = sum(array.size for name, array in arrays.items() if name in rows)
     result.bytes = sum(array.nbytes for array in arrays.values())
     return result
 
 
-def _entry(name: str, array: Array, row: Weight | None, config: GPT2Config, format: str) -> TensorEntry:
-    shape, dtype, spelling = tuple(array.shape), array.dtype.name, FORMATS[format].spelling
+def _entry(name: str, array: Array, row: Weight | None, is_known: bool, kind: Format) -> TensorEntry:
+    shape, dtype = tuple(array.shape), array.dtype.name
     if row is None:
-        known = is_known_extra(name, config, spelling)
-        return TensorEntry(name, shape, dtype, None, "dropped when loaded" if known else "unknown")
-    if shape != spelling.shape(row):
-        return TensorEntry(name, shape, dtype, row.name, f"expected {spelling.shape(row)}")
+        return TensorEntry(name, shape, dtype, None, "dropped when loaded" if is_known else "unknown")
+    if shape != kind.spelling.shape(row):
+        return TensorEntry(name, shape, dtype, row.name, f"expected {kind.spelling.shape(row)}")
     return TensorEntry(name, shape, dtype, row.name)

@@ -93,10 +93,9 @@ def _ids(checkpoint: Checkpoint) -> Array:
 def _against_backends(old: Checkpoint, names: Sequence[str] | None) -> Verdict:
     ids, verdict = _ids(old), Verdict()
     expected = oracle(old.config, old, ids)
-    folder = old.path if old.path.is_dir() else old.path.parent
     for name in names or installed():
         backend = resolve(name)
-        verdict.lines += _lines(name, expected, backend.layers(backend.load(folder, "cpu"), ids))
+        verdict.lines += _lines(name, expected, backend.layers(backend.load(old.path, "cpu"), ids))
     if not verdict.lines:
         resolve()  # which says what to install
     return verdict

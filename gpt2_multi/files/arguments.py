@@ -16,6 +16,7 @@ PLACE = (  # where the files are: what `hub.resolve` takes
 PUSH = (  # what `hub.push` takes
     "repo_id", "commit_message", "commit_description", "private", "token", "use_auth_token", "revision", "create_pr",
 )  # fmt: skip
+NAMES = ("prefix", "drop")  # which tensors of a file are the model's
 KIND = ("use_safetensors", "from_tf", "from_flax", "from_pt")  # which of the files are read
 # Nothing that a caller could see depends on these: files are mapped, a broken download is gone on with, no code of
 # theirs is run, nothing is initialised that the files have, and no message is printed.
@@ -66,8 +67,9 @@ REFUSED: Mapping[str, Refused] = {
     "tags": Refused((None,), "no model card is written; give them in the README.md of the model"),
     "use_kernels": Refused((None, False), "there are no kernels of others here; leave it out"),
 }
-ARGUMENTS = frozenset({*PLACE, *KIND, *MEANINGLESS, *REFUSED, "config", "dtype", "param_dtype", "torch_dtype"}) | {
-    "generation_config", "ignore_mismatched_sizes", "output_loading_info", "pretrained_model_name_or_path",
+ARGUMENTS = frozenset({*PLACE, *NAMES, *KIND, *MEANINGLESS, *REFUSED, "config", "dtype", "param_dtype"}) | {
+    "torch_dtype", "generation_config", "ignore_mismatched_sizes", "output_loading_info",
+    "pretrained_model_name_or_path",
 }  # fmt: skip
 
 

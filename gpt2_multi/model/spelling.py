@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,8 @@ MASK_BUFFERS = re.compile(
 )
 
 
+# What wraps a part of a model, and so stands within names too: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # A kernel in a state dictionary of PyTorch, whatever stands before its name.
 KERNEL = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.(c_attn|q_attn|c_fc|c_proj)\.weight$")
 
@@ -253,6 +256,7 @@ def out_first(found: Mapping[str, Shape]) -> bool | None:
 
     A bias tells, since it is as long as what comes out; None where nothing does, as where all kernels are square.
     """
+    found = {WRAPPERS.sub("", name): shape for name, shape in found.items()}
     for name, shape in found.items():
         if KERNEL.search(name) and len(shape) == 2 and shape[0] != shape[1]:
             out = tuple(found.get(f"{name.removesuffix('weight')}bias", ()))
@@ -293,7 +297,17 @@ def refuse_unexpected(
 ) -> None:
     """Raises CheckpointError for a tensor that is not wanted, and that no other head or old version explains."""
     extra = [name for name in found if name not in wanted and not is_known_extra(name, config, spelling)]
-    _refuse(source, "has unexpected", extra)
+    _refuse(source, "has unexpected", extra, _way_to_drop(extra, spelling))
+
+
+def _way_to_drop(names: list[str], spelling: Spelling) -> str:
+    """How to leave tensors out that stand beside a model, and are not more layers of it."""
+    layer = re.escape(spelling.block.format("@")).replace("@", r"\d+")
+    if not names or any(re.match(f"({re.escape(spelling.root)})?{layer}", name) for name in names):
+        return ""
+    same = "".join(ones[0] for ones in takewhile(lambda ones: len(set(ones)) == 1, zip(*names, strict=False)))
+    pattern = names[0] if len(names) == 1 else re.sub(r"[^./]*$", "", same) + "*"
+    return "" if pattern == "*" else f", or leave out what is no part of it: drop={shortened(pattern)!r} (--drop)"
 
 
 def misshapen(
@@ -349,7 +363,7 @@ def _both(name: str, weight: Weight) -> str:
     return name if name == weight.name else f"{name} ({weight.name} in the table)"
 
 
-def _refuse(source: str, verb: str, names: Iterable[str]) -> None:
+def _refuse(source: str, verb: str, names: Iterable[str], advice: str = "") -> None:
     names = [shortened(name) for name in sorted(names)]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -357,6 +371,7 @@ def _refuse(source: str, verb: str, names: Iterable[str]) -> None:
         raise CheckpointError(
             f"{source} {verb} {tensors} {', '.join(names[:3])}{more}; it is not a checkpoint of this configuration and "
             "class: check n_layer, add_cross_attention, tie_word_embeddings and the class that you load it with"
+            f"{advice}"
         )
 
 

@@ -208,7 +208,7 @@ def test_a_failed_write_leaves_the_old_model_whole(tmp_path):
 @pytest.mark.parametrize("failing", range(3))
 def test_an_error_while_files_change_places_puts_the_old_ones_back(tmp_path, monkeypatch, failing, error):
     before = contents(old_model(tmp_path / "m"))
-    real, calls = checkpoint.Path.replace, []
+    real, calls = Path.replace, []
 
     def replace(self, to):
         calls.append(to)
@@ -216,7 +216,7 @@ def test_an_error_while_files_change_places_puts_the_old_ones_back(tmp_path, mon
             raise error
         return real(self, to)
 
-    monkeypatch.setattr(checkpoint.Path, "replace", replace)
+    monkeypatch.setattr(Path, "replace", replace)
     expected = (CheckpointError, r"could not be written \(no space\)") if str(error) else (KeyboardInterrupt, None)
     with pytest.raises(expected[0], match=expected[1]), replaced(tmp_path / "m") as stage:
         for name in ("config.json", "generation_config.json", "model.safetensors"):

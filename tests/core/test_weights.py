@@ -8,6 +8,8 @@ import pytest
 
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.model import checkpoint
+from gpt2_multi.model.checkpoint.names import named
+from gpt2_multi.model.checkpoint.source import Source
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import TORCH, TRANSFORMERS, match
 from gpt2_multi.model.weights import table
@@ -71,6 +73,10 @@ def test_a_missing_task_head_is_left_out_but_half_of_one_is_refused():
         ),
         (lambda s: s.update({"transformer.h.0.mlp.c_fc.weight": (24, 6)}), r"\(24, 6\), expected \(6, 24\)"),
         (lambda s: s.clear(), r"lacks 28 tensors"),
+        (
+            lambda s: [s.pop(name) for name in list(s)] and s.update({"x.y": (2,)}),
+            r"named as one.*found x\.y",
+        ),
     ],
 )
 def test_strictness(change, sentence):
@@ -78,7 +84,8 @@ def test_strictness(change, sentence):
     change(found)
     arrays = {name: np.zeros(shape, np.float32) for name, shape in found.items()}
     with pytest.raises(CheckpointError, match=sentence):
-        checkpoint.Checkpoint(Path("here"), "safetensors", arrays, SMALL, "lm")
+        source = Source(Path("here"), "safetensors", Path("here"), named(arrays, TRANSFORMERS, "here"))
+        checkpoint.Checkpoint(source, SMALL, "lm")
 
 
 def test_an_untied_head_is_not_optional():

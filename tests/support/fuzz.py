@@ -64,8 +64,21 @@ def sources(folder: Path) -> dict[str, Source]:
             convert(folder / "labels", folder / "made" / f"{name} with a head", to=name)
     for name in ("safetensors", "pytorch"):
         convert(folder / "model", folder / "made" / f"{name} in shards", to=name, max_shard_size=3000)
+    _write_odd(folder / "made", folder / "wide")
     made = {path.name: path for path in sorted((folder / "made").iterdir())}
     return {name: _source(path) for name, path in {**made, **_fixtures()}.items()}
+
+
+def _write_odd(made: Path, wide: Path) -> None:
+    """A file of Lightning beside a config.json; and folders without one, whose heads are 64 wide."""
+    trainers = Path(__file__).parents[1] / "data" / "trainers"
+    (made / "lightning").mkdir()
+    shutil.copy(trainers / "lightning" / "last.ckpt", made / "lightning")
+    shutil.copy(trainers / "reference" / "config.json", made / "lightning")
+    write_model(wide, GPT2Config(vocab_size=13, n_positions=8, n_embd=64, n_layer=1, n_head=1, n_inner=8), "lm")
+    for name in ("safetensors", "torch-pickle", "tf-h5", "flax-msgpack"):
+        convert(wide, made / f"{name} alone", to=name, dtype="float16")
+        (made / f"{name} alone" / "config.json").unlink()
 
 
 def _fixtures() -> dict[str, Path]:

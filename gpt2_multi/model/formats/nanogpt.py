@@ -49,12 +49,12 @@ def _config(main: Path) -> GPT2Config | None:
 
 
 def _read(main: Path) -> Tensors:
-    """The weights without the prefix of torch.compile; biases that were left out are zeros."""
+    """The weights, whatever stands before their names; biases that were left out are zeros."""
     found = containers.read_torch(main, is_state)
     model = found.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{main}: expected the weights under 'model', as nanoGPT writes them, found none")
-    tensors = {name.removeprefix("_orig_mod."): array for name, array in state(main, model).items()}
+    tensors = state(main, model)
     args = found.get("model_args")
     if not isinstance(args, dict) or args.get("bias", True):
         return tensors
@@ -62,7 +62,9 @@ def _read(main: Path) -> Tensors:
     assert config is not None  # the arguments are there
     if config.n_layer > max(1000, len(tensors)):
         raise CheckpointError(f"{main}: has {len(tensors)} tensors, too few for {config.n_layer} layers")
-    rows = {spelling.NANOGPT.spell(row): row for row in table(config)}
+    (positions,) = (spelling.NANOGPT.spell(row) for row in table(config) if row.path == "wpe")
+    before = next((name.removesuffix(positions) for name in tensors if name.endswith(positions)), "")
+    rows = {before + spelling.NANOGPT.spell(row): row for row in table(config)}
     zeros = {name: np.zeros(row.shape, np.float32) for name, row in rows.items() if row.kind in ("bias", "shift")}
     return {**zeros, **tensors}
 
