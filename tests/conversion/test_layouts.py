@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import gpt2_multi_conversion as conversion
@@ -43,16 +44,17 @@ def alone(tmp_path, file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_what_their_programs_write_is_read_and_computed(tmp_path, file):
-    """By the file, and in a folder without settings, where the heads are an option or 64 wide."""
+    """By the file, and in a folder without settings, where minGPT's heads are an option."""
     format, logits = FILES[file]
     own = conversion.open(PEERS / file, PLAIN.config.replace(tie_word_embeddings="mingpt" not in format))
     assert (own.format, own.head) == (format, "lm")
     assert all(own[name].tobytes() == PLAIN[name].tobytes() for name in PLAIN) and own.keys() >= PLAIN.keys()
     folder = alone(tmp_path, file)
-    inspected = conversion.inspect(folder)
+    inspected = conversion.inspect(folder, n_head=3)
     assert not inspected.missing and {entry.remark for entry in inspected.tensors} <= {"", "dropped when loaded"}
     config = read_config(folder, n_head=3)
-    assert ("mingpt" in format) == (read_config(folder).n_head == 1)
+    with pytest.raises(CheckpointError, match="say how many heads") if "mingpt" in format else nullcontext():
+        assert read_config(folder).n_head == 3
     sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_inner", "layer_norm_epsilon")
     assert all(getattr(config, size) == getattr(PLAIN.config, size) for size in sizes)
     found = conversion.open(folder, config)
@@ -93,7 +95,7 @@ def test_llmc_is_written_to_the_byte(tmp_path, dtype, file):
 def test_files_of_torch_have_what_their_programs_ask_for(tmp_path, file):
     """The same names, types and shapes, masks and buffers too: their load_state_dict is strict."""
     format, _ = FILES[file]
-    convert(PEERS / file, tmp_path / "new", to=format)
+    convert(PEERS / file, tmp_path / "new", to=format, n_head=3)
     ours, theirs = (read_outline(path) for path in (tmp_path / "new" / WRITTEN.get(format, "model.pt"), PEERS / file))
     if format == "build-nanogpt":
         assert ours.keys() == theirs.keys() and repr(ours["config"]) == repr(theirs["config"]) == "__main__ GPTConfig"

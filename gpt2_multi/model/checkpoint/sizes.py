@@ -21,11 +21,12 @@ _PARAMS = [param for params in HEADS.values() for param in params]
 _TABLE = {row.name: row for row in [*table(_ANY, "base"), *(weight_of(param, _ANY, None) for param in _PARAMS)]}
 
 
-def sized(tensors: Mapping[str, Array], spelling: Spelling, source: str, given: Mapping[str, Any]) -> GPT2Config:
+def sized(tensors: Mapping[str, Array], spelling: Spelling, source: str, known: Mapping[str, Any]) -> GPT2Config:
     """The configuration of tensors that no file says anything of: sizes by their shapes, all else as in GPT-2.
 
-    The number of heads is in no shape: it is that of `given`, or one for each 64 numbers of a position. Raises
-    CheckpointError where that cannot be, or where a tensor lacks that has a size.
+    `known` are settings that are known of it otherwise. The number of heads is in no shape: where it is not known,
+    there is one for each 64 numbers of a position. Raises CheckpointError where that cannot be, or where a tensor lacks
+    that has a size.
     """
     shapes = {name: _shape(tensors, spelling, row) for name, row in _TABLE.items()}
     words, positions = shapes["wte.weight"] or shapes["lm_head.weight"], shapes["wpe.weight"]
@@ -36,22 +37,12 @@ def sized(tensors: Mapping[str, Array], spelling: Spelling, source: str, given: 
             "sizes it is; give config=, or fetch it again"
         )
     n_embd, cross = positions[1], bool(shapes["h.0.crossattention.c_attn.weight"])
-    sizes: dict[str, Any] = {
-        "vocab_size": words[0],
-        "n_positions": positions[0],
-        "n_embd": n_embd,
-        "add_cross_attention": cross,
-    }
+    sizes: dict[str, Any] = {"vocab_size": words[0], "n_positions": positions[0], "n_embd": n_embd}
     layers = takewhile(lambda i: _array(tensors, spelling, weight_of(ATTENTION[0], _ANY, i)) is not None, count())
     sizes |= {"n_layer": sum(1 for _ in layers), "n_inner": None if inner[1] == 4 * n_embd else inner[1]}
     sizes["add_cross_attention"] = cross
-    heads = next((given[name] for name in _spellings("n_head") if given.get(name) is not None), None)
-    return GPT2Config(
-        **sizes,
-        **_head(tensors, spelling, source, shapes),
-        n_head=_heads(source, n_embd) if heads is None else heads,
-        tie_word_embeddings=_is_tied(tensors, spelling),
-    )
+    sizes |= {"tie_word_embeddings": _is_tied(tensors, spelling), **_head(tensors, spelling, source, shapes), **known}
+    return GPT2Config(**{**({} if "n_head" in known else {"n_head": _heads(source, n_embd)}), **sizes})
 
 
 def guess(source: str, config: GPT2Config) -> str:
@@ -62,9 +53,10 @@ def guess(source: str, config: GPT2Config) -> str:
     )
 
 
-def says(given: Mapping[str, Any], field: str) -> bool:
-    """Whether somebody says what a setting is, by its name or by another."""
-    return any(given.get(name) is not None for name in _spellings(field))
+def said(given: Mapping[str, Any], field: str) -> Any:
+    """What somebody says that a setting is, by its name or by another; None where nobody does."""
+    names = [field, *(name for name, other in ALIASES.items() if other == field)]
+    return next((given[name] for name in names if given.get(name) is not None), None)
 
 
 def cut(
@@ -83,7 +75,7 @@ def cut(
     words = _shape(tensors, spelling, _TABLE["wte.weight"])
     for row in (weight_of(param, _ANY, None) for param in (*EMBEDDINGS, *HEADS["lm"])):
         field, shape = _ROWS[row.axes[0][0]], _shape(tensors, spelling, row)
-        if not shape or not says(given, field) or (row.path == "lm_head" and words and shape[0] != words[0]):
+        if not shape or said(given, field) is None or (row.path == "lm_head" and words and shape[0] != words[0]):
             continue
         wanted = getattr(config, field)
         if shape[0] < wanted and not may_be_fewer:
@@ -94,10 +86,6 @@ def cut(
             shorter[name] = tensors[name][..., :wanted] if row.kind in spelling.transposed else tensors[name][:wanted]
             done[name] = f"{shape[0]} to {wanted} rows"
     return shorter, done
-
-
-def _spellings(field: str) -> list[str]:
-    return [field, *(name for name, other in ALIASES.items() if other == field)]
 
 
 def _name(tensors: Mapping[str, Array], spelling: Spelling, row: Weight) -> str:
@@ -114,7 +102,8 @@ def _shape(tensors: Mapping[str, Array], spelling: Spelling, row: Weight) -> Sha
     """The shape of a row as the table has it, an empty one where it is not there."""
     array = _array(tensors, spelling, row)
     shape = () if array is None else array.shape
-    shape = shape[1:] if row.in_body and row.kind in spelling.leading_one else shape
+    leads = row.in_body and not spelling.leading_one.isdisjoint((row.kind, row.name))
+    shape = shape[1:] if leads else shape
     return shape[::-1] if row.kind in spelling.transposed else shape
 
 

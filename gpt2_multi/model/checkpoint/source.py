@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.files.arrays import Array, Shape
+from gpt2_multi.files.arrays import Array, Shape, reading
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.files.hub import matches, varied
 from gpt2_multi.model.checkpoint.names import Names, named
-from gpt2_multi.model.checkpoint.sizes import guess, says, sized
+from gpt2_multi.model.checkpoint.sizes import guess, said, sized
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.format import ARCHITECTURES, Format
 from gpt2_multi.model.formats.table import FORMATS
@@ -40,8 +40,14 @@ class Source(NamedTuple):
         """
         if (config := self.kind.config(self.main)) is not None:
             return config, ""
-        config = sized(self.names.tensors, self.kind.spelling, str(self.main), given)
-        return config, "" if says(given, "n_head") else guess(str(self.main), config)
+        tensors, unsaid = self.names.tensors, GPT2Config()
+        program = {name: values[0] for name, values in self.kind.fixed.items() if getattr(unsaid, name) not in values}
+        with reading(self.main, "checkpoint of a GPT-2"):
+            known = {**program, **self.kind.known(self.main, tensors)}
+            if (heads := said(given, "n_head")) is not None:
+                known["n_head"] = heads
+            config = sized(tensors, self.kind.spelling, str(self.main), known)
+        return config, "" if "n_head" in known else guess(str(self.main), config)
 
 
 def find(

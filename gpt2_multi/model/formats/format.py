@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -13,12 +12,12 @@ import numpy as np
 
 from gpt2_multi.errors import CheckpointError, shortened
 from gpt2_multi.files import containers
-from gpt2_multi.files.arrays import LONGEST, Array, Made, reading, same
+from gpt2_multi.files.arrays import LONGEST, Array, Made, reading
 from gpt2_multi.files.containers.pickles import Inert
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.fields import ACTIVATIONS
 from gpt2_multi.model.spelling import Spelling
-from gpt2_multi.model.weights import EMBEDDINGS, HEADS, table, weight_of
+from gpt2_multi.model.weights import EMBEDDINGS, HEADS, weight_of
 
 ARCHITECTURES = {  # of each head, the class that config.json names
     "base": "GPT2Model",
@@ -49,7 +48,8 @@ class Format:
 
     `main` are patterns of the file that a folder of this format is recognised by, `own` those of all its files but
     config.json. `others` are names by which people call such a file: read where it is given itself or lies alone, and
-    where `is_it` says so of what is in it. `config` gives None where the files do not say what model they are of.
+    where `is_it` says so of what is in it. `config` gives None where the files do not say what model they are of; of
+    its tensors `known` gives then what else than their shapes says something of it.
     `fixed` are the values of settings that its program computes with, whatever they should be; `no_room` those without
     which it has no names for all tensors. An empty `dtypes` is all dtypes.
     """
@@ -67,6 +67,7 @@ class Format:
     others: tuple[str, ...] = ()
     is_it: Callable[[Path], bool] = lambda main: True
     dtypes: tuple[str, ...] = ()
+    known: Callable[[Path, Tensors], dict[str, Any]] = lambda main, tensors: {}
 
 
 def beside(main: Path) -> GPT2Config | None:
@@ -140,27 +141,6 @@ def settings_of(path: Path, found: Mapping[str, Any], names: Mapping[str, str], 
 
 
 EMBEDDING, HEAD = (weight_of(param, GPT2Config(), None) for param in (EMBEDDINGS[0], HEADS["lm"][0]))  # rows, for names
-
-
-def sizes_of(main: Path, spelling: Spelling, found: Mapping[str, Array]) -> dict[str, Any]:
-    """The sizes of a model whose file has no settings, from the shapes of its tensors: all but the heads."""
-    rows = {row.name: spelling.spell(row) for row in table(GPT2Config(n_layer=1), "base")}
-    names = [rows[name] for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.bias")]
-    if lacking := [name for name in names if name not in found]:
-        raise CheckpointError(f"{main}: lacks {', '.join(lacking)}, by which its sizes would be known")
-    with reading(main, "checkpoint of a GPT-2"):
-        (n_vocab, n_embd), (n_positions, _), (n_inner,) = (found[name].shape[-2:] for name in names)
-    first = rows["h.0.ln_1.weight"]
-    layers = itertools.takewhile(lambda layer: first.replace("0", str(layer), 1) in found, itertools.count())
-    inner = None if n_inner == 4 * n_embd else n_inner
-    sizes = {"vocab_size": n_vocab, "n_positions": n_positions, "n_embd": n_embd, "n_inner": inner}
-    return {**sizes, "n_layer": sum(1 for _ in layers)}
-
-
-def is_tied(spelling: Spelling, found: Mapping[str, Array]) -> bool:
-    """Whether the head of a file that always has one is the embedding."""
-    head, embedding = (found.get(spelling.spell(row)) for row in (HEAD, EMBEDDING))
-    return head is None or embedding is None or same(spelling.layout(HEAD, head), embedding, "the head")
 
 
 def snake_case(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,6 @@ from gpt2_multi.model.formats.format import (
     Tensors,
     beside,
     is_state,
-    is_tied,
-    settings_of,
-    sizes_of,
     state,
 )
 from gpt2_multi.model.spelling import LENS
@@ -50,14 +48,9 @@ def _read(main: Path) -> Tensors:
     return found
 
 
-def _config(main: Path) -> GPT2Config | None:
-    if main.with_name("config.json").exists():
-        return beside(main)
-    found = _read(main)
-    heads, *_ = found[FIRST].shape or (0,)
-    return settings_of(
-        main, {}, {}, **sizes_of(main, LENS, found), n_head=heads, tie_word_embeddings=is_tied(LENS, found)
-    )
+def _known(_: Path, found: Tensors) -> dict[str, Any]:
+    """The heads, which lie apart."""
+    return {"n_head": (found[FIRST].shape or (0,))[0]} if FIRST in found else {}
 
 
 def _write(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | str) -> None:
@@ -79,5 +72,5 @@ def _write(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | 
 ROOM = {name: values for name, values in NO_ROOM.items() if name != "tie_word_embeddings"}
 TRANSFORMER_LENS = Format(
     "TransformerLens' state dict", LENS, ("model.pt",), ("model.pt",),
-    _read, _write, _config, TANH, ROOM, DECODERS, ("*.pt", "*.pth"), _is_it,
+    _read, _write, beside, TANH, ROOM, DECODERS, ("*.pt", "*.pth"), _is_it, known=_known,
 )  # fmt: skip

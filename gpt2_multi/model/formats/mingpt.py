@@ -24,9 +24,6 @@ from gpt2_multi.model.formats.format import (
     Tensors,
     beside,
     is_state,
-    is_tied,
-    settings_of,
-    sizes_of,
     state,
 )
 from gpt2_multi.model.spelling import Spelling
@@ -54,27 +51,28 @@ def _read(main: Path) -> Tensors:
     return state(main, containers.read_torch(main, is_state))
 
 
-def _config(of: Spelling, activation: str, main: Path) -> GPT2Config | None:
-    """What the shapes say, and what its trainer wrote beside; or a config.json of ours."""
+def _node(main: Path) -> Any:
+    """What its trainer wrote of the model into the config.json beside it, or what else is there; {} without one."""
     path = main.with_name("config.json")
-    node = read_json(path).get("model") if path.exists() else {}
-    if not isinstance(node, dict):
-        return beside(main)
-    found = _read(main)
-    sizes = sizes_of(main, of, found)
-    heads = node.get("n_head") or _heads(node.get("model_type"), sizes["n_layer"], sizes["n_embd"])
+    return read_json(path).get("model") if path.exists() else {}
+
+
+def _config(main: Path) -> GPT2Config | None:
+    return None if isinstance(_node(main), dict) else beside(main)
+
+
+def _known(of: Spelling, main: Path, found: Tensors) -> dict[str, Any]:
+    """What its trainer wrote beside it, and the heads of a model type, or of the one that has these sizes."""
+    node = _node(main) if isinstance(_node(main), dict) else {}
     drops = {name: node[name] for name in DROPOUTS if name in node}
-    tied = is_tied(of, found)
-    return settings_of(
-        main, {}, {}, **sizes, n_head=heads, activation_function=activation, tie_word_embeddings=tied, **drops
-    )
+    heads = node.get("n_head") or _heads(node.get("model_type"), of, found)
+    return {**drops, "n_head": heads} if heads else drops
 
 
-def _heads(kind: Any, n_layer: int, n_embd: int) -> int:
-    """The heads of a model type, or of the one that has these sizes; 64 a head, as in every GPT-2, of any other."""
+def _heads(kind: Any, of: Spelling, found: Tensors) -> int | None:
     types = [TYPES[kind]] if isinstance(kind, str) and kind in TYPES else TYPES.values()
-    fitting = [heads for heads, layers, width in types if (layers, width) == (n_layer, n_embd)]
-    return fitting[0] if fitting else max(1, n_embd // 64)
+    masks, width = sum(_mask(of, layer) in found for layer in range(len(found))), found[of.spell(EMBEDDING)].shape[-1:]
+    return next((heads for heads, layers, n_embd in types if (layers, n_embd) == (masks, *width)), None)
 
 
 def _write(of: Spelling, folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | str) -> None:
@@ -90,8 +88,8 @@ def _write(of: Spelling, folder: Path, tensors: dict[str, Made], config: GPT2Con
 def _format(title: str, of: Spelling, activations: tuple[str, ...]) -> Format:
     return Format(
         title, of, ("model.pt",), ("model.pt",), _read, partial(_write, of),
-        partial(_config, of, activations[0]), {**PLAIN, "activation_function": activations}, INNER, DECODERS,
-        ("*.pt", "*.pth"), partial(_is_it, of),
+        _config, {**PLAIN, "activation_function": activations}, INNER, DECODERS,
+        ("*.pt", "*.pth"), partial(_is_it, of), known=partial(_known, of),
     )  # fmt: skip
 
 
