@@ -168,7 +168,8 @@ def test_the_report(model, tmp_path):
     assert json.loads((tmp_path / "new" / "conversion.json").read_text()) == report.to_dict()
     assert report.to_dict() == {
         "source": str(folder), "target": str(tmp_path / "new"), "from_format": "safetensors", "to_format": "openai",
-        "head": "lm", "tensors": len(arrays), "parameters": parameter_count(SMALL), "dropped": [], "missing": [],
+        "head": "lm", "prefix": "", "cut": {},
+        "tensors": len(arrays), "parameters": parameter_count(SMALL), "dropped": [], "missing": [],
         "files": [], "warnings": [], "cast": dict.fromkeys(arrays, "float32 to float16"), "renamed": report.renamed,
     }  # fmt: skip
     assert report.renamed["transformer.h.0.attn.c_attn.weight"] == ["model/h0/attn/c_attn/w"]

@@ -27,6 +27,7 @@ import numpy as np
 from gpt2_multi_conversion import convert
 
 from gpt2_multi.errors import CheckpointError, ConfigError
+from gpt2_multi.model.checkpoint import find
 from gpt2_multi.model.checkpoint import open as open_checkpoint
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.table import FORMATS
@@ -75,9 +76,9 @@ def _write_odd(made: Path, wide: Path) -> None:
     (made / "lightning").mkdir()
     shutil.copy(trainers / "lightning" / "last.ckpt", made / "lightning")
     shutil.copy(trainers / "reference" / "config.json", made / "lightning")
-    write_model(wide, GPT2Config(vocab_size=13, n_positions=8, n_embd=64, n_layer=1, n_head=1, n_inner=8), "lm")
-    for name in ("safetensors", "torch-pickle", "tf-h5", "flax-msgpack"):
-        convert(wide, made / f"{name} alone", to=name, dtype="float16")
+    write_model(wide, GPT2Config(vocab_size=13, n_positions=8, n_embd=64, n_layer=1, n_head=1), "lm")
+    for name in ("safetensors", "torch-pickle", "tf-h5", "flax-msgpack", "mingpt-2020"):
+        convert(wide, made / f"{name} alone", to=name, dtype="float16", force=True)
         (made / f"{name} alone" / "config.json").unlink()
 
 
@@ -97,7 +98,7 @@ def _source(folder: Path) -> Source:
 def _places(data: bytes, folder: Path) -> Iterator[int]:
     """The places of a file that are not within a tensor's numbers."""
     taken = bytearray(len(data))
-    for array in open_checkpoint(folder).found.values():
+    for array in find(folder).names.tensors.values():
         numbers = array.tobytes()
         start = data.find(numbers) if len(numbers) > 8 else -1
         if start >= 0:
