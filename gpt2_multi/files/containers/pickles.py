@@ -168,8 +168,8 @@ class Machine:
 
     def do_stack_global(self, _: Any) -> None:
         module, name = self.last(2)
-        if len(module) + len(name) > LONGEST:
-            raise ValueError("its pickle has a name that is longer than any")
+        if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > LONGEST:
+            raise ValueError("its pickle has a name that is none, or longer than any")
         self.stack.append(Name(f"{module} {name}"))
 
     def do_reduce(self, _: Any) -> None:
