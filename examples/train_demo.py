@@ -3,7 +3,7 @@
     python examples/train_demo.py --text tinyshakespeare.txt --output runs/demo
 
 The result is a folder that every backend loads. Everything the model card says is measured in the run that writes it.
-Needs PyTorch, and the `tokenizers` package to learn the merges.
+Needs PyTorch, and what learns the merges: pip install "gpt2-multi[pt,train]".
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 from model_card import Curve, Point, known_words, longest_copy, write_card  # beside this script
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from gpt2_multi.errors import ConfigError
@@ -101,23 +100,11 @@ def documents(text: str) -> list[str]:
 def prepare(path: Path, vocab_size: int, length: int) -> Data:
     """Split the text, and encode it with a tokenizer that has learned from the first part only."""
     learned, held = split(read_text(path))
-    tokenizer = train_tokenizer(learned, vocab_size, length)
+    tokenizer = GPT2Tokenizer.train([learned], vocab_size, model_max_length=length)
     ids, held_ids = encode(tokenizer, documents(learned)), encode(tokenizer, [held])
     if len(ids) < length or not held:
         raise click.ClickException(f"{path}: too short for windows of {length} tokens; give a longer text")
     return Data(path, learned, held, tokenizer, ids, held_ids)
-
-
-def train_tokenizer(text: str, vocab_size: int, length: int) -> GPT2Tokenizer:
-    """Learn a byte-level BPE in GPT-2's order of ids: the 256 bytes, the merges, the end token."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([text], trainer)
-    model = json.loads(bpe.to_str())["model"]
-    vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1])) | {END: len(model["vocab"])}
-    return GPT2Tokenizer(vocab, [tuple(pair) for pair in model["merges"]], model_max_length=length)
 
 
 def write_tokenizer(folder: Path, tokenizer: GPT2Tokenizer) -> None:

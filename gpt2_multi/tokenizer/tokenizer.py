@@ -1,28 +1,18 @@
 """GPT2Tokenizer: GPT-2's byte-level BPE in pure Python, with the calls that transformers' users know."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from gpt2_multi.errors import TokenizerError, described, nearest
+from gpt2_multi.errors import TokenizerError, described
 from gpt2_multi.files import arguments, templates
-from gpt2_multi.tokenizer.batching import (
-    PADDINGS,
-    TRUNCATIONS,
-    as_batch,
-    as_today,
-    check_size,
-    choose,
-    merge_encodings,
-    pad_rows,
-    width_of,
-)
-from gpt2_multi.tokenizer.encoding import BatchEncoding, to_arrays
-from gpt2_multi.tokenizer.engine.bpe import BPE
+from gpt2_multi.tokenizer.calls import SIDES, SWITCH, TextReader, refuse_unknown
+from gpt2_multi.tokenizer.encoding.batching import choose
+from gpt2_multi.tokenizer.engine.bpe import BPE, byte_characters
 from gpt2_multi.tokenizer.files import (
     ROLES,
     AddedToken,
@@ -32,23 +22,23 @@ from gpt2_multi.tokenizer.files import (
     read_folder,
     read_merges,
     read_vocab,
+    to_tokenizer_json,
     write_folder,
     write_vocabulary,
 )
-from gpt2_multi.tokenizer.reading import Reader, Texts
-from gpt2_multi.tokenizer.special import Choice
-from gpt2_multi.tokenizer.tokens import TokenTable, listed
+from gpt2_multi.tokenizer.special import as_token
+from gpt2_multi.tokenizer.tokens import listed
 
 END_OF_TEXT = "<|endoftext|>"
-SIDES = {"right": "right", "left": "left"}
-LEFTOVERS = (*arguments.TOKENIZER_ONLY, "verbose")  # which mean nothing here, whatever they are
-SWITCH = {False: "", True: "yes"}
-LARGEST_WIDTH = 10**9  # transformers writes 10**30 where a tokenizer has no limit
-NOTHING: frozenset[str] = frozenset()
+# Arguments of the constructor that are attributes, and are saved.
+SETTINGS = (
+    "add_prefix_space", "add_bos_token", "errors", "model_max_length", "split_special_tokens", "padding_side",
+    "truncation_side",
+)  # fmt: skip
 File = str | PathLike[str]
 
 
-class GPT2Tokenizer(TokenTable):
+class GPT2Tokenizer(TextReader):
     """GPT-2's tokenizer: text to ids, and back without any loss.
 
     Control tokens and words that were added are found in texts, as in transformers: `<|endoftext|>` is the end token
@@ -106,7 +96,7 @@ class GPT2Tokenizer(TokenTable):
         added_tokens: Mapping[AddedToken, int] | None = None,
         **unknown: Any,
     ) -> None:
-        _refuse_unknown("GPT2Tokenizer", unknown, GPT2Tokenizer.__init__)
+        refuse_unknown("GPT2Tokenizer", unknown, GPT2Tokenizer.__init__)
         vocab = _read(vocab_file, Mapping, dict, check_vocab, read_vocab)
         merges = _read(merges_file, Sequence, list, check_merges, read_merges)
         self.add_prefix_space, self.add_bos_token = bool(add_prefix_space), bool(add_bos_token)
@@ -125,12 +115,91 @@ class GPT2Tokenizer(TokenTable):
         self.add_special_tokens({"additional_special_tokens": [*listed(additional_special_tokens), *listed(more)]})
         self._engine_in_python = BPE(self._vocab, merges, self.unk_token_id)
 
-    @property
-    def _bpe(self) -> BPE:
-        """The engine, with the unknown token that there is now."""
-        if self._engine_in_python.unk_id != self.unk_token_id:
-            self._engine_in_python = BPE(self._vocab, self._engine_in_python.merges, self.unk_token_id)
-        return self._engine_in_python
+    # --- learning ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[Any],
+        vocab_size: int,
+        *,
+        special_tokens: Sequence[Any] = (),
+        min_frequency: int = 0,
+        length: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Learn a vocabulary from texts, in GPT-2's order of ids: the 256 bytes, the merges, the control tokens.
+
+        Args:
+            texts: texts, lists of them, or paths (`pathlib.Path`) of files in UTF-8.
+            vocab_size: how many tokens there are at most, control tokens included; few texts give fewer.
+            special_tokens: control tokens beside those that have a role by `options`.
+            min_frequency: how often two tokens have to meet to be merged.
+            length: how many texts there are, for the progress bar.
+            options: arguments of the constructor, such as bos_token, add_prefix_space and model_max_length.
+
+        Raises:
+            ImportError: the library `tokenizers` is not installed.
+            TokenizerError: the size has no room for the bytes, or something is not a text.
+            TypeError: an option is not known.
+        """
+        from gpt2_multi.tokenizer.engine.learning import check_room, learn
+
+        sample = cls({char: at for at, char in enumerate(byte_characters())}, [], **options)
+        added = [as_token(token, True) for token in special_tokens]
+        names = list(dict.fromkeys([*(token.content for token in added), *sample.all_special_tokens]))
+        check_room(vocab_size, len(names))
+        size, prefix_space = vocab_size - len(names), sample.add_prefix_space
+        vocab, merges = learn(texts, size, (), prefix_space, length, min_frequency=min_frequency)
+        ids = {name: at for at, name in enumerate(names, len(vocab))}
+        tokenizer = cls(vocab | ids, merges, **options)
+        named = {*tokenizer.all_special_tokens}
+        more = [token for token in added if token.content not in named]
+        tokenizer.add_special_tokens({"additional_special_tokens": more}, replace_additional_special_tokens=False)
+        return tokenizer
+
+    def train_new_from_iterator(
+        self,
+        text_iterator: Iterable[Any],
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Sequence[Any] | None = None,
+        special_tokens_map: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Self:
+        """A tokenizer with these settings and control tokens that has learned from other texts.
+
+        As in transformers the control tokens have the first ids, then come the bytes and the merges, and last the words
+        that were added.
+
+        Args:
+            text_iterator: texts, or lists of them.
+            vocab_size: how many tokens there are at most.
+            length: how many items the iterator has, for the progress bar.
+            new_special_tokens: control tokens besides.
+            special_tokens_map: new names of control tokens.
+            options: arguments of the trainer of `tokenizers`, such as min_frequency.
+
+        Raises:
+            ImportError, TokenizerError: as `train`.
+        """
+        from gpt2_multi.tokenizer.engine.learning import learn
+
+        renamed = special_tokens_map or {}
+        old = sorted((at, token) for token, at in self._control.ids.items() if self._control.tokens[token].special)
+        new = [as_token(token, True) for token in new_special_tokens or ()]
+        known = [self._control.tokens[token] for _, token in old]
+        tokens = [replace(token, content=renamed.get(token.content, token.content)) for token in known] + new
+        names = list(dict.fromkeys(token.content for token in tokens))
+        vocab, merges = learn(text_iterator, vocab_size, names, self.add_prefix_space, length, **options)
+        more = [renamed.get(token, token) for token in self.additional_special_tokens]
+        settings: dict[str, Any] = {name: getattr(self, name) for name in SETTINGS}
+        settings["additional_special_tokens"] = [*more, *(token.content for token in new)]
+        settings |= {role: token and renamed.get(token, token) for role, token in self._control.roles.items()}
+        added = {token: vocab[token.content] for token in tokens}
+        tokenizer = type(self)(vocab, merges, added_tokens=added, chat_template=self.chat_template, **settings)
+        tokenizer.add_tokens([token for token in self._control.tokens.values() if not token.special])
+        return tokenizer
 
     # --- loading and saving ------------------------------------------------------------------------------------------
 
@@ -203,6 +272,43 @@ class GPT2Tokenizer(TokenTable):
         tokenizer._kept = {name: value for name, value in found.settings.items() if name not in known}
         return tokenizer
 
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """The settings as tokenizer_config.json has them; those that mean nothing here too."""
+        settings = {
+            **self._kept,
+            **self._control.roles,
+            "additional_special_tokens": list(self._control.additional),
+            **{name: getattr(self, name) for name in SETTINGS},
+        }
+        template = templates.to_json(self.chat_template)
+        return settings if template is None else settings | {"chat_template": template}
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        """A tokenizer of the library `tokenizers` that gives the same ids: a copy, whose changes change nothing here.
+
+        Raises:
+            ImportError: the library is not installed.
+        """
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ImportError('backend_tokenizer needs tokenizers: pip install "gpt2-multi[train]"') from error
+        return Tokenizer.from_str(to_tokenizer_json(self._vocab, self._bpe.merges, self._added(), self._written()))
+
+    def __repr__(self) -> str:
+        shown = {"name_or_path": self.name_or_path, "vocab_size": self.vocab_size, "tokens": len(self)}
+        shown |= {"model_max_length": self.model_max_length, "special_tokens": self.special_tokens_map}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def _added(self) -> dict[AddedToken, int]:
+        return {token: self._known_id(name) for name, token in self._control.tokens.items()}
+
+    def _written(self) -> dict[str, Any]:
+        """What the files say beside the tokens."""
+        return self.init_kwargs | {"tokenizer_class": "GPT2Tokenizer", "bos_token_id": self.bos_token_id}
+
     def save_vocabulary(self, save_directory: File, filename_prefix: str | None = None) -> tuple[str, str]:
         """Write vocab.json and merges.txt; returns their paths."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
@@ -214,22 +320,7 @@ class GPT2Tokenizer(TokenTable):
         `options` are those of `push_to_hub`.
         """
         options = arguments.sort_saving("save_pretrained", options)
-        added = {token: self._known_id(name) for name, token in self._control.tokens.items()}
-        settings = {
-            **self._kept,
-            "tokenizer_class": "GPT2Tokenizer",
-            **self._control.roles,
-            "bos_token_id": self.bos_token_id,
-            "additional_special_tokens": list(self._control.additional),
-            **{
-                name: getattr(self, name)
-                for name in ("add_prefix_space", "add_bos_token", "errors", "model_max_length", "split_special_tokens")
-            },
-            "padding_side": self.padding_side,
-            "truncation_side": self.truncation_side,
-        }
-        if self.chat_template is not None:
-            settings["chat_template"] = templates.to_json(self.chat_template)
+        added, settings = self._added(), self._written()
         paths = write_folder(Path(save_directory), Vocabulary(self._vocab, list(self._bpe.merges), added, settings))
         if push_to_hub:
             self.push_to_hub(**{"repo_id": Path(save_directory).name, **options})
@@ -316,208 +407,6 @@ class GPT2Tokenizer(TokenTable):
             encoded.convert_to_tensors(return_tensors)
         return encoded if return_dict else encoded["input_ids"]
 
-    # --- one text ----------------------------------------------------------------------------------------------------
-
-    def encode(self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **options: Any) -> Any:
-        """The ids of one text: the `input_ids` that calling the tokenizer gives, with the same options."""
-        return self(text, text_pair, add_special_tokens, **options)["input_ids"]
-
-    def tokenize(
-        self,
-        text: str,
-        pair: str | None = None,
-        add_special_tokens: bool = False,
-        split_special_tokens: bool | None = None,
-        allowed_special: Choice | None = None,
-        disallowed_special: Choice = NOTHING,
-    ) -> list[str]:
-        """The tokens of one text (and its pair), spelled as in vocab.json."""
-        ids = self.encode(
-            text,
-            pair,
-            add_special_tokens,
-            split_special_tokens=split_special_tokens,
-            allowed_special=allowed_special,
-            disallowed_special=disallowed_special,
-            truncation=False,
-        )
-        tokens: list[str] = self.convert_ids_to_tokens(ids)
-        return tokens
-
-    def _encode_ordinary(self, text: str) -> list[int]:
-        """The ids of a text that holds no added token and no lone surrogate."""
-        return self._bpe.encode(text)
-
-    # --- calls -------------------------------------------------------------------------------------------------------
-
-    def __call__(
-        self,
-        text: Any,
-        text_pair: Any = None,
-        add_special_tokens: bool = True,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        stride: int = 0,
-        is_split_into_words: bool = False,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_tensors: str | None = None,
-        return_attention_mask: bool | None = None,
-        return_overflowing_tokens: bool = False,
-        return_special_tokens_mask: bool = False,
-        return_offsets_mapping: bool = False,
-        return_length: bool = False,
-        return_token_type_ids: bool | None = None,
-        *,
-        split_special_tokens: bool | None = None,
-        allowed_special: Choice | None = None,
-        disallowed_special: Choice = NOTHING,
-        **unknown: Any,
-    ) -> BatchEncoding:
-        """Encode a text or a list of texts, alone or in pairs.
-
-        Args:
-            text: a str, a list of them, or a list of pairs; with `is_split_into_words` a list of words or a list of
-                such lists.
-            text_pair: as `text`, to be encoded after it.
-            add_special_tokens: whether `add_bos_token` has an effect.
-            padding: True or "longest" pads to the longest row, "max_length" to `max_length`.
-            truncation: True or "longest_first", "only_first", "only_second". None truncates where `max_length` is given
-                and `padding` is not asked for.
-            max_length: the limit in tokens, added ones included; without it that of `model_max_length`.
-            stride: how many tokens a further window repeats, with `return_overflowing_tokens`.
-            is_split_into_words: the text is a list of words; each gets a space before it.
-            pad_to_multiple_of: pad to the next multiple.
-            padding_side: "right" or "left" for this call.
-            return_tensors: "np", "pt", "tf" or "jax"; without it lists.
-            return_attention_mask: False leaves out the mask.
-            return_overflowing_tokens: return what truncation cuts off as further rows, and
-                `overflow_to_sample_mapping`, the text that each row belongs to.
-            return_special_tokens_mask: mark tokens that were added.
-            return_offsets_mapping: for each token the span of characters in the text that it stands for. A token that
-                is a part of a character has the character's span.
-            return_length: the number of tokens in each row, padding included.
-            return_token_type_ids: 0 for the text, 1 for its pair.
-            split_special_tokens: read control tokens in the texts as ordinary text; by default as the attribute says.
-            allowed_special: the control tokens, or "all", that become one token where a text contains them; by default
-                all that are not disallowed, and none with `split_special_tokens`.
-            disallowed_special: the control tokens, or "all" others, that a text may not contain.
-
-        Raises:
-            TokenizerError: an argument is none of these, or the text contains a token that is not allowed.
-            TypeError: an argument is not known.
-        """
-        padding, truncation = as_today(padding, truncation, max_length, unknown)
-        _refuse_unknown("a call of the tokenizer", unknown, GPT2Tokenizer.__call__)
-        check_size("stride", stride)
-        texts, pairs, batched = as_batch(text, text_pair, is_split_into_words)
-        control = self._choose_control(split_special_tokens, allowed_special, disallowed_special)
-        prefix_space = self.add_prefix_space or is_split_into_words
-        given = Texts(
-            [column for column in (texts, pairs) if column is not None],
-            Reader(self._control, self._bpe, self._encode_ordinary, self._bytes, *control, prefix_space),
-            is_split_into_words,
-            self._prefix() if add_special_tokens else [],
-            *self._limit(truncation, max_length, padding),
-            stride if return_overflowing_tokens else None,
-            self.truncation_side,
-        )
-        rows, owners = given.rows(return_offsets_mapping)
-        wanted = {
-            "input_ids": True,
-            "token_type_ids": return_token_type_ids,
-            "attention_mask": return_attention_mask is not False,
-            "special_tokens_mask": return_special_tokens_mask,
-            "offset_mapping": return_offsets_mapping,
-        }
-        lists = {name: [row.entry(name) for row in rows] for name, asked in wanted.items() if asked}
-        self._pad_lists(lists, padding, max_length, pad_to_multiple_of, padding_side)
-        encoding = BatchEncoding(lists)
-        make = partial(given.encodings, lists["input_ids"], self._side(padding_side), self.convert_ids_to_tokens)
-        encoding.trace(make, len(given.columns), return_offsets_mapping or is_split_into_words)
-        if return_length:
-            encoding["length"] = [len(ids) for ids in lists["input_ids"]]
-        if return_overflowing_tokens:
-            encoding["overflow_to_sample_mapping"] = owners
-        if not batched and return_tensors is None and not return_overflowing_tokens:
-            encoding.update({name: value[0] for name, value in encoding.items() if name != "length"})
-        to_arrays(encoding, return_tensors)
-        return encoding
-
-    encode_plus = batch_encode_plus = __call__
-
-    def _choose_control(
-        self, split: bool | None, allowed: Choice | None, disallowed: Choice = NOTHING
-    ) -> tuple[frozenset[str], frozenset[str]]:
-        """The control tokens that become one token where a text contains them, and those that it may not contain."""
-        refused = self._control.select("disallowed_special", disallowed)
-        if allowed is None:
-            is_split = choose("split_special_tokens", self.split_special_tokens if split is None else split, SWITCH)
-            return (NOTHING if is_split else self._control.select("allowed_special", "all") - refused), refused
-        chosen = self._control.select("allowed_special", allowed)
-        return chosen, refused - chosen if disallowed == "all" else refused
-
-    def _limit(self, truncation: Any, max_length: Any, padding: Any) -> tuple[int, str]:
-        """The most tokens that a row may have, and how to get there ("" for not at all)."""
-        check_size("max_length", max_length)
-        strategy = choose("truncation", truncation, TRUNCATIONS)
-        if truncation is None and max_length is not None and not choose("padding", padding, PADDINGS):
-            strategy = "longest_first"
-        return (self.model_max_length if max_length is None else max_length), strategy
-
-    # --- padding -----------------------------------------------------------------------------------------------------
-
-    def pad(
-        self,
-        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-        padding: bool | str = True,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_attention_mask: bool | None = None,
-        return_tensors: str | None = None,
-    ) -> BatchEncoding:
-        """Pad what calls returned: one encoding, a batch, or a list of encodings.
-
-        Without a pad token the end token fills up; its mask is 0. Entries other than those of a call keep their length.
-
-        Raises:
-            TokenizerError: there are no `input_ids`, or an argument is not known.
-        """
-        lists, batched = merge_encodings(encoded_inputs)
-        if "attention_mask" not in lists and return_attention_mask is not False:
-            lists["attention_mask"] = [[1] * len(ids) for ids in lists["input_ids"]]
-        self._pad_lists(lists, padding, max_length, pad_to_multiple_of, padding_side)
-        encoding = BatchEncoding(lists)
-        if not batched and return_tensors is None:
-            encoding.update({name: rows[0] for name, rows in lists.items()})
-        to_arrays(encoding, return_tensors)
-        return encoding
-
-    def _pad_lists(
-        self,
-        lists: dict[str, list[list[Any]]],
-        padding: Any,
-        max_length: int | None,
-        multiple: int | None,
-        side: str | None,
-    ) -> None:
-        kind = choose("padding", padding, PADDINGS)
-        check_size("pad_to_multiple_of", multiple, least=1)
-        check_size("max_length", max_length)
-        most = self.model_max_length if max_length is None else max_length
-        if kind == "max_length" and most > LARGEST_WIDTH:
-            raise TokenizerError('max_length: padding="max_length" needs one, found None and no model_max_length')
-        if kind:
-            pad_id = self.eos_token_id if self.pad_token_id is None else self.pad_token_id
-            if pad_id is None:
-                raise TokenizerError("padding: expected a pad_token or an eos_token, found None; set one of them")
-            pad_rows(lists, width_of(lists["input_ids"], kind, most, multiple), self._side(side), pad_id)
-
-    def _side(self, side: str | None) -> str:
-        return choose("padding_side", side or self.padding_side, SIDES)
-
 
 def _read(source: Any, kind: type, copy: Any, check: Any, read: Any) -> Any:
     """A vocabulary or merges, given as they are or as a file's path."""
@@ -528,10 +417,3 @@ def _read(source: Any, kind: type, copy: Any, check: Any, read: Any) -> Any:
     raise TokenizerError(
         f"vocab_file, merges_file: expected a path or the content itself, found {type(source).__name__}"
     )
-
-
-def _refuse_unknown(where: str, unknown: Mapping[str, Any], function: Any) -> None:
-    """Raise TypeError for the first argument that is not known, with a name that is and resembles it."""
-    for name in unknown.keys() - LEFTOVERS:
-        known = [item for item in signature(function).parameters if item not in ("self", "unknown")]
-        raise TypeError(f"{where} has no argument {name!r}{nearest(name, known) or '; leave it out'}")

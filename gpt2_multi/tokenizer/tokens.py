@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, NoReturn, TypeVar, overload
 
 from gpt2_multi.errors import TokenizerError
-from gpt2_multi.tokenizer.batching import choose
+from gpt2_multi.tokenizer.encoding.batching import FILLERS, choose
 from gpt2_multi.tokenizer.engine.bpe import unspell
 from gpt2_multi.tokenizer.files import ROLES, AddedToken
 from gpt2_multi.tokenizer.special import ControlTokens, as_token
@@ -50,11 +50,12 @@ class TokenTable:
         errors: how bytes that are not UTF-8 are decoded.
     """
 
+    SPECIAL_TOKENS_ATTRIBUTES = (*ROLES, ADDITIONAL[0])
+    add_bos_token: bool
+    model_max_length: int
     bos_token, bos_token_id = _role("bos_token"), _role_id("bos_token")
     eos_token, eos_token_id = _role("eos_token"), _role_id("eos_token")
     unk_token, unk_token_id = _role("unk_token"), _role_id("unk_token")
-    add_bos_token: bool
-    model_max_length: int
     sep_token, sep_token_id = _role("sep_token"), _role_id("sep_token")
     pad_token, pad_token_id = _role("pad_token"), _role_id("pad_token")
     cls_token, cls_token_id = _role("cls_token"), _role_id("cls_token")
@@ -68,6 +69,11 @@ class TokenTable:
         self._control = ControlTokens()
         for token, at in added_tokens.items():
             self._register(token, at)
+
+    @property
+    def pad_token_type_id(self) -> int:
+        """What `token_type_ids` are filled with."""
+        return FILLERS["token_type_ids"]  # type: ignore[no-any-return]
 
     @property
     def max_len(self) -> int:
@@ -322,7 +328,12 @@ class TokenTable:
             self._refuse(error.args[0])
 
     def decode(
-        self, token_ids: Any, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        *,
+        spaces_between_special_tokens: bool = True,
     ) -> str:
         """The text of ids: exactly what was encoded.
 
@@ -331,6 +342,7 @@ class TokenTable:
             skip_special_tokens: leave control tokens out.
             clean_up_tokenization_spaces: take spaces before English punctuation away, as transformers does, even those
                 that were encoded.
+            spaces_between_special_tokens: means nothing here, as in transformers' fast tokenizers.
 
         Raises:
             TokenizerError: an id is outside the vocabulary.
@@ -347,7 +359,12 @@ class TokenTable:
         return text
 
     def batch_decode(
-        self, sequences: Any, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None
+        self,
+        sequences: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        *,
+        spaces_between_special_tokens: bool = True,
     ) -> list[str]:
         """The text of each row of ids; see `decode`."""
         clean = clean_up_tokenization_spaces

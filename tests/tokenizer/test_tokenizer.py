@@ -610,6 +610,44 @@ def test_what_transformers_users_call():
     assert tokenizer.get_added_vocab() == {END: tokenizer.eos_token_id}
 
 
+def test_what_other_libraries_ask_a_tokenizer(tmp_path):
+    """Fingerprints of `datasets` are of what is pickled, which no call may change; a copy of a copy is the same."""
+    tokenizer = small(pad_token="<pad>", cls_token="[CLS]", chat_template={"default": "x"})
+    before = pickle.dumps(tokenizer)
+    tokenizer("hello[CLS] <pad>", return_offsets_mapping=True).tokens()
+    assert pickle.dumps(tokenizer) == before == pickle.dumps(copy.deepcopy(tokenizer))
+    assert (
+        tokenizer.init_kwargs.items() >= {"cls_token": "[CLS]", "errors": "replace", "model_max_length": 1024}.items()
+    )
+    assert GPT2Tokenizer(*small_files(), **tokenizer.init_kwargs).encode("[CLS]") == tokenizer.encode("[CLS]")
+    assert repr(tokenizer).startswith(
+        "GPT2Tokenizer(name_or_path='', vocab_size=282, tokens=284, model_max_length=1024"
+    )
+    assert tokenizer.pad_token_type_id == 0 and "cls_token" in tokenizer.SPECIAL_TOKENS_ATTRIBUTES
+    assert tokenizer.decode([281, 32], True, False, spaces_between_special_tokens=False) == tokenizer.decode(32)
+    backend = pytest.importorskip("tokenizers") and tokenizer.backend_tokenizer
+    assert backend.encode("hello[CLS] é").ids == tokenizer.encode("hello[CLS] é")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_cls_and_the_other_tokens_are_in_every_file(tmp_path, name):
+    roles = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "<pad>"}
+    tokenizer = small()
+    assert tokenizer.add_special_tokens({**roles, "unk_token": "hello"}) == 4
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    again = GPT2Tokenizer.from_pretrained(tmp_path)
+    for role, token in roles.items():
+        assert getattr(again, role) == token
+        assert getattr(again, f"{role}_id") == getattr(tokenizer, f"{role}_id") == again.encode(f"a{token}")[1]
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.special_tokens_map == tokenizer.special_tokens_map
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert GPT2Tokenizer.from_pretrained(tmp_path / "theirs").special_tokens_map == tokenizer.special_tokens_map
+
+
 def test_jax_encodings_move_to_a_device():
     jax = pytest.importorskip("jax")
     device = jax.devices()[0]

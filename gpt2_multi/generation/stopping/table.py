@@ -41,7 +41,7 @@ def stop_table(stops: Sequence[str], tokenizer: GPT2Tokenizer | None, vocab_size
 
 def spelled(stops: Sequence[str]) -> list[bytes]:
     """The bytes of each text; a lone surrogate, which has none, is U+FFFD as in the tokenizer."""
-    from gpt2_multi.tokenizer.reading import repair  # which few calls need
+    from gpt2_multi.tokenizer.engine.words import repair  # which few calls need
 
     return [repair(text).encode() for text in stops]
 

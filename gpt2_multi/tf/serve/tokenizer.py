@@ -14,9 +14,9 @@ import tensorflow as tf
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.model import inputs
 from gpt2_multi.tf.serve.encoding import HIDDEN, Encoder, repaired
-from gpt2_multi.tokenizer.batching import check_size, choose
+from gpt2_multi.tokenizer.encoding.batching import check_size, choose
+from gpt2_multi.tokenizer.engine.words import repair
 from gpt2_multi.tokenizer.files import ROLES, AddedToken
-from gpt2_multi.tokenizer.reading import repair
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 MOST_IDS = 1 << 24

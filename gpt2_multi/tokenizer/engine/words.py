@@ -92,3 +92,14 @@ def windows(text: str, size: int = WINDOW) -> Iterator[str]:
         yield text[start : cut.start() + 1]
         start = cut.start() + 1
     yield text[start:] if start else text
+
+
+def repair(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD, so that it has an encoding."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -20,10 +20,9 @@ from gpt2_multi.files.hub import DEMO
 from gpt2_multi.tf import TFGPT2LMHeadModel, TFGPT2Tokenizer
 from gpt2_multi.tf.serve.encoding import by_bytes
 from gpt2_multi.tokenizer.engine.bpe import byte_characters
-from gpt2_multi.tokenizer.engine.words import code_point_classes
+from gpt2_multi.tokenizer.engine.words import code_point_classes, repair
 from gpt2_multi.tokenizer.fast import GPT2TokenizerFast
 from gpt2_multi.tokenizer.files import AddedToken
-from gpt2_multi.tokenizer.reading import repair
 from tests.support import shared_data
 from tests.support.effort import some
 

@@ -1,6 +1,7 @@
 """From token lists to a batch: what texts a call got, truncation and windows, and padding."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
@@ -14,13 +15,13 @@ FILLERS: dict[str, Any] = {"attention_mask": 0, "token_type_ids": 0, "special_to
 
 
 def choose(name: str, value: Any, known: Mapping[Any, str]) -> str:
-    """The meaning of an argument's value.
+    """The meaning of an argument's value, which may be an enumeration's.
 
     Raises:
         TokenizerError: the value is not known.
     """
     try:
-        return known[value]
+        return known[value.value if isinstance(value, Enum) else value]
     except (KeyError, TypeError):
         raise TokenizerError(f"{name}: expected one of {list(known)}, found {value!r}") from None
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpt2_multi.errors import TokenizerError
-from gpt2_multi.tokenizer.batching import FILLERS, choose, pad_rows
+from gpt2_multi.tokenizer.encoding.batching import FILLERS, choose, pad_rows
 
 Span = tuple[int, int]
 FRAMEWORKS = {"np": "numpy", "pt": "torch", "tf": "tensorflow", "jax": "jax"}

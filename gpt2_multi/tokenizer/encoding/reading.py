@@ -8,9 +8,10 @@ from itertools import accumulate
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
-from gpt2_multi.tokenizer.batching import truncate
-from gpt2_multi.tokenizer.encoding import Encoding, Row, Span, Tokens, encoding_of
+from gpt2_multi.tokenizer.encoding.batching import truncate
+from gpt2_multi.tokenizer.encoding.results import Encoding, Row, Span, Tokens, encoding_of
 from gpt2_multi.tokenizer.engine.bpe import BPE
+from gpt2_multi.tokenizer.engine.words import repair
 from gpt2_multi.tokenizer.special import ControlTokens
 
 
@@ -136,17 +137,6 @@ class Texts:
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]|[\ud800-\udfff]")
-
-
-def repair(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD, so that it has an encoding."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 def unrepaired(text: str, spans: list[Span]) -> list[Span]:
