@@ -15,6 +15,7 @@ from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import EMBEDDINGS, HEADS, Shape, Weight, table, weight_of
 
 Array = np.ndarray[Any, Any]
+BLOCK = re.compile(r"^h\.(\d+)\.")  # what the paths of a block begin with
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Spelling:
 
     `block` spells `h.{i}`, `first_block` that of layer 0 where it has no number, and `renamed` other paths, those of a
     block without it; `named` those of single tensors, by their canonical names there. Where that gives several names,
-    each has an equal part of the last dimension. The body's tensors of a kind or a name in `leading_one` have a first
-    dimension of 1; with `unflattened` the named axes have dimensions of their own, the heads before all others with
-    `heads_first`. With `always_rooted` the bare model has the root too.
+    each has an equal part of the last dimension. Tensors of a kind or a name in `transposed` lie the other way round;
+    the body's in `leading_one` have a first dimension of 1; with `unflattened` the named axes have dimensions of their
+    own, the heads before all others with `heads_first`. With `always_rooted` the bare model has the root too.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Spelling:
 
     def spellings(self, weight: Weight, rooted: bool = True) -> tuple[str, ...]:
         """The names of all tensors that `weight` is in this format, one as a rule."""
-        block = re.match(r"h\.(\d+)\.", weight.path)
+        block = BLOCK.match(weight.path)
         start = block.end() if block else 0
         before = self.root if weight.in_body and (rooted or self.always_rooted) else ""
         before += self._block(block[1]) + self.separator if block else ""
@@ -70,9 +71,13 @@ class Spelling:
         if self.unflattened:
             lengths, order = self._apart(weight)
             shape = tuple(lengths[axis] for axis in order)
-        shape = shape[::-1] if weight.kind in self.transposed else shape
+        shape = shape[::-1] if self.turns(weight) else shape
         leads = weight.in_body and not self.leading_one.isdisjoint((weight.kind, weight.name))
         return (1, *shape) if leads else shape
+
+    def turns(self, weight: Weight) -> bool:
+        """Whether `weight` lies the other way round here."""
+        return not self.transposed.isdisjoint((weight.kind, BLOCK.sub("", weight.name)))
 
     def flat_shape(self, weight: Weight) -> Shape:
         """The shape of `weight` in the table's layout, of each part of it where this format has several."""
@@ -81,7 +86,7 @@ class Spelling:
 
     def layout(self, weight: Weight, array: Any) -> Any:
         """Turn `array` from the table's layout into this format's, or back: both are the same transposition."""
-        return array.T if weight.kind in self.transposed else array
+        return array.T if self.turns(weight) else array
 
     def stored(self, weight: Weight, part: Array) -> Array:
         """One part of `weight` from the table's layout as this format stores it."""
@@ -98,7 +103,7 @@ class Spelling:
             lengths, order = self._apart(weight)
             part = self.layout(weight, part).reshape([lengths[axis] for axis in order])
             return part.transpose(np.argsort(order)).reshape(flat)
-        found: Array = self.layout(weight, part.reshape(flat[::-1] if weight.kind in self.transposed else flat))
+        found: Array = self.layout(weight, part.reshape(flat[::-1] if self.turns(weight) else flat))
         return found
 
     def _apart(self, weight: Weight) -> tuple[list[int], list[int]]:
@@ -231,12 +236,31 @@ LENS = Spelling(  # TransformerLens' HookedTransformer: each head apart, the une
     unflattened=True,
     heads_first=True,
 )
+LENS_BRIDGE = Spelling(  # TransformerLens 4's TransformerBridge: Q, K and V are nn.Linear's, all else as transformers'
+    "transformer-bridge",
+    "",
+    _WEIGHT_BIAS,
+    transposed=frozenset({"attn.c_attn.weight"}),
+    block="blocks.{}",
+    renamed={
+        "wte": ("embed",),
+        "wpe": ("pos_embed",),
+        "lm_head": ("unembed",),
+        "ln_1": ("ln1",),
+        "attn.c_attn": ("attn.q", "attn.k", "attn.v"),
+        "attn.c_proj": ("attn.o",),
+        "ln_2": ("ln2",),
+        "mlp.c_fc": ("mlp.in",),
+        "mlp.c_proj": ("mlp.out",),
+        "ln_f": ("ln_final",),
+    },
+)
 
 # The causal mask that old PyTorch checkpoints carry as a buffer, and a bias of TransformerLens that GPT-2 has not and
 # that has to be zero: known, and dropped.
 MASK_BUFFERS = re.compile(
     r"(transformer\.)?h\.\d+\.(attn|crossattention)\.(bias|masked_bias)"
-    r"|blocks\.\d+\.attn\.(mask|IGNORE)|unembed\.b_U"
+    r"|blocks\.\d+\.attn\.(mask|IGNORE)|unembed\.(b_U|bias)"
 )
 
 

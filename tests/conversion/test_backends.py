@@ -7,7 +7,7 @@ import pytest
 
 from gpt2_multi.files.containers.safetensors import read_safetensors
 from tests.conversion.test_conversion import COARSE, LM_FORMATS, OTHERS, close
-from tests.conversion.test_layouts import EXPECTED, FILES, PEERS
+from tests.conversion.test_layouts import EXPECTED, FILES, NO_HEADS, PEERS
 from tests.support import fixtures
 from tests.support.shared_data import shared
 
@@ -36,7 +36,7 @@ def test_what_others_wrote_is_computed(backend, name):
 @pytest.mark.parametrize("file", FILES)
 def test_what_programs_without_settings_wrote_is_computed(backend, tmp_path, file):
     shutil.copy(PEERS / file, tmp_path)
-    if "mingpt" in file:
-        shutil.copy(PEERS / "mingpt/config.json", tmp_path)  # which has the heads
+    if FILES[file][0] in NO_HEADS:
+        shutil.copy(PEERS / ("mingpt" if "mingpt" in file else "transformers") / "config.json", tmp_path)
     found = backend("lm", tmp_path, "float32", {"input_ids": EXPECTED["ids"]})["logits"]
     close(np.asarray(found), EXPECTED[FILES[file][1]])

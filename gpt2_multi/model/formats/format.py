@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,12 @@ TANH = {**PLAIN, "activation_function": TANH_GELU}
 QUARTER = {**NO_ROOM, "n_inner": (None,)}  # whose inner layer is four times as wide
 DECODERS = ("lm", "base")  # the heads of a program that only writes texts
 SAME = {"n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer"}
-POSITIONS = ("wpe.weight", "pos_emb", "pos_embed.W_pos")  # what their embedding is called in state dicts
+POSITIONS = (
+    "wpe.weight",
+    "pos_emb",
+    "pos_embed.W_pos",
+    "pos_embed.weight",
+)  # what their embedding is called in state dicts
 Tensors = dict[str, Array]
 
 
@@ -84,6 +89,20 @@ def sharded(read: Callable[[Path], Tensors]) -> Callable[[Path], Tensors]:
 def is_state(names: Collection[Any]) -> bool:
     """Whether a dict whose tensors have these names may be the state dict of a GPT-2."""
     return any(isinstance(name, str) and name.endswith(POSITIONS) for name in names)
+
+
+def has_names(wanted: Iterable[str], main: Path) -> bool:
+    """Whether a file of PyTorch holds a dict, however deep, among whose names each of these is the end of one."""
+    queue: list[dict[Any, Any]] = [containers.read_outline(main)]
+    seen = {id(queue[0])}
+    for inside in queue:
+        names = [name for name in inside if isinstance(name, str)]
+        if all(any(name.endswith(end) for name in names) for end in wanted):
+            return True
+        inner = {id(value): value for value in inside.values() if isinstance(value, dict) and id(value) not in seen}
+        queue += inner.values()
+        seen.update(inner)
+    return False
 
 
 def state(path: Path, found: Mapping[Any, Any]) -> Tensors:

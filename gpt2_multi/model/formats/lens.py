@@ -1,4 +1,4 @@
-"""TransformerLens: the state dict of its HookedTransformer, whose heads lie apart."""
+"""TransformerLens: the state dicts of its HookedTransformer, whose heads lie apart, and of its TransformerBridge."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ from gpt2_multi.model.formats.format import (
     Format,
     Tensors,
     beside,
+    has_names,
     is_state,
     state,
 )
-from gpt2_multi.model.spelling import LENS
+from gpt2_multi.model.spelling import LENS, LENS_BRIDGE
 
 FIRST = "blocks.0.attn.W_Q"  # (n_head, n_embd, head_dim)
-SHIFT = "unembed.b_U"
+NORM, SHIFT = "ln_final.w", "unembed.b_U"  # what is not there where layer norms were folded, and what is zero otherwise
+BRIDGE_FIRST, BRIDGE_SHIFT = "blocks.0.attn.q.weight", "unembed.bias"
+UNFOLDED = "HookedTransformer.from_pretrained_no_processing(name), or of one with fold_ln=False"
+NOT_COMPATIBLE = "the bridge before enable_compatibility_mode()"
 
 
-def _is_it(main: Path) -> bool:
-    return FIRST in containers.read_outline(main)
-
-
-def _read(main: Path) -> Tensors:
+def _read(norm: str, shift: str, advice: str, main: Path) -> Tensors:
     """The tensors of a model whose layer norms are its own; CheckpointError where they were folded into others."""
     found = state(main, containers.read_torch(main, is_state))
-    shift = found.get(SHIFT)
-    if "ln_final.w" not in found or (shift is not None and shift.any()):
-        why = f"it has no ln_final.w, but LayerNormPre: {SHIFT}" if "ln_final.w" not in found else f"its {SHIFT}"
+    lacks = not any(name.endswith(norm) for name in found)
+    if lacks or any(name.endswith(shift) and array.any() for name, array in found.items()):
+        why = f"it has no {norm}, but LayerNormPre" if lacks else f"{shift} is not zero"
         raise CheckpointError(
-            f"{main}: TransformerLens has folded the layer norms of this model into the weights beside them (fold_ln), "
-            f"and what they were cannot be got back ({why} is not zero); save the state dict of "
-            "HookedTransformer.from_pretrained_no_processing(name), or of one with fold_ln=False"
+            f"{main}: TransformerLens has folded the layer norms of this model into the weights beside them, and what "
+            f"they were cannot be got back ({why}); save the state dict of {advice}"
         )
     return found
 
@@ -69,8 +68,22 @@ def _write(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | 
     config.save_pretrained(folder)
 
 
+def _write_bridge(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | str) -> None:
+    dtype, shape, _embedding = embedding = tensors[LENS_BRIDGE.spell(EMBEDDING)]
+    shift: Made = (dtype, shape[:1], partial(np.zeros, shape[:1], dtype))
+    head = {LENS_BRIDGE.spell(HEAD): embedding, BRIDGE_SHIFT: shift}
+    containers.write_torch(folder / "model.pt", {**head, **tensors})
+    config.save_pretrained(folder)
+
+
 ROOM = {name: values for name, values in NO_ROOM.items() if name != "tie_word_embeddings"}
 TRANSFORMER_LENS = Format(
-    "TransformerLens' state dict", LENS, ("model.pt",), ("model.pt",),
-    _read, _write, beside, TANH, ROOM, DECODERS, ("*.pt", "*.pth"), _is_it, known=_known,
+    "TransformerLens' HookedTransformer", LENS, ("model.pt",), ("model.pt",),
+    partial(_read, NORM, SHIFT, UNFOLDED), _write, beside, TANH, ROOM, DECODERS, ("*.pt", "*.pth"),
+    partial(has_names, (FIRST,)), known=_known,
+)  # fmt: skip
+TRANSFORMER_BRIDGE = Format(
+    "TransformerLens 4's TransformerBridge", LENS_BRIDGE, ("model.pt",), ("model.pt",),
+    partial(_read, "ln_final.weight", BRIDGE_SHIFT, NOT_COMPATIBLE), _write_bridge, beside, TANH, ROOM, DECODERS,
+    ("*.pt", "*.pth"), partial(has_names, (BRIDGE_FIRST,)),
 )  # fmt: skip

@@ -23,6 +23,7 @@ from gpt2_multi.model.formats.format import (
     Format,
     Tensors,
     beside,
+    has_names,
     is_state,
     state,
 )
@@ -39,8 +40,12 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def _is_it(of: Spelling, main: Path) -> bool:
-    """Whether a file has the mask of the first layer, and the head, under the names of one of the two models."""
-    return {_mask(of, 0), of.spell(HEAD)} <= containers.read_outline(main).keys()
+    """Whether a file has the mask of the first layer, and the head, under the names of one of the two models.
+
+    So have some of nanoGPT's, which have settings beside the model.
+    """
+    settings = {"model_args", "config"} & containers.read_outline(main).keys()
+    return not settings and has_names((_mask(of, 0), of.spell(HEAD)), main)
 
 
 def _mask(of: Spelling, layer: int) -> str:

@@ -22,6 +22,7 @@ FORMATS: Mapping[str, Format] = {
     "mingpt-2020": mingpt.MINGPT_2020,
     "llmc": llmc.LLMC,
     "transformer-lens": lens.TRANSFORMER_LENS,
+    "transformer-bridge": lens.TRANSFORMER_BRIDGE,
     "keras-hub": keras.KERAS_HUB,
     "keras-weights": keras.KERAS_WEIGHTS,
 }
