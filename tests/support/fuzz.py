@@ -85,7 +85,7 @@ def _write_odd(made: Path, wide: Path) -> None:
 def _fixtures() -> dict[str, Path]:
     root = Path(os.environ.get("GPT2_MULTI_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "fixtures"
     folders = [*root.glob("lm_formats/*"), *root.glob("nanogpt/*"), root / "openai_tf1", root / "keras_hub"]
-    folders += [HERE / "peers" / name for name in ("build_nanogpt", "mingpt", "mingpt_2020")]
+    folders += [HERE / "peers" / name for name in ("build_nanogpt", "mingpt")]
     return {f"{path.name} of others": path for path in sorted(folders) if path.is_dir()}
 
 
