@@ -48,7 +48,10 @@ def cast(array: Array, dtype: np.dtype[Any], name: str) -> Array:
 
 
 def same(array: Array, other: Array, name: str) -> bool:
-    """Whether an array, cast to the dtype of another, has its shape and its bits; neither is copied as a whole."""
+    """Whether an array, cast to the dtype of another, has its shape and its bits.
+
+    Neither is copied as a whole, nor kept in memory where it is mapped: only for arrays that nobody has written to.
+    """
     if array.shape != other.shape:
         return False
     start, rows = 0, np.atleast_1d(other)
@@ -56,6 +59,8 @@ def same(array: Array, other: Array, name: str) -> bool:
         if piece.tobytes() != rows[start : start + len(piece)].tobytes():
             return False
         start += len(piece)
+        release(array)
+        release(other)
     return True
 
 
