@@ -16,7 +16,7 @@ PLACE = (  # where the files are: what `hub.resolve` takes
 PUSH = (  # what `hub.push` takes
     "repo_id", "commit_message", "commit_description", "private", "token", "use_auth_token", "revision", "create_pr",
 )  # fmt: skip
-NAMES = ("prefix", "drop")  # which tensors of a file are the model's
+NAMES = ("prefix", "drop", "key_mapping")  # which tensors of a file are the model's
 KIND = ("use_safetensors", "from_tf", "from_flax", "from_pt")  # which of the files are read
 # Nothing that a caller could see depends on these: files are mapped, a broken download is gone on with, no code of
 # theirs is run, nothing is initialised that the files have, and no message is printed.
@@ -60,7 +60,6 @@ REFUSED: Mapping[str, Refused] = {
     "adapter_name": Refused((None, "default"), "adapters are PEFT's: PeftModel.from_pretrained(model, folder)"),
     "filename_prefix": Refused((None, ""), "the files of a model have their names; give it a folder of its own"),
     "gguf_file": Refused((None,), "GGUF files are not read; give a folder that holds safetensors"),
-    "key_mapping": Refused((None, {}), "tensors have to have GPT-2's names; rename them in the file"),
     "mirror": Refused((None,), "set HF_ENDPOINT to the mirror's address"),
     "proxies": Refused((None, {}), "huggingface_hub reads HTTPS_PROXY; set it to the proxy's address"),
     "organization": Refused((None,), "the name of an organization stands in repo_id: owner/name"),

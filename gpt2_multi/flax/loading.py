@@ -263,7 +263,7 @@ class FlaxGPT2PreTrainedModel:
         output_loading_info: bool = False,
         **options: Any,
     ) -> Any:
-        """Load a model folder, the demo model ("demo"), or a model of the hub by its name.
+        """Load a model folder, a file of weights, the demo model ("demo"), or a model of the hub by its name.
 
         `param_dtype` (transformers' `torch_dtype`) is what the parameters are stored in: float32 by default, "auto" for
         what config.json names. `dtype` is what the model computes in, by default the same. With a `mesh` and `rules`
@@ -272,7 +272,9 @@ class FlaxGPT2PreTrainedModel:
 
         `options` say where the files are and which of them are read (`revision`, `token`, `cache_dir`,
         `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
-        configuration. `config` stands in the place of the files' own: a GPT2Config, its keys, or where it lies. A task
+        configuration: with fewer words or positions than the files have, the rows beyond are cut. `prefix` chooses one
+        of several models in a file by what stands before its names, and `drop` are patterns of tensors that are no part
+        of it. `config` stands in the place of the files' own: a GPT2Config, its keys, or where it lies. A task
         head that the files lack, and with `ignore_mismatched_sizes` what has another shape, is initialised anew, with a
         warning. With `output_loading_info` the answer has one more: what was missing, unexpected and mismatched. Raises
         CheckpointError or ConfigError for anything that does not fit, InputError for an argument that cannot be

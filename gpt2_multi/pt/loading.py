@@ -254,7 +254,7 @@ class GPT2PreTrainedModel(nn.Module):
         mmap: bool = False,
         **options: Any,
     ) -> Self:
-        """Load a model folder, the demo model ("demo"), or a model of the hub by its name; in evaluation mode.
+        """Load a model folder, a file of weights, the demo model ("demo"), or a model of the hub; in evaluation mode.
 
         `dtype`, alone, is what the parameters are stored in and what the model computes in: float32 by default, "auto"
         for what config.json names. `param_dtype` (transformers' old `torch_dtype`) says it of the parameters, where the
@@ -264,7 +264,9 @@ class GPT2PreTrainedModel(nn.Module):
 
         `options` say where the files are and which of them are read (`revision`, `token`, `cache_dir`,
         `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
-        configuration. `config` stands in the place of the files' own: a GPT2Config, its keys, or where it lies. So does
+        configuration: with fewer words or positions than the files have, the rows beyond are cut. `prefix` chooses one
+        of several models in a file by what stands before its names, and `drop` are patterns of tensors that are no part
+        of it. `config` stands in the place of the files' own: a GPT2Config, its keys, or where it lies. So does
         `state_dict` in that of their weights; with both the name may be None. A task head that the files lack, and with
         `ignore_mismatched_sizes` what has another shape, is initialised anew, with a warning. What a class of your own
         has besides is read where the files have it, and is else as its __init__ made it; arguments that are no settings
@@ -305,7 +307,7 @@ class GPT2PreTrainedModel(nn.Module):
             return {}, dict(options)
         takes = signature(cls).parameters
         is_open = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in takes.values())
-        known = {*SETTINGS, *arguments.ARGUMENTS}
+        known = {*SETTINGS, *arguments.ARGUMENTS} - (takes.keys() & {*arguments.NAMES})
         given = {name: x for name, x in options.items() if name not in known and (is_open or name in takes)}
         return given, {name: x for name, x in options.items() if name not in given}
 

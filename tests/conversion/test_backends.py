@@ -1,6 +1,7 @@
 """Every backend loads every example of every format, and computes what the program that wrote it computed."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.conversion.test_layouts import EXPECTED, FILES, NO_HEADS, PEERS
 from tests.support import fixtures
 from tests.support.shared_data import shared
 
+TRAINERS = Path(__file__).parents[1] / "data" / "trainers"
 CASES = {"sequence_classification": "single", "double_heads": "double"}
 
 
@@ -40,3 +42,16 @@ def test_what_programs_without_settings_wrote_is_computed(backend, tmp_path, fil
         shutil.copy(PEERS / ("mingpt" if "mingpt" in file else "transformers") / "config.json", tmp_path)
     found = backend("lm", tmp_path, "float32", {"input_ids": EXPECTED["ids"]})["logits"]
     close(np.asarray(found), EXPECTED[FILES[file][1]])
+
+
+def test_what_trainers_saved_is_loaded_as_it_is(backend):
+    """A file by itself, without settings; a value head beside the model, and tables that are cut."""
+    ids = {"input_ids": np.arange(6)[None]}
+    expected = np.asarray(backend("lm", TRAINERS / "reference", "float32", ids)["logits"])
+    for name, options in (
+        ("lightning/last.ckpt", {"n_head": 2}),
+        ("trl", {"drop": "v_head.*", "vocab_size": 11, "n_positions": 6}),
+    ):
+        found = np.asarray(backend("lm", TRAINERS / name, "float32", ids, **options)["logits"])
+        assert found.shape[-1] == options.get("vocab_size", 16)
+        close(found, expected[..., : found.shape[-1]])

@@ -12,6 +12,7 @@ from gpt2_multi_conversion.cli import main
 
 from gpt2_multi.errors import CheckpointError, ConfigError, InputError
 from gpt2_multi.files.containers import read_msgpack, read_safetensors, write_msgpack, write_safetensors, write_torch
+from gpt2_multi.model.checkpoint import load
 from gpt2_multi.model.checkpoint.names import named
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.table import FORMATS
@@ -156,6 +157,14 @@ def test_heads_may_stand_above_the_body(tmp_path, tensors):
         open(twice)
 
 
+def test_names_may_be_mapped_as_in_transformers(tmp_path, tensors):
+    folder = placed(tmp_path / "m", {name.replace("h.", "layers."): x for name, x in tensors.items()})
+    with pytest.raises(CheckpointError, match="lacks 24 tensors"):
+        open(folder)
+    mapping = {r"^transformer\.layers\.": "h.", r"^transformer\.": ""}
+    assert_same(load(folder, "lm", None, {"key_mapping": mapping}).arrays, open(REFERENCE))
+
+
 def test_names_of_2019(tmp_path, tensors):
     choice = {"linear.weight": np.ones((1, 8), np.float32), "linear.bias": np.ones(1, np.float32)}
     old = {**tensors, **{f"multiple_choice_head.{name}": x for name, x in choice.items()}}
@@ -223,6 +232,11 @@ def test_heads_are_in_no_shape(tmp_path):
     assert open(tmp_path / "new").config.n_head == 2
     assert [sentence for sentence in report.warnings if "n_head is 2 by 64 numbers a head" in sentence]
     assert "n_head is 2 by 64 numbers a head" in CliRunner().invoke(main, ["inspect", str(tmp_path / "m")]).output
+    with pytest.warns(UserWarning, match="n_head is 2 by 64 numbers a head") as warned:
+        assert load(tmp_path / "m", "lm", None, {"eos_token_id": 3}).config.n_head == 2
+    assert len(warned) == 1
+    assert load(tmp_path / "m", "lm", None, {"num_attention_heads": 4}).config.n_head == 4
+    assert load(tmp_path / "m", "lm", open(tmp_path / "new").config.replace(n_head=8), {}).config.n_head == 8
     with pytest.raises(CheckpointError, match=r"n_embd 8 is no multiple of 64.*give config="):
         open(TRAINERS / "compiled.pt")
     with pytest.raises(ConfigError, match="n_embd must be a multiple of n_head"):

@@ -199,7 +199,7 @@ def open(
     out. Nothing but names and shapes is read before it is used, apart from checksums where a format has them. Raises
     CheckpointError or ConfigError for whatever is missing, damaged, or does not fit.
     """
-    source, guessed = find(path, kinds, variant, prefix, drop), ""
+    source, guessed = find(path, kinds, variant, prefix=prefix, drop=drop), ""
     if config is None:
         config, guessed = source.config(settings)
     config = config.replace(**settings) if settings else config

@@ -52,16 +52,18 @@ def named(
     source: str,
     prefix: str | None = None,
     drop: str | Iterable[str] = (),
+    key_mapping: Mapping[str, str] | None = None,
 ) -> Names:
     """Take what stands before the names of a GPT-2 off them.
 
     `prefix` chooses among several GPT-2s, by what stands before their names or by how that begins, and leaves out what
-    is not under it; "" is the one before whose names nothing stands. `drop` are patterns of names to leave out. Heads
-    may stand above the body. Raises CheckpointError where there are several GPT-2s and nobody has chosen, InputError
-    for a prefix or a pattern that fits nothing.
+    is not under it; "" is the one before whose names nothing stands. `drop` are patterns of names to leave out, and
+    `key_mapping` regular expressions whose first that is found is replaced before all else. Heads may stand above the
+    body. Raises CheckpointError where there are several GPT-2s and nobody has chosen, InputError for a prefix or a
+    pattern that fits nothing.
     """
     patterns = _patterns(drop)
-    plain = {name: WRAPPERS.sub("", name) for name in found if not matches(name, patterns)}
+    plain = {name: _plain(name, key_mapping or {}) for name in found if not matches(name, patterns)}
     parted = _parted(spelling)
     rows = {name: _Row(*parts.groups()) for name, text in plain.items() if (parts := parted.fullmatch(text))}
     before = _chosen(rows.values(), spelling, source, prefix)
@@ -83,6 +85,15 @@ def named(
     whole = None if before is None else next(_whole(name, row) for name, row in rows.items() if row.before == before)
     dropped = [name for name in found if name not in stayed]
     return Names({text: found[name] for text, name in originals.items()}, whole, originals, dropped)
+
+
+def _plain(name: str, key_mapping: Mapping[str, str]) -> str:
+    """A name as the caller maps it, without what wraps parts of a model."""
+    for pattern, replacement in key_mapping.items():
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    return WRAPPERS.sub("", name)
 
 
 def _patterns(drop: str | Iterable[str]) -> list[str]:

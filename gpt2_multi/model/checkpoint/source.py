@@ -50,17 +50,11 @@ class Source(NamedTuple):
         return config, "" if "n_head" in known else guess(str(self.main), config)
 
 
-def find(
-    path: PathLike,
-    kinds: Iterable[str] = (),
-    variant: str | None = None,
-    prefix: str | None = None,
-    drop: str | Iterable[str] = (),
-) -> Source:
-    """Find out what a folder or a file is: one of `kinds`, or of all; `prefix` and `drop` as in `names.named`."""
+def find(path: PathLike, kinds: Iterable[str] = (), variant: str | None = None, **which: Any) -> Source:
+    """Find out what a folder or a file is: one of `kinds`, or of all; `which` tensors are meant says `names.named`."""
     format, main = recognised(Path(path), kinds, variant)
     kind = FORMATS[format]
-    return Source(Path(path), format, main, named(kind.read(main), kind.spelling, str(path), prefix, drop))
+    return Source(Path(path), format, main, named(kind.read(main), kind.spelling, str(path), **which))
 
 
 def recognised(path: Path, kinds: Iterable[str] = (), variant: str | None = None) -> tuple[str, Path]:

@@ -73,8 +73,9 @@ def test_a_language_model_is_trained_saved_resumed_and_the_best_loaded(tokenizer
     assert isinstance(predicted, np.ndarray) and predicted.shape[::2] == (3, 1024)
 
     checkpoint = tmp_path / "checkpoint-4"
-    with pytest.raises(CheckpointError, match=r"as transformers' Trainer saves it, but no config\.json; give config="):
+    with pytest.raises(CheckpointError, match=r"has no config\.json, and its n_embd 12 is no multiple of 64"):
         GPT2LMHeadModel.from_pretrained(checkpoint)
+    assert same(resumed, GPT2LMHeadModel.from_pretrained(checkpoint, n_head=3))
     model.config.save_pretrained(checkpoint)
     assert same(resumed, GPT2LMHeadModel.from_pretrained(checkpoint))
     assert GPT2Tokenizer.from_pretrained(checkpoint)("ROMEO").input_ids == tokenizer("ROMEO").input_ids
