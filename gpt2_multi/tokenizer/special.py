@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.tokenizer.engine.words import code_point_classes
@@ -34,6 +34,14 @@ def _checked(content: Any) -> str:
     if re.search("[\ud800-\udfff]", content):
         raise TokenizerError(f"added token {content!r}: expected text that UTF-8 can hold, found a lone surrogate")
     return content
+
+
+class Part(NamedTuple):
+    """A part of a text: where it begins in it, and the id of the token that it is, if it is one."""
+
+    start: int
+    text: str
+    id: int | None
 
 
 class ControlTokens:
@@ -92,42 +100,44 @@ class ControlTokens:
                     "to make it one token, or give split_special_tokens instead to encode it as ordinary text"
                 )
 
-    def split(self, text: str, allowed: frozenset[str]) -> Iterator[tuple[str, int | None]]:
-        """The parts of a text in order, each with its id if it is an added word or an allowed control token.
+    def split(self, text: str, allowed: frozenset[str]) -> Iterator[Part]:
+        """The parts of a text in order: where each begins, and its id if it is an added word or a control token.
 
         As in transformers: tokens that are not normalized are found first, and the others in what is left; of several
         the one that begins first, and of those the longest. A control token that is not allowed hides what it overlaps.
+        White space that a token before it takes is still a part of one that begins with it.
         """
-        parts: Iterator[tuple[str, int | None]] = iter([(text, None)] if text else [])
+        parts: Iterator[Part] = iter([Part(0, text, None)] if text else [])
         for finder in self.finders():
             parts = self._searched(parts, finder, allowed)
         return parts
 
-    def _searched(
-        self, parts: Iterator[tuple[str, int | None]], finder: re.Pattern[str], allowed: frozenset[str]
-    ) -> Iterator[tuple[str, int | None]]:
-        for part, at in parts:
-            if at is None:
+    def _searched(self, parts: Iterator[Part], finder: re.Pattern[str], allowed: frozenset[str]) -> Iterator[Part]:
+        for part in parts:
+            if part.id is None:
                 yield from self._found(part, finder, allowed)
             else:
-                yield part, at
+                yield part
 
-    def _found(self, text: str, finder: re.Pattern[str], allowed: frozenset[str]) -> Iterator[tuple[str, int | None]]:
+    def _found(self, part: Part, finder: re.Pattern[str], allowed: frozenset[str]) -> Iterator[Part]:
+        first, text, _ = part
         done = 0
         for match in finder.finditer(text):
             token, start, stop = self.tokens[match[0]], match.start(), match.end()
-            if start < done or (token.special and token.content not in allowed):  # or a token before it took the place
+            if token.special and token.content not in allowed:
                 continue
             while token.lstrip and start > done and text[start - 1] in white_space():
                 start -= 1
             while token.rstrip and stop < len(text) and text[stop] in white_space():
                 stop += 1
+            start = max(start, done) if token.lstrip else start
             if start > done:
-                yield text[done:start], None
-            yield text[start:stop], self.ids[match[0]]
-            done = stop
+                yield Part(first + done, text[done:start], None)
+            if start < stop:  # or a token before it took all of it
+                yield Part(first + start, text[start:stop], self.ids[match[0]])
+                done = stop
         if done < len(text):
-            yield text[done:] if done else text, None
+            yield Part(first + done, text[done:] if done else text, None)
 
     def groups(self) -> list[list[str]]:
         """The tokens as they are searched for, group after group, the longest first; none is empty."""

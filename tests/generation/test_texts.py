@@ -63,6 +63,12 @@ def test_control_tokens_in_prompts_are_control_tokens_unless_they_are_split(mode
         ids = model.generate(text, tokenizer=reader, **options).token_ids
         assert ids[: len(reader(text).input_ids)] == reader(text).input_ids
         assert (reader.eos_token_id in ids[:-3]) == (reader is tokenizer)
+        assert (reader.eos_token_id in model.score(text, tokenizer=reader).token_ids) == (reader is tokenizer)
+    generator = pipeline("text-generation", model, tokenizer)
+    for reading in ({}, {"tokenizer_encode_kwargs": {"split_special_tokens": True}}):
+        expected = tokenizer(text, **reading.get("tokenizer_encode_kwargs", {})).input_ids
+        (found,) = generator(text, return_tensors=True, max_new_tokens=3, **reading)
+        assert found["generated_token_ids"][: len(expected)] == expected
 
 
 def test_every_backend_writes_the_first_ones_texts(model, tokenizer):

@@ -185,7 +185,7 @@ def test_what_is_known_of_a_token_stays_when_it_gets_a_role(tmp_path):
     assert GPT2Tokenizer.from_pretrained(tmp_path, split_special_tokens=False).encode("a  [CLS]b[SEP]") == ids
 
 
-CONTENTS = ["<user>", "<us", "user", ">", "x ", "é", "[CLS]", "hello", "lo w", "<<", "<"]
+CONTENTS = ["<user>", "<us", "user", ">", "x ", "é", "[CLS]", "hello", "lo w", "<<", "<", " w", "\n\n"]
 PIECES = [*CONTENTS, END, *("x", " ", "  ", "\t", "\n", "a", "he", "llo", " world", "1", "中")]
 PIECES += ["\u00a0", "\x1c", "\x85", "\u3000"]
 

@@ -51,7 +51,7 @@ class Reader:
 
     def _plain(self, text: str) -> Tokens:
         ids: list[int] = []
-        for part, at in self.control.split(repair(text), self.allowed):
+        for _, part, at in self.control.split(repair(text), self.allowed):
             ids += self.encode(self._prefix(part) + part) if at is None else [at]
         return Tokens(ids)
 
@@ -67,17 +67,15 @@ class Reader:
 
     def _words(self, text: str) -> Iterator[tuple[Sequence[int], Iterable[Span]]]:
         """The ids and the spans of each word, and of each token that stands outside the merges."""
-        position = 0
-        for part, at in self.control.split(text, self.allowed):
+        for start, part, at in self.control.split(text, self.allowed):
             if at is not None:
-                yield [at], [(position, position + len(part))]
-            else:
-                prefix = self._prefix(part)
-                place = position - len(prefix)
-                for word, ids in self.engine.words(prefix + part):
-                    yield ids, self._spans(word, ids, place, position)
-                    place += len(word)
-            position += len(part)
+                yield [at], [(start, start + len(part))]
+                continue
+            prefix = self._prefix(part)
+            place = start - len(prefix)
+            for word, ids in self.engine.words(prefix + part):
+                yield ids, self._spans(word, ids, place, start)
+                place += len(word)
 
     def _spans(self, word: str, ids: Sequence[int], start: int, least: int) -> Iterable[Span]:
         """The spans of a word's tokens; a space that was put before `least` has those of what follows it."""
