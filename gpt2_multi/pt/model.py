@@ -273,12 +273,14 @@ class GPT2Model(GPT2PreTrainedModel):
         x = self.embed(source, position_ids, token_type_ids)
         context = self._context(x, cache, attention_mask, encoder_hidden_states, encoder_attention_mask)
         self._wanted(context, output_attentions, output_hidden_states)
-        x = self._through(x, context, self._head_masks(head_mask))
-        if cache is not None:
-            cache.length += x.shape[1]
-            past_key_values = cache.returned()
-        seen = (tuple(kept) if kept else None for kept in (context.hidden, context.probs, context.cross_probs))
-        return give(self.config, BaseModelOutputWithPastAndCrossAttentions(x, past_key_values, *seen), return_dict)
+        for layer, (block, heads) in enumerate(zip(self.h, self._head_masks(head_mask), strict=True)):
+            note(context.hidden, x)
+            x, probs, cross_probs = self._runner(layer, block)(x, context, heads)
+            note(context.probs, probs)
+            note(context.cross_probs, cross_probs)
+        x = recast(self.ln_f, self.compute_dtype, x)
+        note(context.hidden, x)
+        return self._answer(x, cache, past_key_values, context, return_dict)
 
     def embed(self, source: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """The first block's input, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""
@@ -328,22 +330,26 @@ class GPT2Model(GPT2PreTrainedModel):
         context.probs = [] if attentions else None
         context.cross_probs = [] if attentions and context.states is not None else None
 
-    def _through(self, x: Tensor, context: Context, head_masks: Sequence[Tensor | None]) -> Tensor:
-        """The hidden states after all blocks and the last norm; what a caller wants to see is noted on the way."""
-        for layer, (block, heads) in enumerate(zip(self.h, head_masks, strict=True)):
-            note(context.hidden, x)
-            if self.checkpointing and layer % self.every_n_layers == 0:
-                options = self.checkpointing_options
-                x, probs, cross_probs = recomputed(recast, block, self.compute_dtype, x, context, heads, **options)
-            elif self.compute_dtype is None:
-                x, probs, cross_probs = block(x, context, heads)
-            else:
-                x, probs, cross_probs = recast(block, self.compute_dtype, x, context, heads)
-            note(context.probs, probs)
-            note(context.cross_probs, cross_probs)
-        x = recast(self.ln_f, self.compute_dtype, x)
-        note(context.hidden, x)
-        return x
+    def _runner(self, layer: int, block: Any) -> Callable[..., Any]:
+        """What runs a block: itself, if it is not recomputed in the backward pass and computes in its own dtype."""
+        if self.checkpointing and layer % self.every_n_layers == 0:
+            return partial(recomputed, recast, block, self.compute_dtype, **self.checkpointing_options)
+        return block if self.compute_dtype is None else partial(recast, block, self.compute_dtype)
+
+    def _answer(
+        self,
+        x: Tensor,
+        cache: KVCache | Borrowed | None,
+        past_key_values: Any,
+        context: Context,
+        return_dict: bool | None,
+    ) -> Any:
+        """What a call gives, whose tokens are counted in its cache from now on."""
+        if cache is not None:
+            cache.length += x.shape[1]
+            past_key_values = cache.returned()
+        seen = (tuple(kept) if kept else None for kept in (context.hidden, context.probs, context.cross_probs))
+        return give(self.config, BaseModelOutputWithPastAndCrossAttentions(x, past_key_values, *seen), return_dict)
 
     def _head_masks(self, head_mask: Tensor | None) -> Sequence[Tensor | None]:
         if head_mask is None:

@@ -180,18 +180,17 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
             position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
         )  # fmt: skip
-        if position_ids is None:
-            position_ids = positions(source, attention_mask, past.length)
-            if past.capacity is not None:  # whose last places may be beyond, and then hold nothing that is asked for
-                position_ids = tf.minimum(position_ids, self.wpe.input_dim - 1)
+        position_ids = self._places(source, attention_mask, past) if position_ids is None else position_ids
         x = self.embed(source, position_ids, token_type_ids)
         context = self._context(x, past, attention_mask, encoder_hidden_states, encoder_attention_mask)
         self._wanted(context, output_attentions, output_hidden_states)
-        x = self._through(x, context, self._head_masks(head_mask))
-        cache = None
-        if self.config.use_cache and not training if use_cache is None else use_cache:
-            filled = None if past.filled is None else past.filled + sizes(x)[1]
-            cache = KVCache(tuple(context.presents), tuple(context.cross_presents), filled)
+        for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
+            note(context.hidden, x)
+            x = block(x, context=context, head_mask=heads)
+        x = self.ln_f(x)
+        note(context.hidden, x)
+        cached = self.config.use_cache and not training if use_cache is None else use_cache
+        cache = longer(context, sizes(x)[1]) if cached else None
         seen = (tuple(kept) if kept else None for kept in (context.hidden, context.probs, context.cross_probs))
         return give(self.config, BaseModelOutputWithPastAndCrossAttentions(x, cache, *seen), return_dict)
 
@@ -200,6 +199,12 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         x = tf.cast(source, self.compute_dtype) if source.dtype.is_floating else lookup(self.wte, source)
         x = x + lookup(self.wpe, position_ids)
         return self.drop(x if token_type_ids is None else x + lookup(self.wte, token_type_ids))
+
+    def _places(self, source: tf.Tensor, mask: tf.Tensor | None, past: KVCache) -> tf.Tensor:
+        found = positions(source, mask, past.length)
+        if past.capacity is None:
+            return found
+        return tf.minimum(found, self.wpe.input_dim - 1)  # the last may be beyond: nothing is asked for there
 
     def _context(
         self, x: tf.Tensor, past: KVCache, mask: tf.Tensor | None, states: Any, states_mask: tf.Tensor | None
@@ -222,15 +227,6 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         context.probs = [] if attentions else None
         context.cross_probs = [] if attentions and context.states is not None else None
 
-    def _through(self, x: tf.Tensor, context: Context, head_masks: Sequence[tf.Tensor | None]) -> tf.Tensor:
-        """The hidden states after all blocks and the last norm; what a caller wants to see is noted on the way."""
-        for block, heads in zip(self.h, head_masks, strict=True):
-            note(context.hidden, x)
-            x = block(x, context=context, head_mask=heads)
-        x = self.ln_f(x)
-        note(context.hidden, x)
-        return x
-
     def _head_masks(self, head_mask: tf.Tensor | None) -> Sequence[tf.Tensor | None]:
         if head_mask is None:
             return [None] * len(self.h)
@@ -246,6 +242,12 @@ def note(kept: list[Any] | None, value: Any) -> None:
     """Keep a value where the caller wants to see it."""
     if kept is not None:
         kept.append(value)
+
+
+def longer(context: Context, length: int | tf.Tensor) -> KVCache:
+    """The cache after a call of `length` tokens."""
+    filled = None if context.past.filled is None else context.past.filled + length
+    return KVCache(tuple(context.presents), tuple(context.cross_presents), filled)
 
 
 def check_call(
