@@ -133,7 +133,12 @@ def hiding(keep: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
 
 def key_bias(mask: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     """A mask that is 1 where a key counts, as a bias of the scores: (B, S) -> (B, 1, 1, S)"""
-    return hiding(tf.cast(mask, tf.bool)[:, None, None, :], dtype)
+    return hiding(tf.cast(for_scores(mask), tf.bool), dtype)
+
+
+def for_scores(mask: tf.Tensor) -> tf.Tensor:
+    """(B, S) -> (B, 1, 1, S), not by `[:, None, None]`: a slice, which LiteRT has only for sizes that are known."""
+    return tf.expand_dims(tf.expand_dims(mask, 1), 1)
 
 
 def causal_bias(length: Any, keys: Any, past: Any, mask: tf.Tensor | None, dtype: tf.DType) -> tf.Tensor:
@@ -147,7 +152,7 @@ def causal_bias(length: Any, keys: Any, past: Any, mask: tf.Tensor | None, dtype
     if mask.shape.rank == 4 and mask.dtype.is_floating:
         bias = tf.maximum(tf.cast(mask, dtype), tf.constant(lowest(dtype), dtype))
         return tf.where(keep, bias, tf.constant(lowest(dtype), dtype))
-    mask = mask if mask.shape.rank == 4 else mask[:, None, None, :]
+    mask = mask if mask.shape.rank == 4 else for_scores(mask)
     return hiding(keep & tf.cast(mask, tf.bool), dtype)
 
 

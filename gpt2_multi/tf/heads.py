@@ -25,7 +25,7 @@ from gpt2_multi.model.outputs import (
 from gpt2_multi.tf.attention import KVCache, Pair
 from gpt2_multi.tf.fit.policies import Policy
 from gpt2_multi.tf.generation import generate as generation
-from gpt2_multi.tf.layers import dense, facts, sizes
+from gpt2_multi.tf.layers import dense, dropout, facts, made, sizes
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 from gpt2_multi.tf.model import ACTIVATIONS, TFGPT2Model, give
 from gpt2_multi.tf.serve import export
@@ -112,13 +112,18 @@ class SequenceSummary(keras.layers.Layer):
             outputs = 1 if config.summary_proj_to_labels else config.n_embd
             self.summary = dense(config.n_embd, outputs, "summary", self.dtype_policy)
         self.dropout = keras.layers.Dropout(config.summary_first_dropout, dtype=self.dtype_policy)
-        self.built = True
+        made(self, None, None, None, config.n_embd)
 
     def call(self, hidden: tf.Tensor, keep: tf.Tensor, mc_token_ids: tf.Tensor | None = None) -> tf.Tensor:
         """(B, C, T, E) hidden states and (B, C, T) mask -> (B, C, 1), or (B, C, E) without `summary_proj_to_labels`."""
         x = self.dropout(self._pool(hidden, keep, mc_token_ids))
         x = self.summary(x) if self.config.summary_use_proj else x
         return ACTIVATIONS[self.config.summary_function](x) if self.config.summary_function else x
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """That of what it gives of hidden states of this shape."""
+        outputs = self.summary.units if self.config.summary_use_proj else input_shape[-1]
+        return (*input_shape[:2], outputs)
 
     def _pool(self, hidden: tf.Tensor, mask: tf.Tensor, mc_token_ids: tf.Tensor | None) -> tf.Tensor:
         kind = self.config.summary_type
@@ -139,13 +144,14 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
     output_class = GPT2DoubleHeadsModelOutput
     label_names = ("labels", "mc_labels")
     logit_names = ("logits", "mc_logits")
+    logit_axes = "BCTV"
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
         config = self.config
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
         if not config.tie_word_embeddings:
-            self.lm_head = dense(config.n_embd, config.vocab_size, "lm_head", self.dtype_policy, use_bias=False)
+            self.lm_head = dense(config.n_embd, config.vocab_size, "lm_head", self.dtype_policy, use_bias=False, rank=4)
         self.multiple_choice_head = SequenceSummary(config, dtype=self.dtype_policy, name="multiple_choice_head")
         self.generation_config = GenerationConfig.of(config)
         self.initialise()
@@ -211,12 +217,13 @@ class TFGPT2ForSequenceClassification(TFGPT2PreTrainedModel):
 
     head = "sequence_classification"
     output_class = SequenceClassifierOutputWithPast
+    logit_axes = "BL"
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
         config = self.config
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
-        self.score = dense(config.n_embd, config.num_labels, "score", self.dtype_policy, use_bias=False)
+        self.score = dense(config.n_embd, config.num_labels, "score", self.dtype_policy, use_bias=False, rank=2)
         self.initialise()
 
     def call(
@@ -267,12 +274,13 @@ class TFGPT2ForTokenClassification(TFGPT2PreTrainedModel):
 
     head = "token_classification"
     output_class = TokenClassifierOutput
+    logit_axes = "BTL"
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
         config = self.config
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
-        self.dropout = keras.layers.Dropout(config.classifier_dropout, dtype=self.dtype_policy)
+        self.dropout = dropout(config.classifier_dropout, config.n_embd, "dropout", self.dtype_policy)
         self.classifier = dense(config.n_embd, config.num_labels, "classifier", self.dtype_policy)
         self.initialise()
 
@@ -311,6 +319,7 @@ class TFGPT2ForQuestionAnswering(TFGPT2PreTrainedModel):
     output_class = QuestionAnsweringModelOutput
     label_names = ("start_positions", "end_positions")
     logit_names = ("start_logits", "end_logits")
+    logit_axes = "BT"
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)

@@ -17,17 +17,31 @@ from gpt2_multi.model.spelling import KERAS
 from gpt2_multi.model.weights import Weight
 
 
-def dense(inputs: int, outputs: int, name: str, policy: keras.DTypePolicy, use_bias: bool = True) -> keras.layers.Dense:
-    """A Dense layer with its variables; the table gives them their values."""
+def dense(
+    inputs: int, outputs: int, name: str, policy: keras.DTypePolicy, use_bias: bool = True, rank: int = 3
+) -> keras.layers.Dense:
+    """A Dense layer of tensors of this rank, with its variables; the table gives them their values."""
     layer = keras.layers.Dense(outputs, use_bias=use_bias, kernel_initializer="zeros", name=name, dtype=policy)
-    layer.build((None, inputs))
+    layer.build((None,) * (rank - 1) + (inputs,))
     return layer
+
+
+def dropout(rate: float, width: int, name: str, policy: keras.DTypePolicy) -> keras.layers.Dropout:
+    """Dropout of hidden states (B, T, width)."""
+    layer = keras.layers.Dropout(rate, name=name, dtype=policy)
+    layer.build((None, None, width))
+    return layer
+
+
+def made(layer: keras.layers.Layer, *shape: int | None) -> None:
+    """Say that a layer has its variables, and of which inputs `summary` speaks; Keras' `build` would also lock it."""
+    layer.built, layer._build_shapes_dict = True, {"input_shape": shape}
 
 
 def norm(config: GPT2Config, name: str, policy: keras.DTypePolicy) -> keras.layers.LayerNormalization:
     """A layer norm (Ba et al. 2016) with its variables."""
     layer = keras.layers.LayerNormalization(epsilon=config.layer_norm_epsilon, name=name, dtype=policy)
-    layer.build((None, config.n_embd))
+    layer.build((None, None, config.n_embd))
     return layer
 
 

@@ -22,10 +22,10 @@ from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.model.spelling import KERAS
 from gpt2_multi.model.weights import Weight, table
-from gpt2_multi.tf.fit import data, fitting, quantization
+from gpt2_multi.tf.fit import data, exporting, fitting, quantization
 from gpt2_multi.tf.fit.arguments import as_keywords, is_old, signature_of
 from gpt2_multi.tf.fit.policies import Policy, policy_of
-from gpt2_multi.tf.layers import initial, replace_layer, replace_variable
+from gpt2_multi.tf.layers import initial, made, replace_layer, replace_variable
 
 _READING = ContextVar("_READING", default=False)  # a file's values will follow: random ones would cost half the time
 
@@ -40,10 +40,12 @@ class TFGPT2PreTrainedModel(keras.Model):
     output_class: ClassVar[type[Output]]
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # inputs of the loss, in the order of their logits
     logit_names: ClassVar[tuple[str, ...]] = ("logits",)  # outputs that a loss or a metric of `compile` sees
+    logit_axes: ClassVar[str] = "BTV"  # of the first of them, in the letters of the glossary
     base_model_prefix: ClassVar[str] = "transformer"
     main_input_name: ClassVar[str] = "input_ids"
     framework: ClassVar[str] = "tf"
     generation_config: GenerationConfig | None = None  # of the classes that generate
+    _default_save_signature: ClassVar[None] = None  # Keras' own takes ids for floats
 
     def __init__(
         self,
@@ -61,13 +63,13 @@ class TFGPT2PreTrainedModel(keras.Model):
         self.name_or_path = config.name_or_path
 
     def initialise(self) -> None:
-        """Give every variable its path, and its first value as the table says, unless the body did that."""
+        """Give layers and variables their paths, and first values as the table says, unless the body did that."""
         for weight in table(self.config, self.head):
             variable = self.parameter(weight)
             variable._path = f"{self.name}/{KERAS.spell(weight, self.head != 'base').replace('.', '/')}"
             if not _READING.get() and (self.head == "base" or not weight.in_body):
                 variable.assign(initial(weight, self.variable_dtype))
-        self.built = True
+        made(self, *[None] * (3 if "C" in self.logit_axes else 2))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = super().__call__(**as_keywords(type(self), args, kwargs))
@@ -78,6 +80,12 @@ class TFGPT2PreTrainedModel(keras.Model):
     def body(self) -> Any:  # no property, or Keras would look into it for weights to save
         """The bare model inside."""
         return getattr(self, "transformer", self)
+
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """The shape of its logits, for `summary`."""
+        known = {"E": self.config.n_embd, "V": self.config.vocab_size, "L": self.config.num_labels}
+        return tuple(known.get(axis) for axis in self.logit_axes)
 
     def owner(self, weight: Weight) -> keras.layers.Layer:
         """The layer that a row of the table belongs to."""
@@ -110,6 +118,7 @@ class TFGPT2PreTrainedModel(keras.Model):
     compute_loss = fitting.compute_loss
     hf_compute_loss = fitting.hf_compute_loss
     compute_metrics = fitting.compute_metrics
+    export = exporting.export
     quantize = quantization.quantize
     load_weights = quantization.load_weights
 

@@ -26,7 +26,7 @@ from gpt2_multi.tf.attention import (
     positions,
 )
 from gpt2_multi.tf.fit.policies import Policy
-from gpt2_multi.tf.layers import dense, facts, lookup, norm, register, sizes
+from gpt2_multi.tf.layers import dense, dropout, facts, lookup, made, norm, register, sizes
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 
 for output_class in Output.__subclasses__():
@@ -87,7 +87,7 @@ class Block(keras.layers.Layer):
             self.crossattention = CrossAttention(config, layer, name="crossattention", dtype=policy)
         self.ln_2 = norm(config, "ln_2", policy)
         self.mlp = MLP(config, name="mlp", dtype=policy)
-        self.built = True
+        made(self, None, None, config.n_embd)
 
     def call(self, x: tf.Tensor, context: Context, head_mask: tf.Tensor | None = None) -> tf.Tensor:
         a, probs = self.attn(self.ln_1(x), context=context, head_mask=head_mask)
@@ -98,6 +98,10 @@ class Block(keras.layers.Layer):
             note(context.cross_probs, probs)
             x = x + a
         return x + self.mlp(self.ln_2(x))
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """That of the hidden states, (B, T, E)."""
+        return input_shape
 
 
 @keras.saving.register_keras_serializable("gpt2_multi")
@@ -112,6 +116,7 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
     output_class = BaseModelOutputWithPastAndCrossAttentions
     label_names = ()
     logit_names = ("last_hidden_state",)
+    logit_axes = "BTE"
 
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
@@ -125,7 +130,7 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         )
         for embedding in (self.wte, self.wpe):
             embedding.build((None, None))
-        self.drop = keras.layers.Dropout(config.embd_pdrop, dtype=policy)
+        self.drop = dropout(config.embd_pdrop, config.n_embd, "drop", policy)
         self.h = [Block(config, layer, name=f"h_{layer}", dtype=policy) for layer in range(config.n_layer)]
         for block in self.h:
             self._track_trackable(block, block.name)  # or tf.train.Checkpoint, which sees no list, would leave them out

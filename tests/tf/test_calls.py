@@ -1,5 +1,7 @@
 """The ways to call a TensorFlow model: arguments in every form, tf.function, XLA, and Keras' functional models."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -263,6 +265,33 @@ def test_a_functional_model_with_a_head_of_its_own_is_saved(tmp_path):
     whole = keras.Model(ids, keras.layers.Dense(4)(hidden[:, -1]))
     whole.save(tmp_path / "m.keras")
     assert np.array_equal(keras.saving.load_model(tmp_path / "m.keras")(IDS), whole(IDS))
+
+
+@pytest.mark.parametrize("cls", dict.fromkeys(CLASSES))
+def test_a_summary_of_a_new_model_has_layers_shapes_and_counts(cls):
+    model, printed = cls(SMALL.replace(tie_word_embeddings=False)), []
+    model.summary(expand_nested=True, print_fn=printed.append)
+    table = [[cell.strip(" \u2514") for cell in re.split("[|\u2502]", line)] for line in printed[0].splitlines()]
+    rows = {cells[1].split(" (")[0]: cells[2:4] for cells in table if len(cells) == 5}
+    assert rows["h_1"] == ["(None, None, 12)", f"{model.body().h[1].count_params():,}"]
+    assert {"wte", "wpe", "drop", "h_0", "ln_f"} < set(rows) and f"Total params: {model.count_params():,}" in printed[0]
+    assert "?" not in printed[0] and "unbuilt" not in printed[0]
+    ids = IDS[None] if cls.head == "double_heads" else IDS
+    logits = model(ids, attention_mask=tf.ones_like(ids))[model.logit_names[0]]
+    assert len(model.output_shape) == len(logits.shape)
+    assert all(said in (None, size) for said, size in zip(model.output_shape, logits.shape, strict=True))
+    for layer in model.layers:
+        if layer.name in ("lm_head", "score", "classifier"):
+            assert rows[layer.name][0] == str(model.output_shape)
+
+
+def test_keras_draws_a_model_or_says_what_that_takes(model, tmp_path):
+    try:
+        keras.utils.plot_model(model, tmp_path / "model.png")
+    except ImportError as error:
+        assert "pydot" in str(error) or "graphviz" in str(error)
+    else:
+        assert (tmp_path / "model.png").exists()
 
 
 def test_outputs_by_name_position_and_unpacking(model):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
 
 from gpt2_multi import GPT2Config, GPT2Tokenizer, pipeline
+from gpt2_multi import tf as tfm
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.tf import TFGPT2LMHeadModel, TFGPT2Tokenizer
 from gpt2_multi.tf.serve import export
@@ -28,8 +30,11 @@ def plain(value):
 def answer(loaded, name, inputs):
     if "text" in inputs:
         inputs["text"] = [text.encode("latin-1") for text in inputs["text"]]
+    function = getattr(loaded, name)
     try:
-        return {key: plain(value) for key, value in getattr(loaded, name)(**inputs).items()}
+        if name == "serve":  # of Keras' export, which takes one mapping of tensors
+            function = lambda **given: loaded.serve({key: tf.constant(value) for key, value in given.items()})
+        return {key: plain(value) for key, value in function(**inputs).items()}
     except tf.errors.InvalidArgumentError as error:
         return " ".join(str(error).split())
 
@@ -301,3 +306,73 @@ def test_what_cannot_be_in_a_file_is_one_sentence(options, sentence, model, tmp_
     with pytest.raises(InputError, match=sentence):
         model.export_saved_model(tmp_path / "saved", **options)
     assert not list(tmp_path.iterdir())
+
+
+# Keras' own export
+
+SMALL = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2, num_labels=3, pad_token_id=0)
+IDS = np.random.default_rng(0).integers(1, 50, (3, 2, 6)).astype(np.int32)
+MASK = np.ones_like(IDS)
+MASK[0, :, 4:] = 0
+
+
+def given_to(model):
+    """What a new model is asked: rows, or choices in rows."""
+    ids, mask = (IDS, MASK) if model.head == "double_heads" else (IDS[:, 0], MASK[:, 0])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def assert_same(found, model, given):
+    """All that a file gives but for a cache, which no signature can hold."""
+    expected = model(given)
+    assert set(found) == set(expected) - {"past_key_values"}
+    for name, value in found.items():
+        np.testing.assert_allclose(value, np.array(expected[name]), rtol=0, atol=1e-5)
+
+
+def test_a_model_is_exported_before_its_first_call_and_after_training(tmp_path, ask):
+    model = TFGPT2LMHeadModel(SMALL)
+    given = given_to(model)
+    asked = {name: value.tolist() for name, value in given.items()}
+    for epochs, place in enumerate(("new", "trained")):
+        if epochs:
+            model.compile("sgd", run_eagerly=True)
+            model.fit({**given, "labels": given["input_ids"]}, verbose=0)
+        model.export(tmp_path / place, verbose=False)
+        (found,) = ask(tmp_path / place, ("serve", asked))
+        assert_same(found, model, given)
+
+
+@pytest.mark.parametrize("cls", [tfm.TFGPT2DoubleHeadsModel, tfm.TFGPT2ForQuestionAnswering])
+def test_other_heads_are_exported(cls, tmp_path):
+    model = cls(SMALL.replace(output_hidden_states=True, output_attentions=True))
+    model.export(tmp_path / "saved", verbose=False)
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    signature = loaded.signatures["serving_default"].structured_input_signature[1]
+    assert set(signature) == {"input_ids", "attention_mask"}
+    assert_same(loaded.serve(given_to(model)), model, given_to(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+@pytest.mark.filterwarnings("ignore:.*PyUnicode_FromStringAndSize:DeprecationWarning")
+def test_keras_exports_for_litert_with_free_sizes(tmp_path):
+    model = TFGPT2LMHeadModel(SMALL)
+    model.export(tmp_path / "m.tflite", format="litert", verbose=False)
+    run = tf.lite.Interpreter(model_path=str(tmp_path / "m.tflite")).get_signature_runner()
+    for length in (6, 3):
+        given = {name: value[:, :length] for name, value in given_to(model).items()}
+        assert_same(run(**given), model, given)
+
+
+def test_an_archive_of_keras_holds_what_a_caller_puts_into_it(tmp_path):
+    model = TFGPT2LMHeadModel(SMALL.replace(use_cache=False))
+    ids = [keras.InputSpec(shape=(None, None), dtype="int32")]
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", model.call, ids)
+    archive.add_endpoint("last", lambda ids: model(ids, use_cache=True).logits[:, -1], ids)
+    archive.write_out(tmp_path / "archive", verbose=False)
+    loaded, given = tf.saved_model.load(str(tmp_path / "archive")), IDS[:, 0]
+    expected = model(given).logits
+    np.testing.assert_allclose(loaded.serve(given)["logits"], expected, atol=1e-5)
+    np.testing.assert_allclose(loaded.last(given), expected[:, -1], atol=1e-5)
