@@ -67,6 +67,7 @@ class TFGPT2PreTrainedModel(keras.Model):
         for weight in table(self.config, self.head):
             variable = self.parameter(weight)
             variable._path = f"{self.name}/{KERAS.spell(weight, self.head != 'base').replace('.', '/')}"
+            self.owner(weight)._path = variable._path.rpartition("/")[0]  # `quantize` tells layers apart by it
             if not _READING.get() and (self.head == "base" or not weight.in_body):
                 variable.assign(initial(weight, self.variable_dtype))
         made(self, *[None] * (3 if "C" in self.logit_axes else 2))
@@ -119,7 +120,9 @@ class TFGPT2PreTrainedModel(keras.Model):
     hf_compute_loss = fitting.hf_compute_loss
     compute_metrics = fitting.compute_metrics
     export = exporting.export
+    enable_lora = quantization.enable_lora
     quantize = quantization.quantize
+    get_quantization_layer_structure = quantization.get_quantization_layer_structure
     load_weights = quantization.load_weights
 
     def get_config(self) -> dict[str, Any]:

@@ -89,7 +89,10 @@ class Block(keras.layers.Layer):
         self.mlp = MLP(config, name="mlp", dtype=policy)
         made(self, None, None, config.n_embd)
 
-    def call(self, x: tf.Tensor, context: Context, head_mask: tf.Tensor | None = None) -> tf.Tensor:
+    def call(self, x: tf.Tensor, context: Context | None = None, head_mask: tf.Tensor | None = None) -> tf.Tensor:
+        if context is None:  # as Keras calls it, to see what its layers see of a text
+            length = sizes(x)[1]
+            context = Context(causal_bias(length, length, 0, None, x.dtype), KVCache())
         a, probs = self.attn(self.ln_1(x), context=context, head_mask=head_mask)
         note(context.probs, probs)
         x = x + a
