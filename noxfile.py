@@ -23,6 +23,7 @@ PEERS = [
 ]  # what results are held against
 CLIENTS = [  # whose programs run on our classes
     "accelerate",
+    "ai-edge-litert",
     "captum",
     "lightning",
     "lm_eval",
