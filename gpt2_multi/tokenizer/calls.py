@@ -22,6 +22,7 @@ from gpt2_multi.tokenizer.encoding.batching import (
 from gpt2_multi.tokenizer.encoding.reading import Reader, Texts
 from gpt2_multi.tokenizer.encoding.results import to_arrays
 from gpt2_multi.tokenizer.engine.bpe import BPE
+from gpt2_multi.tokenizer.files import flagged
 from gpt2_multi.tokenizer.special import Choice
 from gpt2_multi.tokenizer.tokens import TokenTable
 
@@ -44,9 +45,19 @@ class TextReader(TokenTable):
     @property
     def _bpe(self) -> BPE:
         """The engine, with the unknown token that there is now."""
-        if self._engine_in_python.unk_id != self.unk_token_id:
-            self._engine_in_python = BPE(self._vocab, self._engine_in_python.merges, self.unk_token_id)
+        if self._engine_in_python.unk_id != self._unk_id:
+            self._engine_in_python = self._engine_of(self._engine_in_python.merges)
         return self._engine_in_python
+
+    def _engine_of(self, merges: Sequence[tuple[str, str]]) -> BPE:
+        how = {"ignore_merges": self._parts.ignore_merges, "use_regex": self._parts.steps.use_regex}
+        return BPE(self._vocab, merges, self._unk_id, **how)
+
+    @property
+    def _unk_id(self) -> int | None:
+        """What stands for a byte that the vocabulary does not hold."""
+        named = self._parts.unk_token
+        return self.unk_token_id if named is None else self.get_vocab().get(named)
 
     # --- one text ----------------------------------------------------------------------------------------------------
 
@@ -113,7 +124,7 @@ class TextReader(TokenTable):
             text: a str, a list of them, or a list of pairs; with `is_split_into_words` a list of words or a list of
                 such lists.
             text_pair: as `text`, to be encoded after it.
-            add_special_tokens: whether `add_bos_token` has an effect.
+            add_special_tokens: whether tokens are put around the texts, if the tokenizer has some for them.
             padding: True or "longest" pads to the longest row, "max_length" to `max_length`.
             truncation: True or "longest_first", "only_first", "only_second". None truncates where `max_length` is given
                 and `padding` is not asked for.
@@ -146,9 +157,10 @@ class TextReader(TokenTable):
         texts, pairs, batched = as_batch(text, text_pair, is_split_into_words)
         columns = [column for column in (texts, pairs) if column is not None]
         control = self._choose_control(split_special_tokens, allowed_special, disallowed_special)
-        prefix, limit = self._prefix() if add_special_tokens else [], self._limit(truncation, max_length, padding)
+        pieces = self._row(len(columns)) if add_special_tokens else flagged((), (), len(columns))
+        limit = self._limit(truncation, max_length, padding)
         overlap, reader = stride if return_overflowing_tokens else None, self._reader(*control, is_split_into_words)
-        given = Texts(columns, reader, is_split_into_words, prefix, *limit, overlap, self.truncation_side)
+        given = Texts(columns, reader, is_split_into_words, pieces, *limit, overlap, self.truncation_side)
         rows, owners = given.rows(return_offsets_mapping)
         wanted = {
             "input_ids": True,
@@ -175,7 +187,8 @@ class TextReader(TokenTable):
     def _reader(self, allowed: frozenset[str], refused: frozenset[str], split: bool) -> Reader:
         """What reads the texts of a call; words that are split get a space before them."""
         prefix_space = self.add_prefix_space or split
-        return Reader(self._control, self._bpe, self._encode_ordinary, self._bytes, allowed, refused, prefix_space)
+        found = allowed, refused, prefix_space, self._parts
+        return Reader(self._control, self._bpe, self._encode_ordinary, self._bytes, *found)
 
     def _choose_control(
         self, split: bool | None, allowed: Choice | None, disallowed: Choice = NOTHING

@@ -46,9 +46,9 @@ class GPT2TokenizerFast(GPT2Tokenizer):
         self._engine = self._build()
 
     def _build(self) -> Any:
-        """The compiled engine, or None where the vocabulary lacks bytes, of which it knows nothing."""
+        """The compiled engine, or None where the vocabulary lacks bytes or words are others: it knows nothing of it."""
         tokenizer = _gigatoken().Tokenizer
-        if not self._bpe.complete:
+        if not self._bpe.complete or self._bpe.ignore_merges or not self._bpe.use_regex:
             return None
         return tokenizer.from_json(to_tokenizer_json(self._vocab, self._bpe.merges, {}, PLAIN))
 

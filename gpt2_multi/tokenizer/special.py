@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.tokenizer.engine.words import code_point_classes
-from gpt2_multi.tokenizer.files import ROLES, AddedToken
+from gpt2_multi.tokenizer.files import GPT2_STEPS, ROLES, AddedToken, Steps
 
 BRANCHES, DEPTH = 8, 4  # of a pattern: what is tried one by one, and characters that it is divided by at most
 Choice = Collection[str] | str  # names of control tokens, or "all"
@@ -44,15 +44,24 @@ class Part(NamedTuple):
     id: int | None
 
 
+class Finder(NamedTuple):
+    """What finds tokens: the pattern, their names by what is found, and whether that is in normalized text."""
+
+    pattern: re.Pattern[str]
+    names: dict[str, str]
+    late: bool
+
+
 class ControlTokens:
     """Added tokens with their ids, and which of them play a role (bos, eos, unk, ...) or are special otherwise."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: Steps = GPT2_STEPS) -> None:
         self.tokens: dict[str, AddedToken] = {}
         self.ids: dict[str, int] = {}
         self.roles: dict[str, str | None] = dict.fromkeys(ROLES)
         self.additional: list[str] = []
-        self._finders: list[re.Pattern[str]] | None = None
+        self.steps = steps
+        self._finders: list[Finder] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_finders": None}
@@ -100,30 +109,44 @@ class ControlTokens:
                     "to make it one token, or give split_special_tokens instead to encode it as ordinary text"
                 )
 
-    def split(self, text: str, allowed: frozenset[str]) -> Iterator[Part]:
+    def split(self, text: str, allowed: frozenset[str], in_place: bool = False) -> Iterator[Part]:
         """The parts of a text in order: where each begins, and its id if it is an added word or a control token.
 
-        As in transformers: tokens that are not normalized are found first, and the others in what is left; of several
-        the one that begins first, and of those the longest. A control token that is not allowed hides what it overlaps.
-        White space that a token before it takes is still a part of one that begins with it.
+        As in transformers: tokens that are not normalized are found first, and the others in what is left, after it is
+        normalized; of several the one that begins first, and of those the longest. A control token that is not allowed
+        hides what it overlaps. White space that a token before it takes is still a part of one that begins with it.
+
+        Raises:
+            TokenizerError: parts have to be `in_place`, and a normalizer changes the text.
         """
         parts: Iterator[Part] = iter([Part(0, text, None)] if text else [])
+        is_normalized = not self.steps.change_texts
         for finder in self.finders():
+            if finder.late and not is_normalized:
+                parts, is_normalized = self._normalized(parts, in_place), True
             parts = self._searched(parts, finder, allowed)
-        return parts
+        return parts if is_normalized else self._normalized(parts, in_place)
 
-    def _searched(self, parts: Iterator[Part], finder: re.Pattern[str], allowed: frozenset[str]) -> Iterator[Part]:
+    def _normalized(self, parts: Iterator[Part], in_place: bool) -> Iterator[Part]:
+        for part in parts:
+            text = part.text if part.id is not None else self.steps.normalized(part.text)
+            if in_place:
+                self.steps.check_places(part.text, text)
+            if text:
+                yield part._replace(text=text)
+
+    def _searched(self, parts: Iterator[Part], finder: Finder, allowed: frozenset[str]) -> Iterator[Part]:
         for part in parts:
             if part.id is None:
                 yield from self._found(part, finder, allowed)
             else:
                 yield part
 
-    def _found(self, part: Part, finder: re.Pattern[str], allowed: frozenset[str]) -> Iterator[Part]:
+    def _found(self, part: Part, finder: Finder, allowed: frozenset[str]) -> Iterator[Part]:
         first, text, _ = part
         done = 0
-        for match in finder.finditer(text):
-            token, start, stop = self.tokens[match[0]], match.start(), match.end()
+        for match in finder.pattern.finditer(text):
+            token, start, stop = self.tokens[finder.names[match[0]]], match.start(), match.end()
             if token.special and token.content not in allowed:
                 continue
             while token.lstrip and start > done and text[start - 1] in white_space():
@@ -134,7 +157,7 @@ class ControlTokens:
             if start > done:
                 yield Part(first + done, text[done:start], None)
             if start < stop:  # or a token before it took all of it
-                yield Part(first + start, text[start:stop], self.ids[match[0]])
+                yield Part(first + start, text[start:stop], self.ids[token.content])
                 done = stop
         if done < len(text):
             yield Part(first + done, text[done:] if done else text, None)
@@ -145,11 +168,17 @@ class ControlTokens:
         groups = ([name for name in names if self.tokens[name].is_normalized == late] for late in (False, True))
         return [group for group in groups if group]
 
-    def finders(self) -> list[re.Pattern[str]]:
+    def finders(self) -> list[Finder]:
         """What finds the tokens of each group."""
         if self._finders is None:
-            self._finders = [re.compile(any_of(group)) for group in self.groups()]
+            self._finders = [self._finder(group) for group in self.groups()]
         return self._finders
+
+    def _finder(self, group: list[str]) -> Finder:
+        late = self.tokens[group[0]].is_normalized
+        names = {(self.steps.normalized(name) if late else name): name for name in reversed(group)}
+        names.pop("", None)
+        return Finder(re.compile(any_of(list(names)) if names else "(?!)"), names, late)
 
 
 def any_of(names: list[str], depth: int = 0) -> str:

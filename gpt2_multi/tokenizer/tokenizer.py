@@ -12,10 +12,12 @@ from gpt2_multi.errors import TokenizerError, described
 from gpt2_multi.files import arguments, templates
 from gpt2_multi.tokenizer.calls import SIDES, SWITCH, TextReader, refuse_unknown
 from gpt2_multi.tokenizer.encoding.batching import choose
-from gpt2_multi.tokenizer.engine.bpe import BPE, byte_characters
+from gpt2_multi.tokenizer.engine.bpe import byte_characters
 from gpt2_multi.tokenizer.files import (
+    GPT2_PARTS,
     ROLES,
     AddedToken,
+    Parts,
     Vocabulary,
     check_merges,
     check_vocab,
@@ -32,8 +34,8 @@ from gpt2_multi.tokenizer.tokens import listed
 END_OF_TEXT = "<|endoftext|>"
 # Arguments of the constructor that are attributes, and are saved.
 SETTINGS = (
-    "add_prefix_space", "add_bos_token", "errors", "model_max_length", "split_special_tokens", "padding_side",
-    "truncation_side",
+    "add_prefix_space", "add_bos_token", "add_eos_token", "errors", "model_max_length", "split_special_tokens",
+    "padding_side", "truncation_side",
 )  # fmt: skip
 File = str | PathLike[str]
 
@@ -54,7 +56,7 @@ class GPT2Tokenizer(TextReader):
         unk_token, bos_token, eos_token, pad_token, sep_token, cls_token, mask_token: added to the vocabulary where it
             does not hold them.
         add_prefix_space: put a space before each text, and what follows a token that is found in it, if there is none.
-        add_bos_token: put the bos token before each text; may be changed later.
+        add_bos_token, add_eos_token: put the bos token before each text, the eos token after it; may be changed later.
         additional_special_tokens, extra_special_tokens: more control tokens, by either name, added to the vocabulary
             where it does not hold them.
         split_special_tokens: read control tokens in texts as ordinary text; may be changed later.
@@ -62,6 +64,7 @@ class GPT2Tokenizer(TextReader):
         model_max_length: the limit for truncation without `max_length`.
         chat_template: how a chat is spelled, in Jinja, or a template for each name.
         added_tokens: tokens outside the merges, with their ids.
+        parts: what only a tokenizer.json can say.
 
     Raises:
         TokenizerError: a file is missing or damaged, or a value is not one of those above.
@@ -83,6 +86,7 @@ class GPT2Tokenizer(TextReader):
         add_prefix_space: bool = False,
         add_bos_token: bool = False,
         *,
+        add_eos_token: bool = False,
         sep_token: Any = None,
         cls_token: Any = None,
         mask_token: Any = None,
@@ -94,26 +98,28 @@ class GPT2Tokenizer(TextReader):
         model_max_length: int = 1024,
         chat_template: Any = None,
         added_tokens: Mapping[AddedToken, int] | None = None,
+        parts: Parts = GPT2_PARTS,
         **unknown: Any,
     ) -> None:
         refuse_unknown("GPT2Tokenizer", unknown, GPT2Tokenizer.__init__)
         vocab = _read(vocab_file, Mapping, dict, check_vocab, read_vocab)
         merges = _read(merges_file, Sequence, list, check_merges, read_merges)
         self.add_prefix_space, self.add_bos_token = bool(add_prefix_space), bool(add_bos_token)
+        self.add_eos_token = bool(add_eos_token)
         self.split_special_tokens = bool(choose("split_special_tokens", split_special_tokens, SWITCH))
         self.padding_side = choose("padding_side", padding_side, SIDES)
         self.truncation_side = choose("truncation_side", truncation_side, SIDES)
         self.model_max_length = model_max_length
         self.name_or_path, self.chat_template = "", chat_template
         self._kept: dict[str, Any] = {}  # entries of tokenizer_config.json that mean nothing here, written back
-        super().__init__(vocab, added_tokens or {}, errors)
+        super().__init__(vocab, added_tokens or {}, errors, parts)
         given = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
         roles = dict(zip(ROLES, given, strict=True))
         self.add_special_tokens({role: token for role, token in roles.items() if token is not None})
         more = extra_special_tokens or ()
         more = list(more.values()) if isinstance(more, Mapping) else more
         self.add_special_tokens({"additional_special_tokens": [*listed(additional_special_tokens), *listed(more)]})
-        self._engine_in_python = BPE(self._vocab, merges, self.unk_token_id)
+        self._engine_in_python = self._engine_of(merges)
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
@@ -185,6 +191,11 @@ class GPT2Tokenizer(TextReader):
         """
         from gpt2_multi.tokenizer.engine.learning import learn
 
+        if not self._parts.are_gpt2:
+            raise TokenizerError(
+                "train_new_from_iterator: expected GPT-2's own normalizer, pre_tokenizer and post_processor, found "
+                "others in tokenizer.json; use the tokenizer of transformers, or GPT2Tokenizer.train"
+            )
         renamed = special_tokens_map or {}
         old = sorted((at, token) for token, at in self._control.ids.items() if self._control.tokens[token].special)
         new = [as_token(token, True) for token in new_special_tokens or ()]
@@ -265,10 +276,12 @@ class GPT2Tokenizer(TextReader):
         for given in (found.settings, overrides):
             if "max_len" in given:  # its name in 2019
                 given.setdefault("model_max_length", given.pop("max_len"))
-        known = set(signature(GPT2Tokenizer.__init__).parameters) - {"self", "unknown", "added_tokens"}
+        known = set(signature(GPT2Tokenizer.__init__).parameters) - {"self", "unknown", "added_tokens", "parts"}
         settings = {name: value for name, value in found.settings.items() if name in known}
         settings = {name: value for name, value in settings.items() if value is not None or name in ROLES}
-        tokenizer = cls(found.vocab, found.merges, added_tokens=found.added, **(settings | overrides))
+        settings |= overrides
+        parts, flags = _settled(found, settings)
+        tokenizer = cls(found.vocab, found.merges, added_tokens=found.added, parts=parts, **(flags | settings))
         tokenizer._kept = {name: value for name, value in found.settings.items() if name not in known}
         return tokenizer
 
@@ -295,7 +308,9 @@ class GPT2Tokenizer(TextReader):
             from tokenizers import Tokenizer
         except ImportError as error:
             raise ImportError('backend_tokenizer needs tokenizers: pip install "gpt2-multi[train]"') from error
-        return Tokenizer.from_str(to_tokenizer_json(self._vocab, self._bpe.merges, self._added(), self._written()))
+        return Tokenizer.from_str(
+            to_tokenizer_json(self._vocab, self._bpe.merges, self._added(), self._written(), self._parts)
+        )
 
     def __repr__(self) -> str:
         shown = {"name_or_path": self.name_or_path, "vocab_size": self.vocab_size, "tokens": len(self)}
@@ -307,7 +322,8 @@ class GPT2Tokenizer(TextReader):
 
     def _written(self) -> dict[str, Any]:
         """What the files say beside the tokens."""
-        return self.init_kwargs | {"tokenizer_class": "GPT2Tokenizer", "bos_token_id": self.bos_token_id}
+        ids = {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id}
+        return self.init_kwargs | {"tokenizer_class": "GPT2Tokenizer", **ids}
 
     def save_vocabulary(self, save_directory: File, filename_prefix: str | None = None) -> tuple[str, str]:
         """Write vocab.json and merges.txt; returns their paths."""
@@ -321,7 +337,8 @@ class GPT2Tokenizer(TextReader):
         """
         options = arguments.sort_saving("save_pretrained", options)
         added, settings = self._added(), self._written()
-        paths = write_folder(Path(save_directory), Vocabulary(self._vocab, list(self._bpe.merges), added, settings))
+        merges = list(self._bpe.merges)
+        paths = write_folder(Path(save_directory), Vocabulary(self._vocab, merges, added, settings, self._parts))
         if push_to_hub:
             self.push_to_hub(**{"repo_id": Path(save_directory).name, **options})
         return paths
@@ -417,3 +434,26 @@ def _read(source: Any, kind: type, copy: Any, check: Any, read: Any) -> Any:
     raise TokenizerError(
         f"vocab_file, merges_file: expected a path or the content itself, found {type(source).__name__}"
     )
+
+
+def _settled(found: Vocabulary, settings: Mapping[str, Any]) -> tuple[Parts, dict[str, bool]]:
+    """The parts of a tokenizer, and which tokens it adds where settings can say that.
+
+    Raises:
+        TokenizerError: settings say something else.
+    """
+    around = found.parts.around
+    if not around.has_tokens:
+        return found.parts, {}
+    known = found.vocab | {token.content: at for token, at in found.added.items()}
+    names = [settings.get(role, END_OF_TEXT) for role in ("bos_token", "eos_token")]
+    flags = around.as_flags(*(known.get(getattr(name, "content", name)) for name in names))
+    if flags is not None:
+        parts = replace(found.parts, around=around.without_tokens())
+        return parts, {"add_bos_token": flags[0], "add_eos_token": flags[1]}
+    if said := [name for name in ("add_bos_token", "add_eos_token") if settings.get(name) is not None]:
+        raise TokenizerError(
+            f"{said[0]}: is {settings[said[0]]}, and the post_processor of tokenizer.json says what is added; take one "
+            "of the two out of the files"
+        )
+    return found.parts, {}

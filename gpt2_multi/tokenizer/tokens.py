@@ -6,8 +6,9 @@ from typing import Any, NoReturn, TypeVar, overload
 
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.tokenizer.encoding.batching import FILLERS, choose
+from gpt2_multi.tokenizer.encoding.results import Row, Tokens
 from gpt2_multi.tokenizer.engine.bpe import unspell
-from gpt2_multi.tokenizer.files import ROLES, AddedToken
+from gpt2_multi.tokenizer.files import GPT2_PARTS, ROLES, AddedToken, Parts, Piece, flagged
 from gpt2_multi.tokenizer.special import ControlTokens, as_token
 
 T = TypeVar("T")
@@ -48,10 +49,12 @@ class TokenTable:
         vocab: token -> id, tokens spelled as in vocab.json.
         added_tokens: tokens outside the merges, with their ids.
         errors: how bytes that are not UTF-8 are decoded.
+        parts: what only a tokenizer.json can say.
     """
 
     SPECIAL_TOKENS_ATTRIBUTES = (*ROLES, ADDITIONAL[0])
     add_bos_token: bool
+    add_eos_token: bool
     model_max_length: int
     bos_token, bos_token_id = _role("bos_token"), _role_id("bos_token")
     eos_token, eos_token_id = _role("eos_token"), _role_id("eos_token")
@@ -61,12 +64,14 @@ class TokenTable:
     cls_token, cls_token_id = _role("cls_token"), _role_id("cls_token")
     mask_token, mask_token_id = _role("mask_token"), _role_id("mask_token")
 
-    def __init__(self, vocab: Mapping[str, int], added_tokens: Mapping[AddedToken, int], errors: str) -> None:
-        self._vocab = dict(vocab)
+    def __init__(
+        self, vocab: Mapping[str, int], added_tokens: Mapping[AddedToken, int], errors: str, parts: Parts = GPT2_PARTS
+    ) -> None:
+        self._vocab, self._parts = dict(vocab), parts
         self.errors = choose("errors", errors, ERRORS)
         self._bytes = {at: unspell(token) for token, at in vocab.items()}
         self._spelled = {at: token for token, at in vocab.items()}
-        self._control = ControlTokens()
+        self._control = ControlTokens(parts.steps)
         for token, at in added_tokens.items():
             self._register(token, at)
 
@@ -254,16 +259,30 @@ class TokenTable:
 
     # --- what a call adds to ids --------------------------------------------------------------------------------------
 
-    def _prefix(self) -> list[int]:
-        if not self.add_bos_token:
-            return []
-        if self.bos_token_id is None:
-            raise TokenizerError("add_bos_token: expected a bos_token, found None; set it, or unset add_bos_token")
-        return [self.bos_token_id]
+    def _row(self, texts: int = 1) -> tuple[Piece, ...]:
+        """What a call makes of a text, or of two."""
+        if self._parts.around.has_tokens:
+            if self.add_bos_token or self.add_eos_token:
+                raise TokenizerError(
+                    "add_bos_token, add_eos_token: expected False, since the post_processor of tokenizer.json says "
+                    "what is added, found True; unset them, or take it out of the file"
+                )
+            return self._parts.around.row(texts)
+        begin, end = self._around("add_bos_token", "bos_token"), self._around("add_eos_token", "eos_token")
+        return flagged(begin, end, texts)
+
+    def _around(self, flag: str, role: str) -> tuple[int, ...]:
+        if not getattr(self, flag):
+            return ()
+        if (at := getattr(self, f"{role}_id")) is None:
+            raise TokenizerError(
+                f"{flag}: expected {'an' if role[0] == 'e' else 'a'} {role}, found None; set it, or unset {flag}"
+            )
+        return (at,)
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """How many tokens a call adds to a text, or to a pair."""
-        return len(self._prefix()) * (2 if pair else 1)
+        return sum(len(piece.ids) for piece in self._row(2 if pair else 1))
 
     num_added_tokens = num_special_tokens_to_add  # its name in 2019
 
@@ -271,14 +290,13 @@ class TokenTable:
         self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
     ) -> list[int]:
         """The ids of a text, and of its pair, with those that a call adds."""
-        return [at for ids in _texts(token_ids_0, token_ids_1) for at in (*self._prefix(), *ids)]
+        return self._built(token_ids_0, token_ids_1).entry("input_ids")
 
     def create_token_type_ids_from_sequences(
         self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
     ) -> list[int]:
         """For each id that `build_inputs_with_special_tokens` gives: 0 in the text, 1 in its pair."""
-        sizes = [len(self._prefix()) + len(ids) for ids in _texts(token_ids_0, token_ids_1)]
-        return [kind for kind, size in enumerate(sizes) for _ in range(size)]
+        return self._built(token_ids_0, token_ids_1).entry("token_type_ids")
 
     def get_special_tokens_mask(
         self,
@@ -290,8 +308,11 @@ class TokenTable:
         if already_has_special_tokens:
             special = set(self.all_special_ids)
             return [int(at in special) for at in token_ids_0]
-        added = [1] * len(self._prefix())
-        return [mark for ids in _texts(token_ids_0, token_ids_1) for mark in (*added, *[0] * len(ids))]
+        return self._built(token_ids_0, token_ids_1).entry("special_tokens_mask")
+
+    def _built(self, first: Sequence[int], second: Sequence[int] | None) -> Row:
+        texts = [list(ids) for ids in (first, second) if ids is not None]
+        return Row([Tokens(ids) for ids in texts], [range(len(ids)) for ids in texts], self._row(len(texts)))
 
     # --- conversions -------------------------------------------------------------------------------------------------
 
@@ -403,10 +424,6 @@ class TokenTable:
             f"ids: expected whole numbers from 0 to {max(self._spelled)} that the vocabulary holds, found {at!r}; "
             "use the tokenizer that belongs to the model"
         )
-
-
-def _texts(first: Sequence[int], second: Sequence[int] | None) -> list[Sequence[int]]:
-    return [first] if second is None else [first, second]
 
 
 def listed(tokens: Any) -> list[Any]:

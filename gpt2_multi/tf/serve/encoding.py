@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 import tensorflow as tf
 
 from gpt2_multi.tf.serve.merging import Merges
-from gpt2_multi.tf.serve.splitting import among, class_table, word_starts
-from gpt2_multi.tokenizer.engine.bpe import BPE
+from gpt2_multi.tf.serve.splitting import CLASSES, among, class_table, word_starts
+from gpt2_multi.tokenizer.engine.bpe import BPE, spell, unspell
 
 UNKNOWN = -1
+NUMBER = CLASSES.index("number")
 HIDDEN = -2  # a token that hides what it overlaps, but is ordinary text
 OUTSIDE = b"\xff"  # before a token's text: a byte that no word has
 
@@ -21,10 +22,17 @@ OUTSIDE = b"\xff"  # before a token's text: a byte that no word has
 class Encoder(tf.Module):
     """What turns texts into ids: the merges, the words that are one token, and tokens that stand outside the merges."""
 
-    def __init__(self, bpe: BPE, outside: Sequence[Mapping[str, int]], prefix_space: bool = False) -> None:
+    def __init__(
+        self,
+        bpe: BPE,
+        outside: Sequence[Mapping[str, int]],
+        prefix_space: bool = False,
+        digits: bool | None = None,
+    ) -> None:
         """outside: groups of tokens that are found in texts before words are, the longest first where several begin.
 
-        prefix_space: put a space before ordinary text that begins without one.
+        prefix_space: put a space before ordinary text that begins without one. digits: cut digits apart each for itself
+        (True), or from what is none; None, not at all.
         """
         super().__init__()
         table = bpe.table()
@@ -33,6 +41,9 @@ class Encoder(tf.Module):
         known |= {
             raw: at for raw, at, whole in zip(table.raw, table.ids, table.whole, strict=True) if whole and at >= 0
         }
+        if bpe.ignore_merges:
+            known |= {raw: at for token, at in bpe.vocab.items() if spell(raw := unspell(token)) == token}
+        self.use_regex, self.digits = bpe.use_regex, digits
         self.finders, self.prefix_space = [Finder(group) for group in outside], prefix_space
         found = ((token, at) for group in outside for token, at in group.items() if at != HIDDEN)
         self.words = look_up(known | {OUTSIDE + token.encode(): at for token, at in found})
@@ -52,11 +63,13 @@ class Encoder(tf.Module):
             begins, ends = begins | begin, ends | end
             inside = tf.cumsum(tf.cast(begins, tf.int32)) > tf.cumsum(tf.cast(ends, tf.int32))
         edges = breaks | ends
+        if self.digits is not None:
+            edges |= parted(tf.gather(self.classes, points) == NUMBER, self.digits) & ~inside
         if self.prefix_space:
             lacking = edges & ~inside & (points != ord(" "))
             points, splits, edges, begins, inside = spaced(points, splits, lacking, edges, begins, inside)
             size = tf.shape(points, tf.int64)[0]
-        starts = word_starts(points, edges | begins, self.classes)
+        starts = word_starts(points, edges | begins, self.classes) if self.use_regex else edges | begins
         places = tf.where(starts & (begins | ~inside))[:, 0]  # (W,)
         words = spelled(tf.RaggedTensor.from_row_splits(points, tf.concat([places, [size]], 0), validate=False))
         if self.finders:
@@ -122,6 +135,12 @@ def look_up(known: Mapping[bytes, int]) -> tf.lookup.StaticHashTable:
     """A table in the graph from strings to ids; UNKNOWN for others."""
     keys, values = tf.constant(list(known), tf.string), tf.constant(list(known.values()), tf.int32)
     return tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, values), UNKNOWN)
+
+
+def parted(chosen: tf.Tensor, each: bool) -> tf.Tensor:
+    """Where a run of chosen places begins or ends, (N,) bool; with `each`, each of them begins one."""
+    before = tf.concat([tf.zeros([1], tf.bool), chosen], 0)[: tf.shape(chosen)[0]]
+    return chosen | before if each else chosen != before
 
 
 def marks(places: tf.Tensor, size: tf.Tensor) -> tf.Tensor:

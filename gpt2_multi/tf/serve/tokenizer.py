@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Self
+from functools import partial
+from typing import Any, Self, cast
 
 import keras
 import numpy as np
@@ -16,11 +17,12 @@ from gpt2_multi.model import inputs
 from gpt2_multi.tf.serve.encoding import HIDDEN, Encoder, repaired
 from gpt2_multi.tokenizer.encoding.batching import check_size, choose
 from gpt2_multi.tokenizer.engine.words import repair
-from gpt2_multi.tokenizer.files import ROLES, AddedToken
+from gpt2_multi.tokenizer.files import GPT2_PARTS, ROLES, AddedToken, Parts
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 MOST_IDS = 1 << 24
 PADDINGS = {"longest": "longest", "max_length": "max_length", None: ""}
+UNSAID = "unsaid"  # no padding, and no other either
 
 
 @keras.saving.register_keras_serializable("gpt2_multi")
@@ -28,13 +30,15 @@ class TFGPT2Tokenizer(keras.layers.Layer):
     """Texts to ids and back, in the graph: the ids are those of `GPT2Tokenizer`, for every text.
 
     Called on strings it gives {"input_ids", "attention_mask"}, int32: (B, T) of texts (B,), (T,) of one text, or
-    RaggedTensors without padding. Bytes that are not UTF-8 become U+FFFD, as Python replaces them.
+    RaggedTensors without padding. Of texts (B,) either has also what a RaggedTensor has, `to_tensor`, which fills with
+    0 on the right. Bytes that are not UTF-8 become U+FFFD, as Python replaces them.
 
     Args:
-        vocab: token -> id, as in vocab.json. merges: pairs of tokens, as in merges.txt.
+        vocab: token -> id, as in vocab.json. merges: pairs of tokens, or lines, as in merges.txt.
         max_length: how many tokens a row may have; longer ones are cut, unless `truncation` is False.
-        pad_token_id: fills rows, under a mask of 0; by default the pad token's, or else the end token's.
-        padding: "longest", "max_length", or None.
+        pad_token_id: fills rows, under a mask of 0; by default the pad token's, or else the end token's; assignable.
+        padding: "longest", "max_length", or None; by default to `max_length` where that and `pad_token_id` are given,
+            else to the longest.
         padding_side, truncation_side: "right" or "left", where rows are filled and cut.
         add_bos_token: put the bos token before each text.
         add_prefix_space: put a space before each text, and what follows a token that is found in it, if there is none.
@@ -55,7 +59,7 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         merges: Sequence[Sequence[str]],
         max_length: int | None = None,
         pad_token_id: int | None = None,
-        padding: str | None = "longest",
+        padding: str | None = UNSAID,
         padding_side: str = "right",
         truncation: bool = True,
         truncation_side: str = "right",
@@ -67,6 +71,8 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         **options: Any,
     ) -> None:
         super().__init__(trainable=False, dtype="int32", **options)
+        if padding == UNSAID:
+            padding = "longest" if max_length is None or pad_token_id is None else "max_length"
         self.settings: dict[str, Any] = {
             "max_length": max_length, "padding": padding, "truncation": truncation,
             "split_special_tokens": split_special_tokens,
@@ -78,20 +84,34 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         choose("truncation", truncation, {True: "", False: ""})
         given: dict[str, Any] = {"padding_side": padding_side, "truncation_side": truncation_side}
         self.python = in_python(vocab, merges, add_bos_token=add_bos_token, **given | dict(tokens or {}))
-        self.pad_token_id = fill_of(self.python) if pad_token_id is None else pad_token_id
-        check_size("pad_token_id", self.pad_token_id)
-        check_room("pad_token_id", self.pad_token_id)
-        self.first = self.python._prefix()
+        steps = self.python._parts.steps
+        steps.refuse_in_graph()
+        self.around = ends_of(self.python)
         outside = recognised(self.python, split_special_tokens, allowed_special)
-        self.encoder = Encoder(self.python._bpe, outside, add_prefix_space)
+        self.encoder = Encoder(self.python._bpe, outside, add_prefix_space, steps.digits)
         self.spelling = tf.constant(spellings(self.python))  # (V,) bytes
         self.control = tf.constant(sorted(self.python.control_ids), tf.int64)
-        texts = [tf.TensorSpec([None], tf.string)]
-        self.encode = tf.function(self._encode, input_signature=texts, autograph=False)
-        self.batch = tf.function(self._batch, input_signature=texts, autograph=False)
-        for function in (self.encode, self.batch):
-            function._omit_frequent_tracing_warning = True  # five tokenizers are no mistake
+        self.pad_token_id = fill_of(self.python) if pad_token_id is None else pad_token_id
+        self.encode = traced(self._encode)
         self.built = True
+
+    @property
+    def pad_token_id(self) -> int:
+        """What rows are filled with."""
+        return self._fill
+
+    @pad_token_id.setter
+    def pad_token_id(self, at: int) -> None:
+        check_size("pad_token_id", at)
+        check_room("pad_token_id", at)
+        self._fill = at
+        self.batches: dict[str, Any] = {}  # by the length that rows are filled to
+
+    @property
+    def max_length(self) -> int | None:
+        """How many tokens a row may have."""
+        length: int | None = self.settings["max_length"]
+        return length
 
     @classmethod
     def from_tokenizer(cls, tokenizer: GPT2Tokenizer, **options: Any) -> Self:
@@ -126,7 +146,10 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         return config | dict(self.settings) | arguments(self.python)
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
-        """Strings, as a tensor, a list or a symbolic input, to {"input_ids", "attention_mask"}."""
+        """Strings, as a tensor, a list or a symbolic input, to {"input_ids", "attention_mask"}.
+
+        `max_length` takes the place of the constructor's: rows are cut and, but for ragged ones, filled to that length.
+        """
         if isinstance(inputs, (str, bytes, list, tuple, np.ndarray)):
             inputs = tf.convert_to_tensor(
                 tf.nest.map_structure(sound, inputs) if len(inputs) else tf.zeros(0, tf.string)
@@ -134,47 +157,59 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         check_texts(inputs)
         return super().__call__(inputs, **options)
 
-    def call(self, inputs: tf.Tensor) -> dict[str, Any]:
+    def call(self, inputs: tf.Tensor, max_length: int | None = None) -> dict[str, Any]:
         """The ids and the mask of texts (B,), of (B, 1) as Keras feeds columns, or of one text ()."""
         if inputs.shape.rank == 2 and inputs.shape[1] is None:
             sentence = "inputs: expected one text in each row"
             with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(inputs)[1], 1, sentence)]):
                 inputs = tf.identity(inputs)
-        output = self.batch(tf.reshape(inputs, [-1]))
-        return {name: row[0] for name, row in output.items()} if inputs.shape.rank == 0 else output
+        check_lengths(max_length, None)
+        if (key := str(max_length)) not in self.batches:
+            self.batches[key] = traced(partial(self._batch, max_length=max_length))
+        output, rows = self.batches[key](tf.reshape(inputs, [-1]))
+        if inputs.shape.rank == 0:
+            return {name: row[0] for name, row in output.items()}
+        if self.settings["padding"] is not None:
+            output["input_ids"].to_tensor = rows.to_tensor
+            output["attention_mask"].to_tensor = lambda *args, **options: tf.ones_like(rows).to_tensor(*args, **options)
+        return dict(output)
 
-    def compute_output_spec(self, inputs: Any, **options: Any) -> dict[str, Any]:
+    def compute_output_spec(self, inputs: Any, max_length: int | None = None, **options: Any) -> dict[str, Any]:
         """What Keras is told of the output of a symbolic input."""
-        width = self.width if self.settings["truncation"] else None
+        width = (max_length or self.width) if self.settings["truncation"] else None
         shape = (width,) if len(inputs.shape) == 0 else (inputs.shape[0], width)
         return {name: keras.KerasTensor(shape, "int32", name=name) for name in ("input_ids", "attention_mask")}
 
-    def _batch(self, texts: tf.Tensor) -> dict[str, Any]:
-        """The ids and the mask of texts (B,), padded unless they are to be ragged."""
-        rows = self.encode(texts)
+    def _batch(self, texts: tf.Tensor, max_length: int | None) -> tuple[dict[str, Any], tf.RaggedTensor]:
+        """The ids and the mask of texts (B,), padded unless they are to be ragged; and the ids as they are ragged."""
+        rows = self._encode(texts, max_length)
         if self.settings["padding"] is None:
-            return {"input_ids": rows, "attention_mask": tf.ones_like(rows)}
-        return self.pad(rows)
+            return {"input_ids": rows, "attention_mask": tf.ones_like(rows)}, rows
+        return self.pad(rows, max_length or self.width), rows
 
-    def _encode(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """The ids of texts (B,), cut and begun as the options say: (B, None) int32"""
-        rows = self.encoder.encode(texts)
-        if self.settings["max_length"] is not None and self.settings["truncation"]:
-            room = max(self.settings["max_length"] - len(self.first), 0)
+    def _encode(self, texts: tf.Tensor, max_length: int | None = None) -> tf.RaggedTensor:
+        """The ids of texts (B,), cut, begun and ended as the options say: (B, None) int32"""
+        rows, limit = self.encoder.encode(texts), max_length or self.max_length
+        if limit is not None and self.settings["truncation"]:
+            room = max(limit - sum(map(len, self.around)), 0)
             rows = rows[:, :room] if self.settings["truncation_side"] == "right" or not room else rows[:, -room:]
-        first = tf.tile(tf.constant(self.first, tf.int32, [1, len(self.first)]), [rows.nrows(), 1])
-        return tf.concat([tf.RaggedTensor.from_tensor(first), rows], 1) if self.first else rows
+        first, last = (
+            tf.RaggedTensor.from_tensor(tf.tile(tf.constant(ids, tf.int32, [1, len(ids)]), [rows.nrows(), 1]))
+            for ids in self.around
+        )
+        return tf.concat([first, rows, last], 1) if any(self.around) else rows
 
     @property
     def width(self) -> int | None:
         """How long all rows are at least."""
         return self.settings["max_length"] if self.settings["padding"] == "max_length" else None
 
-    def pad(self, rows: tf.RaggedTensor) -> dict[str, tf.Tensor]:
-        """Rows as dense ids and mask, (B, T) int32."""
-        ids = rows.to_tensor(self.pad_token_id, shape=[None, self.width if self.settings["truncation"] else None])
-        if self.width and not self.settings["truncation"]:  # a row may be longer
-            more = tf.maximum(self.width - tf.shape(ids)[1], 0)
+    def pad(self, rows: tf.RaggedTensor, width: int | None = None) -> dict[str, tf.Tensor]:
+        """Rows as dense ids and mask, (B, T) int32; at least as long as `width`, if not as the options say."""
+        width = width or self.width
+        ids = rows.to_tensor(self.pad_token_id, shape=[None, width if self.settings["truncation"] else None])
+        if width and not self.settings["truncation"]:  # a row may be longer
+            more = tf.maximum(width - tf.shape(ids)[1], 0)
             ids = tf.pad(ids, [(0, 0), (0, more)], constant_values=self.pad_token_id)
         lengths, size = tf.cast(rows.row_lengths(), tf.int32)[:, None], tf.shape(ids)[1]
         place = tf.range(size)
@@ -211,10 +246,26 @@ def in_python(
 ) -> GPT2Tokenizer:
     """The tokenizer in Python, from what a configuration says in types of JSON."""
     added = {AddedToken(**token): at for token, at in added_tokens}
-    tokenizer = GPT2Tokenizer(dict(vocab), [(a, b) for a, b in merges], added_tokens=added, **options)
+    parts = Parts.of(options.pop("parts"))[0] if "parts" in options else GPT2_PARTS
+    tokenizer = GPT2Tokenizer(dict(vocab), cast(Any, list(merges)), added_tokens=added, parts=parts, **options)
     for token, at in added.items():  # with the flags that the tokens of roles have lost
         tokenizer._control.add(token, at)
     return tokenizer
+
+
+def traced(function: Any) -> Any:
+    """A function of texts (B,) as a graph."""
+    made = tf.function(function, input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
+    made._omit_frequent_tracing_warning = True  # five tokenizers are no mistake
+    return made
+
+
+def ends_of(tokenizer: GPT2Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that are put before a text, and after it."""
+    row = tokenizer._row()
+    at = next(at for at, piece in enumerate(row) if piece.of is not None)
+    first, last = ([i for piece in part for i in piece.ids] for part in (row[:at], row[at:]))
+    return first, last
 
 
 def check_lengths(max_length: Any, padding: Any) -> None:
@@ -293,5 +344,8 @@ def arguments(tokenizer: GPT2Tokenizer) -> dict[str, Any]:
     roles = {role: getattr(tokenizer, role) for role in ROLES}
     added = [[asdict(token), at] for at, token in tokenizer.added_tokens_decoder.items()]
     tokens = {**roles, "additional_special_tokens": tokenizer.additional_special_tokens, "added_tokens": added}
+    tokens |= {"add_eos_token": True} if tokenizer.add_eos_token else {}
+    if tokenizer._parts != GPT2_PARTS:
+        tokens["parts"] = tokenizer._parts.to_json(tokenizer.add_prefix_space)
     merges = [list(pair) for pair in tokenizer._bpe.merges]
     return {"vocab": dict(tokenizer._vocab), "merges": merges, "tokens": tokens}

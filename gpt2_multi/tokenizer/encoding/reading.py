@@ -12,6 +12,7 @@ from gpt2_multi.tokenizer.encoding.batching import truncate
 from gpt2_multi.tokenizer.encoding.results import Encoding, Row, Span, Tokens, encoding_of
 from gpt2_multi.tokenizer.engine.bpe import BPE
 from gpt2_multi.tokenizer.engine.words import repair
+from gpt2_multi.tokenizer.files import Parts, Piece
 from gpt2_multi.tokenizer.special import ControlTokens
 
 
@@ -31,6 +32,7 @@ class Reader:
     allowed: frozenset[str]
     refused: frozenset[str]
     prefix_space: bool
+    parts: Parts
 
     def read(self, text: str, detailed: bool) -> Tokens:
         """The tokens of a text; detailed: with the span in it and the number of the word of each."""
@@ -52,7 +54,11 @@ class Reader:
     def _plain(self, text: str) -> Tokens:
         ids: list[int] = []
         for _, part, at in self.control.split(repair(text), self.allowed):
-            ids += self.encode(self._prefix(part) + part) if at is None else [at]
+            if at is not None:
+                ids.append(at)
+            else:
+                for _, piece in self.parts.steps.parts(part):
+                    ids += self.encode(self._prefix(piece) + piece)
         return Tokens(ids)
 
     def _detailed(self, text: str) -> Tokens:
@@ -63,19 +69,25 @@ class Reader:
             ids += found
             spans += places
             words += [number] * len(found)
+        for is_prefixed in self.parts.around.trims:
+            spans = [self._trimmed(at, span, is_prefixed and not span[0]) for at, span in zip(ids, spans, strict=True)]
         return Tokens(ids, unrepaired(text, spans), words)
 
     def _words(self, text: str) -> Iterator[tuple[Sequence[int], Iterable[Span]]]:
         """The ids and the spans of each word, and of each token that stands outside the merges."""
-        for start, part, at in self.control.split(text, self.allowed):
+        for start, part, at in self.control.split(text, self.allowed, in_place=True):
             if at is not None:
                 yield [at], [(start, start + len(part))]
-                continue
-            prefix = self._prefix(part)
-            place = start - len(prefix)
-            for word, ids in self.engine.words(prefix + part):
-                yield ids, self._spans(word, ids, place, start)
-                place += len(word)
+            else:
+                for more, piece in self.parts.steps.parts(part):
+                    yield from self._pieced(piece, start + more)
+
+    def _pieced(self, piece: str, position: int) -> Iterator[tuple[Sequence[int], Iterable[Span]]]:
+        prefix = self._prefix(piece)
+        place = position - len(prefix)
+        for word, ids in self.engine.words(prefix + piece):
+            yield ids, self._spans(word, ids, place, position)
+            place += len(word)
 
     def _spans(self, word: str, ids: Sequence[int], start: int, least: int) -> Iterable[Span]:
         """The spans of a word's tokens; a space that was put before `least` has those of what follows it."""
@@ -86,6 +98,13 @@ class Reader:
             spans = char_spans(word, sizes, start)
         return spans if start >= least else [(max(first, least), max(last, least + 1)) for first, last in spans]
 
+    def _trimmed(self, at: int, span: Span, keeps: bool) -> Span:
+        """A span without the spaces that its token begins and ends with; one that was put before a text `keeps` it."""
+        text = self.raw[at]
+        left, right = (len(text) - len(rest) for rest in (text.lstrip(b" "), text.rstrip(b" ")))
+        first = span[0] if keeps else min(span[0] + left, span[1])
+        return first, max(span[1] - right, first) if span[1] >= right else span[1]
+
     def _prefix(self, text: str) -> str:
         return " " if self.prefix_space and text[0] != " " else ""
 
@@ -94,14 +113,14 @@ class Reader:
 class Texts:
     """The texts of a call, or also their pairs, and how they become rows of tokens.
 
-    split: they are lists of words. prefix: ids before each text. limit, strategy, stride, side: how rows are cut; see
-    `batching.truncate`.
+    split: they are lists of words. pieces: what a row is put together of. limit, strategy, stride, side: how rows are
+    cut; see `batching.truncate`.
     """
 
     columns: list[list[Any]]
     reader: Reader
     split: bool
-    prefix: list[int]
+    pieces: tuple[Piece, ...]
     limit: int
     strategy: str
     stride: int | None
@@ -111,20 +130,20 @@ class Texts:
         """The rows, and for each the number of the text that it comes from.
 
         Raises:
-            TokenizerError: a text holds a token that is refused, or there is no room for the prefix.
+            TokenizerError: a text holds a token that is refused, or there is no room for what is added.
         """
         read = self.reader.read_words if self.split else partial(self.reader.read, detailed=detailed)
         rows: list[Row] = []
         owners: list[int] = []
         for owner, given in enumerate(zip(*self.columns, strict=True)):
             sequences = [read(text) for text in given]
-            room = self.limit - len(self.prefix) * len(sequences)
+            room = self.limit - sum(len(piece.ids) for piece in self.pieces)
             if self.strategy and room < 0:
                 added = self.limit - room
                 raise TokenizerError(f"max_length: expected room for {added} added tokens, found {self.limit}")
             sizes = [len(tokens.ids) for tokens in sequences]
             for parts in truncate(sizes, room, self.strategy, self.stride, self.side):
-                rows.append(Row(sequences, parts, self.prefix))
+                rows.append(Row(sequences, parts, self.pieces))
                 owners.append(owner)
         return rows, owners
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.tokenizer.encoding.batching import FILLERS, choose, pad_rows
+from gpt2_multi.tokenizer.files import Piece
 
 Span = tuple[int, int]
 FRAMEWORKS = {"np": "numpy", "pt": "torch", "tf": "tensorflow", "jax": "jax"}
@@ -281,33 +282,32 @@ class Tokens:
     words: list[int | None] | None = None
 
 
+# What the lists of a row say of a token that the tokenizer adds.
+ADDED: dict[str, Any] = {
+    "offset_mapping": (0, 0), "words": None, "attention_mask": 1, "special_tokens_mask": 1, "sequences": None,
+}  # fmt: skip
+
+
 @dataclass
 class Row:
-    """One row of a batch: its sequences cut to size, with the tokens that the tokenizer adds."""
+    """One row of a batch: its sequences cut to size, among the tokens that the tokenizer adds."""
 
     sequences: list[Tokens]
     parts: list[range]
-    prefix: list[int]
+    pieces: tuple[Piece, ...]
 
     def entry(self, name: str) -> list[Any]:
         """One of the lists that a call may return, or "words" or "sequences"; all are of equal length."""
         out: list[Any] = []
-        for at, (tokens, part) in enumerate(zip(self.sequences, self.parts, strict=True)):
-            extra, cut, size = len(self.prefix), slice(part.start, part.stop), len(part)
-            if name == "input_ids":
-                out += self.prefix + tokens.ids[cut]
-            elif name == "offset_mapping":
-                out += [(0, 0)] * extra + (tokens.spans or [])[cut]
-            elif name == "words":
-                out += [None] * extra + (tokens.words or [])[cut]
-            else:
-                first, rest = {
-                    "attention_mask": (1, 1),
-                    "token_type_ids": (at, at),
-                    "special_tokens_mask": (1, 0),
-                    "sequences": (None, at),
-                }[name]
-                out += [first] * extra + [rest] * size
+        for of, kind, added in self.pieces:
+            marks = {**ADDED, "token_type_ids": kind}
+            if of is None:
+                out += added if name == "input_ids" else [marks[name]] * len(added)
+                continue
+            tokens, part = self.sequences[of], self.parts[of]
+            lists: dict[str, Any] = {"input_ids": tokens.ids, "offset_mapping": tokens.spans, "words": tokens.words}
+            marks |= {"special_tokens_mask": 0, "sequences": of}
+            out += (lists[name] or [])[part.start : part.stop] if name in lists else [marks[name]] * len(part)
         return out
 
 

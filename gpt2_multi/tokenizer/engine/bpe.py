@@ -89,6 +89,8 @@ class BPE:
         merges: pairs of tokens, the most frequent first.
         unk_id: the id for a byte that the vocabulary does not hold, if there is one.
         cached_words: how many words' ids to remember, at most twice over.
+        ignore_merges: whether a word of the vocabulary is that token, whatever the merges make of it.
+        use_regex: whether a text is cut into words, or is one.
 
     Raises:
         TokenizerError: a merge names or makes a token that the vocabulary does not hold.
@@ -100,8 +102,11 @@ class BPE:
         merges: Sequence[tuple[str, str]],
         unk_id: int | None = None,
         cached_words: int = CACHED_WORDS,
+        ignore_merges: bool = False,
+        use_regex: bool = True,
     ) -> None:
         self.vocab, self.merges, self.unk_id = vocab, merges, unk_id
+        self.ignore_merges, self.use_regex = ignore_merges, use_regex
         self._pairs: dict[int, int] = {}  # left << SHIFT | right -> rank
         self._made: list[int] = []  # rank -> symbol
         self._parts: list[tuple[int, int]] = [(byte, -1) for byte in range(256)]  # symbol -> what its merge joins
@@ -115,7 +120,7 @@ class BPE:
         self._cache = WordCache(self, cached_words)
 
     def __reduce__(self) -> tuple[type["BPE"], tuple[Any, ...]]:
-        return BPE, (self.vocab, self.merges, self.unk_id)
+        return BPE, (self.vocab, self.merges, self.unk_id, CACHED_WORDS, self.ignore_merges, self.use_regex)
 
     def _add_merges(self) -> None:
         symbols = {char: byte for byte, char in enumerate(byte_characters())}
@@ -163,17 +168,21 @@ class BPE:
             TokenizerError: the text needs a byte that the vocabulary does not hold, and there is no unknown token.
         """
         lookup = self._cache.__getitem__
+        if not self.use_regex:
+            return list(lookup(text)) if text else []
         parts = (chain.from_iterable(map(lookup, split_words(part))) for part in windows(text))
         return list(chain.from_iterable(parts))
 
     def words(self, text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The words of an ordinary text, each with its ids."""
-        for part in windows(text):
-            for word in split_words(part):
-                yield word, self._cache[word]
+        parts = map(split_words, windows(text)) if self.use_regex else [[text]]
+        for word in chain.from_iterable(parts):
+            yield word, self._cache[word]
 
     def encode_bytes(self, raw: bytes) -> tuple[int, ...]:
         """The ids of one word, without the cache."""
+        if self.ignore_merges and (known := self.vocab.get(spell(raw))) is not None:
+            return (known,)
         symbol = self._words.get(raw)
         if symbol is not None and self._is_whole(symbol):
             return self._to_ids((symbol,))

@@ -19,6 +19,8 @@ from gpt2_multi.tokenizer.files.vocabulary import (
     read_json,
 )
 
+IDS = ("bos_token_id", "eos_token_id")  # of the roles, which tokenizer.json has
+
 
 def _read_text(path: Path) -> str:
     try:
@@ -91,7 +93,8 @@ def _read_core(folder: Path) -> Vocabulary:
             return Vocabulary(read_vocab(folder / vocab), read_merges(folder / merges))
     raise TokenizerError(
         f"{folder}: expected tokenizer.json, or vocab.json with merges.txt, or encoder.json with vocab.bpe, "
-        "found none of them; name the folder of a GPT-2 tokenizer"
+        "found none of them; name the folder of a GPT-2 tokenizer, or load one of another kind with transformers' "
+        "AutoTokenizer, which generate, score and pipeline take too"
     )
 
 
@@ -133,19 +136,30 @@ def write_vocabulary(
 
 
 def write_folder(folder: Path, tokenizer: Vocabulary) -> tuple[str, ...]:
-    """Write every file of a tokenizer; all of them say the same, so that it does not matter which one is read."""
-    settings, added = tokenizer.settings, tokenizer.added
+    """Write every file of a tokenizer; all of them say the same, so that it does not matter which one is read.
+
+    What only tokenizer.json can say is there alone, under the class of transformers that reads all of it.
+    """
+    settings, added, alone = tokenizer.settings, tokenizer.added, not tokenizer.parts.are_gpt2
+    unsaid = [name for name in ("add_eos_token", *(["add_bos_token"] if alone else [])) if not settings[name]]
+    config = {name: value for name, value in settings.items() if name not in (*IDS, *unsaid)}
+    if alone:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     decoder = {str(at): token.to_json() for token, at in sorted(added.items(), key=lambda item: item[1])}
     outside = {token.content: at for token, at in added.items() if token.content not in tokenizer.vocab}
     names = (*ROLES, "additional_special_tokens")
     files: dict[str, Any] = {
-        "tokenizer_config.json": {name: value for name, value in settings.items() if name != "bos_token_id"}
-        | {"added_tokens_decoder": decoder},
+        "tokenizer_config.json": config | {"added_tokens_decoder": decoder},
         "special_tokens_map.json": {name: settings[name] for name in names if settings.get(name)},
         "added_tokens.json": outside,
     }
-    whole = to_tokenizer_json(tokenizer.vocab, tokenizer.merges, added, settings)
-    paths = [*write_vocabulary(folder, tokenizer.vocab, tokenizer.merges), _write(folder / "tokenizer.json", whole)]
+    whole = to_tokenizer_json(tokenizer.vocab, tokenizer.merges, added, settings, tokenizer.parts)
+    paths = [_write(folder / "tokenizer.json", whole)]
+    if alone:
+        for name in (*RENAMED, *RENAMED.values()):
+            (folder / name).unlink(missing_ok=True)  # older ones would say something else
+    else:
+        paths = [*write_vocabulary(folder, tokenizer.vocab, tokenizer.merges), *paths]
     for name, content in files.items():
         if content:
             paths.append(_write(folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n"))

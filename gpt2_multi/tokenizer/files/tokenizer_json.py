@@ -2,10 +2,15 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
+from gpt2_multi.tokenizer.engine.bpe import byte_characters
+from gpt2_multi.tokenizer.files.around import flagged, template
+from gpt2_multi.tokenizer.files.parts import GPT2_PARTS, Parts
+from gpt2_multi.tokenizer.files.steps import ELSEWHERE, flat, joined
 from gpt2_multi.tokenizer.files.vocabulary import (
     AddedToken,
     Vocabulary,
@@ -17,7 +22,7 @@ from gpt2_multi.tokenizer.files.vocabulary import (
 
 
 def read_tokenizer_json(path: Path) -> Vocabulary:
-    """Read tokenizer.json, if what it describes is GPT-2's tokenization: anything else would give other ids.
+    """Read tokenizer.json, if what it describes is byte-level BPE with parts that are known here.
 
     Raises:
         TokenizerError: the file is damaged, or describes another kind of tokenizer.
@@ -26,41 +31,65 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     try:
         _check_kind(data, path)
         model, added = data["model"], data.get("added_tokens") or []
-        merges = check_merges(model["merges"], path)
+        merges, vocab = check_merges(model["merges"], path), check_vocab(model["vocab"], path)
         tokens = dict(added_token(fields, path) for fields in added)
-        return Vocabulary(check_vocab(model["vocab"], path), merges, tokens, _json_settings(data, path))
-    except (KeyError, TypeError, AttributeError) as error:
+        parts, prefix = _parts(data, path)
+        if all(char in vocab for char in byte_characters()):
+            parts = replace(parts, unk_token=None)  # of which there is no need
+        elif asked := [name for name in ("byte_fallback", "fuse_unk") if model.get(name)]:
+            raise TokenizerError(
+                f"{path}: expected a vocabulary of all 256 bytes, or no model.{asked[0]}, found neither; {ELSEWHERE}"
+            )
+        _check_added(parts, {*vocab.values(), *tokens.values()}, path)
+        return Vocabulary(vocab, merges, tokens, {"add_prefix_space": prefix, **_settings(data, parts)}, parts)
+    except TokenizerError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError) as error:
         raise TokenizerError(f"{path}: expected a tokenizer.json of a GPT-2 tokenizer, found no {error}") from error
 
 
 def _check_kind(data: Any, path: Path) -> None:
-    model, split = data["model"], data.get("pre_tokenizer") or {}
+    model = data["model"]
+    decoders = {step["type"] for step in flat(data.get("decoder"), "decoders")} - {"Fuse"}
     facts = {
         "model.type": (model.get("type", "BPE"), "BPE"),
-        "normalizer": (data.get("normalizer"), None),
-        "pre_tokenizer.type": (split.get("type"), "ByteLevel"),
-        "pre_tokenizer.use_regex": (split.get("use_regex", True), True),
-        **{f"model.{name}": (model.get(name) or None, None) for name in ("dropout", "byte_fallback", "ignore_merges")},
+        "decoder.type": (", ".join(decoders) or "ByteLevel", "ByteLevel"),
+        "model.dropout": (model.get("dropout") or None, None),
         "model.continuing_subword_prefix": (model.get("continuing_subword_prefix") or None, None),
         "model.end_of_word_suffix": (model.get("end_of_word_suffix") or None, None),
     }
     for name, (value, wanted) in facts.items():
         if value != wanted:
-            raise TokenizerError(
-                f"{path}: expected {name} to be {wanted!r}, found {str(value)[:60]!r}; not GPT-2's kind"
-            )
+            raise TokenizerError(f"{path}: expected {name} to be {wanted!r}, found {str(value)[:60]!r}; {ELSEWHERE}")
 
 
-def _json_settings(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The settings that tokenizer.json holds: the space before a text, and a token before each sequence."""
-    settings: dict[str, Any] = {"add_prefix_space": bool(data["pre_tokenizer"].get("add_prefix_space"))}
-    post = data.get("post_processor") or {}
-    for step in post.get("processors", [post]):
-        if step.get("type") == "TemplateProcessing":
-            names = [piece["SpecialToken"]["id"] for piece in step["single"] if "SpecialToken" in piece]
-            if names and (len(names) > 1 or "SpecialToken" not in step["single"][0]):
-                raise TokenizerError(f"{path}: expected at most a token before each text, found the template {names}")
-            settings |= {"add_bos_token": True, "bos_token": names[0]} if names else {"add_bos_token": False}
+def _parts(data: Any, path: Path) -> tuple[Parts, bool]:
+    try:
+        return Parts.of(data)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None
+
+
+def _check_added(parts: Parts, known: set[int], path: Path) -> None:
+    added = [at for piece in parts.around.row(2) for at in piece.ids]
+    if unknown := [at for at in added if at not in known]:
+        raise TokenizerError(
+            f"{path}: expected the post_processor to add tokens of the vocabulary, found the id {unknown[0]}; "
+            "take the file from one tokenizer"
+        )
+
+
+def _settings(data: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """The settings that tokenizer.json holds: sides and a pad token, as transformers takes them, and the bos token."""
+    settings: dict[str, Any] = {}
+    if truncation := data.get("truncation"):
+        settings["truncation_side"] = truncation["direction"].lower()
+    if padding := data.get("padding"):
+        settings |= {"padding_side": padding["direction"].lower(), "pad_token": padding["pad_token"]}
+    steps = flat(data.get("post_processor"), "processors")
+    names = [part["SpecialToken"]["id"] for step in steps for part in step.get("single", []) if "SpecialToken" in part]
+    if len(names) == 1 and parts.around.row(1)[0].of is None:
+        settings["bos_token"] = names[0]
     return settings
 
 
@@ -69,8 +98,10 @@ def to_tokenizer_json(
     merges: Iterable[tuple[str, str]],
     added: Mapping[AddedToken, int],
     settings: Mapping[str, Any],
+    parts: Parts = GPT2_PARTS,
 ) -> str:
-    """What tokenizer.json says of this tokenizer; reads `add_prefix_space`, `add_bos_token`, `bos_token` and its id."""
+    """What tokenizer.json says of this tokenizer; of `settings` it says the space before a text, and what is added."""
+    own = parts.to_json(settings["add_prefix_space"])
     level = {
         "type": "ByteLevel",
         "add_prefix_space": settings["add_prefix_space"],
@@ -80,12 +111,11 @@ def to_tokenizer_json(
     model = {
         "type": "BPE",
         "dropout": None,
-        "unk_token": None,
         "continuing_subword_prefix": "",
         "end_of_word_suffix": "",
         "fuse_unk": False,
         "byte_fallback": False,
-        "ignore_merges": False,
+        **own["model"],
         "vocab": dict(vocab),
         "merges": [list(pair) for pair in merges],
     }
@@ -96,19 +126,19 @@ def to_tokenizer_json(
         "added_tokens": [
             {"id": at, **token.to_json()} for token, at in sorted(added.items(), key=lambda item: item[1])
         ],
-        "normalizer": None,
-        "pre_tokenizer": level,
-        "post_processor": _template(settings) if settings["add_bos_token"] else level,
+        "normalizer": own["normalizer"],
+        "pre_tokenizer": own["pre_tokenizer"],
+        "post_processor": _template(settings, own["post_processor"]) or own["post_processor"] or level,
         "decoder": level,
         "model": model,
     }
     return json.dumps(data, ensure_ascii=False)
 
 
-def _template(settings: Mapping[str, Any]) -> dict[str, Any]:
-    bos = settings["bos_token"]
-    first, second = (
-        [{"SpecialToken": {"id": bos, "type_id": k}}, {"Sequence": {"id": "AB"[k], "type_id": k}}] for k in (0, 1)
-    )
-    tokens = {bos: {"id": bos, "ids": [settings["bos_token_id"]], "tokens": [bos]}}
-    return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": tokens}
+def _template(settings: Mapping[str, Any], trims: Any) -> Any:
+    """The post-processor for what settings add, after others; None where they add nothing."""
+    roles = [role for role in ("bos_token", "eos_token") if settings.get(f"add_{role}")]
+    ids = {role: (settings[f"{role}_id"],) for role in roles}
+    rows = [flagged(ids.get("bos_token", ()), ids.get("eos_token", ()), texts) for texts in (1, 2)]
+    made = template(rows[0], rows[1], {settings[f"{role}_id"]: settings[role] for role in roles})
+    return joined("processors", [*flat(trims, "processors"), made]) if roles else None

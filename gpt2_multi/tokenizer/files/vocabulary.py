@@ -7,6 +7,7 @@ from typing import Any
 
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.files import json_files
+from gpt2_multi.tokenizer.files.parts import GPT2_PARTS, Parts
 
 # What a control token may be for, as files and transformers name it, in the order of `all_special_tokens`.
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -50,6 +51,7 @@ class Vocabulary:
     merges: list[tuple[str, str]]
     added: dict[AddedToken, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    parts: Parts = GPT2_PARTS
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from gpt2_multi.tokenizer.fast import GPT2TokenizerFast
 from gpt2_multi.tokenizer.files import AddedToken
 from tests.support import shared_data
 from tests.support.effort import some
+from tests.tokenizer.test_parts import described, digits_of, text_of, written
 
 NONCHARACTERS = [*range(0xFDD0, 0xFDF0), *(plane << 16 | low for plane in range(17) for low in (0xFFFE, 0xFFFF))]
 
@@ -211,6 +212,46 @@ def test_tokens_are_found_where_python_finds_them(seed):
     for split in (False, True):
         python.split_special_tokens = split
         assert mismatches(python, TFGPT2Tokenizer.from_tokenizer(python, padding=None), texts) == []
+
+
+def test_parts_of_a_tokenizer_json_are_those_of_the_tokenizer_in_python(tmp_path):
+    """Random ones that a graph can have, also from the configuration; the others are refused by name."""
+    for seed in range(some(60, 3)):
+        rng = random.Random(seed)
+        python = GPT2Tokenizer.from_pretrained(written(tmp_path, described(rng, [], digits_of)))
+        layer = TFGPT2Tokenizer.from_tokenizer(python, padding=None)
+        assert mismatches(python, layer, [text_of(rng) for _ in range(200)]) == []
+    config, texts = json.loads(json.dumps(layer.get_config())), ["hello the 12", ""]
+    cut = TFGPT2Tokenizer.from_config({**config, "padding": "longest", "max_length": 4})(texts)["input_ids"]
+    assert cut.numpy().tolist() == python(texts, truncation=True, max_length=4, padding=True).input_ids
+    data = described(random.Random(1), [{"type": "NFC"}], digits_of)
+    for name, data["normalizer"] in (("NFC", {"type": "NFC"}), ("Lowercase", {"type": "Lowercase"})):
+        python = GPT2Tokenizer.from_pretrained(written(tmp_path, data))
+        with pytest.raises(TokenizerError, match=f"tokenizer: {name} of its tokenizer.json is not there in a graph"):
+            TFGPT2Tokenizer.from_tokenizer(python)
+
+
+def test_scripts_for_transformers_run(demo):
+    """Merges as lines, `max_length` of a call, the pad token that is set later, and what `to_tensor` gives them."""
+    lines = [" ".join(pair) for pair in demo._bpe.merges]
+    layer, texts = TFGPT2Tokenizer(demo._vocab, lines), ["hello world", "hi", ""]
+    rows = demo(texts).input_ids
+    output = layer(texts)
+    dense = [row + [0] * (max(map(len, rows)) - len(row)) for row in rows]
+    assert output["input_ids"].to_tensor().numpy().tolist() == dense
+    assert output["attention_mask"].to_tensor().numpy().tolist() == [[int(at > 0) for at in row] for row in dense]
+    graph = tf.function(lambda given: layer(given)["input_ids"].to_tensor(default_value=-1))
+    assert graph(tf.constant(texts))[1].numpy().tolist() == [at or -1 for at in dense[1]]
+    layer.pad_token_id = 7
+    wide = layer(texts, max_length=3)
+    assert wide["input_ids"].numpy().tolist() == [(row + [7] * 3)[:3] for row in rows]
+    assert wide["attention_mask"].numpy().tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+    both = TFGPT2Tokenizer(demo._vocab, lines, max_length=6, pad_token_id=5)
+    assert both(texts)["input_ids"].shape == (3, 6) and both.max_length == 6
+    assert both.get_config()["padding"] == "max_length"
+    assert TFGPT2Tokenizer(demo._vocab, lines, max_length=6).get_config()["padding"] == "longest"
+    with pytest.raises(TokenizerError, match="max_length: expected a whole number of at least 1, found 0"):
+        layer(texts, max_length=0)
 
 
 def test_added_words_the_longest_first_and_from_the_left():
