@@ -134,13 +134,17 @@ class GPTConfig:
     n_embd: int = 768
 
 
-def test_torch_loads_what_build_nanogpt_would(tmp_path, monkeypatch):
+def test_torch_loads_what_build_nanogpt_would_and_its_kin_are_read(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig, raising=False)
     convert(PEERS / "transformers", tmp_path / "new", to="build-nanogpt")
     found = torch.load(tmp_path / "new/model_00000.pt", weights_only=False)
     assert found["config"] == GPTConfig(10, 37, 2, 3, 12) and found["step"] == 0
     assert found["model"]["lm_head.weight"].data_ptr() == found["model"]["transformer.wte.weight"].data_ptr()
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in found["model"].items()}
+    torch.save({**found, "model": compiled, "config": vars(found["config"])}, tmp_path / "step_5.pt")  # as some do
+    again = conversion.open(tmp_path / "step_5.pt")
+    assert again.format == "build-nanogpt" and again.config.n_head == 3 and again["wpe.weight"].shape == (10, 12)
 
 
 WHOLE = (PEERS / "llmc/gpt2_tiny.bin").read_bytes()
