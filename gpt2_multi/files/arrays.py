@@ -54,9 +54,10 @@ def same(array: Array, other: Array, name: str) -> bool:
     """
     if array.shape != other.shape:
         return False
-    start, rows = 0, np.atleast_1d(other)
+    start, rows, bits = 0, np.atleast_1d(other), np.dtype(f"u{other.itemsize}")
     for piece in chunks(array, other.dtype, name):
-        if piece.tobytes() != rows[start : start + len(piece)].tobytes():
+        beside = np.ascontiguousarray(rows[start : start + len(piece)])
+        if not np.array_equal(piece.view(bits), beside.view(bits)):
             return False
         start += len(piece)
         release(array)
