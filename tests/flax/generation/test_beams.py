@@ -28,12 +28,6 @@ SMALL = GPT2Config(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["float32", "float64"])
-def model(request):
-    """The recorded language model."""
-    return FlaxGPT2LMHeadModel.from_pretrained(fixtures.folder("lm"), param_dtype=request.param)
-
-
 @pytest.fixture(scope="module")
 def small():
     """A model of few positions, and of the vocabulary that `tokenizer` has."""
@@ -50,14 +44,14 @@ def test_beams_equal_the_recorded(model, name, options):
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
-def test_beams_of_a_row_alone_equal_the_recorded(model, row):
+def test_beams_of_a_row_alone_equal_the_recorded(exact, row):
     recorded = RECORDED[f"gen_alone.beam4.{row}"]
-    assert equal(model.generate(recorded[:, :-12], **BEAMS), recorded)
+    assert equal(exact.generate(recorded[:, :-12], **BEAMS), recorded)
 
 
-def test_beams_under_a_jit_of_the_user_give_the_same(model):
-    outer = jax.jit(lambda params, ids, mask: model.generate(ids, mask, params=params, **ENDING))
-    assert equal(outer(model.params, IDS, MASK), RECORDED["gen.beam4_eos"])
+def test_beams_under_a_jit_of_the_user_give_the_same(exact):
+    outer = jax.jit(lambda params, ids, mask: exact.generate(ids, mask, params=params, **ENDING))
+    assert equal(outer(exact.params, IDS, MASK), RECORDED["gen.beam4_eos"])
 
 
 def test_scanned_layers_have_the_same_beams():
@@ -65,8 +59,8 @@ def test_scanned_layers_have_the_same_beams():
     assert equal(model.generate(IDS, MASK, **BEAMS), RECORDED["gen.beam4"])
 
 
-def test_records_of_beams_say_how_each_text_came_about(model):
-    out = model.generate(IDS, MASK, return_dict_in_generate=True, output_scores=True, output_logits=True, **ENDING)
+def test_records_of_beams_say_how_each_text_came_about(exact):
+    out = exact.generate(IDS, MASK, return_dict_in_generate=True, output_scores=True, output_logits=True, **ENDING)
     assert equal(out.sequences, RECORDED["gen.beam4_eos"])
     scores, beams = np.stack(out.scores), np.asarray(out.beam_indices)
     assert scores.shape == (len(scores), 12, 503) and out.logits[0].shape == (12, 503)
@@ -79,39 +73,39 @@ def test_records_of_beams_say_how_each_text_came_about(model):
     np.testing.assert_allclose(out.sequences_scores, sums, rtol=1e-5)
 
 
-def test_records_of_samples_are_the_distributions_that_they_are_drawn_from(model):
+def test_records_of_samples_are_the_distributions_that_they_are_drawn_from(exact):
     options = {"do_sample": True, "top_k": 5, "seed": 3, "max_new_tokens": 6, "eos_token_id": None}
-    out = model.generate(IDS, MASK, return_dict_in_generate=True, output_scores=True, output_logits=True, **options)
-    assert equal(out.sequences, model.generate(IDS, MASK, **options))
+    out = exact.generate(IDS, MASK, return_dict_in_generate=True, output_scores=True, output_logits=True, **options)
+    assert equal(out.sequences, exact.generate(IDS, MASK, **options))
     for step, (scores, token) in enumerate(zip(out.scores, np.asarray(out.sequences).T[17:], strict=True)):
         log_probs = jax.nn.log_softmax(scores)[np.arange(3), token]
         np.testing.assert_allclose(out.log_probs[:, step], log_probs, rtol=1e-6)
         assert (np.isfinite(scores).sum(-1) == 5).all()
-    np.testing.assert_allclose(out.logits[0], model(IDS, attention_mask=MASK).logits[:, -1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(out.logits[0], exact(IDS, attention_mask=MASK).logits[:, -1], rtol=1e-3, atol=1e-4)
 
 
-def test_lookup_gives_the_greedy_tokens_in_fewer_steps(model):
+def test_lookup_gives_the_greedy_tokens_in_fewer_steps(exact):
     ids = np.tile([[5, 9, 11, 5, 9, 12]], 4)
     options = {"max_new_tokens": 30, "eos_token_id": None}
-    greedy = model.generate(ids, **options)
-    config = model.generation_config.with_options({**options, "prompt_lookup_num_tokens": 4})
+    greedy = exact.generate(ids, **options)
+    config = exact.generation_config.with_options({**options, "prompt_lookup_num_tokens": 4})
     given = Given(ids)
-    source = Source.of(model.params, given)
-    request, prompt = generate.request_of(model, config, given, source)
+    source = Source.of(exact.params, given)
+    request, prompt = generate.request_of(exact, config, given, source)
     strategy = generate.strategy_of(request, source)
     (part,) = generate.parts(strategy, request, prompt)
-    states = generate.states_of(model, source, request, strategy, part, 1)
+    states = generate.states_of(exact, source, request, strategy, part, 1)
     shown = [np.array(state.shown) for state in states]
     assert equal(shown[-1][:, :30], greedy[:, 24:]) and len(shown) < 30
-    assert equal(model.generate(ids, prompt_lookup_num_tokens=4, **options), greedy)
+    assert equal(exact.generate(ids, prompt_lookup_num_tokens=4, **options), greedy)
 
 
-def test_lookup_of_a_batch_can_be_streamed(model):
+def test_lookup_of_a_batch_can_be_streamed(exact):
     options = {"max_new_tokens": 10, "eos_token_id": None}
-    columns = list(model.stream_tokens(IDS, MASK, prompt_lookup_num_tokens=3, **options))
-    expected = model.generate(IDS, MASK, **options)[:, 17:]
+    columns = list(exact.stream_tokens(IDS, MASK, prompt_lookup_num_tokens=3, **options))
+    expected = exact.generate(IDS, MASK, **options)[:, 17:]
     assert equal(np.stack(columns, 1), expected)
-    assert equal(model.generate(IDS, MASK, prompt_lookup_num_tokens=3, **options)[:, 17:], expected)
+    assert equal(exact.generate(IDS, MASK, prompt_lookup_num_tokens=3, **options)[:, 17:], expected)
 
 
 def test_a_sliding_window_is_what_the_model_sees(small):
