@@ -1,5 +1,7 @@
 """Keras' quantization and LoRA on these models: logits, training, and files of both."""
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,13 @@ from tests.tf.fit.test_fit import IDS, LABELLED, fit, new
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
 DEMO = np.random.default_rng(2).integers(0, 1000, (4, 32))
+
+
+@pytest.fixture(autouse=True)
+def collections_are_quick_here_too():
+    """Keras collects garbage for every kernel that it quantizes; what earlier tests traced is not looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 def relative(found, expected):
