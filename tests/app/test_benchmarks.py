@@ -1,14 +1,18 @@
 """The benchmarks run, say what they measured, and refuse what they do not know; how fast is not asked here."""
 
+import importlib
 import json
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import flax_generate, flax_train, peer_workers, tf_generate, tf_tokenizer, tf_train
 from benchmarks.harness import OURS, Row, compare, draw, rounds
+from benchmarks.peers import as_ids
 from gpt2_multi.app import backends
 from gpt2_multi.model.config import GPT2Config
 from tests.support.shared_data import shared
@@ -112,6 +116,28 @@ def no_peers(monkeypatch):
             monkeypatch.delenv(framework.variable(name), raising=False)
 
 
+class Here:
+    """A worker that is no process of its own; what generates has some, whose start takes longer than all they do."""
+
+    def __init__(self, framework, name, mode, folder, log):
+        framework.python(name)  # raises where the peer is not there
+        self.peer = importlib.import_module(f"benchmarks.{framework.peers}").PEERS[name](folder, mode == "xla")
+
+    __enter__ = lambda self: self  # noqa: E731
+    __exit__ = lambda self, *_: None  # noqa: E731
+
+    def ask(self, what, first, *rest):
+        return np.asarray(getattr(self.peer, what)(as_ids(first), *rest)).tolist()
+
+    def answer(self):
+        return f"{self.peer.package} {metadata.version(self.peer.package)}"
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    monkeypatch.setattr(peer_workers, "Worker", Here)
+
+
 @pytest.mark.parametrize(
     "package, title, benchmark, missing",
     [
@@ -128,7 +154,7 @@ def test_generate_reports_the_peers_that_are_not_there(no_peers, capsys, package
     assert [line.split(": ")[:2] for line in said] == [["not measured", who] for who in missing]
 
 
-def test_tf_train_measures_both_ways_to_compile(no_peers):
+def test_tf_train_measures_both_ways_to_compile(no_peers, in_process):
     pytest.importorskip("tensorflow")
     rows = tf_train.run(TINY, batch=1, length=8, count=1)
     assert [row.unit for row in rows] == ["s", "tokens/s"] * 2 and all(row.who == OURS for row in rows)
@@ -158,7 +184,7 @@ def test_tf_tokenizer_takes_what_peers_say_and_marks_other_ids():
     assert asked == ["ids", *(["first", "seconds", "seconds"] * 2)]
 
 
-def test_flax_train_is_measured_beside_pytorch_with_the_same_loss(no_peers):
+def test_flax_train_is_measured_beside_pytorch_with_the_same_loss(no_peers, in_process):
     pytest.importorskip("flax")
     pytest.importorskip("torch")
     rows = flax_train.run(TINY, batch=1, length=8, count=1)
@@ -190,7 +216,7 @@ def test_peer_that_fails_is_reported_with_its_last_words(monkeypatch, tmp_path, 
 
 def test_this_library_has_to_run(monkeypatch, tmp_path, capsys):
     def run():
-        with peer_workers.running(peer_workers.TF, [(OURS, "xla")], tmp_path / "nothing"):
+        with peer_workers.running(peer_workers.FLAX, [(OURS, "plain")], tmp_path / "nothing"):
             pass
 
     (tmp_path / "nothing").mkdir()

@@ -27,15 +27,6 @@ def modules() -> list[str]:
     return ["gpt2_multi", *(module.name for module in found if not module.name.endswith("__main__"))]
 
 
-def groups() -> dict[str, list[str]]:
-    """What is imported in one process: a framework's package with all its modules, or one module of the core."""
-    found: dict[str, list[str]] = {}
-    for module in modules():
-        package = ".".join(module.split(".")[:2])
-        found.setdefault(package if package in MAY_LOAD else module, []).append(module)
-    return found
-
-
 def loaded_by(*codes: str) -> list[set[str]]:
     """The top-level modules that a fresh process has after each of some codes."""
     report = "; import json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
@@ -49,13 +40,22 @@ def test_the_walk_finds_the_package() -> None:
     assert {"gpt2_multi.model.config", "gpt2_multi.files.hub", "gpt2_multi.pt"} <= set(modules())
 
 
-@pytest.mark.parametrize("group", groups())
-def test_a_module_loads_its_own_framework_only(group: str) -> None:
-    own = MAY_LOAD.get(group, set())
+@pytest.mark.parametrize("package", MAY_LOAD)
+def test_a_package_loads_its_own_framework_only(package: str) -> None:
+    own = MAY_LOAD[package]
     for framework in own:
         pytest.importorskip(framework)
-    before, after = loaded_by(*(f"import {', '.join(names)}" for names in (["sys", *sorted(own)], groups()[group])))
+    inside = [module for module in modules() if module.startswith(package)]
+    before, after = loaded_by(*(f"import {', '.join(names)}" for names in (sorted(own), inside)))
     assert after & FRAMEWORKS <= own | before  # TensorFlow loads JAX where it is
+
+
+def test_a_module_of_the_core_loads_no_framework_and_may_be_the_first() -> None:
+    """One process, which forgets the package after each module; what is not there in the end was never there."""
+    core = [module for module in modules() if not module.startswith(tuple(MAY_LOAD))]
+    forget = "[sys.modules.pop(name) for name in [*sys.modules] if name.partition('.')[0] == 'gpt2_multi']"
+    (loaded,) = loaded_by("\n".join(f"import sys, {module}; {forget}" for module in core))
+    assert not loaded & FRAMEWORKS and not loaded & {"conversion", "gpt2_multi_conversion"}
 
 
 def test_importing_the_package_loads_next_to_nothing() -> None:
@@ -75,12 +75,6 @@ def test_every_exported_name_is_there() -> None:
         assert getattr(gpt2_multi, name) is not None
     with pytest.raises(AttributeError, match="module 'gpt2_multi' has no attribute 'GPT3'"):
         _ = gpt2_multi.GPT3  # type: ignore[attr-defined]
-
-
-def test_the_library_never_loads_the_application_above_it() -> None:
-    core = [module for module in modules() if not module.startswith(tuple(MAY_LOAD))]
-    (loaded,) = loaded_by(f"import {', '.join(core)}")
-    assert not loaded & {"conversion", "gpt2_multi_conversion"}
 
 
 def test_every_package_is_installed() -> None:
