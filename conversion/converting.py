@@ -15,7 +15,7 @@ from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files.arrays import Array, Made
 from gpt2_multi.files.containers.safetensors import DTYPES
 from gpt2_multi.files.folders import PathLike, replaced
-from gpt2_multi.files.hub import CHATS, RENAMED, SETTINGS, TOKENIZER, matches
+from gpt2_multi.files.hub import CHATS, FOREIGN, RENAMED, SETTINGS, TOKENIZER, matches
 from gpt2_multi.files.json_files import write_json
 from gpt2_multi.model import fields
 from gpt2_multi.model.checkpoint import Checkpoint, open
@@ -27,7 +27,7 @@ from gpt2_multi.model.weights import Weight, table
 
 REPORT = "conversion.json"
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values() if dtype.name in fields.DTYPES}
-COMPANIONS = (SETTINGS[1], *(name for name in TOKENIZER if name not in RENAMED))  # go as they are
+COMPANIONS = (SETTINGS[1], *(name for name in TOKENIZER if name not in RENAMED), *FOREIGN)  # go as they are
 
 
 @dataclass

@@ -36,6 +36,8 @@ TOKENIZER = (
     *RENAMED, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     CHAT, CHATS,
 )  # fmt: skip
+# Of tokenizers of another kind, which their own libraries read.
+FOREIGN = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 WEIGHTS = {  # of each format; the first that a model has is fetched
     "safetensors": _sharded("model.safetensors"),
     "pytorch": _sharded("pytorch_model.bin"),
@@ -99,7 +101,7 @@ def resolve(
     if allow_patterns is not None:
         return fetch(allow_patterns)
     for weights in ([varied(pattern, variant) for pattern in WEIGHTS[kind]] for kind in kinds):
-        found = fetch([*SETTINGS, *TOKENIZER, *weights])
+        found = fetch([*SETTINGS, *TOKENIZER, *FOREIGN, *weights])
         if any(list(found.glob(pattern)) for pattern in weights):
             return found
     if local_files_only or _offline():  # huggingface_hub itself says so only since version 2

@@ -146,6 +146,7 @@ def test_shards(model, tmp_path, format):
 def test_files_go_along(model, tmp_path):
     folder, _ = model
     given = {"vocab.json": "{}", "merges.txt": "#", "generation_config.json": '{"x": 1}', "tokenizer_config.json": "{}"}
+    given["vocab.txt"] = "[PAD]"  # of a tokenizer of another kind
     for name, content in {**given, "README.md": "not a model's"}.items():
         (folder / name).write_text(content)
     report = convert(folder, tmp_path / "openai", to="openai")
@@ -154,6 +155,7 @@ def test_files_go_along(model, tmp_path):
         "vocab.bpe": "#",
         "generation_config.json": '{"x": 1}',
         "tokenizer_config.json": "{}",
+        "vocab.txt": "[PAD]",
     }
     assert {name: (tmp_path / "openai" / name).read_text() for name in names} == names
     assert "vocab.json as encoder.json" in report.files and not (tmp_path / "openai" / "README.md").exists()

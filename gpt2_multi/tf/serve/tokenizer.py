@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from gpt2_multi.errors import TokenizerError
+from gpt2_multi.files import arguments
 from gpt2_multi.model import inputs
 from gpt2_multi.tf.serve.encoding import HIDDEN, Encoder, repaired
 from gpt2_multi.tokenizer.encoding.batching import check_size, choose
@@ -121,29 +122,21 @@ class TFGPT2Tokenizer(keras.layers.Layer):
         given: dict[str, Any] = {"add_bos_token": tokenizer.add_bos_token, "padding_side": tokenizer.padding_side}
         given |= {"add_prefix_space": tokenizer.add_prefix_space, "truncation_side": tokenizer.truncation_side}
         given["split_special_tokens"] = tokenizer.split_special_tokens
-        return cls(**arguments(tokenizer) | given | options)
+        return cls(**constructor(tokenizer) | given | options)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        **options: Any,
-    ) -> Self:
-        """Load from a folder, or from the Hugging Face hub by name; `options` are arguments of the constructor."""
-        tokenizer = GPT2Tokenizer.from_pretrained(
-            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        return cls.from_tokenizer(tokenizer, **options)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
+        """Load from a folder, or from the Hugging Face hub by name.
+
+        `options` say where the files are, as for `GPT2Tokenizer`, and are arguments of the constructor.
+        """
+        place, own = arguments.sort(options, arguments.TOKENIZER_ONLY)
+        return cls.from_tokenizer(GPT2Tokenizer.from_pretrained(pretrained_model_name_or_path, **place), **own)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, in types of JSON."""
         config = {"name": self.name, "pad_token_id": self.pad_token_id}
-        return config | dict(self.settings) | arguments(self.python)
+        return config | dict(self.settings) | constructor(self.python)
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
         """Strings, as a tensor, a list or a symbolic input, to {"input_ids", "attention_mask"}.
@@ -339,7 +332,7 @@ def spellings(tokenizer: GPT2Tokenizer) -> list[bytes]:
     return [raw.get(at, b"") for at in range(last + 1)]
 
 
-def arguments(tokenizer: GPT2Tokenizer) -> dict[str, Any]:
+def constructor(tokenizer: GPT2Tokenizer) -> dict[str, Any]:
     """A tokenizer as the constructor's arguments, in types of JSON."""
     roles = {role: getattr(tokenizer, role) for role in ROLES}
     added = [[asdict(token), at] for at, token in tokenizer.added_tokens_decoder.items()]

@@ -282,10 +282,12 @@ class Tokens:
     words: list[int | None] | None = None
 
 
-# What the lists of a row say of a token that the tokenizer adds.
+# What the lists of a row say of a token that the tokenizer adds, and of one of a text.
 ADDED: dict[str, Any] = {
     "offset_mapping": (0, 0), "words": None, "attention_mask": 1, "special_tokens_mask": 1, "sequences": None,
 }  # fmt: skip
+OWN = {"attention_mask": 1, "special_tokens_mask": 0}
+LISTS = {"input_ids": "ids", "offset_mapping": "spans", "words": "words"}  # of `Tokens`
 
 
 @dataclass
@@ -300,14 +302,14 @@ class Row:
         """One of the lists that a call may return, or "words" or "sequences"; all are of equal length."""
         out: list[Any] = []
         for of, kind, added in self.pieces:
-            marks = {**ADDED, "token_type_ids": kind}
             if of is None:
-                out += added if name == "input_ids" else [marks[name]] * len(added)
-                continue
-            tokens, part = self.sequences[of], self.parts[of]
-            lists: dict[str, Any] = {"input_ids": tokens.ids, "offset_mapping": tokens.spans, "words": tokens.words}
-            marks |= {"special_tokens_mask": 0, "sequences": of}
-            out += (lists[name] or [])[part.start : part.stop] if name in lists else [marks[name]] * len(part)
+                mark = kind if name == "token_type_ids" else ADDED.get(name)
+                out += added if name == "input_ids" else [mark] * len(added)
+            elif name in LISTS:
+                out += (getattr(self.sequences[of], LISTS[name]) or [])[self.parts[of].start : self.parts[of].stop]
+            else:
+                mark = of if name == "sequences" else OWN.get(name, kind)
+                out += [mark] * len(self.parts[of])
         return out
 
 

@@ -51,7 +51,7 @@ class Around:
     @property
     def has_tokens(self) -> bool:
         """Whether it says which tokens are added, were it none."""
-        return any(step["type"] in TEMPLATES for step in json.loads(self.processors))
+        return self.processors != "[]" and any(step["type"] in TEMPLATES for step in json.loads(self.processors))
 
     def row(self, texts: int) -> tuple[Piece, ...]:
         """The pieces of a row of so many texts, 1 or 2."""

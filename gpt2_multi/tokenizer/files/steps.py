@@ -106,6 +106,8 @@ class Steps:
     def parts(self, text: str) -> list[Part]:
         """The parts of a normalized text, out of which no word reaches."""
         parts: list[Part] = [(0, text)]
+        if self.cuts == "[]":
+            return parts
         for apart in _cuts(self.cuts):
             parts = [(start + at, piece) for start, whole in parts for at, piece in apart(whole)]
         return parts

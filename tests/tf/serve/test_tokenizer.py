@@ -231,7 +231,7 @@ def test_parts_of_a_tokenizer_json_are_those_of_the_tokenizer_in_python(tmp_path
             TFGPT2Tokenizer.from_tokenizer(python)
 
 
-def test_scripts_for_transformers_run(demo):
+def test_scripts_for_transformers_run(demo, tmp_path):
     """Merges as lines, `max_length` of a call, the pad token that is set later, and what `to_tensor` gives them."""
     lines = [" ".join(pair) for pair in demo._bpe.merges]
     layer, texts = TFGPT2Tokenizer(demo._vocab, lines), ["hello world", "hi", ""]
@@ -246,7 +246,9 @@ def test_scripts_for_transformers_run(demo):
     wide = layer(texts, max_length=3)
     assert wide["input_ids"].numpy().tolist() == [(row + [7] * 3)[:3] for row in rows]
     assert wide["attention_mask"].numpy().tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
-    both = TFGPT2Tokenizer(demo._vocab, lines, max_length=6, pad_token_id=5)
+    demo.save_pretrained(tmp_path / "inner")
+    given = {"subfolder": "inner", "use_fast": True, "trust_remote_code": True, "max_length": 6, "pad_token_id": 5}
+    both = TFGPT2Tokenizer.from_pretrained(pretrained_model_name_or_path=tmp_path, **given)
     assert both(texts)["input_ids"].shape == (3, 6) and both.max_length == 6
     assert both.get_config()["padding"] == "max_length"
     assert TFGPT2Tokenizer(demo._vocab, lines, max_length=6).get_config()["padding"] == "longest"
