@@ -87,9 +87,9 @@ def score(
 
 
 def started(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
-    """The ids of a text, after the token that begins one."""
+    """The ids of a text, after the token that begins one, if it does not begin with it."""
     start, ids = model.bos_token_id, ids_of(tokenizer, text)
-    return ids if start is None or not 0 <= start < model.vocab_size else [start, *ids]
+    return ids if start is None or not 0 <= start < model.vocab_size or ids[:1] == [start] else [start, *ids]
 
 
 def windows_of(text: int, row: Sequence[int], size: int, stride: int) -> Iterator[Window]:

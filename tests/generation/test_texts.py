@@ -148,6 +148,8 @@ def test_long_texts_are_scored_in_windows(model, tokenizer):
 
 def test_scores_of_little(model, tokenizer):
     assert model.score([], tokenizer=tokenizer) == []
+    begun = GPT2Tokenizer.from_pretrained(DEMO, add_bos_token=True)
+    assert model.score("a", tokenizer=begun).token_ids == model.score("a", tokenizer=tokenizer).token_ids
     empty = model.score("", tokenizer=tokenizer)
     assert empty.log_prob == 0 and math.isnan(empty.perplexity) and empty.token_ids == ()
     with pytest.raises(InputError, match="stride: expected less than n_positions 256, found 256"):
