@@ -7,6 +7,7 @@ import struct
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import gpt2_multi_conversion as conversion
 import ml_dtypes
@@ -15,8 +16,8 @@ import pytest
 from gpt2_multi_conversion import convert
 
 from gpt2_multi.errors import CheckpointError
-from gpt2_multi.files.containers.safetensors import read_safetensors
-from gpt2_multi.files.containers.torch_save import read_outline
+from gpt2_multi.files.containers.safetensors import read_safetensors, write_safetensors
+from gpt2_multi.files.containers.torch_save import read_outline, read_torch, write_torch
 from gpt2_multi.model import reference
 from gpt2_multi.model.checkpoint import find, read_config
 from tests.support.fixtures import HERE, write_model
@@ -121,6 +122,16 @@ def test_a_key_and_a_prefix_may_stand_before_their_names(tmp_path, file):
     args = {"vocab_size": 37, "block_size": 10, "n_layer": 2, "n_head": 3, "n_embd": 12, "bias": True}
     torch.save({"model": torch.load(PEERS / "mingpt/model.pt"), "model_args": args}, tmp_path / "last.pt")
     assert find(tmp_path / "last.pt").format == "nanogpt"
+
+
+@pytest.mark.parametrize("file", ["lens/model.pt", "lens/bridge.pt", "mingpt_2020/model.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "last.ckpt"])
+def test_their_state_dicts_may_lie_in_files_of_any_name(tmp_path, file, name):
+    found = {key: np.ascontiguousarray(array) for key, array in read_torch(PEERS / file).items()}
+    made = {key: (array.dtype, array.shape, partial(np.asarray, array)) for key, array in found.items()}
+    (write_safetensors if name.endswith("safetensors") else write_torch)(tmp_path / name, made)
+    opened = conversion.open(tmp_path, n_head=3)
+    assert opened.format == FILES[file][0] and all(opened[key].tobytes() == PLAIN[key].tobytes() for key in PLAIN)
 
 
 @dataclass

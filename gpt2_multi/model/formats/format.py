@@ -38,6 +38,8 @@ TANH = {**PLAIN, "activation_function": TANH_GELU}
 QUARTER = {**NO_ROOM, "n_inner": (None,)}  # whose inner layer is four times as wide
 DECODERS = ("lm", "base")  # the heads of a program that only writes texts
 SAME = {"n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer"}
+FOREIGN = ("blocks.0.attn.W_Q", "blocks.0.attn.q.weight", "blocks.0.attn.query.weight")
+STATE_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.safetensors")  # that state dicts lie in
 POSITIONS = (
     "wpe.weight",
     "pos_emb",
@@ -91,9 +93,26 @@ def is_state(names: Collection[Any]) -> bool:
     return any(isinstance(name, str) and name.endswith(POSITIONS) for name in names)
 
 
+def is_foreign(names: Iterable[str]) -> bool:
+    """Whether these are the names of a program whose state dict is a format of its own, in whatever file it lies."""
+    return any(name.endswith(FOREIGN) for name in names)
+
+
+def tensors_of(main: Path) -> Tensors:
+    """The tensors of a state dict in a file of torch.save, below keys or not, or in safetensors."""
+    if main.suffix == ".safetensors":
+        return containers.read_safetensors(main)
+    return state(main, containers.read_torch(main, is_state))
+
+
+def outline(main: Path) -> dict[Any, Any]:
+    """What such a file holds by its names, without a look at a number."""
+    return dict(containers.read_safetensors(main)) if main.suffix == ".safetensors" else containers.read_outline(main)
+
+
 def has_names(wanted: Iterable[str], main: Path) -> bool:
-    """Whether a file of PyTorch holds a dict, however deep, among whose names each of these is the end of one."""
-    queue: list[dict[Any, Any]] = [containers.read_outline(main)]
+    """Whether such a file holds a dict, however deep, among whose names each of these is the end of one."""
+    queue: list[dict[Any, Any]] = [outline(main)]
     seen = {id(queue[0])}
     for inside in queue:
         names = [name for name in inside if isinstance(name, str)]

@@ -15,28 +15,29 @@ from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.format import (
     DECODERS,
     EMBEDDING,
+    FOREIGN,
     HEAD,
     NO_ROOM,
+    STATE_FILES,
     TANH,
     Format,
     Tensors,
     beside,
     has_names,
-    is_state,
-    state,
+    tensors_of,
 )
 from gpt2_multi.model.spelling import LENS, LENS_BRIDGE
 
-FIRST = "blocks.0.attn.W_Q"  # (n_head, n_embd, head_dim)
+FIRST, BRIDGE_FIRST, _ = FOREIGN  # the former is (n_head, n_embd, head_dim)
 NORM, SHIFT = "ln_final.w", "unembed.b_U"  # what is not there where layer norms were folded, and what is zero otherwise
-BRIDGE_FIRST, BRIDGE_SHIFT = "blocks.0.attn.q.weight", "unembed.bias"
+BRIDGE_SHIFT = "unembed.bias"
 UNFOLDED = "HookedTransformer.from_pretrained_no_processing(name), or of one with fold_ln=False"
 NOT_COMPATIBLE = "the bridge before enable_compatibility_mode()"
 
 
 def _read(norm: str, shift: str, advice: str, main: Path) -> Tensors:
     """The tensors of a model whose layer norms are its own; CheckpointError where they were folded into others."""
-    found = state(main, containers.read_torch(main, is_state))
+    found = tensors_of(main)
     lacks = not any(name.endswith(norm) for name in found)
     if lacks or any(name.endswith(shift) and array.any() for name, array in found.items()):
         why = f"it has no {norm}, but LayerNormPre" if lacks else f"{shift} is not zero"
@@ -79,11 +80,11 @@ def _write_bridge(folder: Path, tensors: dict[str, Made], config: GPT2Config, _:
 ROOM = {name: values for name, values in NO_ROOM.items() if name != "tie_word_embeddings"}
 TRANSFORMER_LENS = Format(
     "TransformerLens' HookedTransformer", LENS, ("model.pt",), ("model.pt",),
-    partial(_read, NORM, SHIFT, UNFOLDED), _write, beside, TANH, ROOM, DECODERS, ("*.pt", "*.pth"),
+    partial(_read, NORM, SHIFT, UNFOLDED), _write, beside, TANH, ROOM, DECODERS, STATE_FILES,
     partial(has_names, (FIRST,)), known=_known,
 )  # fmt: skip
 TRANSFORMER_BRIDGE = Format(
     "TransformerLens 4's TransformerBridge", LENS_BRIDGE, ("model.pt",), ("model.pt",),
     partial(_read, "ln_final.weight", BRIDGE_SHIFT, NOT_COMPATIBLE), _write_bridge, beside, TANH, ROOM, DECODERS,
-    ("*.pt", "*.pth"), partial(has_names, (BRIDGE_FIRST,)),
+    STATE_FILES, partial(has_names, (BRIDGE_FIRST,)),
 )  # fmt: skip

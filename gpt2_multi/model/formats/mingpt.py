@@ -19,13 +19,14 @@ from gpt2_multi.model.formats.format import (
     HEAD,
     PLAIN,
     QUARTER,
+    STATE_FILES,
     TANH_GELU,
     Format,
     Tensors,
     beside,
     has_names,
-    is_state,
-    state,
+    outline,
+    tensors_of,
 )
 from gpt2_multi.model.spelling import Spelling
 
@@ -44,16 +45,12 @@ def _is_it(of: Spelling, main: Path) -> bool:
 
     So have some of nanoGPT's, which have settings beside the model.
     """
-    settings = {"model_args", "config"} & containers.read_outline(main).keys()
+    settings = {"model_args", "config"} & outline(main).keys()
     return not settings and has_names((_mask(of, 0), of.spell(HEAD)), main)
 
 
 def _mask(of: Spelling, layer: int) -> str:
     return f"transformer.h.{layer}.attn.bias" if of is spelling.NANOGPT else f"blocks.{layer}.attn.mask"
-
-
-def _read(main: Path) -> Tensors:
-    return state(main, containers.read_torch(main, is_state))
 
 
 def _node(main: Path) -> Any:
@@ -92,9 +89,9 @@ def _write(of: Spelling, folder: Path, tensors: dict[str, Made], config: GPT2Con
 
 def _format(title: str, of: Spelling, activations: tuple[str, ...]) -> Format:
     return Format(
-        title, of, ("model.pt",), ("model.pt",), _read, partial(_write, of),
+        title, of, ("model.pt",), ("model.pt",), tensors_of, partial(_write, of),
         _config, {**PLAIN, "activation_function": activations}, INNER, DECODERS,
-        ("*.pt", "*.pth"), partial(_is_it, of), known=partial(_known, of),
+        STATE_FILES, partial(_is_it, of), known=partial(_known, of),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every format, in the order in which a folder is tried."""
+"""Every format, in the order in which a folder is tried; and files of other names, the last one first."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FORMATS: Mapping[str, Format] = {
     "build-nanogpt": nanogpt.BUILD_NANOGPT,
     "mingpt": mingpt.MINGPT,
     "mingpt-2020": mingpt.MINGPT_2020,
-    "llmc": llmc.LLMC,
     "transformer-lens": lens.TRANSFORMER_LENS,
     "transformer-bridge": lens.TRANSFORMER_BRIDGE,
+    "llmc": llmc.LLMC,
     "keras-hub": keras.KERAS_HUB,
     "keras-weights": keras.KERAS_WEIGHTS,
 }

@@ -10,7 +10,7 @@ from gpt2_multi.files import containers
 from gpt2_multi.files.arrays import Made
 from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats.format import Format, Tensors, beside, is_state, sharded, snake_case, state
+from gpt2_multi.model.formats.format import Format, Tensors, beside, is_foreign, is_state, sharded, snake_case, state
 from gpt2_multi.model.spelling import FLAX_FILE, TF, TORCH, TRANSFORMERS, out_first
 
 
@@ -76,7 +76,8 @@ def _with_kernels(read: Callable[[Path], Tensors], is_out_first: bool) -> Callab
 
     def is_it(main: Path) -> bool:
         shapes = {name: array.shape for name, array in read(main).items()}
-        return not any("/" in name for name in shapes) and bool(out_first(shapes)) == is_out_first
+        others = is_foreign(shapes) or any("/" in name for name in shapes)
+        return not others and bool(out_first(shapes)) == is_out_first
 
     return is_it
 
@@ -99,7 +100,7 @@ TORCH_SAFETENSORS = Format(
 TF_SAFETENSORS = Format(
     "transformers' safetensors of TensorFlow", TF, _MAIN["safetensors"], WEIGHTS["safetensors"],
     _safetensors, _write_tf_safetensors, beside, no_room={"tie_word_embeddings": (True,)},
-    others=("*.safetensors",),
+    others=("*.safetensors",), is_it=lambda main: not is_foreign(_safetensors(main)),
 )  # fmt: skip
 PYTORCH = Format(
     "transformers' pytorch_model.bin", TRANSFORMERS, _MAIN["pytorch"], WEIGHTS["pytorch"],
