@@ -7,7 +7,8 @@ dicts. It is imported when there is a chat to spell.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from datetime import datetime
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
+MARKS = ("\ue002", "\ue003")
 TAG = "\ue000continued here\ue001 "  # what stands for the end of a message; of Unicode's private characters
 
 
@@ -124,6 +126,36 @@ def _compiled(template: str) -> Template:
     return environment.from_string(template)
 
 
+class Guard:
+    """What keeps tokens that stand in the messages of a chat apart from those that its template writes.
+
+    They are marked before the template spells them. Marks that are in a message already, which could forge one, go.
+    """
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        found = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
+        self._tokens, self._marks = re.compile(found), re.compile(f"{MARKS[0]}({found}){MARKS[1]}|[{''.join(MARKS)}]")
+
+    def marked(self, value: Any) -> Any:
+        """Plain data in which the tokens in texts are marked."""
+        value = _plain(value)
+        if isinstance(value, str):
+            return self._tokens.sub(rf"{MARKS[0]}\g<0>{MARKS[1]}", value.translate(dict.fromkeys(map(ord, MARKS))))
+        if isinstance(value, dict):
+            return {name: self.marked(item) for name, item in value.items()}
+        return [self.marked(item) for item in value] if isinstance(value, list) else value
+
+    def spans(self, text: str) -> tuple[str, list[Span]]:
+        """A text without its marks, and the spans that were marked; where a mark stood alone, an empty one."""
+        parts, spans, size, done = [], [], 0, 0
+        for match in self._marks.finditer(text):
+            parts += [text[done : match.start()], match[1] or ""]
+            size += len(parts[-2]) + len(parts[-1])
+            spans.append((size - len(parts[-1]), size))
+            done = match.end()
+        return "".join([*parts, text[done:]]), spans
+
+
 def _messages(chat: Any) -> list[dict[str, Any]]:
     found = [_plain(message) for message in getattr(chat, "messages", chat)]
     for message in found:
@@ -172,16 +204,21 @@ def _refuse(reason: str) -> NoReturn:
     raise ValueError(reason)
 
 
-def check_request(prompted: Any, going_on: Any, masked: Any, names: Mapping[str, Any]) -> None:
-    """Refuse what cannot be asked of a chat together, or at all."""
+def check_request(prompted: Any, going_on: Any, masked: Any, guarded: Any, gives_mask: Any, gives_ids: Any) -> None:
+    """Refuse what cannot be asked of a chat together.
+
+    gives_mask, gives_ids: whether what is returned has room for a mask, and whether it is ids.
+    """
     if going_on and prompted:
         raise TokenizerError("continue_final_message: cannot be used with add_generation_prompt; leave one out")
     if going_on and masked:
         raise TokenizerError("continue_final_message: cannot be used with return_assistant_tokens_mask; leave one out")
-    if names.get("sanitize_control_tokens"):
-        raise TokenizerError(
-            "sanitize_control_tokens: is not here; leave it out, and look through the messages for all_special_tokens"
-        )
+    if guarded and masked:
+        raise TokenizerError("sanitize_control_tokens: cannot be used with return_assistant_tokens_mask; leave one out")
+    if masked and not gives_mask:
+        raise TokenizerError("return_assistant_tokens_mask: is an entry of what return_dict=True gives; set it too")
+    if guarded and not gives_ids:
+        raise TokenizerError("sanitize_control_tokens: a text does not show its tokens; leave out tokenize=False")
 
 
 def as_chats(conversation: Any) -> tuple[list[Any], bool]:

@@ -1,7 +1,7 @@
 """The tokens that stand outside the merges, control tokens and added words, and how a text is searched for them."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -37,11 +37,28 @@ def _checked(content: Any) -> str:
 
 
 class Part(NamedTuple):
-    """A part of a text: where it begins in it, and the id of the token that it is, if it is one."""
+    """A part of a text: where it begins in it, and the id of the token that it is, if it is one.
+
+    goes_on: it is text that goes on from what stands before it, where a guarded span begins or ends.
+    """
 
     start: int
     text: str
     id: int | None
+    goes_on: bool = False
+
+
+class GuardedText(str):
+    """A text with spans in which no token is looked for, and which no token reaches into."""
+
+    spans: Sequence[tuple[int, int]] = ()
+
+    @classmethod
+    def of(cls, text: str, spans: Sequence[tuple[int, int]]) -> "GuardedText":
+        """A text with its spans, from the left."""
+        found = cls(text)
+        found.spans = spans
+        return found
 
 
 class Finder(NamedTuple):
@@ -119,7 +136,18 @@ class ControlTokens:
         Raises:
             TokenizerError: parts have to be `in_place`, and a normalizer changes the text.
         """
-        parts: Iterator[Part] = iter([Part(0, text, None)] if text else [])
+        if not isinstance(text, GuardedText):
+            yield from self._all_found(Part(0, text, None), allowed, in_place)
+            return
+        done = 0
+        for number, (start, stop) in enumerate([*text.spans, (len(text), len(text))]):
+            yield from self._all_found(Part(done, text[done:start], None, number > 0), allowed, in_place)
+            if start < stop:
+                yield from self._normalized(iter([Part(start, text[start:stop], None, True)]), in_place)
+            done = stop
+
+    def _all_found(self, part: Part, allowed: frozenset[str], in_place: bool) -> Iterator[Part]:
+        parts = iter([part] if part.text else [])
         is_normalized = not self.steps.change_texts
         for finder in self.finders():
             if finder.late and not is_normalized:
@@ -143,7 +171,7 @@ class ControlTokens:
                 yield part
 
     def _found(self, part: Part, finder: Finder, allowed: frozenset[str]) -> Iterator[Part]:
-        first, text, _ = part
+        first, text, _, goes_on = part
         done = 0
         for match in finder.pattern.finditer(text):
             token, start, stop = self.tokens[finder.names[match[0]]], match.start(), match.end()
@@ -155,12 +183,12 @@ class ControlTokens:
                 stop += 1
             start = max(start, done) if token.lstrip else start
             if start > done:
-                yield Part(first + done, text[done:start], None)
+                yield Part(first + done, text[done:start], None, goes_on and not done)
             if start < stop:  # or a token before it took all of it
                 yield Part(first + start, text[start:stop], self.ids[token.content])
                 done = stop
         if done < len(text):
-            yield Part(first + done, text[done:] if done else text, None)
+            yield Part(first + done, text[done:] if done else text, None, goes_on and not done)
 
     def groups(self) -> list[list[str]]:
         """The tokens as they are searched for, group after group, the longest first; none is empty."""

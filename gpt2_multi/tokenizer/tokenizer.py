@@ -13,6 +13,7 @@ from gpt2_multi.files import arguments, templates
 from gpt2_multi.tokenizer.calls import SIDES, SWITCH, TextReader, refuse_unknown
 from gpt2_multi.tokenizer.encoding.batching import choose
 from gpt2_multi.tokenizer.engine.bpe import byte_characters
+from gpt2_multi.tokenizer.engine.words import repair
 from gpt2_multi.tokenizer.files import (
     GPT2_PARTS,
     ROLES,
@@ -28,7 +29,7 @@ from gpt2_multi.tokenizer.files import (
     write_folder,
     write_vocabulary,
 )
-from gpt2_multi.tokenizer.special import as_token
+from gpt2_multi.tokenizer.special import GuardedText, as_token
 from gpt2_multi.tokenizer.tokens import listed
 
 END_OF_TEXT = "<|endoftext|>"
@@ -384,6 +385,7 @@ class GPT2Tokenizer(TextReader):
         return_dict: bool = False,
         return_assistant_tokens_mask: bool = False,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **names: Any,
     ) -> Any:
         """What a chat, a list of `{"role": ..., "content": ...}`, or a list of chats is as ids, or as a text.
@@ -400,29 +402,49 @@ class GPT2Tokenizer(TextReader):
             return_assistant_tokens_mask: with `return_dict`, `assistant_masks` of 1 for tokens that begin within
                 `{% generation %}` of the template.
             tokenizer_kwargs: other arguments of a call of the tokenizer.
+            sanitize_control_tokens: for messages of strangers: control tokens that stand in them, in tools, documents
+                or `names` are ordinary text, and only the template writes any. So are added words of the template.
             names: what else the template may speak of; the control tokens are there.
 
         Raises:
             TokenizerError: there is no template, or no Jinja, or the template refuses the messages.
         """
-        templates.check_request(add_generation_prompt, continue_final_message, return_assistant_tokens_mask, names)
-        if return_assistant_tokens_mask and not (return_dict and tokenize):
-            raise TokenizerError("return_assistant_tokens_mask: is an entry of what return_dict=True gives; set it too")
+        masked, guarded = return_assistant_tokens_mask, sanitize_control_tokens
+        going_on, gives_mask = continue_final_message, return_dict and tokenize
+        templates.check_request(add_generation_prompt, going_on, masked, guarded, gives_mask, tokenize)
         chats, alone = templates.as_chats(conversation)
-        names = {**self.special_tokens_map, **names, "tools": templates.schemas(tools), "documents": documents}
-        names["add_generation_prompt"] = add_generation_prompt
         template = self.get_chat_template(chat_template, tools)
-        made = [templates.spell(template, chat, continue_final_message, names) for chat in chats]
-        text = made[0][0] if alone else [text for text, _ in made]
+        names |= {"tools": templates.schemas(tools), "documents": documents}
+        guard = templates.Guard(self._written_by(template) if guarded else ())
+        if guarded:
+            names, chats = guard.marked(names), [guard.marked(getattr(chat, "messages", chat)) for chat in chats]
+        names = {**self.special_tokens_map, **names, "add_generation_prompt": add_generation_prompt}
+        made = [templates.spell(template, chat, going_on, names) for chat in chats]
+        texts: list[str] = [self._guarded(guard, text) if guarded else text for text, _ in made]
+        text: Any = texts[0] if alone else texts
         if not tokenize:
             return text
         options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(tokenizer_kwargs or {})}
         encoded = self(text, **{"add_special_tokens": False, "return_tensors": return_tensors, **options})
-        if return_assistant_tokens_mask:
+        if masked:
             masks = [row.marks(spans) for row, (_, spans) in zip(encoded.encodings or (), made, strict=True)]
             encoded["assistant_masks"] = masks[0] if alone and return_tensors is None else masks
             encoded.convert_to_tensors(return_tensors)
         return encoded if return_dict else encoded["input_ids"]
+
+    def _written_by(self, template: str) -> list[str]:
+        """The tokens that only a template may write: control tokens, and added words that stand in it."""
+        words = [name for name in self._control.ids if name in template and not name.isspace()]
+        return [*self._control.special(), *words]
+
+    def _guarded(self, guard: templates.Guard, text: str) -> GuardedText:
+        text, spans = guard.spans(repair(text))
+        for token in {text[start:stop] for start, stop in spans if start < stop}:
+            if self._known_id(token) in self._encode_ordinary(token):
+                raise TokenizerError(
+                    f"sanitize_control_tokens: {token!r} is what ordinary text becomes; take it out of the messages"
+                )
+        return GuardedText.of(text, spans)
 
 
 def _read(source: Any, kind: type, copy: Any, check: Any, read: Any) -> Any:

@@ -1,6 +1,8 @@
 """Chats: what a template spells, what of it is asked for, and where the template is kept, as in transformers."""
 
+import inspect
 import json
+import random
 import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -102,7 +104,16 @@ def test_only_the_end_of_a_message_is_where_it_goes_on(both):
         (SHORT, {"chat_template": "{{ messages.__class__.mro() }}"}, "chat_template: cannot spell these messages"),
         (SHORT, {"chat_template": "{{ raise_exception('no') }}"}, r"cannot spell these messages \(no\); check both"),
         (SHORT, {"chat_template": "{% generation %}"}, "chat_template: cannot spell these messages"),
-        (SHORT, {"sanitize_control_tokens": True}, "sanitize_control_tokens: is not here; leave it out"),
+        (
+            SHORT,
+            {"sanitize_control_tokens": True, "tokenize": False},
+            "a text does not show its tokens",
+        ),
+        (
+            SHORT,
+            {"sanitize_control_tokens": True, "return_assistant_tokens_mask": True},
+            "sanitize_control_tokens: cannot",
+        ),
     ],
 )
 def test_what_cannot_be_spelled(both, chat, options, sentence):
@@ -119,6 +130,50 @@ def test_a_template_sees_no_objects(both, tmp_path):
         both[0].apply_chat_template(chat, chat_template=template)
     assert not (tmp_path / "written").exists()
     assert both[0].apply_chat_template(chat, chat_template="{{ messages[0].content }}", tokenize=False) == "<ndarray>"
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["plain", "prefixed"])
+def test_messages_of_strangers_hold_no_control_token(tmp_path, prefix):
+    """As transformers 5 reads them: also where a mark of its own or of ours is forged."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = small(pad_token="<pad>", add_prefix_space=prefix, chat_template=TEMPLATE)
+    tokenizer.add_tokens(["<user>", "<word>"])
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    words = [
+        END,
+        "<pad>",
+        "<user>",
+        "<word>",
+        "hello",
+        " ",
+        "\n",
+        "é",
+        "😀",
+        END[:5],
+        END[5:],
+        "\ue002",
+        "\ue003",
+        "the",
+    ]
+    rng = random.Random(3)
+    text = lambda: "".join(rng.choices(words, k=rng.randint(0, 7)))  # noqa: E731
+    for _ in range(60):
+        chat = [{"role": role, "content": text()} for role in ("user", "assistant", END, "user")]
+        options = {"closing": text(), "documents": [{"text": text()}], "add_generation_prompt": rng.random() < 0.5}
+        ours = tokenizer.apply_chat_template(chat, sanitize_control_tokens=True, **options)
+        chat = [{name: value.translate({0xE002: None, 0xE003: None}) for name, value in part.items()} for part in chat]
+        options["closing"] = options["closing"].translate({0xE002: None, 0xE003: None})
+        options["documents"] = [{"text": options["documents"][0]["text"].translate({0xE002: None, 0xE003: None})}]
+        if "sanitize_control_tokens" in inspect.signature(theirs.apply_chat_template).parameters:
+            expected = theirs.apply_chat_template(chat, sanitize_control_tokens=True, return_dict=False, **options)
+            assert ours == expected
+        assert ours.count(tokenizer.eos_token_id) == 2 and tokenizer.pad_token_id not in ours  # the template's
+        spelled = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        assert prefix or tokenizer.decode(ours) == spelled
+    tokenizer.add_special_tokens({"cls_token": "hello"})  # which the merges make, too
+    with pytest.raises(TokenizerError, match="sanitize_control_tokens: 'hello' is what ordinary text becomes; take it"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], sanitize_control_tokens=True)
 
 
 NAMED = {"default": "{{ messages[0].content }}", "rag": "{{ documents[0].text }}", "tool_use": "{{ tools[0].name }}"}

@@ -119,7 +119,7 @@ class BatchEncoding(dict[str, Any]):
         self._encodings: list[Any] | None = encoding if isinstance(encoding, list | None) else [encoding]
         self._trace: Callable[[], list[Any]] | None = None  # what makes them
         self._n_sequences, self._portable = n_sequences, True
-        self.convert_to_tensors(tensor_type, prepend_batch_axis)
+        to_arrays(self, tensor_type, prepend_batch_axis)
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice) and not self.is_fast:
