@@ -19,7 +19,7 @@ from . import converting, inspection, verification
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one object.")
 NAMES = (
-    click.option("--prefix", help="Which of several models in SOURCE, by what stands before its names."),
+    click.option("--prefix", help="Which of several models is meant, by what stands before its names."),
     click.option(
         "--drop", multiple=True, metavar="PATTERN", help='Leave out tensors, as "v_head.*"; may be given again.'
     ),
@@ -167,13 +167,14 @@ def _show_inspection(found: inspection.Inspection) -> None:
 @click.argument("a")
 @click.argument("b", required=False)
 @click.option("--backend", "backends", multiple=True, help="Compare this one only; may be given again. Default: all.")
+@_named
 @JSON
-def verify_command(a: str, b: str | None, backends: tuple[str, ...], as_json: bool) -> int:
+def verify_command(a: str, b: str | None, backends: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """Compare the checkpoint A with B; or, without B, what every installed backend computes of A with NumPy.
 
     The exit code is 1 where a hidden state, a logit or a tensor differs by more than 1e-4 of its greatest value.
     """
-    verdict = verification.verify(_local(a), b and _local(b), backends or None)
+    verdict = verification.verify(_local(a), b and _local(b), backends or None, **options)
     if as_json:
         _print_json(verdict.to_dict())
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,14 +38,24 @@ class Verdict:
         return {"ok": self.ok, "bound": BOUND, "lines": [line.to_dict() for line in self.lines], "tensors": tensors}
 
 
-def verify(a: PathLike, b: PathLike | None = None, backends: Sequence[str] | None = None) -> Verdict:
+def verify(
+    a: PathLike,
+    b: PathLike | None = None,
+    backends: Sequence[str] | None = None,
+    *,
+    prefix: str | None = None,
+    drop: str | Iterable[str] = (),
+    n_head: int | None = None,
+) -> Verdict:
     """Compare the checkpoint `a` with `b`, or, without it, what each backend makes of `a` with the NumPy oracle.
 
-    Random ids go through both; `backends` are by default all that are installed. Raises CheckpointError where there is
-    nothing to compare.
+    `prefix`, `drop` and `n_head` are those of `convert`, for `a`. Random ids go through both; `backends` are by default
+    all that are installed. Raises CheckpointError where there is nothing to compare.
     """
-    old = open(a)
-    return _against_backends(old, backends) if b is None else compared(old, open(b))
+    given = {"prefix": prefix, "drop": drop or None, "n_head": n_head}
+    which: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    old = open(a, **which)
+    return _against_backends(old, backends, which) if b is None else compared(old, open(b))
 
 
 def compared(old: Checkpoint, new: Checkpoint) -> Verdict:
@@ -90,12 +100,12 @@ def _ids(checkpoint: Checkpoint) -> Array:
     return np.random.default_rng(SEED).integers(config.vocab_size, size=(1, length))
 
 
-def _against_backends(old: Checkpoint, names: Sequence[str] | None) -> Verdict:
+def _against_backends(old: Checkpoint, names: Sequence[str] | None, which: dict[str, Any]) -> Verdict:
     ids, verdict = _ids(old), Verdict()
     expected = oracle(old.config, old, ids)
     for name in names or installed():
         backend = resolve(name)
-        verdict.lines += _lines(name, expected, backend.layers(backend.load(old.path, "cpu"), ids))
+        verdict.lines += _lines(name, expected, backend.layers(backend.load(old.path, "cpu", **which), ids))
     if not verdict.lines:
         resolve()  # which says what to install
     return verdict

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gpt2_multi_conversion import convert, inspect, open
+from gpt2_multi_conversion import convert, inspect, open, verify
 from gpt2_multi_conversion.cli import main
 
 from gpt2_multi.errors import CheckpointError, ConfigError, InputError
@@ -62,6 +62,7 @@ def test_files_of_programs_that_train(tmp_path, name):
     assert json.loads((tmp_path / "new" / "conversion.json").read_text())["prefix"] == report.prefix == prefix
     assert f"{prefix}lm_head.weight" in report.dropped
     assert inspect(TRAINERS / file, n_head=2).prefix == prefix
+    assert verify(TRAINERS / file, tmp_path / "new", n_head=2).ok
     assert_same(open(tmp_path / "new"), open(REFERENCE))
     assert open(tmp_path / "new").config.n_head == 2
 
@@ -111,6 +112,17 @@ def test_parameters_of_flax_below_a_key(tmp_path):
     assert_same(open(tmp_path / "new", n_head=2), open(REFERENCE))
 
 
+def test_a_training_of_flax_holds_its_moments_too(tmp_path):
+    """Which look like models: what flax.serialization makes of a TrainState is refused until one is chosen."""
+    convert(REFERENCE, tmp_path / "m", to="flax-msgpack")
+    tree = (tmp_path / "m" / "flax_model.msgpack").read_bytes()
+    state = b"\x83\xa4step\xcd\x01\x00\xa6params" + tree + b"\xa9opt_state\x81\xa10\x82\xa2mu" + tree + b"\xa2nu" + tree
+    (tmp_path / "m" / "flax_model.msgpack").write_bytes(state)
+    with pytest.raises(CheckpointError, match=r"holds 3 GPT-2s.*choose one of them with prefix='params/'"):
+        open(tmp_path / "m")
+    assert_same(open(tmp_path / "m", prefix="params/"), open(REFERENCE))
+
+
 def test_two_models_are_refused_until_one_is_chosen(tmp_path, tensors):
     both = {f"{who}.{name}": x + (who == "ref") for name, x in tensors.items() for who in ("policy", "ref.module")}
     folder = placed(tmp_path / "m", {**both, "value.weight": np.zeros(8, np.float32)})
@@ -131,9 +143,15 @@ def test_two_models_are_refused_until_one_is_chosen(tmp_path, tensors):
         open(folder, drop="ref.*")
     assert_same(open(folder, drop=["ref.*", "value.weight"]), open(REFERENCE))
     first = placed(tmp_path / "first", {**tensors, **{f"ref.{name}": x for name, x in tensors.items()}})
-    with pytest.raises(CheckpointError, match=r"has unexpected 28 tensors: ref\..*drop='ref\.transformer\.\*'"):
+    with pytest.raises(CheckpointError, match=r"first has unexpected 28 tensors: ref\..*drop='ref\.transformer\.\*'"):
         open(first)  # nothing stands before the names of one of them: that is the model
-    assert_same(open(first, prefix=""), open(REFERENCE))
+    assert_same(open(first, drop="ref.*"), open(REFERENCE))
+    inner = placed(tmp_path / "inner", {f"a.{name}": x for name, x in {**tensors, "b.wpe.weight": np.zeros(1)}.items()})
+    with pytest.raises(CheckpointError, match=r"names after 'a\.'\) has unexpected the tensor b\.wpe\.weight"):
+        open(inner)
+    for name, value in (("prefix", 3), ("drop", 3), ("drop", [3])):
+        with pytest.raises(InputError, match=rf'{name}: expected .* such as "(policy\.|v_head\.\*)", found an int'):
+            open(first, **{name: value})
 
 
 def test_heads_may_stand_above_the_body(tmp_path, tensors):

@@ -92,13 +92,15 @@ class Parser:
             self.value(name, depth)
 
     def value(self, name: str, depth: int) -> None:
-        """The next value, which is a map or an array."""
+        """The next value, which is a map or an array; a number, such as the step of a training, is passed over."""
         self.room -= 1
         if self.room < 0:
             raise ValueError(f"it has more than {MOST} values; no GPT-2 has as many")
         first = self.view[self.place]
         if first & 0xF0 == 0x80 or first in _LENGTHS["map"]:
             self.tree(name, depth + 1)
+        elif first < 0x80 or first in _NUMBERS:
+            self.integer()
         else:
             self.found[name] = self.array(name)
 

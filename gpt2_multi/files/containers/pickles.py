@@ -81,6 +81,7 @@ def _dict() -> dict[str, Any]:
 
 CALLS: Mapping[str, Callable[..., Any]] = {
     "collections OrderedDict": _dict,
+    "collections defaultdict": lambda *_: {},
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_tensor": _tensor,
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,

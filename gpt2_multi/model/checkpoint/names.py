@@ -57,7 +57,8 @@ def named(
     """Take what stands before the names of a GPT-2 off them.
 
     `prefix` chooses among several GPT-2s, by what stands before their names or by how that begins, and leaves out what
-    is not under it; "" is the one before whose names nothing stands. `drop` are patterns of names to leave out, and
+    is not under it; "" is the one before whose names nothing stands. What is under one model is part of it, another
+    model too. `drop` are patterns of names to leave out, and
     `key_mapping` regular expressions whose first that is found is replaced before all else. Heads may stand above the
     body. Raises CheckpointError where there are several GPT-2s and nobody has chosen, InputError for a prefix or a
     pattern that fits nothing.
@@ -69,11 +70,8 @@ def named(
     before = _chosen(rows.values(), spelling, source, prefix)
     heads, above = _heads(spelling), _above(before or "")
     new = {name: _cleaned(text, rows.get(name), above, heads, spelling) for name, text in plain.items()}
-    if prefix is None:  # what is not under what was found stays as it is; the check of unexpected tensors names it
+    if prefix is None:  # nobody has chosen: what is beside the model is not left out in silence
         new = {name: name if text is None else text for name, text in new.items()}
-    else:  # one is chosen: what is not under it is another's, as is what is under another that is in it
-        inner = tuple({row.before for row in rows.values()} - {*above})
-        new = {name: None if plain[name].startswith(inner) else text for name, text in new.items()}
     _check_patterns(patterns, [*found, *filter(None, new.values())], source)
     originals: dict[str, str] = {}
     for name, text in new.items():
@@ -97,7 +95,7 @@ def _plain(name: str, key_mapping: Mapping[str, str]) -> str:
 
 
 def _patterns(drop: str | Iterable[str]) -> list[str]:
-    patterns = [drop] if isinstance(drop, str) else list(drop)
+    patterns = [drop] if isinstance(drop, str) or not isinstance(drop, Iterable) else list(drop)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise InputError(f'drop: expected patterns of names such as "v_head.*", found {described(pattern)}')
@@ -126,20 +124,22 @@ def _chosen(rows: Collection[_Row], spelling: Spelling, source: str, prefix: str
     there = [row for row in rows if row.row == positions.removeprefix(spelling.root)]
     there = there or [row for row in rows if row.before == max(each, key=lambda before: each[before])][:1]
     if prefix is not None:
+        if not isinstance(prefix, str):
+            raise InputError(f'prefix: expected what stands before names, such as "policy.", found {described(prefix)}')
         fitting = [row for row in there if f"{row.before}{row.root}".startswith(WRAPPERS.sub("", prefix))]
         fitting = fitting if prefix else [row for row in there if not row.before]
         if not fitting:
             names = ", ".join(repr(shortened(row.before)) for row in there[:4]) or "none"
             raise InputError(f"prefix: {source} has no GPT-2 below {prefix!r}; what stands before the names is {names}")
         there = fitting
-    found = list(dict.fromkeys(row.before for row in there))
-    if len(found) > 1 and "" not in found:
+    found = sorted({row.before for row in there}, key=len)
+    if not all(before.startswith(found[0]) for before in found):  # else the others are parts of the first
         names = " and ".join(repr(shortened(before)) for before in found[:4])
         raise CheckpointError(
             f"{source}: holds {len(found)} GPT-2s, their names after {names}; choose one of them with "
             f"prefix={found[0]!r} (--prefix {found[0]})"
         )
-    return "" if "" in found else next(iter(found), None)
+    return found[0] if found else None
 
 
 def _above(before: str) -> list[str]:
