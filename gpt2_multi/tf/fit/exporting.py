@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -17,9 +18,11 @@ class Tensors(keras.Model):
         self.model = model
         self.built = True
 
-    def __call__(self, *inputs: Any, training: bool = False) -> dict[str, tf.Tensor]:
+    def __call__(self, *inputs: Any, training: bool = False) -> Any:
         """What the model gives but for its cache; hidden states and attentions are stacked, (layers, ...)."""
         given = self.model(*inputs, return_dict=True, training=training)
+        if not isinstance(given, Mapping):  # of a class of a caller's own
+            return given
         outputs = {name: value for name, value in given.items() if name != "past_key_values"}
         return {name: tf.stack(value) if isinstance(value, tuple) else value for name, value in outputs.items()}
 

@@ -139,8 +139,10 @@ def with_ids(model: Any, config: Any) -> Any:
     if not ids.size:
         raise InputError("dataset: expected texts, or rows of ids, found no token in it; give what the model will read")
     inputs.check_vocabulary("dataset", int(ids.min()), int(ids.max()), body.wte.input_dim)
-    layers = {"quantization_layer_structure": config.quantization_layer_structure}
-    return type(config)(**config.get_config() | layers | {"dataset": rows, "tokenizer": config.tokenizer})
+    given = {"dataset": rows, "quantization_layer_structure": config.quantization_layer_structure}
+    if config.mode == "awq" and config.group_size == -1:  # one group: Keras 3.15 spoils square kernels so
+        given["group_size"] = max(body.config.n_embd, body.h[0].mlp.c_fc.units)
+    return type(config)(**config.get_config() | {"tokenizer": config.tokenizer} | given)
 
 
 def ids_of(tokenizer: Any, row: Any) -> np.ndarray[Any, Any]:

@@ -252,11 +252,11 @@ def test_keras_is_told_how_every_head_is_built(cls):
 
 
 # Bounds are twice what was measured: 0.108 and 0.0899.
-@pytest.mark.parametrize(("kind", "bound"), [("GPTQ", 0.22), ("AWQ", 0.18)])
-def test_a_calibrated_model_is_close_and_survives_a_file(kind, bound, tmp_path):
+@pytest.mark.parametrize(("kind", "group", "bound"), [("GPTQ", 16, 0.22), ("AWQ", -1, 0.18)])
+def test_a_calibrated_model_is_close_and_survives_a_file(kind, group, bound, tmp_path):
     model = new(n_inner=16)
     exact = model(IDS).logits
-    model.quantize(kind.lower(), calibration(kind))
+    model.quantize(kind.lower(), calibration(kind, group_size=group))
     found = model(IDS).logits
     assert 1e-4 < relative(found, exact) < bound
     modes = {name for name, layer in model.owners().items() if getattr(layer, "quantization_mode", None)}

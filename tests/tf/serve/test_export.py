@@ -353,6 +353,20 @@ def test_other_heads_are_exported(cls, tmp_path):
     assert_same(loaded.serve(given_to(model)), model, given_to(model))
 
 
+class Last(TFGPT2LMHeadModel):
+    """A class of a caller's own, which gives a tensor."""
+
+    def call(self, *args, **options):
+        return super().call(*args, **options).logits[:, -1]
+
+
+def test_a_class_of_a_caller_s_own_is_exported(tmp_path):
+    model = Last(SMALL)
+    model.export(tmp_path / "saved", verbose=False)
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    np.testing.assert_allclose(loaded.serve(given_to(model)), model(given_to(model)), rtol=0, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.filterwarnings("ignore:.*PyUnicode_FromStringAndSize:DeprecationWarning")
 def test_keras_exports_for_litert_with_free_sizes(tmp_path):
