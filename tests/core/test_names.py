@@ -143,6 +143,10 @@ def test_two_models_are_refused_until_one_is_chosen(tmp_path, tensors):
         open(folder, drop="ref.*")
     assert_same(open(folder, drop=["ref.*", "value.weight"]), open(REFERENCE))
     first = placed(tmp_path / "first", {**tensors, **{f"ref.{name}": x for name, x in tensors.items()}})
+    for odd in ("", "a."):
+        folder = placed(tmp_path / f"odd{odd}", {**{f"a.{name}": x for name, x in tensors.items()}, odd: np.zeros(1)})
+        with pytest.raises(CheckpointError, match="has unexpected the tensor"):
+            open(folder)
     with pytest.raises(CheckpointError, match=r"first has unexpected 28 tensors: ref\..*drop='ref\.transformer\.\*'"):
         open(first)  # nothing stands before the names of one of them: that is the model
     assert_same(open(first, drop="ref.*"), open(REFERENCE))

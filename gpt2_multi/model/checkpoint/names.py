@@ -58,10 +58,9 @@ def named(
 
     `prefix` chooses among several GPT-2s, by what stands before their names or by how that begins, and leaves out what
     is not under it; "" is the one before whose names nothing stands. What is under one model is part of it, another
-    model too. `drop` are patterns of names to leave out, and
-    `key_mapping` regular expressions whose first that is found is replaced before all else. Heads may stand above the
-    body. Raises CheckpointError where there are several GPT-2s and nobody has chosen, InputError for a prefix or a
-    pattern that fits nothing.
+    model too; heads may stand above it. `drop` are patterns of names to leave out, and `key_mapping` regular
+    expressions, the first of which that is found in a name is replaced before all else. Raises CheckpointError where
+    there are several GPT-2s and nobody has chosen, InputError for a prefix or a pattern that fits nothing.
     """
     patterns = _patterns(drop)
     plain = {name: _plain(name, key_mapping or {}) for name in found if not matches(name, patterns)}
@@ -72,10 +71,10 @@ def named(
     new = {name: _cleaned(text, rows.get(name), above, heads, spelling) for name, text in plain.items()}
     if prefix is None:  # nobody has chosen: what is beside the model is not left out in silence
         new = {name: name if text is None else text for name, text in new.items()}
-    _check_patterns(patterns, [*found, *filter(None, new.values())], source)
+    _check_patterns(patterns, [*found, *(text for text in new.values() if text is not None)], source)
     originals: dict[str, str] = {}
     for name, text in new.items():
-        if text and not matches(text, patterns) and originals.setdefault(text, name) != name:
+        if text is not None and not matches(text, patterns) and originals.setdefault(text, name) != name:
             raise CheckpointError(
                 f"{source}: {originals[text]} and {name} are both {text}; leave one out: drop={name!r} (--drop)"
             )
@@ -123,16 +122,7 @@ def _chosen(rows: Collection[_Row], spelling: Spelling, source: str, prefix: str
     each = Counter(row.before for row in rows)
     there = [row for row in rows if row.row == positions.removeprefix(spelling.root)]
     there = there or [row for row in rows if row.before == max(each, key=lambda before: each[before])][:1]
-    if prefix is not None:
-        if not isinstance(prefix, str):
-            raise InputError(f'prefix: expected what stands before names, such as "policy.", found {described(prefix)}')
-        fitting = [row for row in there if f"{row.before}{row.root}".startswith(WRAPPERS.sub("", prefix))]
-        fitting = fitting if prefix else [row for row in there if not row.before]
-        if not fitting:
-            names = ", ".join(repr(shortened(row.before)) for row in there[:4]) or "none"
-            raise InputError(f"prefix: {source} has no GPT-2 below {prefix!r}; what stands before the names is {names}")
-        there = fitting
-    found = sorted({row.before for row in there}, key=len)
+    found = sorted({row.before for row in (there if prefix is None else _below(there, source, prefix))}, key=len)
     if not all(before.startswith(found[0]) for before in found):  # else the others are parts of the first
         names = " and ".join(repr(shortened(before)) for before in found[:4])
         raise CheckpointError(
@@ -140,6 +130,18 @@ def _chosen(rows: Collection[_Row], spelling: Spelling, source: str, prefix: str
             f"prefix={found[0]!r} (--prefix {found[0]})"
         )
     return found[0] if found else None
+
+
+def _below(rows: list[_Row], source: str, prefix: str) -> list[_Row]:
+    """Those of the rows that are under a prefix, which has to be some."""
+    if not isinstance(prefix, str):
+        raise InputError(f'prefix: expected what stands before names, such as "policy.", found {described(prefix)}')
+    fitting = [row for row in rows if f"{row.before}{row.root}".startswith(WRAPPERS.sub("", prefix))]
+    fitting = fitting if prefix else [row for row in rows if not row.before]
+    if not fitting:
+        names = ", ".join(repr(shortened(row.before)) for row in rows[:4]) or "none"
+        raise InputError(f"prefix: {source} has no GPT-2 below {prefix!r}; what stands before the names is {names}")
+    return fitting
 
 
 def _above(before: str) -> list[str]:
