@@ -11,7 +11,7 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
-from tests.support.cases import ALONE, PROBLEMS
+from tests.support.cases import PROBLEMS
 
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3)
@@ -222,15 +222,3 @@ def test_a_text_without_a_token_has_no_last_one(head, shape, load):
     model, _ = load(head)
     with pytest.raises(InputError, match="a text has no token to look at; give at least one"):
         model(np.zeros(shape, int), attention_mask=np.zeros(shape))
-
-
-@pytest.mark.parametrize(("head", "labels"), ALONE)
-def test_one_row_may_have_its_label_alone(head, labels, both):
-    ids = IDS[None, :2] if head == "double_heads" else IDS[:1]
-    alone = both(head, {"input_ids": ids, **labels})[0]
-    found = both(head, {"input_ids": ids, **{name: x[None] for name, x in labels.items()}})[0]
-    key = "mc_loss" if head == "double_heads" else "loss"
-    assert float(alone[key]) == float(found[key]) > 0
-    two = np.repeat(ids, 2, 0)
-    with pytest.raises(InputError, match=r"expected shape \(2,\), found \(1,\)"):
-        both(head, {"input_ids": two, "attention_mask": np.ones_like(two), **labels})

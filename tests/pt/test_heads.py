@@ -12,7 +12,7 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
-from tests.support.cases import ALONE, PROBLEMS
+from tests.support.cases import PROBLEMS
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3)
 RNG = np.random.default_rng(5)
@@ -161,18 +161,6 @@ def test_double_heads_ask_for_choices():
 def test_bad_labels_are_one_sentence(both, head, inputs, sentence):
     with pytest.raises(InputError, match=sentence):
         both(head, {"input_ids": IDS} | inputs)
-
-
-@pytest.mark.parametrize(("head", "labels"), ALONE)
-def test_one_row_may_have_its_label_alone(head, labels, both):
-    ids = IDS[None, :2] if head == "double_heads" else IDS[:1]
-    alone = both(head, {"input_ids": ids, **labels})[0]
-    found = both(head, {"input_ids": ids, **{name: x[None] for name, x in labels.items()}})[0]
-    key = "mc_loss" if head == "double_heads" else "loss"
-    assert float(alone[key]) == float(found[key]) > 0
-    two = np.repeat(ids, 2, 0)
-    with pytest.raises(InputError, match=r"expected shape \(2,\), found \(1,\)"):
-        both(head, {"input_ids": two, "attention_mask": np.ones_like(two), **labels})
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -11,7 +11,7 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
-from tests.support.cases import ALONE, PROBLEMS
+from tests.support.cases import PROBLEMS
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3)
 RNG = np.random.default_rng(5)
@@ -228,18 +228,6 @@ def test_the_token_classifier_s_dropout_comes_from_the_file():
     config = GPT2Config.from_dict(SMALL.to_dict() | {"classifier_dropout": 0.7})
     assert tfm.TFGPT2ForTokenClassification(config).dropout.rate == 0.7
     assert tfm.TFGPT2ForTokenClassification(SMALL).dropout.rate == 0.1
-
-
-@pytest.mark.parametrize(("head", "labels"), ALONE)
-def test_one_row_may_have_its_label_alone(head, labels, both):
-    ids = IDS[None, :2] if head == "double_heads" else IDS[:1]
-    alone = both(head, {"input_ids": ids, **labels})[0]
-    found = both(head, {"input_ids": ids, **{name: x[None] for name, x in labels.items()}})[0]
-    key = "mc_loss" if head == "double_heads" else "loss"
-    assert float(alone[key]) == float(found[key]) > 0
-    two = np.repeat(ids, 2, 0)
-    with pytest.raises(InputError, match=r"expected shape \(2,\), found \(1,\)"):
-        both(head, {"input_ids": two, "attention_mask": np.ones_like(two), **labels})
 
 
 def test_embeddings_and_heads_are_replaced(tmp_path):

@@ -1,10 +1,15 @@
 """Every backend against the oracle in float64, and against transformers' recorded outputs in float32."""
 
+import functools
+
 import numpy as np
 import pytest
 
+from gpt2_multi.errors import InputError
 from gpt2_multi.model import reference
+from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
+from tests.support.cases import ALONE
 
 ALL = {"output_hidden_states": True, "output_attentions": True}
 BOUND64, BOUND32 = 1e-9, 1e-4
@@ -90,3 +95,18 @@ def test_every_recorded_case_is_run():
 def test_positions_come_from_the_mask():
     mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     assert reference.positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+
+
+@pytest.mark.parametrize(("head", "labels"), ALONE)
+def test_one_row_may_have_its_label_alone(head, labels, backend, tmp_path):
+    config = GPT2Config(vocab_size=31, n_positions=9, n_embd=12, n_layer=1, n_head=3, num_labels=3)
+    fixtures.write_model(tmp_path / "m", config, head)
+    run = functools.partial(backend, head, tmp_path / "m", "float64")
+    ids = np.arange(18).reshape((1, 2, 9) if head == "double_heads" else (2, 9))[:1]
+    alone = run({"input_ids": ids, **labels})
+    found = run({"input_ids": ids, **{name: x[None] for name, x in labels.items()}})
+    key = "mc_loss" if head == "double_heads" else "loss"
+    assert float(alone[key]) == float(found[key]) > 0
+    two = np.repeat(ids, 2, 0)
+    with pytest.raises(InputError, match=r"expected shape \(2,\), found \(1,\)"):
+        run({"input_ids": two, "attention_mask": np.ones_like(two), **labels})
