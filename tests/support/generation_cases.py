@@ -17,7 +17,7 @@ from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 from tests.support import fixtures
 from tests.support.effort import some
 
-MODELS = 3
+MODELS = some(3, 2)
 OPTION_SETS = some(102, 34)  # of each model
 STOPS = (["\u00e9", "on", "3", "#"], "e", ["a", "th"])
 VOCAB = 300
