@@ -256,6 +256,8 @@ def test_what_stands_for_a_byte_that_is_not_there_is_the_models_own(tmp_path):
         ("pre_tokenizer", r"\p{Han}+", "expected a regular expression that means the same here, found '.*Han"),
         ("pre_tokenizer", r"^a", r"expected a regular expression that means the same here, found '\^a'"),
         ("pre_tokenizer", "(a+)+b", r"expected a regular expression that means the same here, found '\)\+b'"),
+        ("pre_tokenizer", "[a--b]", "expected a regular expression that means the same here, found '--b"),
+        ("normalizer", {"type": "Prepend", "prepend": 3}, "expected a text in a part of tokenizer.json, found 3"),
         ("pre_tokenizer", "[a", r"expected a regular expression that means the same here, found 'unterminated"),
         ("post_processor", {"type": "TemplateProcessing", "single": 3}, "expected a tokenizer.json of a GPT-2 tok"),
         ("post_processor", {"type": "Other"}, "expected a post_processor that is known here, found 'Other'"),

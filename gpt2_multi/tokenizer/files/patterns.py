@@ -23,7 +23,9 @@ OUTSIDE = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 INSIDE = re.compile(
-    r"(?P<set>\\p\{[LN]\}|\\s)|(?P<close>\])|(?P<same>\\[rnt\\()\[\]{}.|*+?^$/'\"-]|[^\\\[\]&^])", re.DOTALL
+    r"""(?P<set>\\p\{[LN]\}|\\s)|(?P<close>\])
+    |(?P<same>(?!--|\|\||~~)(?:\\[rnt\\()\[\]{}.|*+?^$/'"-]|[^\\\[\]&^]))""",
+    re.VERBOSE | re.DOTALL,
 )
 
 

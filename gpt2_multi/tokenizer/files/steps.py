@@ -159,9 +159,10 @@ def _normalizer(step: Mapping[str, Any]) -> Normalizer:
     if kind == "Lowercase":
         return lambda text: "".join(map(str.lower, text))  # one by one: a sigma at the end of a word is no other
     if kind == "Prepend":
-        return lambda text: step["prepend"] + text if text else text
+        prefix = _text(step["prepend"])
+        return lambda text: prefix + text if text else text
     if kind == "Replace":
-        pattern, content = _pattern(step["pattern"]), step["content"]
+        pattern, content = _pattern(step["pattern"]), _text(step["content"])
         return lambda text: pattern.sub(lambda _: content, text)
     if kind == "Strip":
         left, right = (f"[{spaces()}]" if step[f"strip_{side}"] else "(?!)" for side in ("left", "right"))
@@ -194,8 +195,14 @@ def _cut(step: Mapping[str, Any]) -> Callable[[str], list[Part]]:
 
 def _pattern(step: Mapping[str, Any]) -> re.Pattern[str]:
     if "String" in step:
-        return re.compile(re.escape(step["String"]) if step["String"] else "(?!)")
-    return pattern_of(step["Regex"])
+        return re.compile(re.escape(_text(step["String"])) or "(?!)")
+    return pattern_of(_text(step["Regex"]))
+
+
+def _text(given: Any) -> str:
+    if not isinstance(given, str):
+        raise TokenizerError(f"expected a text in a part of tokenizer.json, found {given!r}; mend the file")
+    return given
 
 
 def cut(pattern: re.Pattern[str], behavior: str, inverted: bool, text: str) -> list[Part]:
