@@ -192,6 +192,9 @@ def test_a_text_that_is_changed_before_it_is_read_has_no_offsets(tmp_path):
     assert tokenizer("\u00e9", return_offsets_mapping=True).offset_mapping
     with pytest.raises(TokenizerError, match="return_offsets_mapping: expected a text that NFC of tokenizer"):
         tokenizer("e\u0301", return_offsets_mapping=True)
+    words = ["cafe\u0301", "de\u0301ja"]
+    joined = "".join(f" {word}" for word in words)
+    assert tokenizer(words, is_split_into_words=True).input_ids == tokenizer(joined).input_ids
 
 
 def test_begin_and_end_are_settings_where_settings_can_say_it(tmp_path):

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -39,17 +38,17 @@ class Reader:
         self.control.refuse(text, self.refused)
         return self._detailed(text) if detailed else self._plain(text)
 
-    def read_words(self, words: Sequence[str]) -> Tokens:
+    def read_words(self, words: Sequence[str], detailed: bool) -> Tokens:
         """A text that is already split: each word gets a space before it; spans count from the word's beginning."""
         ids: list[int] = []
         spans: list[Span] = []
         numbers: list[int | None] = []
         for at, word in enumerate(words):
-            tokens = self.read(word, True)
+            tokens = self.read(word, detailed)
             ids += tokens.ids
             spans += tokens.spans or []
             numbers += [at] * len(tokens.ids)
-        return Tokens(ids, spans, numbers)
+        return Tokens(ids, spans, numbers) if detailed else Tokens(ids)
 
     def _plain(self, text: str) -> Tokens:
         ids: list[int] = []
@@ -132,11 +131,11 @@ class Texts:
         Raises:
             TokenizerError: a text holds a token that is refused, or there is no room for what is added.
         """
-        read = self.reader.read_words if self.split else partial(self.reader.read, detailed=detailed)
+        read: Any = self.reader.read_words if self.split else self.reader.read
         rows: list[Row] = []
         owners: list[int] = []
         for owner, given in enumerate(zip(*self.columns, strict=True)):
-            sequences = [read(text) for text in given]
+            sequences = [read(text, detailed) for text in given]
             room = self.limit - sum(len(piece.ids) for piece in self.pieces)
             if self.strategy and room < 0:
                 added = self.limit - room
