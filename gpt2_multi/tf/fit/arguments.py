@@ -57,6 +57,11 @@ def by_name(call: str, names: Sequence[str], first: Any) -> Mapping[str, Any]:
     return {names[0]: first}
 
 
+def plain(x: Any) -> Any:
+    """A tokenizer's encoding as a dict, since Keras looks into no other mapping; anything else as it is."""
+    return dict(x) if isinstance(x, Mapping) else x
+
+
 def without_past(names: Sequence[str], values: Sequence[Any]) -> Sequence[Any]:
     """Tensors in the order of a call's arguments, in which a past may be missing: [ids, mask] are no [ids, past].
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from gpt2_multi.errors import InputError, described
 from gpt2_multi.model.inputs import check_size
-from gpt2_multi.tf.fit.arguments import NO_TENSORS, names_of
+from gpt2_multi.tf.fit.arguments import NO_TENSORS, names_of, plain
 from gpt2_multi.tf.training import IGNORED
 
 Row = Mapping[str, Any]
@@ -29,6 +29,7 @@ def weighing(method: Callable[..., Any]) -> Callable[..., Any]:
     def with_weights(*args: Any, **options: Any) -> Any:
         given = signature.bind(*args, **options)
         values = given.arguments
+        values["x"] = plain(values.get("x"))
         values.update(weighed(values["self"], values))
         if isinstance(values.get("validation_data"), (list, tuple)):
             held = dict(zip(("x", "y", "sample_weight"), values["validation_data"], strict=False))
@@ -62,6 +63,8 @@ def weighed(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             "weights in each batch, (x, y, sample_weight)"
         )
     found = {"x": x, "y": y}
+    if isinstance(given.get("sample_weight"), (list, tuple)) and isinstance(y, Mapping):  # Keras asks for one structure
+        found["sample_weight"] = dict(zip(model.label_names, given["sample_weight"], strict=False))
     if classes is not None and given.get("sample_weight") is None:  # of both Keras says that they exclude each other
         found |= {"sample_weight": weights_of_classes(model, y, classes), "class_weight": None}
     return found

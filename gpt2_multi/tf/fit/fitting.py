@@ -25,9 +25,9 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.tf.fit import metrics
-from gpt2_multi.tf.fit.arguments import as_keywords
+from gpt2_multi.tf.fit.arguments import as_keywords, plain
 from gpt2_multi.tf.fit.metrics import Perplexity
-from gpt2_multi.tf.fit.strategy import LossOverReplicas
+from gpt2_multi.tf.fit.strategy import LossOverReplicas, is_on_hosts
 from gpt2_multi.tf.layers import replicas
 from gpt2_multi.tf.training import cross_entropy
 
@@ -67,7 +67,7 @@ def wanted(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def by_label(model: Any, argument: str, given: Any) -> Any:
     """What `compile` gives for each output, by the names of labels; for the one that a head has, alone."""
-    names = model.label_names
+    names = model.label_names or model.logit_names
     if isinstance(given, Mapping):
         label = dict(zip((*model.logit_names, *names), names * 2, strict=True))
         there = {name: each for name, each in given.items() if each is not None}
@@ -158,6 +158,8 @@ def labelled(model: Any, data: Any) -> tuple[dict[str, Any], Any, Any]:
     inputs = as_keywords(type(model), (x,), {"return_dict": True})
     labels = {name: inputs.pop(name) for name in model.label_names if name in inputs}
     labels |= named(model, y)
+    if isinstance(weight, (list, tuple)):
+        weight = dict(zip(model.label_names, weight, strict=False))
     if model._compile_loss is None and weight is None:
         inputs |= labels
     return inputs, labels if len(model.label_names) > 1 else next(iter(labels.values()), y), weight
@@ -176,12 +178,17 @@ def named(model: Any, y: Any) -> dict[str, Any]:
 
 def train_step(self: Any, data: Any) -> dict[str, Any]:
     """One update: Keras' own, on what `labelled` made of the batch."""
-    return keras.Model.train_step(self, labelled(self, data))
+    return reducible(self, keras.Model.train_step(self, labelled(self, data)))
 
 
 def test_step(self: Any, data: Any) -> dict[str, Any]:
     """One batch of `evaluate`."""
-    return keras.Model.test_step(self, labelled(self, data))
+    return reducible(self, keras.Model.test_step(self, labelled(self, data)))
+
+
+def reducible(model: Any, logs: dict[str, Any]) -> dict[str, Any]:
+    """What a step reports; of several hosts as arrays (1,), since Keras takes the mean along a first axis there."""
+    return {name: value[None] for name, value in logs.items()} if is_on_hosts(model._distribute_strategy) else logs
 
 
 def predict_step(self: Any, data: Any) -> dict[str, Any]:
@@ -195,7 +202,8 @@ def predict_step(self: Any, data: Any) -> dict[str, Any]:
 @functools.wraps(keras.Model.predict, assigned=())
 def predict(self: Any, *args: Any, **options: Any) -> Output:
     """Keras' own; the batches' outputs in one, as NumPy arrays."""
-    return self.output_class(**keras.Model.predict(self, *args, **options))
+    given = inspect.signature(keras.Model.predict).bind(self, *args, **options).arguments
+    return self.output_class(**keras.Model.predict(**{**given, "x": plain(given["x"])}))
 
 
 @functools.wraps(keras.Model.predict_on_batch, assigned=())
@@ -214,7 +222,8 @@ def compute_loss(
 ) -> tf.Tensor:
     """The compiled loss of labels and logits, or the model's own, and what layers added."""
     if self._compile_loss is not None:
-        return keras.Model.compute_loss(self, x, y, logits_of(self, y, y_pred), sample_weight, training)
+        logits = logits_of(self, y, y_pred)
+        return keras.Model.compute_loss(self, x, y, logits, metrics.beside(logits, sample_weight), training)
     own = [y_pred[name] for name in ("loss", "mc_loss") if name in y_pred]
     if sample_weight is not None and has_labels(self, y):
         labels = metrics.targets(self, x, y, y_pred)
@@ -261,7 +270,9 @@ def what_fit_needs(names: tuple[str, ...]) -> str:
 def compute_metrics(self: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
     """Keras' metrics, which see labels and logits: with the model's own loss, those that it counts."""
     logits = logits_of(self, y, y_pred)
-    if self._compile_loss is None and self._compile_metrics is not None:
+    if self._compile_loss is not None:
+        sample_weight = metrics.beside(logits, sample_weight)
+    elif self._compile_metrics is not None:
         labels = metrics.targets(self, x, y, y_pred)
         weights = None if sample_weight is None else metrics.weights_of(self, labels, sample_weight)
         y, sample_weight = of_head(self, labels), of_head(self, weights)

@@ -65,7 +65,7 @@ class Counted(keras.metrics.Metric):
         if y_true.dtype.is_floating:
             self.metric.update_state(y_true, y_pred, sample_weight)
             return
-        labels, logits = tf.reshape(y_true, [-1]), tf.reshape(y_pred, [-1, sizes(y_pred)[-1]])  # (N,), (N, K)
+        labels, logits = tf.reshape(y_true, [-1]), tf.reshape(upcast(y_pred), [-1, sizes(y_pred)[-1]])  # (N,), (N, K)
         counted = labels != IGNORED
         weights = None if sample_weight is None else tf.reshape(sample_weight, [-1])
         if self.weighs:
@@ -153,10 +153,8 @@ def is_shifted(model: Any, name: str) -> bool:
 def weights_of(model: Any, labels: Labels, given: Any) -> Labels:
     """Sample weights in the shape and the place of `targets`, by their names: a weight belongs to its label.
 
-    given: weights (B,) of rows or (...) of labels for all names, or a mapping or a list of them.
+    given: weights (B,) of rows or (...) of labels for all names, or a mapping of them.
     """
-    if isinstance(given, (list, tuple)):
-        given = dict(zip(model.label_names, given, strict=False))
     if isinstance(given, Mapping):
         inputs.check_names("sample_weight", list(given), model.label_names)
     else:
@@ -176,6 +174,15 @@ def broadcast(name: str, weight: Any, labels: tf.Tensor) -> tf.Tensor:
         shape = shape[: weight.shape.rank]
     inputs.check_shape(name, tuple(weight.shape), shape)
     return tf.broadcast_to(tf.reshape(weight, [*sizes(weight), *[1] * (len(labels.shape) - len(shape))]), sizes(labels))
+
+
+def beside(logits: Any, weight: Any) -> Any:
+    """Weights of rows, (B,), as Keras can multiply losses of labels by them, (B, 1): it takes them as they are."""
+    if isinstance(logits, Mapping):
+        each = weight if isinstance(weight, Mapping) else dict.fromkeys(logits, weight)
+        return None if weight is None else {name: beside(x, each.get(name)) for name, x in logits.items()}
+    labels = len(logits.shape) - 1
+    return tf.reshape(weight, [-1, *[1] * (labels - 1)]) if weight is not None and len(weight.shape) == 1 else weight
 
 
 def weighted_loss(model: Any, labels: Labels, weights: Labels, output: Mapping[str, Any]) -> tf.Tensor:

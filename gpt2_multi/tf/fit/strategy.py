@@ -14,7 +14,10 @@ On several hosts each runs the same program, with TF_CONFIG in its environment, 
     # TF_CONFIG='{"cluster": {"worker": ["host0:1234", "host1:1234"]}, "task": {"type": "worker", "index": 0}}'
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
 
-with a batch for all workers together; only the worker of index 0 should write the model folder.
+with batches for all workers together, in a tf.data.Dataset, of which each takes its rows; only the worker of index 0
+should write the model folder. `fit`, `evaluate` and `predict` give there what one device gives, also where the last
+batch has a row for one worker alone. Models of Keras 3.15 itself do not run there: it averages the parts of a first
+batch, and what a step reports along an axis that a number has not; neither happens here.
 
 The model's own loss is the mean over the counted labels of all replicas, whatever part of them each one has, so `fit`
 gives what one device gives. A compiled loss is Keras': the mean of the replicas' means. A loop of your own that calls
@@ -42,3 +45,9 @@ class LossOverReplicas(keras.metrics.Mean):
         """values: (), sample_weight: (), both of this replica."""
         rows = tf.cast(1 if sample_weight is None else sample_weight, tf.float32)
         super().update_state(over_replicas(values) / replicas(), over_replicas(rows) / replicas())
+
+
+def is_on_hosts(strategy: Any) -> bool:
+    """Whether a strategy spreads over several hosts."""
+    is_kind = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    return is_kind and strategy.cluster_resolver.cluster_spec().num_tasks("worker") > 1

@@ -367,7 +367,7 @@ def test_numbers_as_labels(labels, changes):
 
 def test_the_bare_model_trains_with_a_compiled_loss():
     model = new(tfm.TFGPT2Model)
-    model.compile(keras.optimizers.AdamW(3e-3), loss="mse")
+    model.compile(keras.optimizers.AdamW(3e-3), loss={"last_hidden_state": "mse"}, metrics=["mae"])
     losses = fit(model, IDS, np.zeros((7, 12, 16), np.float32), epochs=3)
     assert losses[-1] < losses[0]
 

@@ -8,6 +8,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
+from gpt2_multi import BatchEncoding
 from gpt2_multi import tf as tfm
 from gpt2_multi.errors import InputError
 from gpt2_multi.tf.fit.optimizers import AdamW
@@ -134,6 +135,23 @@ def test_weights_of_samples_with_a_compiled_loss():
         assert found == pytest.approx([expected, np.mean(np.argmax(logits, -1) == IDS[2:3])], rel=1e-5)
 
 
+def test_weights_of_rows_with_a_compiled_loss():
+    weight, zero = np.arange(7) / 3, np.zeros(7)
+    model = new()
+    model.compile(loss=CROSS_ENTROPY(from_logits=True), weighted_metrics=["accuracy"], **FAST)
+    wide = np.broadcast_to(weight[:, None], (7, 12))
+    found, expected = (model.evaluate(IDS, IDS, sample_weight=x, verbose=0) for x in (weight, wide))
+    assert found == pytest.approx(expected, rel=1e-5) and found[0] != model.evaluate(IDS, IDS, verbose=0)[0]
+    model, y = new(tfm.TFGPT2DoubleHeadsModel), HEADS[tfm.TFGPT2DoubleHeadsModel][1]
+    losses = [CROSS_ENTROPY(from_logits=True)] * 2
+    model.compile(loss=losses, loss_weights=[2.0, 1.0], weighted_metrics=["accuracy", None], **FAST)
+    output = model(PAIRS)
+    words, choices = (float(losses[0](y[a], output[b])) for a, b in zip(y, ("logits", "mc_logits"), strict=True))
+    for given, expected in ((np.ones(7), 2 * words + choices), ([zero, np.ones(7)], choices)):
+        found = model.evaluate(PAIRS, y, sample_weight=given, batch_size=7, verbose=0, return_dict=True)
+        assert found["loss"] == pytest.approx(expected, rel=1e-5) and "labels_accuracy" in found
+
+
 def own_losses(model, labels=PARTLY["labels"]):
     """Each label's part of the model's own loss, (B, T), at the label, and how many count."""
     keep = counted(labels, MASK)
@@ -156,13 +174,13 @@ def test_weights_of_samples_with_the_model_s_own_loss(shape, mode):
     expected = {"loss": loss, "perplexity": perplexity}
     expected["accuracy"] = model.evaluate(PARTLY, batch_size=7, verbose=0, return_dict=True)["accuracy"]
     rows = tf.data.Dataset.from_tensor_slices((x, PARTLY["labels"], weight)).batch(7)
-    for data in ((PARTLY, None), (x, PARTLY["labels"]), (rows,)):
+    for data in ((BatchEncoding(PARTLY), None), (x, PARTLY["labels"]), (rows,)):
         given = {} if len(data) == 1 else {"sample_weight": weight, "batch_size": 7}
         assert model.evaluate(*data, **given, verbose=0, return_dict=True) == pytest.approx(expected, rel=1e-4)
     assert model.test_on_batch(PARTLY, sample_weight=weight, return_dict=True) == pytest.approx(expected, rel=1e-4)
     history = model.fit(PARTLY, sample_weight=weight, validation_data=(PARTLY, None, weight), batch_size=7, verbose=0)
     assert history.history["loss"] == pytest.approx([loss], rel=1e-4) and history.history["val_loss"][0] < loss
-    assert model.predict(PARTLY, verbose=0).logits.shape == (7, 12, 50)
+    assert model.predict(BatchEncoding(PARTLY), verbose=0).logits.shape == (7, 12, 50)
 
 
 def test_weights_of_one_change_nothing():

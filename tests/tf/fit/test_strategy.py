@@ -1,6 +1,8 @@
 """Training on two devices, in a process of its own: devices are split before TensorFlow starts."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -30,7 +32,7 @@ compiled = {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 CASES = {
     "smaller last batch": (TFGPT2LMHeadModel, few, 9, {"metrics": ["accuracy", "perplexity"]}),
     "smaller first batch": (TFGPT2LMHeadModel, ids, 3, {"metrics": ["accuracy"]}),
-    "other counts": (TFGPT2LMHeadModel, few, 9, {}),
+    "other counts": (TFGPT2LMHeadModel, few, 9, {"weighted_metrics": ["accuracy"]}),
     "classes": (TFGPT2ForSequenceClassification, rng.integers(0, 2, 9), 9, {"metrics": ["accuracy"]}),
     "compiled loss": (TFGPT2LMHeadModel, ids, 8, compiled),
 }
@@ -39,7 +41,8 @@ def run(strategy, cls, labels, rows, options):
     with strategy.scope():
         model = cls.from_pretrained(f"{sys.argv[1]}/{cls.head}")
         model.compile(AdamW(1e-2, weight_decay=1.0), **options)
-    data = tf.data.Dataset.from_tensor_slices(({"input_ids": ids[:rows]}, labels[:rows])).batch(4)
+    weights = [np.linspace(0, 2, rows)] if "weighted_metrics" in options else []
+    data = tf.data.Dataset.from_tensor_slices(({"input_ids": ids[:rows]}, labels[:rows], *weights)).batch(4)
     history = model.fit(data, epochs=2, shuffle=False, verbose=0).history
     found = {f"{name} {i}": loss for name, losses in history.items() for i, loss in enumerate(losses)}
     found |= model.evaluate(data, verbose=0, return_dict=True)
@@ -51,6 +54,10 @@ def run(strategy, cls, labels, rows, options):
     found["equal"] = all(np.array_equal(c[0].numpy(), c[-1].numpy()) for c in copies)
     return found
 
+if len(sys.argv) > 3:  # one of several hosts, which TF_CONFIG names
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    print(json.dumps({case: run(strategy, *CASES[case]) for case in sys.argv[3:]}, default=float))
+    sys.exit()
 found = []
 for devices in (1, 2):
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(devices)])
@@ -63,8 +70,8 @@ CASES = ["smaller last batch", "smaller first batch", "other counts", "classes",
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What the program found on one device, and on two, by case."""
+def folder(tmp_path_factory):
+    """Where the models are."""
     from gpt2_multi.model.config import GPT2Config
     from tests.support import fixtures
 
@@ -75,22 +82,63 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
     for head in ("lm", "sequence_classification"):
         fixtures.write_model(folder / head, config, head, dtype=np.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What the program found on one device, and on two, by case."""
     command = [sys.executable, "-c", PROGRAM, str(folder), "thorough" if THOROUGH else "quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_devices_train_as_one(found, case):
-    one, two = (dict(each[case]) for each in found)
-    assert set(one.pop("copies")) == {1} and set(two.pop("copies")) == {2}
+def assert_same(two, one):
+    """What two devices or hosts found is what one device found."""
     assert two.pop("equal") and one.pop("equal")
     assert two.pop("type") == one.pop("type")
     np.testing.assert_allclose(two.pop("logits"), one.pop("logits"), atol=1e-3)
     assert one["loss 1"] < one["loss 0"]
     for name, value in one.items():
         assert two[name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_devices_train_as_one(found, case):
+    one, two = (dict(each[case]) for each in found)
+    assert set(one.pop("copies")) == {1} and set(two.pop("copies")) == {2}
+    assert_same(two, one)
+
+
+@pytest.mark.skipif(not THOROUGH, reason="takes a minute; run by nox -s thorough")
+def test_two_hosts_train_as_one_device(found, folder):
+    """Each is a process of this host; the last batch has rows for one of them alone."""
+    with socket.socket() as first, socket.socket() as second:
+        for each in (first, second):
+            each.bind(("127.0.0.1", 0))
+        workers = [f"127.0.0.1:{each.getsockname()[1]}" for each in (first, second)]
+    running = [host(folder, workers, index) for index in range(2)]
+    try:
+        answers = [process.communicate(timeout=600) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, (printed, errors) in zip(running, answers, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+        for case, two in json.loads(printed.splitlines()[-1]).items():
+            one = dict(found[0][case])
+            assert set(one.pop("copies")) == set(two.pop("copies")) == {1}
+            assert_same(two, one)
+
+
+def host(folder, workers, index):
+    """The program as one of several hosts."""
+    task = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
+    command = [sys.executable, "-c", PROGRAM, str(folder), "thorough", *CASES]
+    environment = {**os.environ, "TF_CONFIG": json.dumps(task)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def test_every_case_was_run(found):
