@@ -33,7 +33,7 @@ def weighing(method: Callable[..., Any]) -> Callable[..., Any]:
         values.update(weighed(values["self"], values))
         if isinstance(values.get("validation_data"), (list, tuple)):
             held = dict(zip(("x", "y", "sample_weight"), values["validation_data"], strict=False))
-            held |= weighed(values["self"], held)
+            held |= {"x": plain(held["x"]), **weighed(values["self"], held)}
             values["validation_data"] = tuple(held.values())
         return method(*given.args, **given.kwargs)
 

@@ -75,7 +75,8 @@ def by_label(model: Any, argument: str, given: Any) -> Any:
         found = {label[name]: each for name, each in there.items()}
     elif isinstance(given, (list, tuple)) and not is_flat(model, argument, given):
         found = {name: each for name, each in zip(names, given, strict=False) if each is not None}
-        if argument != "loss_weights" and any(each is not None for each in given[len(names) :]):
+        more = argument != "loss_weights" and any(each is not None for each in given[len(names) :])
+        if more or len(given) < len(names):
             raise InputError(
                 f"{argument}: expected an entry for each of {', '.join(names)}, found {len(given)}; "
                 f"give a mapping of them, and None for what else {type(model).__name__} returns"
@@ -87,9 +88,8 @@ def by_label(model: Any, argument: str, given: Any) -> Any:
 
 def is_flat(model: Any, argument: str, given: Sequence[Any]) -> bool:
     """Whether a list has metrics of the one output that there is, and not an entry for each output."""
-    return (
-        "metrics" in argument and len(model.label_names) == 1 and not any(isinstance(x, (list, tuple)) for x in given)
-    )
+    nested = any(isinstance(each, (list, tuple)) for each in given)
+    return not given or ("metrics" in argument and len(model.label_names) < 2 and not nested)
 
 
 def understood(argument: str, given: Any) -> Any:
@@ -101,8 +101,8 @@ def understood(argument: str, given: Any) -> Any:
     if isinstance(given, str):
         return of_logits(argument, given)
     options = getattr(given, "_fn_kwargs", {})
-    function = given if inspect.isfunction(given) and given.__module__.startswith("keras.") else None
-    if function is not None and "from_logits" in inspect.signature(function).parameters:
+    made = inspect.isfunction(given) or inspect.isclass(given)
+    if made and given.__module__.startswith("keras.") and "from_logits" in inspect.signature(given).parameters:
         options = {"from_logits": False}
     if options.get("from_logits") is False:
         name = getattr(given, "name", None) or given.__name__
@@ -275,7 +275,9 @@ def compute_metrics(self: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any =
     elif self._compile_metrics is not None:
         labels = metrics.targets(self, x, y, y_pred)
         weights = None if sample_weight is None else metrics.weights_of(self, labels, sample_weight)
-        y, sample_weight = of_head(self, labels), of_head(self, weights)
+        y = of_head(self, labels)
+        if isinstance(y, dict) or not y.dtype.is_floating:  # of numbers as labels Keras weighs rows
+            sample_weight = of_head(self, weights)
         metrics.count(self._compile_metrics, y, logits, self.jit_compile)
     return keras.Model.compute_metrics(self, x, y, logits, sample_weight)
 

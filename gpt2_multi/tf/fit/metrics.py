@@ -169,10 +169,9 @@ def weights_of(model: Any, labels: Labels, given: Any) -> Labels:
 def broadcast(name: str, weight: Any, labels: tf.Tensor) -> tf.Tensor:
     """Weights of rows, (B,), or of labels, (...), in the shape of labels (...)."""
     weight = tf.cast(weight, keras.config.floatx())
-    shape = tuple(labels.shape)
-    if 0 < weight.shape.rank < len(shape):
-        shape = shape[: weight.shape.rank]
-    inputs.check_shape(name, tuple(weight.shape), shape)
+    shape = tuple(labels.shape)[: weight.shape.rank or len(labels.shape)]
+    found = tuple(size if one == 1 else one for one, size in zip(weight.shape, shape, strict=False))
+    inputs.check_shape(name, found if len(weight.shape) <= len(shape) else tuple(weight.shape), shape)
     return tf.broadcast_to(tf.reshape(weight, [*sizes(weight), *[1] * (len(labels.shape) - len(shape))]), sizes(labels))
 
 

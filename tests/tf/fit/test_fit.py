@@ -225,6 +225,8 @@ def test_what_cannot_be_compiled_is_one_sentence(options, sentence):
         new().compile("sgd", **options)
     with pytest.raises(TypeError, match="loss of TFGPT2LMHeadModel has no output 'logit'; did you mean"):
         new().compile("sgd", loss={"logit": "mse"})
+    with pytest.raises(InputError, match="metrics: expected an entry for each of labels, mc_labels, found 1"):
+        new(tfm.TFGPT2DoubleHeadsModel).compile("sgd", metrics=["accuracy"])
 
 
 def test_a_compiled_loss_on_shifted_labels_equals_the_model_s_own():

@@ -136,7 +136,7 @@ def host(folder, workers, index):
     """The program as one of several hosts."""
     task = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
     command = [sys.executable, "-c", PROGRAM, str(folder), "thorough", *CASES]
-    environment = {**os.environ, "TF_CONFIG": json.dumps(task)}
+    environment = {**os.environ, "TF_CONFIG": json.dumps(task), "TF_CPP_MIN_LOG_LEVEL": "3"}  # or pipes may be full
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
