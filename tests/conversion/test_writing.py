@@ -20,7 +20,7 @@ from tests.support.effort import some
 from tests.support.fixtures import parameter_count, write_model
 
 SMALL = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-KILLS = some(50, 25)
+KILLS = some(50, 15)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.support import fixtures
 from tests.support.effort import some
 
 SEED = int(os.environ.get("GPT2_MULTI_SEED", random.SystemRandom().randrange(2**32)))
-ROUNDS = some(40, 12)
+ROUNDS = some(40, 6)
 
 
 def random_config(rng):
