@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from gpt2_multi.flax.layers import dense
@@ -50,6 +51,11 @@ class KVCache(Sequence[Pair]):
         return write(old_key, key, start), write(old_value, value, start)
 
     @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The (key, value) pair of each layer with all its room, each (B, H, capacity, D)."""
+        return tuple(zip(*self.layers, strict=True)) if self.stacked else self.layers  # type: ignore[no-any-return]
+
+    @property
     def stacked(self) -> bool:
         """Whether one pair holds all layers."""
         return isinstance(self.layers[0], jax.Array) or not isinstance(self.layers[0], tuple)
@@ -78,6 +84,23 @@ class KVCache(Sequence[Pair]):
 
     def __iter__(self) -> Iterator[Pair]:
         return (self[layer] for layer in range(len(self)))
+
+
+def as_cache(past: Any, new: int, stacked: bool) -> Any:
+    """A (key, value) pair for each layer, each (B, H, S, D), as a cache with room for `new` tokens; others as it is."""
+    if isinstance(past, KVCache) or not isinstance(past, (list, tuple)) or not past or not all(map(_is_pair, past)):
+        return past
+    more = [(0, 0), (0, 0), (0, new), (0, 0)]
+    layers = tuple((jnp.pad(jnp.asarray(pair[0]), more), jnp.pad(jnp.asarray(pair[1]), more)) for pair in past)
+    whole = tuple(map(jnp.stack, zip(*layers, strict=True))) if stacked else layers
+    return KVCache(whole, None, jnp.int32(np.shape(past[0][0])[2]))
+
+
+def _is_pair(layer: Any) -> bool:
+    if isinstance(layer, (Array, np.ndarray)):  # as transformers stacked them until 2020
+        return layer.ndim == 5 and len(layer) == 2
+    parts = layer[:2] if isinstance(layer, (list, tuple)) else ()
+    return len(parts) == 2 and all(isinstance(x, (Array, np.ndarray)) and x.ndim == 4 for x in parts)
 
 
 def write(buffer: Array, new: Array, start: Array | int) -> Array:
@@ -123,7 +146,7 @@ def hiding(keep: Array, dtype: Any) -> Array:
 
 def key_bias(mask: Array, dtype: Any) -> Array:
     """A mask that is 1 where a key counts, as a bias of the scores: (B, S) -> (B, 1, 1, S)"""
-    return hiding(mask[:, None, None, :] != 0, dtype)
+    return hiding(mask[:, None, None, :].astype(bool), dtype)
 
 
 def causal_bias(length: int, keys: int, past: Array | int, mask: Array | None, dtype: Any) -> Array:
@@ -131,22 +154,23 @@ def causal_bias(length: int, keys: int, past: Array | int, mask: Array | None, d
 
     mask: (B, S), or (B or 1, H or 1, T or 1, S) of booleans, integers (1 keeps) or floats (added to the scores).
     """
-    keep = (jnp.arange(keys)[None] <= past + jnp.arange(length)[:, None])[None, None]  # (1, 1, T, S)
+    query, key = (jnp.arange(size, dtype=jnp.int32) for size in (length, keys))
+    keep = (key[None] <= past + query[:, None])[None, None]  # (1, 1, T, S)
     if mask is None:
         return hiding(keep, dtype)
     if mask.ndim == 4 and jnp.issubdtype(mask.dtype, jnp.floating):
         low = jnp.asarray(lowest(dtype), dtype)
         return jnp.where(keep, jnp.maximum(mask.astype(dtype), low), low)
     mask = mask if mask.ndim == 4 else mask[:, None, None, :]
-    return hiding(keep & (mask != 0), dtype)
+    return hiding(keep & mask.astype(bool), dtype)
 
 
 def positions(source: Array, mask: Array | None, past: Array | int) -> Array:
     """Each token's position: the count of unmasked tokens before it, (B, T); its index where no mask counts, (1, T)."""
     length = source.shape[1]
     if mask is None or mask.ndim != 2:
-        return (past + jnp.arange(length))[None]
-    counts = jnp.maximum(jnp.cumsum(mask != 0, axis=-1) - 1, 0)
+        return (past + jnp.arange(length, dtype=jnp.int32))[None]
+    counts = jnp.maximum(jnp.cumsum(mask.astype(bool), axis=-1) - 1, 0)
     return lax.dynamic_slice_in_dim(counts, past, length, axis=1)
 
 
@@ -163,7 +187,7 @@ def merge_heads(x: Array) -> Array:
 
 def upcast(x: Array) -> Array:
     """At least float32: a sum over many tokens is beyond float16, and beyond bfloat16's precision."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 class BaseAttention(nn.Module):

@@ -15,6 +15,7 @@ from jax import Array
 from gpt2_multi.flax.attention import KVCache
 from gpt2_multi.flax.layers import dense
 from gpt2_multi.flax.model import ACTIVATIONS, GPT2Module
+from gpt2_multi.flax.parameters import axes
 from gpt2_multi.flax.training.losses import classification_loss, cross_entropy, lm_loss, span_loss
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
@@ -35,6 +36,8 @@ class Headed(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str | None = None
     scan_layers: bool = False
+
+    apply = axes.apply
 
     def body(self) -> GPT2Module:
         """The bare module inside."""
@@ -108,11 +111,11 @@ class SequenceSummary(nn.Module):
     def _pool(self, hidden: Array, mask: Array, mc_token_ids: Array | None) -> Array:
         kind = self.config.summary_type
         if kind == "mean":
-            weights = (mask != 0).astype(hidden.dtype)[..., None]
+            weights = mask.astype(bool).astype(hidden.dtype)[..., None]
             return (hidden * weights).sum(-2) / jnp.maximum(weights.sum(-2), 1)
         index = mc_token_ids if kind == "cls_index" and mc_token_ids is not None else last_tokens(mask)
         if kind == "first":
-            index = jnp.argmax(mask != 0, -1)
+            index = jnp.argmax(mask.astype(bool), -1)
         return jnp.take_along_axis(hidden, index[..., None, None], -2).squeeze(-2)
 
 
@@ -273,7 +276,7 @@ def present(mask: Array | None, labels: Array) -> Array | None:
 def last_tokens(mask: Array) -> Array:
     """The index of the last unmasked token of each row: (..., T) -> (...)"""
     inputs.check_pooled(mask.shape[-1])
-    return mask.shape[-1] - 1 - jnp.argmax(mask[..., ::-1] != 0, -1)
+    return mask.shape[-1] - 1 - jnp.argmax(mask[..., ::-1].astype(bool), -1)
 
 
 def rows(x: Array | None) -> Array | None:

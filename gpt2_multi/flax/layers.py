@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
@@ -37,10 +37,11 @@ def by_rows(x: Array, others: Any = None) -> Array:
     is what the other dimensions are: whole, or `PartitionSpec.UNCONSTRAINED`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ROW_AXES if axis in mesh.axis_names)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(axis for axis, kind in kinds if axis in ROW_AXES and kind == AxisType.Auto)
     if not axes or len(x) % math.prod(mesh.shape[axis] for axis in axes):
         return x
-    return lax.with_sharding_constraint(x, PartitionSpec(axes, *[others] * (x.ndim - 1)))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes, *[others] * (x.ndim - 1))))
 
 
 def input_names(module: Any) -> list[str]:
@@ -95,9 +96,17 @@ def embed(owner: Any, rows: int, name: str) -> nn.Embed:
     )
 
 
-def norm(owner: Any, name: str) -> nn.LayerNorm:
+class LayerNorm(nn.LayerNorm):
+    """Linen's, which sums in float32, whatever the caller has set for promotions."""
+
+    def __call__(self, x: Any, *, mask: Array | None = None) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x, mask=mask)
+
+
+def norm(owner: Any, name: str) -> LayerNorm:
     """A layer norm (Ba et al. 2016), with the variance from the deviations: the fast formula cancels."""
-    return nn.LayerNorm(
+    return LayerNorm(
         epsilon=owner.config.layer_norm_epsilon,
         dtype=owner.dtype,
         param_dtype=owner.param_dtype,

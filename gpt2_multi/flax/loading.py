@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.files import arguments
-from gpt2_multi.flax.attention import KVCache
+from gpt2_multi.flax.attention import KVCache, as_cache
 from gpt2_multi.flax.layers import (
     as_array,
     as_dtype,
@@ -33,6 +33,7 @@ from gpt2_multi.flax.layers import (
     is_concrete,
 )
 from gpt2_multi.flax.parameters import casting
+from gpt2_multi.flax.parameters.axes import automatic
 from gpt2_multi.flax.parameters.sharding import param_shardings
 from gpt2_multi.flax.parameters.tree import (
     Tree,
@@ -42,6 +43,7 @@ from gpt2_multi.flax.parameters.tree import (
     initial,
     leaves,
     placed,
+    pruned,
     resized,
     rows_of,
 )
@@ -89,6 +91,11 @@ class FlaxGPT2PreTrainedModel:
         self.module: Any = self.module_class(self.config, self.dtype, self.param_dtype, remat, scan_layers)
         self.input_shape, self.key = input_shape, jax.random.key(seed)
         self._params = self.init_weights(self.key) if _do_init else None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward pass."""
+        return self.module.remat is not None
 
     @property
     def compiled(self) -> Callable[..., Any]:
@@ -144,7 +151,7 @@ class FlaxGPT2PreTrainedModel:
         encoder_hidden_states: Any = None,
         encoder_attention_mask: Any = None,
         params: Tree | None = None,
-        past_key_values: KVCache | None = None,
+        past_key_values: Any = None,
         dropout_rng: Array | None = None,
         train: bool = False,
         output_attentions: bool | None = None,
@@ -155,9 +162,10 @@ class FlaxGPT2PreTrainedModel:
         """What the linen module gives, whose `__call__` says what the inputs are; `inputs` are its further ones.
 
         The call is compiled, once for each shape and each configuration; where methods of linen are intercepted, it
-        runs operation by operation. `past_key_values` comes from `init_cache`, or from a call. Raises InputError for an
-        id outside the vocabulary, a position beyond `n_positions`, shapes that do not fit, and `train` without
-        `dropout_rng`; TypeError for an unknown input.
+        runs operation by operation. `past_key_values` comes from `init_cache`, or from a call, or is a (key, value)
+        pair for each layer; then the call returns pairs, which are longer, and compiles anew for them. Raises
+        InputError for an id outside the vocabulary, a position beyond `n_positions`, shapes that do not fit, and
+        `train` without `dropout_rng`; TypeError for an unknown input.
         """
         config, given = self.config, {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
@@ -177,6 +185,9 @@ class FlaxGPT2PreTrainedModel:
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
         apply = self.module.apply if interceptors() else self.compiled
         output = apply({"params": params}, **arrays, **flags, rngs=rngs)
+        output.unpacks = any(name in others for name in inputs.OLD_NAMES)
+        if "past_key_values" in arrays and not isinstance(given.get("past", past_key_values), KVCache):
+            output.past_key_values = output.past_key_values.pairs
         return output if (config.use_return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def fitting(self, params: Tree | None) -> Tree:
@@ -187,9 +198,13 @@ class FlaxGPT2PreTrainedModel:
         return params
 
     def _arrays(self, given: Mapping[str, Any], flags: Iterable[str]) -> dict[str, Any]:
-        cache = given.get("past_key_values")
-        arrays = {name: x if x is cache else as_array(name, x) for name, x in given.items() if x is not None}
-        inputs.check_names(f"{type(self).__name__}()", [*arrays, *flags], input_names(self.module))
+        given = inputs.renamed(call := f"{type(self).__name__}()", given)
+        past = given.pop("past_key_values", None)
+        arrays = {name: as_array(name, x) for name, x in given.items() if x is not None}
+        if past is not None:
+            arrays["past_key_values"] = as_cache(past, length_of(arrays), self.scan_layers)
+        inputs.check_names(call, [*arrays, *flags], input_names(self.module))
+        cache: Any = arrays.get("past_key_values")
         mask = arrays.get("attention_mask")
         if isinstance(cache, KVCache) and mask is not None and mask.ndim and mask.shape[-1] < cache.capacity:
             room = cache.capacity - mask.shape[-1]  # of tokens to come, which no query sees yet
@@ -213,8 +228,8 @@ class FlaxGPT2PreTrainedModel:
         if not isinstance(cache, KVCache) or len(cache) != layers or cache.stacked != stacked:
             raise InputError(
                 f"past_key_values: expected a cache of {layers} layers from init_cache(batch_size, max_length) of "
-                f"this model{' with scan_layers' if stacked else ''}, or what a call made of it, found "
-                f"{type(cache).__name__}"
+                f"this model{' with scan_layers' if stacked else ''}, or what a call made of it, or a (key, value) "
+                f"pair for each layer, found {type(cache).__name__}"
             )
         check_alive("past_key_values", cache)
         key = (cache.layers if cache.stacked else cache.layers[0])[0]
@@ -386,9 +401,39 @@ class FlaxGPT2PreTrainedModel:
         self.config.replace(vocab_size=number)  # refuses what no vocabulary can have
         std = None if mean_resizing else self.config.initializer_range
         params = unflatten_dict(
-            {path: resized(flat[path], leaf.axes, number, std, self.key) for path, leaf in found.items()}
+            {
+                path: automatic(resized, None, flat[path], leaf.axes, number, std, self.key)
+                for path, leaf in found.items()
+            }
         )
         self.config.vocab_size = number
+        if self._params is not None:
+            self.params = params
+        return params
+
+    def gradient_checkpointing_enable(self, policy: str = "nothing_saveable") -> None:
+        """Compute in the backward pass again what a policy of `jax.checkpoint_policies` does not save of each block."""
+        check_remat(policy)
+        self.module = self.module.clone(remat=policy)
+
+    enable_gradient_checkpointing = gradient_checkpointing_enable  # transformers' name, for Flax
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.module = self.module.clone(remat=None)
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Iterable[int]], params: Tree | None = None) -> Tree:
+        """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them.
+
+        Returns the parameters, the model's own or those given, so cut; a model that holds parameters holds these from
+        now on.
+        """
+        params = self.fitting(params)
+        config = self.config.replace(pruned_heads=self.config.pruned(heads_to_prune))
+        found, flat = leaves(config, self.head, self.scan_layers), flatten_dict(params)
+        kept = [[self.config.heads(i).index(head) for head in config.heads(i)] for i in range(config.n_layer)]
+        params = unflatten_dict({path: automatic(pruned, None, flat[path], leaf, kept) for path, leaf in found.items()})
+        self.config.pruned_heads = config.pruned_heads
         if self._params is not None:
             self.params = params
         return params
@@ -396,6 +441,13 @@ class FlaxGPT2PreTrainedModel:
     to_bf16 = casting.to_bf16
     to_fp16 = casting.to_fp16
     to_fp32 = casting.to_fp32
+
+
+def length_of(arrays: Mapping[str, Any]) -> int:
+    """How many tokens a call reads: T of ids (..., T), or of embeddings (..., T, E)."""
+    shapes = (arrays[name].shape for name in ("input_ids", "inputs_embeds") if name in arrays)
+    shape = next(shapes, ())[: None if "input_ids" in arrays else -1]
+    return shape[-1] if shape else 0
 
 
 def devices() -> list[str]:

@@ -27,6 +27,7 @@ from gpt2_multi.flax.attention import (
     positions,
 )
 from gpt2_multi.flax.layers import by_rows, check_remat, dense, embed, norm
+from gpt2_multi.flax.parameters import axes
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
 
@@ -161,6 +162,8 @@ class GPT2Module(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str | None = None
     scan_layers: bool = False
+
+    apply = axes.apply
 
     def setup(self) -> None:
         self.wte = embed(self, self.config.vocab_size, "wte")

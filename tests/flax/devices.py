@@ -6,15 +6,19 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.flax.devices 
 import json
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
+from gpt2_multi.flax.generation.generate import log_probs
 from gpt2_multi.flax.parameters.sharding import FSDP, TENSOR, init_params, make_mesh, shard_batch, shard_params
 from gpt2_multi.flax.parameters.tree import Leaf
 from gpt2_multi.flax.training import (
@@ -108,6 +112,11 @@ def on_one_device(folder: str, output: Path, scan_layers: bool) -> dict[str, Any
     return answer
 
 
+def distance(a: Any, b: Any) -> float:
+    """The greatest difference of two trees."""
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
+
+
 def made_and_moved(folder: str) -> dict[str, float]:
     """How far first parameters made on a mesh, and parameters moved to it, are from those of one device."""
     model = FlaxGPT2LMHeadModel.from_pretrained(folder)
@@ -115,11 +124,50 @@ def made_and_moved(folder: str) -> dict[str, float]:
     moved = shard_params(model.params, model.config, mesh, RULES)
     made, first = init_params(model, mesh, RULES, seed=3), model.init_weights(jax.random.key(3))
 
-    def distance(a: Any, b: Any) -> float:
-        return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
-
     same = shapes(moved) == shapes(made)
     return {"moved": distance(moved, model.params), "made": distance(made, first), "same shapes": same}
+
+
+def answers(model: Any, ids: Any, every: bool) -> dict[str, Any]:
+    """What a model gives for ids (B, T): in its own calls, and in a `jit` of the caller's."""
+    loss = jax.grad(lambda params, ids: model.module.apply({"params": params}, ids, labels=ids).loss)
+    output, grads = model(ids, labels=ids), jax.jit(loss)(model.params, ids)
+    found = {"logits": output.logits, "loss": output.loss, "grads": grads}
+    options = {"greedy": {}, "sampled": {"do_sample": True}, "beams": {"num_beams": 2}}
+    if every:
+        options |= {"guesses": {"prompt_lookup_num_tokens": 2}, "assisted": {"assistant_model": model}}
+        found["streamed"] = jnp.stack([*model.stream_tokens(ids, max_new_tokens=3)], 1)
+        found["scored"] = log_probs(model, None, np.asarray(ids), np.ones(ids.shape, int))
+        found["traced"] = jax.jit(lambda params, ids: model.generate(ids, params=params, max_new_tokens=3))(
+            model.params, ids
+        )
+    return found | {name: model.generate(ids, max_new_tokens=3, **more) for name, more in options.items()}
+
+
+def on_explicit_axes(folder: str, output: Path) -> dict[str, Any]:
+    """How far that is from one device on a mesh of explicit axes, with ids that were placed on it; and losses.
+
+    Everything where `jax.set_mesh` has set the mesh, less where it has not.
+    """
+    mesh = jax.make_mesh((2, 2), ("data", "mp"), (AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    ids, rules = DATA[0]["input_ids"], {"mlp": "mp", "head": "mp"}
+    expected = answers(FlaxGPT2LMHeadModel.from_pretrained(folder), ids, True)
+    answer: dict[str, Any] = {}
+    for name, context in (("set", lambda: jax.set_mesh(mesh)), ("not set", nullcontext)):
+        with context():
+            model = FlaxGPT2LMHeadModel.from_pretrained(folder, mesh=mesh, rules=rules)
+            placed = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data")))
+            found = answers(model, placed, name == "set")
+            answer[name] = {key: distance(value, expected[key]) for key, value in found.items()}
+            lies = jax.tree.leaves(model.params)[0].sharding.mesh == found["logits"].sharding.mesh == mesh
+            answer[name]["moved"] = float(not lies or found["logits"].sharding.spec[0] != "data")
+            state, first = losses(create_train_state(model, ADAMW), 2)
+            save_state(output / name, state)
+            state, more = losses(restore_state(output / name, create_train_state(model, ADAMW)), 2)
+            answer[f"losses {name}"] = [*first, *more]
+    model.prune_heads({0: [1, 3]})
+    model.save_pretrained(output / "pruned", model.resize_token_embeddings(40))
+    return answer
 
 
 def main() -> None:
@@ -127,6 +175,7 @@ def main() -> None:
     folder, output = sys.argv[1], Path(sys.argv[2])
     found: dict[str, Any] = {name: on_mesh(folder, output, name) for name in MESHES}
     found |= {f"one {scan}": on_one_device(folder, output, scan) for scan in (False, True)}
+    found["explicit"] = on_explicit_axes(folder, output)
     print(json.dumps(found | {"others": made_and_moved(folder)}))
 
 

@@ -237,6 +237,26 @@ def test_pruned_heads_are_as_if_masked_and_survive_a_file(tmp_path):
         LM.from_pretrained(tmp_path / "n", scan_layers=True)
 
 
+def test_heads_are_pruned_as_in_the_other_frameworks(tmp_path):
+    model = random_model(LM, param_dtype="float64")
+    mask = np.ones((2, 3))
+    mask[0, 1] = mask[1, [0, 2]] = 0
+    whole, first = model(IDS, head_mask=mask).logits, model.params
+    bare = LM(SMALL.replace(), param_dtype="float64", _do_init=False)
+    model.prune_heads({0: [1], 1: [0]})
+    model.prune_heads({1: [2, 0]})
+    assert model.config.pruned_heads == {0: [1], 1: [0, 2]}
+    np.testing.assert_allclose(model(IDS).logits, whole, rtol=0, atol=1e-9)
+    model.save_pretrained(tmp_path / "m")
+    assert equal(LM.from_pretrained(tmp_path / "m", param_dtype="float64").params, model.params)
+    assert equal(bare.prune_heads({0: [1], 1: [0, 2]}, first), model.params) and bare.config.pruned_heads
+    with pytest.raises(ConfigError, match="pruned_heads must leave each layer a head"):
+        model.prune_heads({0: [0, 2]})
+    with pytest.raises(ConfigError, match="scan_layers: layers with pruned heads differ in size"):
+        random_model(LM, scan_layers=True).prune_heads({0: [1]})
+    assert model.config.pruned_heads == {0: [1], 1: [0, 2]}
+
+
 def test_a_model_that_was_pruned_in_torch_loads(tmp_path):
     pytest.importorskip("torch")
     from gpt2_multi import pt

@@ -127,6 +127,27 @@ def test_outputs_and_gradients_do_not_depend_on_the_layout(layout, make):
         close(grad, expected_grads[name])
 
 
+@pytest.mark.parametrize("layout", ["plain", "scanned"])
+def test_gradient_checkpointing_can_be_switched_on(layout, make):
+    """Blocks are multiplied through once more in the backward pass, with the same dropout, until it is off again."""
+    model, _ = make(**LAYOUTS[layout])
+
+    def loss(params):
+        return model(IDS, params=params, labels=IDS, train=True, dropout_rng=KEY).loss
+
+    def taken():
+        return str(jax.make_jaxpr(jax.grad(loss))(model.params)).count("dot_general[")
+
+    count, expected = taken(), jax.value_and_grad(loss)(model.params)
+    model.enable_gradient_checkpointing()
+    assert model.is_gradient_checkpointing and taken() >= count + 5
+    jax.tree.map(close, jax.value_and_grad(loss)(model.params), expected)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing and taken() == count
+    with pytest.raises(InputError, match="remat: expected None or one of everything_saveable"):
+        model.gradient_checkpointing_enable("everything")
+
+
 def test_every_policy_of_remat_computes_the_same(make):
     from gpt2_multi.flax.layers import POLICIES
 
@@ -256,7 +277,7 @@ def test_a_cache_is_reused_after_reset_and_refuses_too_much(layout, make):
         model.init_cache(1, 25)
 
 
-@pytest.mark.parametrize("change", ["rows", "dtype", "layout", "layers", "tuple", "nothing"])
+@pytest.mark.parametrize("change", ["rows", "dtype", "layout", "layers", "pairs", "nothing"])
 def test_a_cache_that_does_not_fit_is_one_sentence(change, make):
     model, _ = make()
     past = {
@@ -264,11 +285,29 @@ def test_a_cache_that_does_not_fit_is_one_sentence(change, make):
         "dtype": lambda: make(dtype="float32")[0].init_cache(3, 20),
         "layout": lambda: make(scan_layers=True)[0].init_cache(3, 20),
         "layers": lambda: make(SMALL.replace(n_layer=1))[0].init_cache(3, 20),
-        "tuple": lambda: tuple(model.init_cache(3, 20)),
+        "pairs": lambda: tuple(model.init_cache(3, 20))[:1],
         "nothing": lambda: (),
     }[change]()
     with pytest.raises(InputError, match=r"past_key_values: (expected a cache of 2 layers|made for)"):
         model(IDS, past_key_values=past)
+
+
+@pytest.mark.parametrize("layout", ["plain", "scanned"])
+def test_pairs_of_keys_and_values_are_a_past_that_grows(layout, make):
+    """As in the other frameworks, stacked or not, under the name of 2019 too; where pairs go in, pairs come out."""
+    model, _ = make(**LAYOUTS[layout])
+    whole, cache = logits(model), model(IDS[:, :6], past_key_values=model.init_cache(3, 8)).past_key_values
+    pairs = [(np.asarray(key), np.asarray(value)) for key, value in cache]
+    second = model(IDS[:, 6:7], attention_mask=np.ones((3, 7)), past_key_values=tuple(pairs))
+    assert [key.shape for key, _ in second.past_key_values] == [(3, 3, 7, 4)] * 2
+    close(model(IDS[:, 7:], past_key_values=second.past_key_values).logits, whole[:, 7:])
+    found, past = model(IDS[:, 6:], past=[np.stack(pair) for pair in pairs])
+    close(found, whole[:, 6:])
+    assert len(past) == 2 and np.array_equal(past[0][0][:, :, :6], pairs[0][0])
+    made = model.generate(IDS, past_key_values=pairs, max_new_tokens=3)
+    assert np.array_equal(made, model.generate(IDS, past_key_values=cache, max_new_tokens=3))
+    with pytest.raises(TypeError, match="past is past_key_values under its old name; give one of the two"):
+        model(IDS[:, 6:], past=pairs, past_key_values=pairs)
 
 
 @pytest.mark.parametrize("layout", ["plain", "scanned"])

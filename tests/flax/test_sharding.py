@@ -136,6 +136,18 @@ def test_parameters_are_made_on_the_mesh_or_moved_to_it(found):
     assert found["others"]["moved"] == 0 and found["others"]["made"] < 1e-6 and found["others"]["same shapes"]
 
 
+@pytest.mark.parametrize("name", ["set", "not set"])
+def test_explicit_axes_give_what_one_device_gives(found, folder, name):
+    """Calls, gradients and generation for ids of the caller's mesh, on which the answers lie; training that goes on."""
+    far = found["explicit"][name]
+    print(name, far)
+    assert len(far) == {"set": 12, "not set": 7}[name] and max(far.values()) < 1e-5
+    losses = found["explicit"][f"losses {name}"]
+    np.testing.assert_allclose(losses, found["one False"]["losses"][:4], rtol=0, atol=1e-5)
+    config = GPT2Config.from_pretrained(folder / "pruned")
+    assert (config.vocab_size, config.pruned_heads) == (40, {0: [1, 3]})
+
+
 def test_specs_follow_from_named_axes():
     specs = param_specs(SMALL, FSDP | TENSOR)["transformer"]
     block = specs["h"]["0"]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from gpt2_multi.flax.attention import KVCache, upcast
@@ -64,7 +65,7 @@ class BeamSearch(Sampling):
 
     def start(self, model: Any, prompt: Prompt, options: Options) -> State:
         """The state before the first token: of each prompt one beam counts, since all are the same yet."""
-        batch, dtype = len(prompt.ids), jnp.promote_types(model.dtype, jnp.float32)
+        batch, dtype = len(prompt.ids), np.promote_types(model.dtype, np.float32)
         scores = jnp.full((batch, self.rows), -jnp.inf, dtype)
         shape = (*scores.shape, self.room)
         tokens = jnp.full(shape, options.fill, jnp.int32)
@@ -125,12 +126,16 @@ def candidates(processed: Array, scores: Array, step: Any, options: Options) -> 
     values = (processed.reshape(batch, beams, vocab) + scores[..., None]).reshape(batch, -1)  # (B, K * V)
 
     def noisy(values: Array) -> Array:
-        return values + gumbel(options.streams, step, jnp.arange(vocab), values.dtype).reshape(values.shape)
+        return values + gumbel(options.streams, step, jnp.arange(vocab, dtype=jnp.int32), values.dtype).reshape(
+            values.shape
+        )
 
     rank = lax.cond(options.do_sample, noisy, lambda x: x, values)
     count = min(max(2, 1 + len(options.ends)) * beams, beams * vocab)
     _, index = lax.top_k(rank, count)
-    values = jnp.where(jnp.arange(count) < options.candidates, jnp.take_along_axis(values, index, 1), -jnp.inf)
+    values = jnp.where(
+        jnp.arange(count, dtype=jnp.int32) < options.candidates, jnp.take_along_axis(values, index, 1), -jnp.inf
+    )
     index = jnp.where(values == -jnp.inf, 0, index)  # there are fewer than C
     return values, index // vocab, index % vocab
 

@@ -58,7 +58,7 @@ def kernel_first(kernels: Kernels, call: Callable[..., Any], args: Any, options:
         x, kernel, bias = promote_dtype(args[0], kernels["/".join(layer.path)], bias, dtype=layer.dtype)
         x = product(x.reshape(*x.shape[: x.ndim - axes], -1), kernel)
         x = x.reshape(*x.shape[:-1], *features)
-        return x if bias is None else x + bias
+        return x if bias is None else x + bias.reshape(*[1] * (x.ndim - bias.ndim), *features)
     if isinstance(layer, nn.Embed) and context.method_name == "attend":
         return product(*promote_dtype(args[0], layer.embedding, dtype=layer.dtype))
     return call(*args, **options)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt2_multi.flax.attention import KVCache, upcast
+from gpt2_multi.flax.attention import KVCache, as_cache, upcast
 from gpt2_multi.flax.generation.cpu_kernels import Kernels, are_worthwhile, transposed
 from gpt2_multi.flax.generation.decoding import (
     INSIDE,
@@ -25,6 +25,7 @@ from gpt2_multi.flax.generation.decoding import (
     prefill,
     slide,
 )
+from gpt2_multi.flax.parameters.axes import on_automatic_axes
 from gpt2_multi.flax.parameters.tree import Tree
 from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.options import Options
@@ -70,9 +71,10 @@ class Source(NamedTuple):
     assistant: Any = None  # a model
 
     @classmethod
-    def of(cls, params: Tree, given: Given) -> Source:
-        """What a call was given of it."""
-        return cls(params, given.past_key_values, given.assistant_model)
+    def of(cls, model: Any, params: Tree | None, given: Given) -> Source:
+        """What a call was given of it, and the model's own parameters where it was given none."""
+        past = as_cache(given.past_key_values, 0, model.scan_layers)
+        return cls(model.fitting(params), past, given.assistant_model)
 
 
 def weights_of(model: Any, source: Source, strategy: Sampling, prompt: Prompt, several: bool) -> Weights:
@@ -81,7 +83,7 @@ def weights_of(model: Any, source: Source, strategy: Sampling, prompt: Prompt, s
     An assistant's layers would take those of the same names for theirs.
     """
     if source.assistant is not None:
-        return Weights(source.params, {}, source.assistant.fitting(None))
+        return Weights(source.params, {}, on_automatic_axes(source.assistant.fitting(None)))
     rows = len(prompt.ids) * strategy.rows * (1 + strategy.guesses) * (1 if prompt.negative is None else 2)
     is_quicker = several and are_worthwhile(model, rows, strategy.room)
     return Weights(source.params, model.decoders.transposed(source.params) if is_quicker else {})

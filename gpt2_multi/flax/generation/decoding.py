@@ -77,7 +77,8 @@ class Prompt(NamedTuple):
         if self.negative is None:
             return self
         twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), self._replace(negative=None))
-        ids, mask = (jnp.concatenate(pair) for pair in zip((self.ids, self.mask), self.negative, strict=True))
+        pairs = zip((self.ids, self.mask), self.negative, strict=True)
+        ids, mask = (jnp.concatenate([x, jnp.asarray(other, x.dtype)]) for x, other in pairs)
         return twice._replace(ids=ids, mask=mask)
 
     def row(self, row: int) -> Prompt:
@@ -142,7 +143,7 @@ class Sampling:
             prompt = prompt._replace(ids=ids, mask=mask)
         prompt = prompt.repeated(self.rows)
         rows, length = prompt.ids.shape
-        more, wide = [(0, 0), (0, self.room)], jnp.promote_types(model.dtype, jnp.float32)
+        more, wide = [(0, 0), (0, self.room)], np.promote_types(model.dtype, np.float32)
         shape = (self.room, rows, model.config.vocab_size)
         kinds = {"log_probs": ((rows, self.room), wide), "scores": (shape, wide), "logits": (shape, model.dtype)}
         return State(
@@ -216,7 +217,7 @@ def own_ends(callbacks: Callbacks, state: State, processed: Array) -> Array:
         ids, length = text(state)
         found = jnp.asarray(criterion(ids, processed, length))
         inputs.check_shape("stopping_criteria", found.shape, over.shape if found.ndim else ())
-        over |= found != 0
+        over |= found.astype(bool)
     return over
 
 
@@ -309,8 +310,9 @@ def decode_step(model: Any, params: Tree, state: State, proposed: Array) -> Any:
 
     def read(tokens: Array) -> Any:
         rows, length = tokens.shape
-        there = jnp.broadcast_to(jnp.arange(room) < made + length - 1, (count, room))
-        places = window.mask.sum(-1, dtype=jnp.int32)[:, None] + made - 1 + jnp.arange(length, dtype=jnp.int32)
+        there = jnp.broadcast_to(jnp.arange(room, dtype=jnp.int32) < made + length - 1, (count, room))
+        before = window.mask.sum(-1, dtype=jnp.int32)[:, None] + made - 1  # (R, 1)
+        places = before + jnp.arange(length, dtype=jnp.int32)[None]
         types = None if window.types is None else jnp.broadcast_to(window.types, (count, length))
         return forward(
             model,

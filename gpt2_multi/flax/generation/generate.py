@@ -27,6 +27,7 @@ from gpt2_multi.flax.generation.lookup import Assistant, Assisted, Lookup
 from gpt2_multi.flax.generation.rules import as_tensors
 from gpt2_multi.flax.generation.tracing import check_alone, is_traced, traced_request
 from gpt2_multi.flax.layers import as_array, facts, is_concrete, on_host
+from gpt2_multi.flax.parameters.axes import under_any_axes
 from gpt2_multi.flax.parameters.tree import Tree
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
@@ -46,6 +47,7 @@ ROWS = (  # which are looked at and put in order before anything is computed
 STRIDE = 4  # tokens from one look at the clock to the next
 
 
+@under_any_axes
 def generate(
     self: Any,
     input_ids: Any = None,
@@ -74,7 +76,7 @@ def generate(
     """
     brought, config = Given.of(self.generation_config, input_ids, attention_mask, generation_config, given)
     with brought.callbacks.ended():
-        source = Source.of(self.fitting(params), brought)
+        source = Source.of(self, params, brought)
         request, prompt = request_of(self, config, brought, source)
         output = run(self, source, request, prompt)
         own = request.given if request.prompts is not None or brought.input_ids is None else brought.input_ids
@@ -83,6 +85,7 @@ def generate(
         return request.answer(output, None if request.prompts is None else np.asarray(output.sequences))
 
 
+@under_any_axes
 def stream(
     self: Any,
     text: str,
@@ -96,12 +99,13 @@ def stream(
     given = {"tokenizer": tokenizer, **given}
     brought, config = Given.of(self.generation_config, text, None, generation_config, given)
     check_streamed(config, brought)
-    source = Source.of(self.fitting(params), brought)
+    source = Source.of(self, params, brought)
     made = columns(self, source, *request_of(self, config, brought, source))
     before = texts.encode(text, tokenizer, self.config)
     return texts.decode(tokenizer, (int(column[0]) for column in made), config, before)
 
 
+@under_any_axes
 def stream_tokens(
     self: Any,
     input_ids: Any = None,
@@ -114,13 +118,14 @@ def stream_tokens(
     """What `generate` appends, one column (B * num_return_sequences,) of ids at a time, as soon as it is known."""
     brought, config = Given.of(self.generation_config, input_ids, attention_mask, generation_config, given)
     check_streamed(config, brought, is_text=False)
-    source = Source.of(self.fitting(params), brought)
+    source = Source.of(self, params, brought)
     request, prompt = request_of(self, config, brought, source)
     if is_traced(source.params, prompt):
         raise InputError("stream_tokens: cannot give one token after the other while it is traced; call generate there")
     return columns(self, source, request, prompt)
 
 
+@under_any_axes
 def score(
     self: Any,
     texts: str | Sequence[str],
@@ -304,11 +309,13 @@ def places_of(request: Request, prompt: Prompt, state: State) -> Array:
     What is no part of the window, as it is padding in every row, is beyond all caches.
     """
     (batch, length), window = request.ids.shape, state.window.mask.shape[1]
-    place, rows = window - length + jnp.arange(length), jnp.arange(batch)[:, None]
+    place, rows = window - length + jnp.arange(length, dtype=jnp.int32), jnp.arange(batch, dtype=jnp.int32)[:, None]
     if request.past is not None:
-        place = jnp.where(jnp.arange(length) < request.past, jnp.arange(length), place)
-    found = jnp.full((batch, request.width), -1).at[rows, jnp.asarray(request.order)].max(place)
-    more = window + jnp.arange(state.cache.capacity - window)
+        place = jnp.where(
+            jnp.arange(length, dtype=jnp.int32) < request.past, jnp.arange(length, dtype=jnp.int32), place
+        )
+    found = jnp.full((batch, request.width), -1, jnp.int32).at[rows, jnp.asarray(request.order)].max(place)
+    more = window + jnp.arange(state.cache.capacity - window, dtype=jnp.int32)
     whole = jnp.concatenate([found, jnp.broadcast_to(more, (batch, len(more)))], 1)
     return jnp.repeat(jnp.where(whole < 0, np.iinfo(np.int32).max, whole), len(state.ids) // batch, axis=0)
 

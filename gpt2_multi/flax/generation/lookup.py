@@ -25,7 +25,7 @@ class Lookup(Sampling):
     def propose(self, state: State, weights: Weights, new: Any, options: Options) -> tuple[State, Array]:
         """What followed the end of the text before, but no more than is wanted: (1, G), -1 where there is nothing."""
         guessed = guess(state, options.max_matching_ngram_size, self.guesses)
-        return state, jnp.where(jnp.arange(self.guesses) < new - state.step - 1, guessed, -1)
+        return state, jnp.where(jnp.arange(self.guesses, dtype=jnp.int32) < new - state.step - 1, guessed, -1)
 
     def update(self, state: State, logits: Array, proposed: Array, new: Any, options: Options) -> State:
         """The state with the tokens that are chosen, up to the first that was not proposed."""
@@ -90,7 +90,7 @@ class Assisted(Lookup):
         text = lax.fori_loop(1, count, more, text)
         guessed = lax.dynamic_slice_in_dim(text.ids, length, self.guesses, 1)
         helper = (window, text.cache)
-        return state._replace(helper=helper), jnp.where(jnp.arange(self.guesses) < count, guessed, -1)
+        return state._replace(helper=helper), jnp.where(jnp.arange(self.guesses, dtype=jnp.int32) < count, guessed, -1)
 
     @property
     def model(self) -> Any:
@@ -111,12 +111,12 @@ def guess(state: State, longest: Any, guesses: int) -> Array:
         same, lengths = carried
         before = jnp.maximum(index - back, 0)
         same &= (ids[before] == ids[last - back]) & keep[before] & (index >= back)
-        return same, lengths + same
+        return same, lengths + same.astype(jnp.int32)
 
     none = jnp.zeros(size, jnp.int32)
     _, lengths = lax.fori_loop(0, jnp.minimum(longest, size), narrowed, (index < last, none))
     known = lengths * (guesses + 1) + jnp.minimum(last - index, guesses)
     start = jnp.argmax(jnp.where(lengths > 0, known * size + index, -1)).astype(jnp.int32) + 1
     count = jnp.where(lengths.max() > 0, last + 1 - start, 0)
-    place = jnp.arange(guesses)
+    place = jnp.arange(guesses, dtype=jnp.int32)
     return jnp.where(place < count, ids[jnp.minimum(start + place, size - 1)], -1)[None]

@@ -45,7 +45,7 @@ def process(
     logits = when(penalty != 1, lambda x: penalise(x, ids, keep, penalty), logits)
     logits = when(size > 0, lambda x: ban_repeats(x, ids, keep, length, size), logits)
     short = (keep.sum(-1, keepdims=True) < options.min_length) | (step < options.min_new_tokens)  # (R, 1)
-    logits = when(short.any(), lambda x: without(x, short & is_end(x, options)), logits)
+    logits = when(short.any(), lambda x: without(x, short & is_end(x, options)[None]), logits)
     logits = logits if own is None else own(logits)
     return when(options.do_sample, lambda x: warp(x, options), logits)
 
@@ -62,7 +62,8 @@ def choose(processed: Array, step: Any, options: Options) -> Array:
 def ends(chosen: Array, stop: Array, options: Options) -> tuple[Array, Array]:
     """Which tokens end their rows, and the states of the stop strings after them; all of one shape."""
     stop = jnp.asarray(options.stops)[stop, chosen]
-    is_over = (chosen[..., None] == options.ends).any(-1) | (stop == FOUND)
+    each = jnp.asarray(options.ends, chosen.dtype).reshape(*[1] * chosen.ndim, -1)
+    is_over = (chosen[..., None] == each).any(-1) | (stop == FOUND)
     return is_over, jnp.maximum(stop, 0)
 
 
@@ -78,22 +79,23 @@ def without(logits: Array, gone: Array) -> Array:
 
 def is_end(logits: Array, options: Options) -> Array:
     """Which ids of the vocabulary are end tokens, (V,)."""
-    return (jnp.arange(logits.shape[1])[:, None] == options.ends).any(-1)
+    return (jnp.arange(logits.shape[1], dtype=jnp.int32)[:, None] == jnp.asarray(options.ends, jnp.int32)[None]).any(-1)
 
 
 def add_biases(logits: Array, ids: Array, keep: Array, length: Any, phrases: Any, biases: Array) -> Array:
     """Add to the last id of each phrase (P, L) that the first `length` ids of a row have begun."""
     phrases = jnp.asarray(phrases)
-    before = length - jnp.arange(phrases.shape[1] - 1, 0, -1)  # (L - 1,)
+    before = length - jnp.arange(phrases.shape[1] - 1, 0, -1, dtype=jnp.int32)  # (L - 1,)
     there = jnp.maximum(before, 0)
-    said = jnp.where(keep[:, there] & (before >= 0), ids[:, there], -2)  # (R, L - 1)
-    begun = ((phrases[:, :-1] == said[:, None]) | (phrases[:, :-1] < 0)).all(-1)  # (R, P)
+    said = jnp.where(keep[:, there] & (before >= 0)[None], ids[:, there], -2)  # (R, L - 1)
+    starts = phrases[None, :, :-1]
+    begun = ((starts == said[:, None]) | (starts < 0)).all(-1)  # (R, P)
     return logits.at[:, phrases[:, -1]].add(jnp.where(begun, biases, 0).astype(logits.dtype))
 
 
 def mark(logits: Array, ids: Array, marked: Array) -> Array:
     """Which tokens (R, V) are marked somewhere in a row: ids (R, S), marked (R, S) -> booleans."""
-    row = jnp.arange(len(ids))[:, None]
+    row = jnp.arange(len(ids), dtype=jnp.int32)[:, None]
     return jnp.zeros(logits.shape, bool).at[row, ids].max(marked)
 
 
@@ -105,12 +107,12 @@ def penalise(logits: Array, ids: Array, keep: Array, penalty: Any) -> Array:
 
 def ban_repeats(logits: Array, ids: Array, keep: Array, length: Any, size: Any) -> Array:
     """Rule out every token that would repeat an n-gram of its row's ids (R, S); windows over padding do not count."""
-    place = jnp.arange(ids.shape[1])
+    place = jnp.arange(ids.shape[1], dtype=jnp.int32)
 
     def narrowed(back: Array, repeats: Array) -> Array:
         before = jnp.maximum(place - back, 0)
         equal = ids[:, before] == ids[:, length - back][:, None]
-        return repeats & equal & keep[:, before] & (place >= back)
+        return repeats & equal & keep[:, before] & (place >= back)[None]
 
     longest = jnp.minimum(size, ids.shape[1] + 1)  # a longer one repeats nothing either
     return without(logits, mark(logits, ids, lax.fori_loop(1, longest, narrowed, keep)))
@@ -193,7 +195,7 @@ def greatest(keys: Array, holds: Callable[[Array], Array]) -> Array:
 
 def sample(logits: Array, streams: Any, step: Any) -> Array:
     """Draw from softmax(logits) by the Gumbel noise (Maddison et al. 2014) of each row's stream: (R, V) -> (R,)"""
-    noise = gumbel(streams, step, jnp.arange(logits.shape[1]), logits.dtype)
+    noise = gumbel(streams, step, jnp.arange(logits.shape[1], dtype=jnp.int32), logits.dtype)
     return jnp.argmax(logits + noise, -1).astype(jnp.int32)
 
 
@@ -212,7 +214,7 @@ def threefry2x32(keys: tuple[Array, Array], counter: tuple[Array, Array]) -> tup
     """
     words = jnp.stack([*keys, keys[0] ^ keys[1] ^ jnp.uint32(PARITY)])
     shape = jnp.broadcast_shapes(keys[0].shape, counter[1].shape)
-    start = tuple(jnp.broadcast_to(word + key, shape) for word, key in zip(counter, keys, strict=True))
+    start = tuple(jnp.broadcast_to(word, shape) + key for word, key in zip(counter, keys, strict=True))
     return lax.fori_loop(0, 5, partial(four_rounds, words), start)
 
 

@@ -56,7 +56,7 @@ def ids_of(model: Any, ids: Any, found: Mapping[str, inputs.Facts]) -> Any:
 def mask_of(name: str, given: Given, shape: tuple[int, ...]) -> Array:
     """A mask of this name, (B, T) booleans; all True where there is none."""
     mask = getattr(given, name)
-    mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask) != 0
+    mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
     inputs.check_shape(name, mask.shape, shape)
     return mask
 

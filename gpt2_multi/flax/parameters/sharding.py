@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_multi.errors import InputError, nearest
 from gpt2_multi.flax.layers import ROW_AXES, on_host
+from gpt2_multi.flax.parameters.axes import moved
 from gpt2_multi.flax.parameters.tree import Leaf, Tree, check_tree, leaves
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
@@ -81,8 +82,7 @@ def param_shardings(config: GPT2Config, mesh: Mesh, rules: Rules, head: str = "l
     _check_mesh(mesh, rules)
     for path, leaf in leaves(config, head, scan_layers).items():
         _check_divisible(leaf, mesh, specs[path])
-    auto = Mesh(mesh.devices, mesh.axis_names)  # the compiler decides what the rules do not, whatever the mesh's types
-    return unflatten_dict({path: NamedSharding(auto, spec) for path, spec in specs.items()})
+    return unflatten_dict({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
 
 
 def shard_params(
@@ -102,26 +102,25 @@ def init_params(model: Any, mesh: Mesh, rules: Rules, seed: int = 0) -> Tree:
 def shard_batch(batch: Mapping[str, Any], mesh: Mesh, micro: bool = False) -> dict[str, Array]:
     """A batch with its rows cut over the axes data and fsdp; with `micro`, micro-batches are stacked before the rows.
 
-    Arrays of NumPy hold the rows of all hosts, the same on each. Arrays of JAX are left as they are. Raises InputError
+    Arrays of NumPy hold the rows of all hosts, the same on each. Arrays of JAX stay where they are. Raises InputError
     where the devices cannot share the rows equally.
     """
-    axes = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * micro, axes))
     given = {name: value for name, value in batch.items() if value is not None}
-    return {name: _rows_placed(name, value, sharding, int(micro)) for name, value in given.items()}
+    return {name: _rows_placed(name, value, mesh, int(micro)) for name, value in given.items()}
 
 
-def _rows_placed(name: str, value: Any, sharding: NamedSharding, dim: int) -> Array:
+def _rows_placed(name: str, value: Any, mesh: Mesh, dim: int) -> Array:
     if isinstance(value, jax.Array):
-        return value
-    value = on_host(name, value)
-    parts = math.prod(sharding.mesh.shape[axis] for axis in sharding.spec[dim])
+        return moved(value, mesh)  # type: ignore[no-any-return]
+    value, axes = on_host(name, value), [axis for axis in ROW_AXES if axis in mesh.shape]
+    parts = math.prod(mesh.shape[axis] for axis in axes)
     inputs.check_shape(name, value.shape[: dim + 1], (None,) * (dim + 1))
     if value.shape[dim] % parts:
         raise InputError(
             f"{name}: expected a number of rows that {parts} devices share equally, found {value.shape[dim]}; change "
             "the batch or the mesh"
         )
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * dim, tuple(axes)))
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 

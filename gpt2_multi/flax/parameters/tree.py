@@ -177,3 +177,11 @@ def resized(value: Array, axes: tuple[str, ...], number: int, std: float | None,
     new = jnp.repeat(value.mean(axis, keepdims=True), max(number - value.shape[axis], 0), axis)
     new = new if std is None else std * jax.random.normal(key, new.shape, new.dtype)
     return jnp.concatenate([lax.slice_in_dim(value, 0, min(number, value.shape[axis]), axis=axis), new], axis)
+
+
+def pruned(value: Array, leaf: Leaf, kept: list[list[int]]) -> Array:
+    """A leaf with those heads alone whose places are kept, of each layer; one without heads that can go stays."""
+    _, *path = leaf.rows[0].path.split(".")
+    if path[1:2] != ["attn"] or "head" not in leaf.axes:
+        return value
+    return jnp.take(value, jnp.asarray(kept[int(path[0])]), leaf.axes.index("head"))

@@ -24,9 +24,9 @@ def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> Ar
     labels = batched(labels)
     inputs.check_labels(facts(labels), logits.shape)
     labels = labels.astype(jnp.int32)  # an unsigned dtype has no -100
-    counted = labels != IGNORED if mask is None else (labels != IGNORED) & (mask != 0)
+    counted = labels != IGNORED if mask is None else (labels != IGNORED) & mask.astype(bool)
     each = optax.softmax_cross_entropy_with_integer_labels(upcast(logits), jnp.where(counted, labels, 0))
-    return jnp.where(counted, each, 0).sum() / jnp.maximum(counted.sum(), 1)
+    return jnp.where(counted, each, 0).sum() / jnp.maximum(counted.sum(), 1).astype(each.dtype)
 
 
 def lm_loss(logits: Array, labels: Array, mask: Array | None = None) -> Array:
@@ -44,7 +44,8 @@ def shifted(labels: Array, mask: Array | None) -> Array:
     following = jnp.concatenate([labels[..., 1:], jnp.full_like(labels[..., :1], IGNORED)], -1)
     if mask is None:
         return following
-    return jnp.where((mask != 0) & (jnp.roll(mask, -1, -1) != 0), following, IGNORED)
+    keep = mask.astype(bool)
+    return jnp.where(keep & jnp.roll(keep, -1, -1), following, IGNORED)
 
 
 def classification_loss(logits: Array, labels: Array, problem_type: str | None) -> Array:
@@ -62,9 +63,10 @@ def classification_loss(logits: Array, labels: Array, problem_type: str | None) 
     if problem_type == "regression" and labels.ndim == 1:
         logits = logits.squeeze(-1)
     inputs.check_shape("labels", labels.shape, logits.shape)
+    labels = labels.astype(logits.dtype)
     if problem_type == "regression":
         return jnp.square(logits - labels).mean()
-    return optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype)).mean()
+    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
 
 
 def span_loss(start_logits: Array, end_logits: Array, start: Array, end: Array) -> Array:

@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.attention import upcast
 from gpt2_multi.flax.layers import input_names, on_host
+from gpt2_multi.flax.parameters.axes import automatic
 from gpt2_multi.flax.parameters.sharding import shard_batch
 from gpt2_multi.flax.parameters.tree import Tree, check_alive
 from gpt2_multi.flax.training.losses import IGNORED, shifted
@@ -47,6 +48,9 @@ class Loss:
 
     def __call__(self, params: Tree, batch: Batch, dropout_key: Array | None = None) -> tuple[Array, Array]:
         """The loss, (), and how many labels it is the mean of, (); without a key there is no dropout."""
+        return automatic(self._mean, None, params, dict(batch), dropout_key)  # type: ignore[no-any-return]
+
+    def _mean(self, params: Tree, batch: Batch, dropout_key: Array | None) -> tuple[Array, Array]:
         train, rngs = dropout_key is not None, {} if dropout_key is None else {"dropout": dropout_key}
         output: Any = self.module.apply({"params": params}, **batch, train=train, rngs=rngs)
         losses = [loss for loss in (getattr(output, name, None) for name in ("loss", "mc_loss")) if loss is not None]
@@ -70,7 +74,7 @@ def label_count(head: str, batch: Batch) -> Array:
     if head == "lm":
         labels = shifted(labels, mask)
     elif mask is not None:
-        labels = jnp.where(mask != 0, labels, IGNORED)
+        labels = jnp.where(mask.astype(bool), labels, IGNORED)
     return (labels != IGNORED).sum().astype(jnp.float32)
 
 
@@ -149,7 +153,8 @@ def update(state: TrainState, batch: Batch, micro: bool = False) -> tuple[TrainS
     batches = batch if micro else {name: value[None] for name, value in batch.items()}
     loss, grads = accumulated(state, batches, key)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    return state.apply_gradients(grads=grads), metrics
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs, under whatever the caller has set
+        return state.apply_gradients(grads=grads), metrics
 
 
 def accumulated(state: TrainState, batches: Batch, key: Array) -> tuple[Array, Tree]:

@@ -90,7 +90,7 @@ def test_lookup_gives_the_greedy_tokens_in_fewer_steps(exact):
     greedy = exact.generate(ids, **options)
     config = exact.generation_config.with_options({**options, "prompt_lookup_num_tokens": 4})
     given = Given(ids)
-    source = Source.of(exact.params, given)
+    source = Source.of(exact, None, given)
     request, prompt = generate.request_of(exact, config, given, source)
     strategy = generate.strategy_of(request, source)
     (part,) = generate.parts(strategy, request, prompt)
