@@ -5,6 +5,7 @@ A check looks at facts. A framework says what it knows of an array, and that is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -291,10 +292,13 @@ def check_positions(low: int, high: int, n_positions: int) -> None:
         )
 
 
-def check_recomputed(past: object) -> None:
-    """Gradient checkpointing runs a block twice, and a cache would be extended twice."""
+def check_recomputed(past: object, use_cache: bool | None) -> bool:
+    """Gradient checkpointing runs a block twice, and a cache would be extended twice: so there is none."""
     if past is not None:
         raise InputError("past_key_values: cannot be used while gradient checkpointing trains; disable one of the two")
+    if use_cache:
+        warnings.warn("use_cache is off: blocks recomputed by checkpointing cannot cache", stacklevel=5)
+    return False
 
 
 def check_room(new: int | None, past: int | None, capacity: int | None) -> None:

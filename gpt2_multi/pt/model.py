@@ -5,7 +5,6 @@ Shapes: B batch, T length of this call, S keys (past included), H heads, D head 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from inspect import signature
@@ -295,9 +294,7 @@ class GPT2Model(GPT2PreTrainedModel):
 
     def _cache(self, past: Any, use_cache: bool | None) -> KVCache | Borrowed | None:
         if self.checkpointing:
-            inputs.check_recomputed(past)
-            if use_cache:
-                warnings.warn("use_cache is off: blocks recomputed by checkpointing cannot cache", stacklevel=4)
+            inputs.check_recomputed(past, use_cache)
             return None
         if past is not None:
             is_trusted = isinstance(past, KVCache) and past.trusted

@@ -62,6 +62,11 @@ class TFGPT2PreTrainedModel(keras.Model):
         self.config = check_config(config)
         self.name_or_path = config.name_or_path
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward pass."""
+        return bool(self.body().gradient_checkpointing)
+
     def initialise(self) -> None:
         """Give layers and variables their paths, and first values as the table says, unless the body did that."""
         for weight in table(self.config, self.head):
@@ -334,6 +339,17 @@ class TFGPT2PreTrainedModel(keras.Model):
             head.units = number
         self.forget_functions()
         return wte
+
+    def gradient_checkpointing_enable(self, every_n_layers: int = 1) -> None:
+        """Compute the activations of every n-th block again in the backward pass instead of keeping them."""
+        inputs.check_size("every_n_layers", every_n_layers, 1)
+        self.body().gradient_checkpointing, self.body().every_n_layers = True, every_n_layers
+        self.forget_functions()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.body().gradient_checkpointing = False
+        self.forget_functions()
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""

@@ -89,7 +89,10 @@ class Block(keras.layers.Layer):
         self.mlp = MLP(config, name="mlp", dtype=policy)
         made(self, None, None, config.n_embd)
 
-    def call(self, x: tf.Tensor, context: Context | None = None, head_mask: tf.Tensor | None = None) -> tf.Tensor:
+    def call(
+        self, x: tf.Tensor, context: Context | None = None, head_mask: Any = None, training: bool | None = None
+    ) -> tf.Tensor:
+        """The hidden states of the next block; Keras tells the layers inside of `training`."""
         if context is None:  # as Keras calls it, to see what its layers see of a text
             length = sizes(x)[1]
             context = Context(causal_bias(length, length, 0, None, x.dtype), KVCache())
@@ -105,6 +108,34 @@ class Block(keras.layers.Layer):
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """That of the hidden states, (B, T, E)."""
         return input_shape
+
+
+def recomputed(block: Block) -> Callable[..., tf.Tensor]:
+    """A block in training whose activations the backward pass computes again, with the same noise, and does not keep.
+
+    All that it may have gradients for goes in as an argument, and comes out as a result.
+    """
+    noises = [layer.seed_generator for layer in block._flatten_layers() if hasattr(layer, "seed_generator")]
+    seeds = [(noise.state, noise.next()) for noise in noises]
+
+    def call(x: tf.Tensor, context: Context, head_mask: tf.Tensor | None) -> tf.Tensor:
+        given = {"bias": context.bias, "states": context.states, "states_bias": context.states_bias, "head": head_mask}
+        names = [name for name, value in given.items() if value is not None]
+
+        def again(x: tf.Tensor, *values: tf.Tensor) -> list[tf.Tensor]:
+            found: dict[str, Any] = dict.fromkeys(given) | dict(zip(names, values, strict=True))
+            heads, own = found.pop("head"), Context(past=context.past, **found)
+            own.probs, own.cross_probs = (None if kept is None else [] for kept in (context.probs, context.cross_probs))
+            with keras.StatelessScope(state_mapping=seeds):
+                x = block(x, context=own, head_mask=heads, training=True)
+            return [x, *(own.probs or ()), *(own.cross_probs or ())]
+
+        x, *probs = tf.recompute_grad(again)(x, *(given[name] for name in names))
+        for kept, value in zip((context.probs, context.cross_probs), probs, strict=False):
+            note(kept, value)
+        return x
+
+    return call
 
 
 @keras.saving.register_keras_serializable("gpt2_multi")
@@ -124,6 +155,7 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
     def __init__(self, config: GPT2Config, *, dtype: Policy = None, param_dtype: Any = None, **options: Any) -> None:
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, **options)
         config = self.config
+        self.gradient_checkpointing, self.every_n_layers = False, 1
         policy = self.dtype_policy
         self.wte = keras.layers.ReversibleEmbedding(
             config.vocab_size, config.n_embd, embeddings_initializer="zeros", name="wte", dtype=policy
@@ -181,6 +213,9 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         """
         inputs.check_given(input_ids, inputs_embeds)
         source = inputs_embeds if input_ids is None else input_ids
+        is_recomputed = self.gradient_checkpointing and training
+        if is_recomputed:
+            use_cache = inputs.check_recomputed(past_key_values, use_cache)
         past = as_cache(past_key_values, len(self.h))
         check_call(
             self.config, past, self.compute_dtype, (self.wte.input_dim, self.wpe.input_dim),
@@ -192,9 +227,10 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         x = self.embed(source, position_ids, token_type_ids)
         context = self._context(x, past, attention_mask, encoder_hidden_states, encoder_attention_mask)
         self._wanted(context, output_attentions, output_hidden_states)
-        for block, heads in zip(self.h, self._head_masks(head_mask), strict=True):
+        for layer, (block, heads) in enumerate(zip(self.h, self._head_masks(head_mask), strict=True)):
             note(context.hidden, x)
-            x = block(x, context=context, head_mask=heads)
+            is_kept = not is_recomputed or layer % self.every_n_layers
+            x = (block if is_kept else recomputed(block))(x, context=context, head_mask=heads)
         x = self.ln_f(x)
         note(context.hidden, x)
         cached = self.config.use_cache and not training if use_cache is None else use_cache

@@ -263,6 +263,8 @@ def test_gradients_equal_the_recorded():
 def test_twenty_steps_of_adamw_give_the_recorded_losses(jit):
     recorded = fixtures.reference("lm")
     model = TFGPT2LMHeadModel.from_pretrained(fixtures.folder("lm"), **OFF)
+    if jit:
+        model.gradient_checkpointing_enable()
     optimizer = keras.optimizers.AdamW(1e-3, beta_1=0.9, beta_2=0.95, epsilon=1e-8, weight_decay=0.1)
     optimizer.build(model.trainable_variables)
 
@@ -275,6 +277,48 @@ def test_twenty_steps_of_adamw_give_the_recorded_losses(jit):
 
     losses = [float(step(recorded["in.input_ids"], recorded["in.labels"])) for _ in range(20)]
     np.testing.assert_allclose(losses, recorded["train.losses"], rtol=1e-4)
+
+
+def test_gradient_checkpointing_multiplies_again_with_the_same_noise(make):
+    """Every gradient is what it is without, those of states and by way of probabilities too, eagerly and in a graph."""
+    model, _ = make(SMALL.replace(n_layer=2, add_cross_attention=True, **dict.fromkeys(DROPOUTS, 0.3)))
+    states = tf.constant(np.random.default_rng(0).normal(size=(3, 4, 12)))
+    noises = [layer.seed_generator for layer in model._flatten_layers() if hasattr(layer, "seed_generator")]
+
+    def gradients():
+        for noise in noises:
+            noise.state.assign(tf.constant([7, 3], noise.state.dtype))
+        with tf.GradientTape() as tape:
+            tape.watch(states)
+            given = dict(labels=tf.constant(IDS), encoder_hidden_states=states, output_attentions=True)
+            output = model(tf.constant(IDS), training=True, **given)
+            seen = sum(tf.reduce_sum(x[..., 0]) for x in (*output.attentions, *output.cross_attentions))
+            loss = output.loss + seen
+        return [loss, *tape.gradient(loss, [states, *model.trainable_variables])]
+
+    def traced():
+        function = tf.function(gradients).get_concrete_function()
+        nodes = function.graph.as_graph_def().node
+        return function(), sum(node.op in ("MatMul", "BatchMatMulV2", "Einsum") for node in nodes)
+
+    expected, plain = traced()
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing and len(noises) == 11
+    graph, every = traced()
+    for found in (graph, gradients()):
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-10)
+    model.gradient_checkpointing_enable(every_n_layers=2)
+    assert plain < traced()[1] < every
+    with pytest.warns(UserWarning, match="use_cache is off: blocks recomputed by checkpointing cannot cache"):
+        assert model(tf.constant(IDS), training=True, use_cache=True).past_key_values is None
+    with pytest.raises(InputError, match="past_key_values: cannot be used while gradient checkpointing trains"):
+        model(tf.constant(IDS), model.init_cache(3, 12), training=True)
+    assert model(tf.constant(IDS)).past_key_values is not None
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing and model(tf.constant(IDS), model.init_cache(3, 12), training=True)
+    with pytest.raises(InputError, match="every_n_layers: expected"):
+        model.gradient_checkpointing_enable(0)
 
 
 def test_initialisation_has_the_stds_of_the_table():

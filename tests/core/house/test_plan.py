@@ -53,7 +53,8 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "_check_cache",
                     "init_cache",
                 )
-            ],
+            ]
+            + ["length_of"],
             "heads": ["Headed", "Headed.body", "Headed.logits"],
             "model": ["GPT2Model.logits"],
             "generation/decoding": ["Weights"],
@@ -84,7 +85,6 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                         "set_input_embeddings",
                         "get_output_embeddings",
                         "set_output_embeddings",
-                        "prune_heads",
                     )
                 ]
                 + ["_resized"],
@@ -96,12 +96,12 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
     "linen's layers may be one scanned layer, and what a caller wants to see leaves it as values": {
         "flax": {
             "model": ["Seen", "Blocks", "Blocks.forward", "rematerialised", "GPT2Model._layers"],
-            "attention": ["KVCache.stacked", "Layer"],
+            "attention": ["KVCache.pairs", "KVCache.stacked", "as_cache", "_is_pair", "Layer"],
         },
         "pt": {"model": [*(f"GPT2Model.{name}" for name in ("_wanted", "_runner", "_answer")), "note"]},
-        "tf": {"model": ["GPT2Model._places", "GPT2Model._wanted", "note", "longer"]},
+        "tf": {"model": ["recomputed", "GPT2Model._places", "GPT2Model._wanted", "note", "longer"]},
     },
-    "PyTorch's modules change in place: caches, dtypes, ties, memory and gradient checkpointing": {
+    "PyTorch's modules change in place: caches, dtypes, ties and memory": {
         "pt": {
             "attention": [
                 "KVCache.__init__",
@@ -145,7 +145,6 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "dummy_inputs",
                     "get_memory_footprint",
                     "num_labels",
-                    "is_gradient_checkpointing",
                     "add_model_tags",
                     "enable_input_require_grads",
                     "disable_input_require_grads",
@@ -164,9 +163,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "_fill",
                     "_check_tie",
                     "tie_weights",
-                    "gradient_checkpointing_enable",
                     "activation_checkpointing_enable",
-                    "gradient_checkpointing_disable",
                     "activation_checkpointing_disable",
                     "set_attn_implementation",
                 )
@@ -187,7 +184,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "steered",
             ],
             "generation/lookup": ["AssistedState", "Assisted.start", "Assisted.read", "catch_up"],
-        }
+        },
     },
     "Keras makes, names, restores and compiles layers by calls of its own": {
         "tf": {
