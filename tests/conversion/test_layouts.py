@@ -120,8 +120,9 @@ def test_a_key_and_a_prefix_may_stand_before_their_names(tmp_path, file):
     assert found.format == FILES[file][0] and found.names.prefix == "state_dict.module."
     assert all(found[name].tobytes() == PLAIN[name].tobytes() for name in PLAIN)
     args = {"vocab_size": 37, "block_size": 10, "n_layer": 2, "n_head": 3, "n_embd": 12, "bias": True}
-    torch.save({"model": torch.load(PEERS / "mingpt/model.pt"), "model_args": args}, tmp_path / "last.pt")
-    assert find(tmp_path / "last.pt").format == "nanogpt"
+    for name in ("last.pt", "last.ckpt", "last.bin"):
+        torch.save({"model": torch.load(PEERS / "mingpt/model.pt"), "model_args": args}, tmp_path / name)
+        assert find(tmp_path / name).format == "nanogpt"
 
 
 @pytest.mark.parametrize("file", ["lens/model.pt", "lens/bridge.pt", "mingpt_2020/model.pt"])
@@ -211,6 +212,23 @@ def test_folded_layer_norms_are_refused_by_name(tmp_path):
         conversion.open(tmp_path)
 
 
-def test_several_checkpoints_in_a_folder_are_named():
+SEVERAL = {  # which programs write as they train; the first is what is written here
+    "build-nanogpt": ("model_00000.pt", "model_05000.pt"),
+    "openai": ("model.ckpt", "model.ckpt-500"),
+    "keras-weights": ("model.weights.h5", "model-02.weights.h5"),
+}
+
+
+def test_several_checkpoints_in_a_folder_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"gpt2_tiny.bin, gpt2_tiny_bf16.bin; give the one"):
         conversion.open(PEERS / "llmc")
+    for format, names in SEVERAL.items():
+        found = ".*".join(names)
+        folder = tmp_path / format
+        convert(PEERS / "transformers", folder, to=format)
+        for file in list(folder.glob(f"{names[0]}*")):
+            shutil.copy(file, folder / file.name.replace(*names))
+        with pytest.raises(CheckpointError, match=rf"one file of weights, found {found}.*; give the one"):
+            conversion.open(folder)
+        file = folder / f"{names[1]}{'.index' if format == 'openai' else ''}"
+        assert conversion.open(file)["wte.weight"].tobytes() == PLAIN["wte.weight"].tobytes()

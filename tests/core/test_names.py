@@ -80,7 +80,7 @@ def test_a_value_head_is_named_and_dropped_on_request(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.module.model.", "any thing, at-all.", "transformer.", "h.0.", "."]
+    "prefix", ["module.", "_orig_mod.module.model.", "any thing, at-all/", "transformer.", "h.0.", "."]
 )
 @pytest.mark.parametrize("rooted", [True, False])
 def test_anything_may_stand_before_the_names(tmp_path, tensors, prefix, rooted):
@@ -187,6 +187,18 @@ def test_names_may_be_mapped_as_in_transformers(tmp_path, tensors):
     assert_same(load(folder, "lm", None, {"key_mapping": mapping}).arrays, open(REFERENCE))
 
 
+@pytest.mark.parametrize("file", ["model.pt", "last.ckpt", "best.bin"])
+def test_masks_of_old_transformers_are_not_mingpts(tmp_path, tensors, file):
+    """Both have `attn.bias` and a head of its own; the kernels of one are (in, out)."""
+    mask = np.tril(np.ones((1, 1, 4, 4), np.uint8))
+    masks = {name.replace("c_attn.bias", "bias"): mask for name in tensors if name.endswith("c_attn.bias")}
+    old = {**tensors, **masks, "lm_head.weight": tensors["transformer.wte.weight"]}
+    write(tmp_path / file, {f"module.{name}": x for name, x in old.items()}, write_torch)
+    found = open(tmp_path / file, n_head=2)
+    assert found.format == "pytorch" and set(masks) <= set(found.unused)
+    assert_same(found, open(REFERENCE))
+
+
 def test_names_of_2019(tmp_path, tensors):
     choice = {"linear.weight": np.ones((1, 8), np.float32), "linear.bias": np.ones(1, np.float32)}
     old = {**tensors, **{f"multiple_choice_head.{name}": x for name, x in choice.items()}}
@@ -202,6 +214,9 @@ def test_what_is_no_gpt2_says_what_it_has(tmp_path):
     with pytest.raises(CheckpointError, match=r"none of its 2 tensors is named as one of a GPT-2.*found bert\.encoder"):
         open(folder)
     assert [tensor.remark for tensor in inspect(folder).tensors] == ["unknown"] * 2
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"none of its 2 tensors is named as one of a GPT-2.*found bert\.encoder"):
+        open(folder)
 
 
 HEADS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
-from gpt2_multi.errors import CheckpointError, shortened
+from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.arrays import Array, Shape, mapping, release, same
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.model.checkpoint.sizes import cut
@@ -13,9 +13,8 @@ from gpt2_multi.model.checkpoint.source import Source, find, head_of
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.table import FORMATS
 from gpt2_multi.model.spelling import TORCH, Spelling, match, misshapen, refuse_unexpected, row_of, turned
-from gpt2_multi.model.weights import Weight, head_rows, table
+from gpt2_multi.model.weights import Weight, head_rows
 
-_LN_F = next(row for row in table(GPT2Config()) if row.path == "ln_f")
 # What a caller's class has besides the table: shapes by name, with kernels as the table has them; and further names.
 Own = Callable[[GPT2Config], tuple[Mapping[str, Shape], Mapping[str, str]]]
 
@@ -44,7 +43,7 @@ class Checkpoint(Mapping[str, Array]):
     ) -> None:
         self.path, self.format, self.config, self.head = source.path, source.format, config, head
         self.names, self.guessed = source.names, guessed
-        where, may_be_fewer = _where(source), ignore_mismatched_sizes
+        where, may_be_fewer = source.where, ignore_mismatched_sizes
         self.found, self.cut = cut(self.names.tensors, self.spelling, where, config, given or {}, may_be_fewer)
         shapes = {name: array.shape for name, array in self.found.items()}
         matched = match(shapes, config, head, self.spelling, where, own is not None)
@@ -164,18 +163,6 @@ class Checkpoint(Mapping[str, Array]):
                 f"{self.path}: {spelling.spell(head)} differs from {self.places['wte.weight'][0]}, although "
                 "tie_word_embeddings is true; set tie_word_embeddings to false in config.json to keep both"
             )
-
-
-def _where(source: Source) -> str:
-    """What an error calls a checkpoint; raises CheckpointError where none of its tensors is one of a GPT-2."""
-    names = source.names
-    if names.prefix is None and (found := [*names.originals.values(), *names.dropped]):
-        some = ", ".join(shortened(name) for name in found[:3])
-        raise CheckpointError(
-            f"{source.path}: none of its {len(found)} tensors is named as one of a GPT-2, such as "
-            f"{source.kind.spelling.spell(_LN_F)}, whatever stands before it; found {some}"
-        )
-    return f"{source.path} (names after {names.prefix!r})" if names.prefix else str(source.path)
 
 
 def open(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2_multi.errors import CheckpointError
+from gpt2_multi.errors import CheckpointError, shortened
 from gpt2_multi.files.arrays import Array, Shape, reading
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.files.hub import matches, varied
@@ -17,7 +17,9 @@ from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.format import ARCHITECTURES, Format
 from gpt2_multi.model.formats.table import FORMATS
 from gpt2_multi.model.spelling import Spelling
-from gpt2_multi.model.weights import HEADS, Weight, head_rows
+from gpt2_multi.model.weights import HEADS, Weight, head_rows, table
+
+_LN_F = next(row for row in table(GPT2Config()) if row.path == "ln_f")
 
 
 class Source(NamedTuple):
@@ -33,6 +35,18 @@ class Source(NamedTuple):
         """Its row in the table of formats."""
         return FORMATS[self.format]
 
+    @property
+    def where(self) -> str:
+        """What an error calls it; raises CheckpointError where none of its tensors is one of a GPT-2."""
+        names = self.names
+        if names.prefix is None and (found := [*names.originals.values(), *names.dropped]):
+            some = ", ".join(shortened(name) for name in found[:3])
+            raise CheckpointError(
+                f"{self.path}: none of its {len(found)} tensors is named as one of a GPT-2, such as "
+                f"{self.kind.spelling.spell(_LN_F)}, whatever stands before it; found {some}"
+            )
+        return f"{self.path} (names after {names.prefix!r})" if names.prefix else str(self.path)
+
     def config(self, given: Mapping[str, Any]) -> tuple[GPT2Config, str]:
         """The configuration that the files have, or else that of their shapes; and what was guessed, in a sentence.
 
@@ -40,13 +54,13 @@ class Source(NamedTuple):
         """
         if (config := self.kind.config(self.main)) is not None:
             return config, ""
-        tensors, unsaid = self.names.tensors, GPT2Config()
+        where, tensors, unsaid = self.where, self.names.tensors, GPT2Config()
         program = {name: values[0] for name, values in self.kind.fixed.items() if getattr(unsaid, name) not in values}
         with reading(self.main, "checkpoint of a GPT-2"):
             known = {**program, **self.kind.known(self.main, tensors)}
             if (heads := said(given, "n_head")) is not None:
                 known["n_head"] = heads
-            config = sized(tensors, self.kind.spelling, str(self.main), known)
+            config = sized(tensors, self.kind.spelling, where, known)
         return config, "" if "n_head" in known else guess(str(self.main), config)
 
 
@@ -58,12 +72,17 @@ def find(path: PathLike, kinds: Iterable[str] = (), variant: str | None = None, 
 
 
 def recognised(path: Path, kinds: Iterable[str] = (), variant: str | None = None) -> tuple[str, Path]:
-    """The format of a folder or of a file, and its main file: the first of `kinds`, or of all, that is there."""
+    """The format of a folder or of a file, and its main file: the first of `kinds`, or of all, that is there.
+
+    Raises CheckpointError for a folder that has none, or several under names with numbers or of the caller's choice.
+    """
     there, kinds = _files(path), list(kinds or FORMATS)
     for format in kinds:
+        patterns = [varied(name, variant) for name in FORMATS[format].main]
         for file in there:
-            patterns = [varied(name, variant) for name in FORMATS[format].main]
             if matches(file.name, patterns) and FORMATS[format].is_it(file):
+                numbered = [other for other in there if matches(other.name, [name for name in patterns if "*" in name])]
+                _only(path, list(dict.fromkeys([file, *numbered])))
                 return format, file
     if any(file.name == "adapter_config.json" for file in there):
         raise CheckpointError(
@@ -80,13 +99,17 @@ def recognised(path: Path, kinds: Iterable[str] = (), variant: str | None = None
 def _otherwise_named(path: Path, there: list[Path], kinds: list[str]) -> tuple[str, Path] | None:
     """The format of the one file that has a name which such files often have; the most particular one, the last."""
     files = [file for file in there if any(matches(file.name, FORMATS[format].others) for format in kinds)]
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:8])
-        raise CheckpointError(f"{path}: expected one file of weights, found {names}; give the one that is meant")
+    _only(path, files)
     for format in reversed(kinds) if files else ():
         if matches(files[0].name, FORMATS[format].others) and FORMATS[format].is_it(files[0]):
             return format, files[0]
     return None
+
+
+def _only(path: Path, files: list[Path]) -> None:
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:8])
+        raise CheckpointError(f"{path}: expected one file of weights, found {names}; give the one that is meant")
 
 
 def _files(path: Path) -> list[Path]:

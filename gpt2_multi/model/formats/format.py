@@ -39,7 +39,8 @@ QUARTER = {**NO_ROOM, "n_inner": (None,)}  # whose inner layer is four times as 
 DECODERS = ("lm", "base")  # the heads of a program that only writes texts
 SAME = {"n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer"}
 FOREIGN = ("blocks.0.attn.W_Q", "blocks.0.attn.q.weight", "blocks.0.attn.query.weight")
-STATE_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.safetensors")  # that state dicts lie in
+TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin")
+STATE_FILES = (*TORCH_FILES, "*.safetensors")  # that state dicts lie in
 POSITIONS = (
     "wpe.weight",
     "pos_emb",
@@ -112,16 +113,21 @@ def outline(main: Path) -> dict[Any, Any]:
 
 def has_names(wanted: Iterable[str], main: Path) -> bool:
     """Whether such a file holds a dict, however deep, among whose names each of these is the end of one."""
+    return bool(with_names(wanted, main))
+
+
+def with_names(wanted: Iterable[str], main: Path) -> dict[Any, Any]:
+    """The first such dict, with a shape for each tensor; an empty one where there is none."""
     queue: list[dict[Any, Any]] = [outline(main)]
     seen = {id(queue[0])}
     for inside in queue:
         names = [name for name in inside if isinstance(name, str)]
         if all(any(name.endswith(end) for name in names) for end in wanted):
-            return True
+            return inside
         inner = {id(value): value for value in inside.values() if isinstance(value, dict) and id(value) not in seen}
         queue += inner.values()
         seen.update(inner)
-    return False
+    return {}
 
 
 def state(path: Path, found: Mapping[Any, Any]) -> Tensors:

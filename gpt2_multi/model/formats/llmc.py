@@ -19,7 +19,10 @@ from gpt2_multi.model.formats.format import DECODERS, QUARTER, TANH, Format, Ten
 from gpt2_multi.model.weights import Weight, table
 
 MAGIC = 20240326
-NO_MODEL = {20240327: "a state to debug with", 20240328: "a tokenizer", 20240520: "a text's tokens"}  # its other files
+NO_MODEL = {  # its other files
+    20240327: "a state to debug with", 20240328: "a tokenizer", 20240520: "a text's tokens",
+    20240522: "questions to evaluate by", 20240527: "the state of an optimizer",
+}  # fmt: skip
 VERSIONS = {3: np.dtype("<f4"), 5: np.dtype(ml_dtypes.bfloat16)}  # of the file; both with a padded vocabulary
 SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # as the header has them, from its third number
 MULTIPLE = 128  # of which the vocabulary is made by rows of zeros behind it

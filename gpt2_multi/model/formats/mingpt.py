@@ -24,11 +24,11 @@ from gpt2_multi.model.formats.format import (
     Format,
     Tensors,
     beside,
-    has_names,
     outline,
     tensors_of,
+    with_names,
 )
-from gpt2_multi.model.spelling import Spelling
+from gpt2_multi.model.spelling import Spelling, out_first
 
 # The heads, layers and width of each of its model types: the settings beside a file name the type alone.
 TYPES = {
@@ -43,10 +43,14 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 def _is_it(of: Spelling, main: Path) -> bool:
     """Whether a file has the mask of the first layer, and the head, under the names of one of the two models.
 
-    So have some of nanoGPT's, which have settings beside the model.
+    So have some of nanoGPT's, which have settings beside the model, and transformers' before 4.30, whose kernels are
+    (in, out).
     """
-    settings = {"model_args", "config"} & outline(main).keys()
-    return not settings and has_names((_mask(of, 0), of.spell(HEAD)), main)
+    if {"model_args", "config"} & outline(main).keys():
+        return False
+    found = with_names((_mask(of, 0), of.spell(HEAD)), main)
+    shapes = {name: part.shape for name, part in found.items() if isinstance(name, str) and hasattr(part, "shape")}
+    return bool(found) and out_first(shapes) is not False
 
 
 def _mask(of: Spelling, layer: int) -> str:

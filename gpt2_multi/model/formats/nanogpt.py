@@ -20,6 +20,7 @@ from gpt2_multi.model.formats.format import (
     QUARTER,
     SAME,
     TANH,
+    TORCH_FILES,
     Format,
     Tensors,
     beside,
@@ -81,7 +82,7 @@ def _write(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: int | 
 NANOGPT = Format(
     "nanoGPT's ckpt.pt", spelling.NANOGPT, WEIGHTS["nanogpt"], WEIGHTS["nanogpt"],
     _read, _write, _config, {**PLAIN, "activation_function": ("gelu",)},
-    QUARTER, DECODERS, ("*.pt", "*.pth"), _is_nanogpt,
+    QUARTER, DECODERS, TORCH_FILES, _is_nanogpt,
 )  # fmt: skip
 
 
@@ -112,6 +113,6 @@ def _write_log(folder: Path, tensors: dict[str, Made], config: GPT2Config, _: in
 
 
 BUILD_NANOGPT = Format(
-    "build-nanogpt's log/model_XXXXX.pt", spelling.NANOGPT, ("model_00000.pt",), ("model_00000.pt",),
-    _read, _write_log, _log_config, TANH, QUARTER, DECODERS, ("*.pt", "*.pth"), _is_log,
+    "build-nanogpt's log/model_XXXXX.pt", spelling.NANOGPT, ("model_[0-9]*.pt",), ("model_00000.pt",),
+    _read, _write_log, _log_config, TANH, QUARTER, DECODERS, TORCH_FILES, _is_log,
 )  # fmt: skip

@@ -10,7 +10,17 @@ from gpt2_multi.files import containers
 from gpt2_multi.files.arrays import Made
 from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.formats.format import Format, Tensors, beside, is_foreign, is_state, sharded, snake_case, state
+from gpt2_multi.model.formats.format import (
+    TORCH_FILES,
+    Format,
+    Tensors,
+    beside,
+    is_foreign,
+    is_state,
+    sharded,
+    snake_case,
+    state,
+)
 from gpt2_multi.model.spelling import FLAX_FILE, TF, TORCH, TRANSFORMERS, out_first
 
 
@@ -76,14 +86,13 @@ def _with_kernels(read: Callable[[Path], Tensors], is_out_first: bool) -> Callab
 
     def is_it(main: Path) -> bool:
         shapes = {name: array.shape for name, array in read(main).items()}
-        others = is_foreign(shapes) or any("/" in name for name in shapes)
+        others = is_foreign(shapes) or any("/" in name.rpartition(".")[2] for name in shapes)  # TensorFlow's
         return not others and bool(out_first(shapes)) == is_out_first
 
     return is_it
 
 
 _safetensors, _pytorch = sharded(_read_safetensors), sharded(_read_pytorch)
-TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin")
 _MAIN = {format: (files[0], files[-1]) for format, files in WEIGHTS.items()}  # one file, or the index of shards
 
 
