@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import count, takewhile
 from typing import Any
 
-from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.arrays import Array, Shape, same
 from gpt2_multi.model.config import ALIASES, GPT2Config
 from gpt2_multi.model.fields import DTYPES
@@ -69,7 +69,7 @@ def cut(
 ) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors with as many rows for words and positions as `given` says; and what was cut, by name.
 
-    Raises InputError where there are fewer, unless that may be.
+    Raises CheckpointError where there are fewer, unless that may be.
     """
     shorter, done = dict(tensors), dict[str, str]()
     words = _shape(tensors, spelling, _TABLE["wte.weight"])
@@ -80,7 +80,10 @@ def cut(
         wanted = getattr(config, field)
         if shape[0] < wanted and not may_be_fewer:
             more = ", and then resize_token_embeddings, which adds rows" if field == "vocab_size" else ""
-            raise InputError(f"{field}: expected at most {shape[0]}, as {source} has, found {wanted}; load those{more}")
+            raise CheckpointError(
+                f"{field}: expected at most {shape[0]}, as {source} has, found {wanted}; load those{more}; or give "
+                "ignore_mismatched_sizes=True, which initialises all rows anew"
+            )
         if shape[0] > wanted:
             name = _name(tensors, spelling, row)
             shorter[name] = tensors[name][..., :wanted] if row.kind in spelling.transposed else tensors[name][:wanted]
