@@ -37,6 +37,7 @@ class TextReader(TokenTable):
     """A table of tokens that is called with texts; what it is made of, and its settings, a class below gives it."""
 
     add_prefix_space: bool
+    model_input_names: list[str]
     split_special_tokens: bool
     padding_side: str
     truncation_side: str
@@ -52,6 +53,11 @@ class TextReader(TokenTable):
     def _engine_of(self, merges: Sequence[tuple[str, str]]) -> BPE:
         how = {"ignore_merges": self._parts.ignore_merges, "use_regex": self._parts.steps.use_regex}
         return BPE(self._vocab, merges, self._unk_id, **how)
+
+    @property
+    def bpe_ranks(self) -> dict[tuple[str, str], int]:
+        """The merges with their ranks, as transformers 4 has them."""
+        return {pair: rank for rank, pair in enumerate(self._engine_in_python.merges)}
 
     @property
     def _unk_id(self) -> int | None:
@@ -73,12 +79,15 @@ class TextReader(TokenTable):
         split_special_tokens: bool | None = None,
         allowed_special: Choice | None = None,
         disallowed_special: Choice = NOTHING,
+        *,
+        add_prefix_space: bool | None = None,
     ) -> list[str]:
         """The tokens of one text (and its pair), spelled as in vocab.json."""
         ids = self.encode(
             text,
             pair,
             add_special_tokens,
+            add_prefix_space=add_prefix_space,
             split_special_tokens=split_special_tokens,
             allowed_special=allowed_special,
             disallowed_special=disallowed_special,
@@ -113,6 +122,7 @@ class TextReader(TokenTable):
         return_length: bool = False,
         return_token_type_ids: bool | None = None,
         *,
+        add_prefix_space: bool | None = None,
         split_special_tokens: bool | None = None,
         allowed_special: Choice | None = None,
         disallowed_special: Choice = NOTHING,
@@ -134,15 +144,15 @@ class TextReader(TokenTable):
             pad_to_multiple_of: pad to the next multiple.
             padding_side: "right" or "left" for this call.
             return_tensors: "np", "pt", "tf" or "jax"; without it lists.
-            return_attention_mask: False leaves out the mask.
+            return_attention_mask: False leaves out the mask; by default as `model_input_names` says.
             return_overflowing_tokens: return what truncation cuts off as further rows, and
                 `overflow_to_sample_mapping`, the text that each row belongs to.
             return_special_tokens_mask: mark tokens that were added.
             return_offsets_mapping: for each token the span of characters in the text that it stands for. A token that
                 is a part of a character has the character's span.
             return_length: the number of tokens in each row, padding included.
-            return_token_type_ids: 0 for the text, 1 for its pair.
-            split_special_tokens: read control tokens in the texts as ordinary text; by default as the attribute says.
+            return_token_type_ids: 0 for the text, 1 for its pair; by default as `model_input_names` says.
+            add_prefix_space, split_special_tokens: for this call; by default as the attributes say.
             allowed_special: the control tokens, or "all", that become one token where a text contains them; by default
                 all that are not disallowed, and none with `split_special_tokens`.
             disallowed_special: the control tokens, or "all" others, that a text may not contain.
@@ -159,13 +169,14 @@ class TextReader(TokenTable):
         control = self._choose_control(split_special_tokens, allowed_special, disallowed_special)
         pieces = self._row(len(columns)) if add_special_tokens else flagged((), (), len(columns))
         limit = self._limit(truncation, max_length, padding)
-        overlap, reader = stride if return_overflowing_tokens else None, self._reader(*control, is_split_into_words)
+        spaced = is_split_into_words or (self.add_prefix_space if add_prefix_space is None else add_prefix_space)
+        overlap, reader = stride if return_overflowing_tokens else None, self._reader(*control, spaced)
         given = Texts(columns, reader, is_split_into_words, pieces, *limit, overlap, self.truncation_side)
         rows, owners = given.rows(return_offsets_mapping)
         wanted = {
             "input_ids": True,
-            "token_type_ids": return_token_type_ids,
-            "attention_mask": return_attention_mask is not False,
+            "token_type_ids": self._is_given("token_type_ids", return_token_type_ids),
+            "attention_mask": self._is_given("attention_mask", return_attention_mask),
             "special_tokens_mask": return_special_tokens_mask,
             "offset_mapping": return_offsets_mapping,
         }
@@ -184,9 +195,11 @@ class TextReader(TokenTable):
 
     encode_plus = batch_encode_plus = __call__
 
-    def _reader(self, allowed: frozenset[str], refused: frozenset[str], split: bool) -> Reader:
-        """What reads the texts of a call; words that are split get a space before them."""
-        prefix_space = self.add_prefix_space or split
+    def _is_given(self, name: str, asked: bool | None) -> bool:
+        return name in self.model_input_names if asked is None else bool(asked)
+
+    def _reader(self, allowed: frozenset[str], refused: frozenset[str], prefix_space: bool) -> Reader:
+        """What reads the texts of a call."""
         found = allowed, refused, prefix_space, self._parts
         return Reader(self._control, self._bpe, self._encode_ordinary, self._bytes, *found)
 
@@ -229,7 +242,7 @@ class TextReader(TokenTable):
             TokenizerError: there are no `input_ids`, or an argument is not known.
         """
         lists, batched = merge_encodings(encoded_inputs)
-        if "attention_mask" not in lists and return_attention_mask is not False:
+        if "attention_mask" not in lists and self._is_given("attention_mask", return_attention_mask):
             lists["attention_mask"] = [[1] * len(ids) for ids in lists["input_ids"]]
         self._pad_lists(lists, padding, max_length, pad_to_multiple_of, padding_side)
         encoding = BatchEncoding(lists)

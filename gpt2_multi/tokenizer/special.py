@@ -4,12 +4,15 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
+from unicodedata import category
 
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.tokenizer.engine.words import code_point_classes
 from gpt2_multi.tokenizer.files import GPT2_STEPS, ROLES, AddedToken, Steps
 
 BRANCHES, DEPTH = 8, 4  # of a pattern: what is tried one by one, and characters that it is divided by at most
+JOINERS = "\u200c\u200d"
+CIRCLED = (range(0x24B6, 0x24EA), range(0x1F130, 0x1F14A), range(0x1F150, 0x1F16A), range(0x1F170, 0x1F18A))  # letters
 Choice = Collection[str] | str  # names of control tokens, or "all"
 
 
@@ -17,14 +20,12 @@ def as_token(token: Any, special: bool) -> AddedToken:
     """A str, or an AddedToken of any library, as ours.
 
     Raises:
-        TokenizerError: it is neither, it is empty, it holds a lone surrogate, or it asks for single_word.
+        TokenizerError: it is neither, it is empty, or it holds a lone surrogate.
     """
     content = _checked(token if isinstance(token, str) else getattr(token, "content", token))
     if isinstance(token, str):
         return AddedToken(content, special)
-    if getattr(token, "single_word", False):
-        raise TokenizerError(f"added token {content!r}: single_word=True is not supported; leave it out")
-    flags = {name: getattr(token, name, False) for name in ("lstrip", "rstrip")}
+    flags = {name: getattr(token, name, False) for name in ("lstrip", "rstrip", "single_word")}
     return AddedToken(content, special, **flags, normalized=getattr(token, "normalized", None))
 
 
@@ -177,6 +178,8 @@ class ControlTokens:
             token, start, stop = self.tokens[finder.names[match[0]]], match.start(), match.end()
             if token.special and token.content not in allowed:
                 continue
+            if token.single_word and touches_word(text, start, stop):
+                continue
             while token.lstrip and start > done and text[start - 1] in white_space():
                 start -= 1
             while token.rstrip and stop < len(text) and text[stop] in white_space():
@@ -217,6 +220,18 @@ def any_of(names: list[str], depth: int = 0) -> str:
     for name in sorted(names, reverse=True):  # the empty one last
         rests.setdefault(name[:1], []).append(name[1:])
     return "|".join(f"{re.escape(head)}(?:{any_of(rest, depth + 1)})" if head else "" for head, rest in rests.items())
+
+
+def touches_word(text: str, start: int, stop: int) -> bool:
+    """Whether a character of a word stands beside a span of a text."""
+    return any(map(is_of_word, text[max(start - 1, 0) : start] + text[stop : stop + 1]))
+
+
+def is_of_word(char: str) -> bool:
+    """Whether a character is one of those that \\w means where it follows Unicode."""
+    if category(char)[0] in "LM" or category(char) in ("Nd", "Nl", "Pc"):
+        return True
+    return char in JOINERS or any(ord(char) in span for span in CIRCLED)
 
 
 @lru_cache(maxsize=1)

@@ -24,6 +24,7 @@ from gpt2_multi.tokenizer.files import (
     check_vocab,
     read_folder,
     read_merges,
+    read_tokenizer_json,
     read_vocab,
     to_tokenizer_json,
     write_folder,
@@ -38,6 +39,12 @@ SETTINGS = (
     "add_prefix_space", "add_bos_token", "add_eos_token", "errors", "model_max_length", "split_special_tokens",
     "padding_side", "truncation_side",
 )  # fmt: skip
+INPUT_NAMES = ("input_ids", "attention_mask")
+CLEANING = "clean_up_tokenization_spaces"  # which only a caller can ask for
+# Arguments of the constructor that are not settings of a folder.
+UNSAID = {
+    "self", "unknown", "added_tokens", "parts", "vocab", "merges", "tokenizer_file", "tokenizer_object", CLEANING,
+}  # fmt: skip
 File = str | PathLike[str]
 
 
@@ -64,6 +71,11 @@ class GPT2Tokenizer(TextReader):
         padding_side, truncation_side: "right" or "left".
         model_max_length: the limit for truncation without `max_length`.
         chat_template: how a chat is spelled, in Jinja, or a template for each name.
+        model_input_names: what calls give unless they say otherwise, of input_ids, token_type_ids and attention_mask.
+        clean_up_tokenization_spaces: what `decode` does where a call does not say; no file sets it.
+        vocab, merges: names of the first two in transformers 5.
+        tokenizer_file, tokenizer_object: a tokenizer.json, or a Tokenizer of the library `tokenizers`, instead of the
+            first two.
         added_tokens: tokens outside the merges, with their ids.
         parts: what only a tokenizer.json can say.
 
@@ -73,12 +85,11 @@ class GPT2Tokenizer(TextReader):
     """
 
     is_fast = True  # as transformers has it: offsets and word_ids are there
-    model_input_names = ("input_ids", "attention_mask")
 
     def __init__(
         self,
-        vocab_file: File | Mapping[str, int],
-        merges_file: File | Sequence[tuple[str, str]],
+        vocab_file: File | Mapping[str, int] | None = None,
+        merges_file: File | Sequence[tuple[str, str]] | None = None,
         errors: str = "replace",
         unk_token: Any = END_OF_TEXT,
         bos_token: Any = END_OF_TEXT,
@@ -98,13 +109,25 @@ class GPT2Tokenizer(TextReader):
         truncation_side: str = "right",
         model_max_length: int = 1024,
         chat_template: Any = None,
+        model_input_names: Sequence[str] = INPUT_NAMES,
+        clean_up_tokenization_spaces: bool | None = None,
+        vocab: File | Mapping[str, int] | None = None,
+        merges: File | Sequence[tuple[str, str]] | None = None,
+        tokenizer_file: File | None = None,
+        tokenizer_object: Any = None,
         added_tokens: Mapping[AddedToken, int] | None = None,
         parts: Parts = GPT2_PARTS,
         **unknown: Any,
     ) -> None:
         refuse_unknown("GPT2Tokenizer", unknown, GPT2Tokenizer.__init__)
-        vocab = _read(vocab_file, Mapping, dict, check_vocab, read_vocab)
-        merges = _read(merges_file, Sequence, list, check_merges, read_merges)
+        if tokenizer_file is not None or tokenizer_object is not None:
+            names = {"bos_token": bos_token, "eos_token": eos_token}
+            found, parts, flags = _whole(tokenizer_file, tokenizer_object, names)
+            vocab_file, merges_file, added_tokens = found.vocab, found.merges, found.added
+            add_bos_token = add_bos_token or flags.get("add_bos_token", False)
+            add_eos_token = add_eos_token or flags.get("add_eos_token", False)
+        known = _read(vocab if vocab_file is None else vocab_file, Mapping, dict, check_vocab, read_vocab)
+        pairs = _read(merges if merges_file is None else merges_file, Sequence, list, check_merges, read_merges)
         self.add_prefix_space, self.add_bos_token = bool(add_prefix_space), bool(add_bos_token)
         self.add_eos_token = bool(add_eos_token)
         self.split_special_tokens = bool(choose("split_special_tokens", split_special_tokens, SWITCH))
@@ -113,14 +136,16 @@ class GPT2Tokenizer(TextReader):
         self.model_max_length = model_max_length
         self.name_or_path, self.chat_template = "", chat_template
         self._kept: dict[str, Any] = {}  # entries of tokenizer_config.json that mean nothing here, written back
-        super().__init__(vocab, added_tokens or {}, errors, parts)
+        self.model_input_names = list(model_input_names)
+        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
+        super().__init__(known, added_tokens or {}, errors, parts)
         given = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
         roles = dict(zip(ROLES, given, strict=True))
         self.add_special_tokens({role: token for role, token in roles.items() if token is not None})
         more = extra_special_tokens or ()
         more = list(more.values()) if isinstance(more, Mapping) else more
         self.add_special_tokens({"additional_special_tokens": [*listed(additional_special_tokens), *listed(more)]})
-        self._engine_in_python = self._engine_of(merges)
+        self._engine_in_python = self._engine_of(pairs)
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
@@ -277,10 +302,10 @@ class GPT2Tokenizer(TextReader):
         for given in (found.settings, overrides):
             if "max_len" in given:  # its name in 2019
                 given.setdefault("model_max_length", given.pop("max_len"))
-        known = set(signature(GPT2Tokenizer.__init__).parameters) - {"self", "unknown", "added_tokens", "parts"}
+        known = set(signature(GPT2Tokenizer.__init__).parameters) - UNSAID
         settings = {name: value for name, value in found.settings.items() if name in known}
         settings = {name: value for name, value in settings.items() if value is not None or name in ROLES}
-        settings |= overrides
+        settings |= {CLEANING: None} | overrides
         parts, flags = _settled(found, settings)
         tokenizer = cls(found.vocab, found.merges, added_tokens=found.added, parts=parts, **(flags | settings))
         tokenizer._kept = {name: value for name, value in found.settings.items() if name not in known}
@@ -295,8 +320,9 @@ class GPT2Tokenizer(TextReader):
             "additional_special_tokens": list(self._control.additional),
             **{name: getattr(self, name) for name in SETTINGS},
         }
-        template = templates.to_json(self.chat_template)
-        return settings if template is None else settings | {"chat_template": template}
+        said = {"chat_template": templates.to_json(self.chat_template), CLEANING: self.clean_up_tokenization_spaces}
+        names = {"model_input_names": self.model_input_names} if self.model_input_names != [*INPUT_NAMES] else {}
+        return settings | names | {name: value for name, value in said.items() if value is not None}
 
     @property
     def backend_tokenizer(self) -> Any:
@@ -454,8 +480,25 @@ def _read(source: Any, kind: type, copy: Any, check: Any, read: Any) -> Any:
     if isinstance(source, kind):
         return check(copy(source), "argument")
     raise TokenizerError(
-        f"vocab_file, merges_file: expected a path or the content itself, found {type(source).__name__}"
+        f"vocab_file, merges_file: expected a path or the content itself, found {type(source).__name__}; give both, or "
+        "tokenizer_file, or call from_pretrained"
     )
+
+
+def _whole(file: File | None, tokenizer: Any, roles: Mapping[str, Any]) -> tuple[Vocabulary, Parts, dict[str, bool]]:
+    """What a tokenizer.json says, or a Tokenizer of `tokenizers`; its parts, and which tokens it adds."""
+    if file is not None:
+        found = read_tokenizer_json(Path(file))
+        return found, *_settled(found, roles)
+    if not hasattr(tokenizer, "save"):
+        raise TokenizerError(
+            f"tokenizer_object: expected a Tokenizer of tokenizers, found {described(tokenizer)}; "
+            "for a file there is tokenizer_file"
+        )
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "tokenizer.json")
+        tokenizer.save(str(path))
+        return _whole(path, None, roles)
 
 
 def _settled(found: Vocabulary, settings: Mapping[str, Any]) -> tuple[Parts, dict[str, bool]]:

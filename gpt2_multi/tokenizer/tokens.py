@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar, overload
 from gpt2_multi.errors import TokenizerError
 from gpt2_multi.tokenizer.encoding.batching import FILLERS, choose
 from gpt2_multi.tokenizer.encoding.results import Row, Tokens
-from gpt2_multi.tokenizer.engine.bpe import unspell
+from gpt2_multi.tokenizer.engine.bpe import byte_characters, unspell
 from gpt2_multi.tokenizer.files import GPT2_PARTS, ROLES, AddedToken, Parts, Piece, flagged
 from gpt2_multi.tokenizer.special import ControlTokens, as_token
 
@@ -56,6 +56,7 @@ class TokenTable:
     add_bos_token: bool
     add_eos_token: bool
     model_max_length: int
+    clean_up_tokenization_spaces: bool | None
     bos_token, bos_token_id = _role("bos_token"), _role_id("bos_token")
     eos_token, eos_token_id = _role("eos_token"), _role_id("eos_token")
     unk_token, unk_token_id = _role("unk_token"), _role_id("unk_token")
@@ -111,6 +112,26 @@ class TokenTable:
     def vocab(self) -> dict[str, int]:
         """Every token with its id, added ones too."""
         return self.get_vocab()
+
+    @property
+    def encoder(self) -> dict[str, int]:
+        """The vocabulary without added tokens, as transformers 4 has it: token -> id."""
+        return dict(self._vocab)
+
+    @property
+    def decoder(self) -> dict[int, str]:
+        """The vocabulary without added tokens, as transformers 4 has it: id -> token."""
+        return {at: token for token, at in self._vocab.items()}
+
+    @property
+    def byte_encoder(self) -> dict[int, str]:
+        """The character that vocab.json has for each byte."""
+        return dict(enumerate(byte_characters()))
+
+    @property
+    def byte_decoder(self) -> dict[str, int]:
+        """The byte of each character of vocab.json."""
+        return {char: byte for byte, char in self.byte_encoder.items()}
 
     def get_added_vocab(self) -> dict[str, int]:
         """The tokens outside the merges with their ids, control tokens too."""
@@ -215,9 +236,11 @@ class TokenTable:
         return len(self) - before
 
     def _as_token(self, token: Any, special: bool) -> AddedToken:
-        """A token to be added; of one that is known, its text alone changes no flag but `special`."""
-        known = self._control.tokens.get(token) if isinstance(token, str) else None
-        return as_token(token, special) if known is None else replace(known, special=known.special or special)
+        """A token to be added; of one that is known, its text alone changes no flag, and control tokens stay some."""
+        made = as_token(token, special)
+        if (known := self._control.tokens.get(made.content)) is None:
+            return made
+        return replace(known if isinstance(token, str) else made, special=known.special or made.special)
 
     def _register(self, token: AddedToken, at: int | None = None) -> str:
         """Give a token an id if it has none, and remember it."""
@@ -355,22 +378,26 @@ class TokenTable:
         clean_up_tokenization_spaces: bool | None = None,
         *,
         spaces_between_special_tokens: bool = True,
-    ) -> str:
-        """The text of ids: exactly what was encoded.
+    ) -> Any:
+        """The text of ids: exactly what was encoded; of several rows of ids a list, as `batch_decode` gives it.
 
         Args:
-            token_ids: ids in a list or in an array of any framework, or one id.
+            token_ids: ids in a list or in an array of any framework, or one id; or rows of them.
             skip_special_tokens: leave control tokens out.
             clean_up_tokenization_spaces: take spaces before English punctuation away, as transformers does, even those
-                that were encoded.
+                that were encoded; by default as the attribute says.
             spaces_between_special_tokens: means nothing here, as in transformers' fast tokenizers.
 
         Raises:
             TokenizerError: an id is outside the vocabulary.
             UnicodeDecodeError: the bytes are not UTF-8 and `errors` is "strict".
         """
-        text = self.decode_bytes(token_ids, skip_special_tokens).decode("utf-8", self.errors)
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+        ids, clean = to_list(token_ids), clean_up_tokenization_spaces
+        if isinstance(ids, list) and ids and isinstance(to_list(ids[0]), list):
+            return self.batch_decode(ids, skip_special_tokens, clean)
+        text = self.decode_bytes(ids, skip_special_tokens).decode("utf-8", self.errors)
+        clean = self.clean_up_tokenization_spaces if clean is None else clean
+        return self.clean_up_tokenization(text) if clean else text
 
     @staticmethod
     def clean_up_tokenization(text: str) -> str:
@@ -392,7 +419,7 @@ class TokenTable:
         return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces=clean) for row in sequences]
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
-        """The text of tokens that are spelled as in vocab.json.
+        """The text of tokens that are spelled as in vocab.json, whatever is cleaned up elsewhere.
 
         Raises:
             TokenizerError: a token is not in the vocabulary.
@@ -402,7 +429,7 @@ class TokenTable:
             raise TokenizerError(
                 f"tokens: expected tokens of the vocabulary, found {unknown[0]!r}; use tokenize() to get them"
             )
-        return self.decode([known[token] for token in tokens])
+        return self.decode_bytes([known[token] for token in tokens]).decode("utf-8", self.errors)
 
     def _wanted(self, ids: Any, skip_special_tokens: bool) -> list[Any]:
         ids = to_list(ids)

@@ -117,6 +117,17 @@ def test_decode_takes_arrays_tuples_and_single_ids():
     assert tokenizer.decode(numbers, skip_special_tokens=True) == "hello world world"
 
 
+def test_decode_takes_rows_and_cleans_up_as_its_attribute_says():
+    """Rows, as transformers 5 takes them; `clean_up_tokenization_spaces`, as one loads with it in transformers 4."""
+    tokenizer = small(clean_up_tokenization_spaces=True)
+    ids = tokenizer.encode("hello .")
+    for rows in ([ids, ids], np.array([ids, ids]), [np.array(ids), tuple(ids)]):
+        assert tokenizer.decode(rows) == tokenizer.batch_decode(rows) == ["hello."] * 2
+        assert tokenizer.decode(rows, clean_up_tokenization_spaces=False) == ["hello ."] * 2
+    assert tokenizer.convert_tokens_to_string(tokenizer.tokenize("hello .")) == "hello ."
+    assert tokenizer.init_kwargs["clean_up_tokenization_spaces"] and not small().clean_up_tokenization_spaces
+
+
 # --- control tokens --------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +207,7 @@ def test_tokens_are_found_where_transformers_finds_them(seed, tmp_path):
     transformers = pytest.importorskip("transformers")
     rng, tokenizer = random.Random(seed), small(add_prefix_space=seed % 2 == 1)
     for content in rng.sample(CONTENTS, rng.randint(1, 6)):
-        flags = {name: rng.random() < 0.3 for name in ("special", "lstrip", "rstrip")}
+        flags = {name: rng.random() < 0.3 for name in ("special", "lstrip", "rstrip", "single_word")}
         tokenizer.add_tokens([AddedToken(content, **flags, normalized=rng.choice([None, True, False]))])
     tokenizer.save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -218,6 +229,13 @@ def test_added_tokens_may_take_white_space():
     text = [tokenizer.decode(at) for at in encoding.input_ids]
     assert text == ["a", "<l>", " ", "b", " ", "<r>", "c"]
     assert encoding.offset_mapping[1] == (1, 6)
+
+
+def test_a_control_token_stays_one_whatever_flags_it_is_given():
+    tokenizer = small(split_special_tokens=True)
+    tokenizer.add_tokens([AddedToken(END, lstrip=True)])
+    assert tokenizer.eos_token_id not in tokenizer.encode(f"hello {END}")
+    assert tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=True) == ""
 
 
 def test_additional_control_tokens_take_the_place_of_others_or_join_them():
@@ -312,6 +330,14 @@ def test_arguments_and_methods_of_2019(tmp_path):
     (write_small(tmp_path) / "tokenizer_config.json").write_text('{"max_len": 77}')
     assert GPT2Tokenizer.from_pretrained(tmp_path).model_max_length == 77
     assert GPT2Tokenizer.from_pretrained(tmp_path, max_len=88).model_max_length == 88
+    assert tokenizer.tokenize("hello", add_prefix_space=True) == tokenizer.tokenize(" hello")
+    assert tokenizer([["hello"]], is_split_into_words=True, add_prefix_space=False).input_ids == [
+        tokenizer.encode(" hello")
+    ]
+    assert [tokenizer.decoder[at] for at in tokenizer.encoder.values()] == list(tokenizer.encoder)
+    assert bytes(tokenizer.byte_decoder[char] for char in "".join(tokenizer.tokenize("é hello"))) == "é hello".encode()
+    assert "".join(map(tokenizer.byte_encoder.get, "é hello".encode())) == "".join(tokenizer.tokenize("é hello"))
+    assert list(tokenizer.bpe_ranks) == small_files()[1] and list(tokenizer.bpe_ranks.values())[:2] == [0, 1]
 
 
 def test_bos_is_added_on_request():
@@ -610,6 +636,34 @@ def test_what_transformers_users_call():
     assert tokenizer.get_added_vocab() == {END: tokenizer.eos_token_id}
 
 
+def test_a_call_gives_what_model_input_names_says(tmp_path):
+    tokenizer = small(model_input_names=["input_ids", "token_type_ids"])
+    tokenizer.save_pretrained(tmp_path)
+    for made in (tokenizer, GPT2Tokenizer.from_pretrained(tmp_path)):
+        assert list(made("a", "a")) == ["input_ids", "token_type_ids"]
+        assert list(made("a", return_attention_mask=True, return_token_type_ids=False)) == [
+            "input_ids",
+            "attention_mask",
+        ]
+        assert list(made.pad({"input_ids": [1]})) == ["input_ids"]
+
+
+def test_the_constructor_takes_a_whole_tokenizer(tmp_path):
+    """By transformers' names: `vocab` and `merges`, `tokenizer_file`, `tokenizer_object`."""
+    vocab, merges = small_files()
+    added = small(add_bos_token=True, pad_token="<pad>")
+    added.save_pretrained(tmp_path)
+    text = f"hello{END}<pad> world"
+    assert GPT2Tokenizer(vocab=vocab, merges=merges).encode(text) == small().encode(text)
+    assert GPT2Tokenizer(tokenizer_file=tmp_path / "tokenizer.json").encode(text) == added.encode(text)
+    with pytest.raises(TokenizerError, match="for a file there is tokenizer_file"):
+        GPT2Tokenizer(tokenizer_object="tokenizer.json")
+    with pytest.raises(TokenizerError, match="give both, or tokenizer_file, or call from_pretrained"):
+        GPT2Tokenizer(vocab)
+    backend = pytest.importorskip("tokenizers") and added.backend_tokenizer
+    assert GPT2Tokenizer(tokenizer_object=backend).encode(text) == added.encode(text) == backend.encode(text).ids
+
+
 def test_what_other_libraries_ask_a_tokenizer(tmp_path):
     """Fingerprints of `datasets` are of what is pickled, which no call may change; a copy of a copy is the same."""
     tokenizer = small(pad_token="<pad>", cls_token="[CLS]", chat_template={"default": "x"})
@@ -786,7 +840,7 @@ def test_words_that_are_not_split():
 
 
 @pytest.mark.parametrize(
-    "ids", [[10**9], [-1], ["hello"], [1.5], [1.0], [True], True, 1.0, [[1]], np.array([1.0]), [None], 10**9]
+    "ids", [[10**9], [-1], ["hello"], [1.5], [1.0], [True], True, 1.0, [[1.5]], np.array([1.0]), [None], 10**9]
 )
 def test_ids_outside_the_vocabulary(ids):
     for method in (small().decode, small().decode_bytes, small().convert_ids_to_tokens):

@@ -308,10 +308,10 @@ def recognised(tokenizer: GPT2Tokenizer, split_special_tokens: bool, allowed_spe
     tokens, ids = tokenizer._control.tokens, dict(tokenizer._control.ids)
     ids |= {name: HIDDEN for name, token in tokens.items() if token.special and name not in allowed}
     for name, token in tokens.items():
-        if ids[name] != HIDDEN and (token.lstrip or token.rstrip):
+        if ids[name] != HIDDEN and (token.lstrip or token.rstrip or token.single_word):
             raise TokenizerError(
-                f"added token {name!r}: lstrip and rstrip are not there in a graph; leave them out, or read control "
-                "tokens as text with split_special_tokens=True"
+                f"added token {name!r}: lstrip, rstrip and single_word are not there in a graph; leave them out, or "
+                "read control tokens as text with split_special_tokens=True"
             )
     if not tokenizer._bpe.complete and tokenizer.unk_token_id is None:
         raise TokenizerError("vocab: lacks a byte, and there is no unk_token; add the byte, or name an unk_token")

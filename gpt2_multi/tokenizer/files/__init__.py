@@ -11,6 +11,7 @@ from gpt2_multi.tokenizer.files.parts import GPT2_PARTS as GPT2_PARTS
 from gpt2_multi.tokenizer.files.parts import Parts as Parts
 from gpt2_multi.tokenizer.files.steps import GPT2_STEPS as GPT2_STEPS
 from gpt2_multi.tokenizer.files.steps import Steps as Steps
+from gpt2_multi.tokenizer.files.tokenizer_json import read_tokenizer_json as read_tokenizer_json
 from gpt2_multi.tokenizer.files.tokenizer_json import to_tokenizer_json as to_tokenizer_json
 from gpt2_multi.tokenizer.files.vocabulary import ROLES as ROLES
 from gpt2_multi.tokenizer.files.vocabulary import AddedToken as AddedToken

@@ -17,7 +17,8 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 class AddedToken:
     """A token that stands outside the merges. A special one is a control token; lstrip and rstrip eat white space.
 
-    Those that are not `normalized` are found in a text first; by default, the control tokens.
+    Those that are not `normalized` are found in a text first; by default, the control tokens. A `single_word` is found
+    where no letter, digit or underscore stands beside it.
     """
 
     content: str
@@ -25,6 +26,7 @@ class AddedToken:
     lstrip: bool = False
     rstrip: bool = False
     normalized: bool | None = None
+    single_word: bool = False
 
     @property
     def is_normalized(self) -> bool:
@@ -35,7 +37,7 @@ class AddedToken:
         """The fields as transformers writes them."""
         return {
             "content": self.content,
-            "single_word": False,
+            "single_word": self.single_word,
             "lstrip": self.lstrip,
             "rstrip": self.rstrip,
             "normalized": self.is_normalized,
@@ -101,9 +103,5 @@ def added_token(fields: Mapping[str, Any], path: Path) -> tuple[AddedToken, int]
     content, at = fields.get("content"), fields.get("id")
     if not isinstance(content, str) or type(at) is not int or not content:
         raise TokenizerError(f"{path}: expected an added token with content and id, found {_shown(dict(fields))}")
-    if fields.get("single_word"):
-        raise TokenizerError(
-            f"{path}: the added token {content!r} has single_word set, which is not supported; unset it"
-        )
-    flags = {name: bool(fields.get(name)) for name in ("special", "lstrip", "rstrip")}
+    flags = {name: bool(fields.get(name)) for name in ("special", "lstrip", "rstrip", "single_word")}
     return AddedToken(content, **flags, normalized=fields.get("normalized")), at

@@ -466,7 +466,7 @@ def test_one_of_transformers_is_taken(tmp_path):
 def test_bad_input_is_one_sentence(demo):
     flagged, big = GPT2Tokenizer.from_pretrained(DEMO), GPT2Tokenizer.from_pretrained(DEMO)
     flagged.add_special_tokens({"pad_token": AddedToken("<pad>", True, True, True)})
-    with pytest.raises(TokenizerError, match="lstrip and rstrip are not there"):
+    with pytest.raises(TokenizerError, match="lstrip, rstrip and single_word are not there"):
         TFGPT2Tokenizer.from_tokenizer(flagged)
     assert TFGPT2Tokenizer.from_tokenizer(flagged, split_special_tokens=True)("<pad>")  # which does not look for it
     big._register(AddedToken("<big>"), 2**31)
