@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from gpt2_multi.errors import InputError
+from gpt2_multi.errors import InputError, described
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.generation.stopping.spelling import ids_of
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 # Arguments of a pipeline's call that say how a prompt is read.
 READING = (
     "prefix", "truncation", "padding", "add_special_tokens", "handle_long_generation", "continue_final_message",
-    "tokenizer_encode_kwargs", "tools", "documents",
+    "tokenizer_encode_kwargs", "tools", "documents", "tokenizer",
 )  # fmt: skip
 
 
@@ -89,9 +88,7 @@ class Reading:
         return ids[-self._room(len(ids), config) :] if self.handle_long_generation else ids
 
     def _of_text(self, prompt: str, options: Mapping[str, Any]) -> list[int]:
-        if options:
-            return ids_of(self.tokenizer, self.prefix + prompt, **options)
-        return texts.encode(self.prefix + prompt, self.tokenizer, self.model)
+        return texts.encode(self.prefix + prompt, self.tokenizer, self.model, **options)
 
     def _of_chat(self, messages: Any, options: Mapping[str, Any]) -> list[int]:
         if not hasattr(self.tokenizer, "apply_chat_template"):
@@ -132,4 +129,19 @@ def reading_of(tokenizer: GPT2Tokenizer, model: GPT2Config, options: dict[str, A
     """How prompts are read, by the options that say so, which are taken away."""
     given = {name: options.pop(name) for name in READING if name in options}
     given = {name: value for name, value in given.items() if value is not None}
+    check_same(tokenizer, given.pop("tokenizer", tokenizer))
     return Reading(tokenizer, model, **given)
+
+
+def check_same(tokenizer: Any, given: Any) -> None:
+    """A call may name the tokenizer that its pipeline has, as `generate` needs one for stop strings."""
+    if given is not tokenizer and vocabulary_of(given) != vocabulary_of(tokenizer):
+        raise InputError(
+            f"tokenizer: expected the pipeline's own, found {described(given)} of another vocabulary; "
+            "make a pipeline with it"
+        )
+
+
+def vocabulary_of(tokenizer: Any) -> Any:
+    """Its tokens with their ids, or what cannot be the same as those of another."""
+    return tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else tokenizer

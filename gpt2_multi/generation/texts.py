@@ -28,11 +28,11 @@ def are_texts(given: Any) -> bool:
     return isinstance(given, str) or (isinstance(given, (list, tuple)) and all(isinstance(text, str) for text in given))
 
 
-def encode(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
-    """The ids of a prompt; an empty one is begun by the model's `bos_token_id`."""
+def encode(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config, **options: Any) -> list[int]:
+    """The ids of a prompt by a call with `options`; an empty one is begun by the model's `bos_token_id`."""
     inputs.check_text("text", text)
     inputs.check_tokenizer(tokenizer)
-    if ids := ids_of(tokenizer, text):
+    if ids := ids_of(tokenizer, text, **options):
         return ids
     inputs.check_start(model.bos_token_id, model.vocab_size)
     return [cast(int, model.bos_token_id)]

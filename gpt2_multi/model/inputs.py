@@ -391,7 +391,10 @@ def check_tokenizer(tokenizer: object) -> None:
     """What makes ids of texts, and texts of ids, is a tokenizer of this library, or of another."""
     if not hasattr(tokenizer, "decode_bytes") and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
         found = f"the text {tokenizer!r}" if isinstance(tokenizer, str) else described(tokenizer)
-        raise InputError(f"tokenizer: expected a GPT2Tokenizer, found {found}; use GPT2Tokenizer.from_pretrained")
+        raise InputError(
+            f"tokenizer: expected a GPT2Tokenizer, or another that is called with a text and decodes, found {found}; "
+            "use GPT2Tokenizer.from_pretrained"
+        )
 
 
 def check_truth(name: str, value: object) -> None:

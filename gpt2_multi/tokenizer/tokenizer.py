@@ -450,7 +450,8 @@ class GPT2Tokenizer(TextReader):
         text: Any = texts[0] if alone else texts
         if not tokenize:
             return text
-        options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(tokenizer_kwargs or {})}
+        options: dict[str, Any] = {"padding": padding, "truncation": truncation, "max_length": max_length}
+        options |= ({"split_special_tokens": False} if guarded else {}) | dict(tokenizer_kwargs or {})
         encoded = self(text, **{"add_special_tokens": False, "return_tensors": return_tensors, **options})
         if masked:
             masks = [row.marks(spans) for row, (_, spans) in zip(encoded.encodings or (), made, strict=True)]

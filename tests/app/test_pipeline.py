@@ -34,7 +34,7 @@ CALLS = {  # what is given, and the arguments
     "hole": ("so it is " * 200, {"handle_long_generation": "hole"}),
     "several": (TEXTS[0], {"num_beams": 2, "num_return_sequences": 2}),
     "spaces": (TEXTS[0], {"clean_up_tokenization_spaces": False, "skip_special_tokens": True}),
-    "add-special": (TEXTS[0], {"add_special_tokens": False}),
+    "add-special": ([TEXTS[0], ""], {"add_special_tokens": False}),
 }
 
 
@@ -123,7 +123,9 @@ def test_functions_of_the_caller_reach_generate(folder):
 def test_what_cannot_be_answered_is_one_sentence(folder, tmp_path):
     pytest.importorskip("torch")
     made = pipeline(model=str(folder), framework="pt")
-    plain = pipeline(framework="pt")
+    plain, same = pipeline(framework="pt"), GPT2Tokenizer.from_pretrained(folder)
+    small = GPT2Tokenizer({"a": 0}, [])
+    assert made("A", stop_strings=["e"], tokenizer=same) == made("A", stop_sequence="e")
     for call, sentence in [
         (
             lambda: made("A", return_tensors=True, return_full_text=True),
@@ -132,6 +134,10 @@ def test_what_cannot_be_answered_is_one_sentence(folder, tmp_path):
         (lambda: made("A", handle_long_generation="cut"), 'handle_long_generation: expected None or "hole", found'),
         (lambda: made("A", handle_long_generation="hole", max_new_tokens=256), "256 new tokens leave no room"),
         (lambda: made([*CHAT, {"role": "user"}]), "text_inputs: expected messages"),
+        (
+            lambda: made("A", tokenizer=small),
+            "expected the pipeline's own, found a GPT2Tokenizer of .* vocabulary; make",
+        ),
         (lambda: plain(CHAT), "chat_template: expected a template, found None; set tokenizer.chat_template"),
         (lambda: pipeline(framework="pt", backend="tf"), "framework: is 'pt', and backend is 'tf'; give one"),
         (lambda: pipeline(framework="pt", device_map="sequential:7"), "device: expected one of"),

@@ -81,7 +81,7 @@ def test_nothing_is_not_a_prompt(model):
 
 def test_tokenizers_are_looked_at_before_anything_is_made(model):
     for call in (model.generate, model.stream, model.score):
-        with pytest.raises(InputError, match="tokenizer: expected a GPT2Tokenizer, found the text 'gpt2'"):
+        with pytest.raises(InputError, match=r"tokenizer: expected a GPT2Tokenizer, or .* found the text 'gpt2'"):
             call("abc", tokenizer="gpt2")
     with pytest.raises(InputError, match="text: expected a text, found list"):
         model.stream(["abc"], tokenizer=cases.tokenizer())

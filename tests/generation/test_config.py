@@ -191,7 +191,9 @@ def test_a_tokenizer_of_transformers_does_what_ours_does(tmp_path: Path) -> None
 
 def test_what_is_no_tokenizer_is_named_with_its_library() -> None:
     model = GPT2Config.from_pretrained("demo")
-    with pytest.raises(InputError, match="tokenizer: expected a GPT2Tokenizer, found an AddedToken of gpt2_multi"):
+    with pytest.raises(
+        InputError, match=r"tokenizer: expected a GPT2Tokenizer, or .* found an AddedToken of gpt2_multi"
+    ):
         Request.of(GenerationConfig(), model, "the king", None, AddedToken("a"))
 
 

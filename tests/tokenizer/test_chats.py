@@ -168,6 +168,11 @@ def test_messages_of_strangers_hold_no_control_token(tmp_path, prefix):
         if "sanitize_control_tokens" in inspect.signature(theirs.apply_chat_template).parameters:
             expected = theirs.apply_chat_template(chat, sanitize_control_tokens=True, return_dict=False, **options)
             assert ours == expected
+        split = {"tokenizer_kwargs": {"split_special_tokens": True}}
+        assert tokenizer.eos_token_id not in tokenizer.apply_chat_template(chat, **split, **options)
+        tokenizer.split_special_tokens = True  # of texts, not of the template that is told apart from them
+        assert tokenizer.apply_chat_template(chat, sanitize_control_tokens=True, **options) == ours
+        tokenizer.split_special_tokens = False
         assert ours.count(tokenizer.eos_token_id) == 2 and tokenizer.pad_token_id not in ours  # the template's
         spelled = tokenizer.apply_chat_template(chat, tokenize=False, **options)
         assert prefix or tokenizer.decode(ours) == spelled
