@@ -331,7 +331,8 @@ def _way_to_drop(names: list[str], spelling: Spelling) -> str:
         return ""
     same = "".join(ones[0] for ones in takewhile(lambda ones: len(set(ones)) == 1, zip(*names, strict=False)))
     pattern = names[0] if len(names) == 1 else re.sub(r"[^./]*$", "", same) + "*"
-    return "" if pattern == "*" else f", or leave out what is no part of it: drop={shortened(pattern)!r} (--drop)"
+    how = "patterns of their names in drop=[...]" if pattern == "*" else f"drop={shortened(pattern)!r}"
+    return f", or leave out what is no part of it: {how} (--drop)"
 
 
 def misshapen(

@@ -120,7 +120,7 @@ def test_a_key_and_a_prefix_may_stand_before_their_names(tmp_path, file):
     assert found.format == FILES[file][0] and found.names.prefix == "state_dict.module."
     assert all(found[name].tobytes() == PLAIN[name].tobytes() for name in PLAIN)
     args = {"vocab_size": 37, "block_size": 10, "n_layer": 2, "n_head": 3, "n_embd": 12, "bias": True}
-    for name in ("last.pt", "last.ckpt", "last.bin"):
+    for name in ("last.pt", "last.ckpt", "pytorch_model.bin"):
         torch.save({"model": torch.load(PEERS / "mingpt/model.pt"), "model_args": args}, tmp_path / name)
         assert find(tmp_path / name).format == "nanogpt"
 

@@ -73,6 +73,9 @@ def test_a_value_head_is_named_and_dropped_on_request(tmp_path):
     ):
         open(TRAINERS / "trl")
     assert_same(open(TRAINERS / "trl", drop="v_head.*"), open(REFERENCE))
+    several = {**read_safetensors(REFERENCE / "model.safetensors"), "v_head.bias": np.zeros(1), "scale": np.ones(1)}
+    with pytest.raises(CheckpointError, match=r"scale, v_head\.bias; .*patterns of their names in drop=\[\.\.\.\] "):
+        open(placed(tmp_path / "several", several))
     call = ["convert", str(TRAINERS / "trl"), str(tmp_path / "new"), "--drop", "v_head.*"]
     assert "dropped: v_head.summary.weight" in CliRunner().invoke(main, call).output
     with pytest.raises(InputError, match=r"drop: .*trl has no tensor named 'v_haed\.\*'; its names are such as "):
@@ -301,6 +304,8 @@ def test_padded_tables_are_cut_on_request(tmp_path, format):
 
 
 def test_several_files_of_other_names_are_not_guessed(tmp_path, tensors):
+    write(tmp_path / "s" / "a.safetensors", tensors)
+    assert_same(open(tmp_path / "s", n_head=2), open(REFERENCE))
     write(tmp_path / "m" / "a.pth", tensors, write_torch)
     assert_same(open(tmp_path / "m", n_head=2), open(REFERENCE))
     write(tmp_path / "m" / "b.pt", tensors, write_torch)

@@ -99,6 +99,11 @@ def is_foreign(names: Iterable[str]) -> bool:
     return any(name.endswith(FOREIGN) for name in names)
 
 
+def has_settings(found: Mapping[Any, Any]) -> bool:
+    """Whether a file of torch.save has what nanoGPT's has: a model, and its settings in a dict."""
+    return isinstance(found.get("model"), dict) and isinstance(found.get("model_args"), dict)
+
+
 def tensors_of(main: Path) -> Tensors:
     """The tensors of a state dict in a file of torch.save, below keys or not, or in safetensors."""
     if main.suffix == ".safetensors":

@@ -24,6 +24,7 @@ from gpt2_multi.model.formats.format import (
     Format,
     Tensors,
     beside,
+    has_settings,
     is_state,
     settings_of,
     state,
@@ -34,8 +35,7 @@ MODEL_ARGS = {"vocab_size": "vocab_size", "block_size": "n_positions", **SAME}
 
 
 def _is_nanogpt(main: Path) -> bool:
-    found = containers.read_torch(main)
-    return isinstance(found.get("model"), dict) and isinstance(found.get("model_args"), dict)
+    return has_settings(containers.read_outline(main))
 
 
 def _config(main: Path) -> GPT2Config | None:

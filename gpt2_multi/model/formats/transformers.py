@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from gpt2_multi.model.formats.format import (
     Format,
     Tensors,
     beside,
+    has_settings,
     is_foreign,
     is_state,
     sharded,
@@ -86,10 +87,20 @@ def _with_kernels(read: Callable[[Path], Tensors], is_out_first: bool) -> Callab
 
     def is_it(main: Path) -> bool:
         shapes = {name: array.shape for name, array in read(main).items()}
-        others = is_foreign(shapes) or any("/" in name.rpartition(".")[2] for name in shapes)  # TensorFlow's
+        others = is_foreign(shapes) or _are_of_tensorflow(shapes)
         return not others and bool(out_first(shapes)) == is_out_first
 
     return is_it
+
+
+def _are_of_tensorflow(names: Iterable[str]) -> bool:
+    """Whether names are paths of TensorFlow; in PyTorch's a slash may stand before the last dot."""
+    return any("/" in name.rpartition(".")[2] for name in names)
+
+
+def _unless_set(is_it: Callable[[Path], bool]) -> Callable[[Path], bool]:
+    """That it is not nanoGPT's, whose settings lie in the file, and are not GPT-2's."""
+    return lambda main: is_it(main) and (main.suffix == ".json" or not has_settings(containers.read_outline(main)))
 
 
 _safetensors, _pytorch = sharded(_read_safetensors), sharded(_read_pytorch)
@@ -109,17 +120,17 @@ TORCH_SAFETENSORS = Format(
 TF_SAFETENSORS = Format(
     "transformers' safetensors of TensorFlow", TF, _MAIN["safetensors"], WEIGHTS["safetensors"],
     _safetensors, _write_tf_safetensors, beside, no_room={"tie_word_embeddings": (True,)},
-    others=("*.safetensors",), is_it=lambda main: not is_foreign(_safetensors(main)),
+    others=("*.safetensors",), is_it=lambda main: _are_of_tensorflow(_safetensors(main)),
 )  # fmt: skip
 PYTORCH = Format(
     "transformers' pytorch_model.bin", TRANSFORMERS, _MAIN["pytorch"], WEIGHTS["pytorch"],
     _pytorch, _write_pytorch, beside,
-    others=TORCH_FILES, is_it=_with_kernels(_pytorch, False),
+    others=TORCH_FILES, is_it=_unless_set(_with_kernels(_pytorch, False)),
 )  # fmt: skip
 TORCH_PICKLE = Format(
     "a state dictionary of gpt2_multi.pt in pytorch_model.bin", TORCH, _MAIN["pytorch"], WEIGHTS["pytorch"],
     _pytorch, _write_pytorch, beside,
-    others=TORCH_FILES, is_it=_with_kernels(_pytorch, True),
+    others=TORCH_FILES, is_it=_unless_set(_with_kernels(_pytorch, True)),
 )  # fmt: skip
 TF_H5 = Format(
     "transformers' tf_model.h5", TF, _MAIN["tf-h5"], WEIGHTS["tf-h5"],

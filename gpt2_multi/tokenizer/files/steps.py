@@ -42,7 +42,8 @@ class Steps:
         normalizers = flat(normalizer, "normalizers")
         *cuts, level = flat(pre_tokenizer, "pretokenizers") or [{"type": None}]
         if (kind := level.get("type")) != "ByteLevel":
-            raise TokenizerError(f"expected pre_tokenizer.type to be 'ByteLevel', found {kind!r}; not GPT-2's kind")
+            found = f"{kind!r} as the last" if cuts else repr(kind)
+            raise TokenizerError(f"expected pre_tokenizer.type to be 'ByteLevel', found {found}; {ELSEWHERE}")
         regex, prefix = bool(level.get("use_regex", True)), bool(level.get("add_prefix_space", True))
         if len(cuts) == 1 and is_gpt2(cuts[0]) and not regex and not prefix:
             cuts, regex = [], True
