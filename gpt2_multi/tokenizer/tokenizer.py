@@ -294,6 +294,8 @@ class GPT2Tokenizer(TextReader):
                     "use GPT2Tokenizer.from_pretrained"
                 ) from None
         own.name_or_path = str(getattr(tokenizer, "name_or_path", ""))
+        for name in ("split_special_tokens", "padding_side", "truncation_side", "model_max_length"):
+            setattr(own, name, getattr(tokenizer, name, getattr(own, name)))  # not saved where they were assigned
         return own
 
     @classmethod

@@ -1,4 +1,5 @@
 import codecs
+import collections
 import copy
 import json
 import pickle
@@ -500,6 +501,17 @@ def test_reads_what_transformers_saved(tmp_path, peer):
 # --- padding ---------------------------------------------------------------------------------------------------------
 
 
+def test_what_was_assigned_to_a_tokenizer_of_transformers_is_taken_along(peer):
+    """transformers does not save it, and a text of a stranger would get a control token."""
+    theirs = copy.deepcopy(peer)
+    theirs.split_special_tokens, theirs.padding_side, theirs.truncation_side = True, "left", "left"
+    ours = GPT2Tokenizer.from_tokenizer(theirs)
+    assert ours.encode(f"a{END}") == theirs.encode(f"a{END}") and len(ours.encode(END)) > 1
+    for options in ({"padding": "max_length", "max_length": 9}, {"truncation": True, "max_length": 2}):
+        assert ours.encode("aab the world", **options) == theirs.encode("aab the world", **options)
+    assert GPT2Tokenizer.from_tokenizer(peer).split_special_tokens is False
+
+
 def test_padding_without_a_pad_token_takes_the_end_token():
     tokenizer = small()
     encoding = tokenizer(["hello", "the world"], padding=True)
@@ -632,6 +644,11 @@ def test_what_transformers_users_call():
     assert tokenizer([("hello", "world"), ("a", "b")]) == tokenizer.batch_encode_plus([["hello", "world"], ["a", "b"]])
     assert tokenizer([("hello", "world"), ("a", "b")]).data == expected
     assert tokenizer.encode_plus("hello") == tokenizer("hello")
+    column = collections.UserList(["hello", "a"])  # as a column of `datasets` is no list
+    assert tokenizer(column, column) == tokenizer(column.data, column.data)
+    assert tokenizer(collections.UserList([["a", "b"]]), is_split_into_words=True).input_ids == [
+        tokenizer.encode(" a b")
+    ]
     assert tokenizer.is_fast and list(tokenizer("hello")) == list(tokenizer.model_input_names)
     assert tokenizer.get_added_vocab() == {END: tokenizer.eos_token_id}
 

@@ -130,6 +130,7 @@ def as_batch(text: Any, text_pair: Any, split: bool) -> tuple[list[Any], list[An
 
 def _as_texts(name: str, value: Any, split: bool) -> tuple[list[Any], bool]:
     value = value.tolist() if hasattr(value, "tolist") else value
+    value = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple) else value
     single = _is_words(value) and bool(value) if split else isinstance(value, str)
     texts = [value] if single else list(value) if isinstance(value, list | tuple) else [value]
     for at, item in enumerate(texts):
