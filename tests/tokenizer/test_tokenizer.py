@@ -743,7 +743,7 @@ def test_files_may_have_been_through_an_editor(tmp_path, names):
     for text in [
         "\n".join(lines),
         "\r\n".join(["\ufeff#version: 0.4 - trained", *lines, ""]),
-        "\n".join([f"{header}  ", *(line.replace(" ", "\t") for line in lines), "", " ", ""]),
+        "\n".join(["", f" {header}  ", *(line.replace(" ", "\t") for line in lines), "", " ", ""]),
         "\ufeff" + "\r".join(f" {line}\t" for line in lines),
     ]:
         merges.write_bytes(text.encode())

@@ -52,9 +52,9 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     Raises:
         TokenizerError: the file is missing, or a line is not two tokens.
     """
-    lines = _read_text(path).split("\n")
-    first = 1 if lines[0].startswith("#version") else 0
-    return check_merges([" ".join(line.split()) for line in lines[first:] if line.strip()], path)
+    lines = [" ".join(line.split()) for line in _read_text(path).split("\n") if line.strip()]
+    first = 1 if lines and lines[0].startswith("#version") else 0
+    return check_merges(lines[first:], path)
 
 
 def read_folder(folder: Path) -> Vocabulary:
