@@ -62,6 +62,14 @@ def plain(x: Any) -> Any:
     return dict(x) if isinstance(x, Mapping) else x
 
 
+def by_labels(model: Any, call: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping under the names of labels, given under them or, as for Keras' models of several outputs, of logits."""
+    label = dict(zip(model.logit_names, model.label_names, strict=False))
+    found = {label.get(name, name): each for name, each in given.items()}
+    inputs.check_names(call, list(found), model.label_names)
+    return found
+
+
 def without_past(names: Sequence[str], values: Sequence[Any]) -> Sequence[Any]:
     """Tensors in the order of a call's arguments, in which a past may be missing: [ids, mask] are no [ids, past].
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from gpt2_multi.errors import InputError, described
 from gpt2_multi.model.inputs import check_size
-from gpt2_multi.tf.fit.arguments import NO_TENSORS, names_of, plain
+from gpt2_multi.tf.fit.arguments import NO_TENSORS, by_labels, names_of, plain
 from gpt2_multi.tf.training import IGNORED
 
 Row = Mapping[str, Any]
@@ -65,6 +65,10 @@ def weighed(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     found = {"x": x, "y": y}
     if isinstance(given.get("sample_weight"), (list, tuple)) and isinstance(y, Mapping):  # Keras asks for one structure
         found["sample_weight"] = dict(zip(model.label_names, given["sample_weight"], strict=False))
+    if isinstance(given.get("sample_weight"), Mapping) and isinstance(y, Mapping):
+        found["y"] = y = by_labels(model, f"y of {type(model).__name__}", y)
+        weight = by_labels(model, "sample_weight", given["sample_weight"])
+        found["sample_weight"] = {**{name: np.ones(len(y[name])) for name in y}, **weight}
     if classes is not None and given.get("sample_weight") is None:  # of both Keras says that they exclude each other
         found |= {"sample_weight": weights_of_classes(model, y, classes), "class_weight": None}
     return found
@@ -72,7 +76,8 @@ def weighed(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def weights_of_classes(model: Any, y: Any, classes: Mapping[int, float]) -> Any:
     """A weight for each label, in the labels' shape: that of its class, or 1."""
-    labels = tf.convert_to_tensor(y["labels"] if isinstance(y, Mapping) and len(model.label_names) == 1 else y)
+    is_one = isinstance(y, Mapping) and len(model.label_names) == 1
+    labels = tf.convert_to_tensor(next(iter(y.values())) if is_one else y)
     if not labels.dtype.is_integer:
         raise InputError(
             f"class_weight: expected labels that are classes, found {labels.dtype.name}; give sample_weight"

@@ -25,7 +25,7 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.tf.fit import metrics
-from gpt2_multi.tf.fit.arguments import as_keywords, plain
+from gpt2_multi.tf.fit.arguments import as_keywords, by_labels, plain
 from gpt2_multi.tf.fit.metrics import Perplexity
 from gpt2_multi.tf.fit.strategy import LossOverReplicas, is_on_hosts
 from gpt2_multi.tf.layers import replicas
@@ -56,7 +56,8 @@ def wanted(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError("loss_weights: weigh compiled losses; compile a loss for each of them, or leave it out")
     for name in ("metrics", "weighted_metrics"):
         if given.get(name) is not None:
-            found[name] = understood(name, by_label(model, name, given[name]))
+            several = given[name] if isinstance(given[name], (list, tuple, Mapping)) else [given[name]]
+            found[name] = understood(name, by_label(model, name, several))
             if found[name] is not None and not isinstance(found[name], (list, dict)):
                 found[name] = [found[name]]
     if found["loss"] is None and given.get("jit_compile", "auto") == "auto":
@@ -100,7 +101,7 @@ def understood(argument: str, given: Any) -> Any:
         return [understood(argument, each) for each in given if each is not None]
     if isinstance(given, str):
         return of_logits(argument, given)
-    options = getattr(given, "_fn_kwargs", {})
+    options = getattr(given, "_fn_kwargs", {"from_logits": getattr(given, "_from_logits", None)})
     made = inspect.isfunction(given) or inspect.isclass(given)
     if made and given.__module__.startswith("keras.") and "from_logits" in inspect.signature(given).parameters:
         options = {"from_logits": False}
@@ -112,8 +113,8 @@ def understood(argument: str, given: Any) -> Any:
 
 def of_logits(argument: str, name: str) -> Any:
     """A loss or a metric by its name; of what it is, logits or probabilities, a name says nothing."""
-    if argument != "loss" and name.lower() == "perplexity":
-        return Perplexity(name)
+    if argument != "loss" and name.lower() in ("perplexity", "auc"):
+        return Perplexity(name) if name.lower() == "perplexity" else keras.metrics.AUC(from_logits=True, name=name)
     full = "sparse_categorical_crossentropy" if name.lower() in ("ce", "crossentropy") else name
     room = keras.losses if argument == "loss" else keras.metrics
     kind: Any = getattr(room, full.title().replace("_", "") if "_" in full else full, None)
@@ -160,6 +161,9 @@ def labelled(model: Any, data: Any) -> tuple[dict[str, Any], Any, Any]:
     labels |= named(model, y)
     if isinstance(weight, (list, tuple)):
         weight = dict(zip(model.label_names, weight, strict=False))
+    if isinstance(weight, Mapping):
+        weight = by_labels(model, "sample_weight", weight)
+        weight = weight if len(model.label_names) > 1 else next(iter(weight.values()), None)
     if model._compile_loss is None and weight is None:
         inputs |= labels
     return inputs, labels if len(model.label_names) > 1 else next(iter(labels.values()), y), weight
@@ -170,8 +174,7 @@ def named(model: Any, y: Any) -> dict[str, Any]:
     if y is None:
         return {}
     if isinstance(y, Mapping):
-        inputs.check_names(f"y of {type(model).__name__}", list(y), model.label_names)
-        return dict(y)
+        return by_labels(model, f"y of {type(model).__name__}", y)
     parts = y if isinstance(y, (list, tuple)) else [y]
     return dict(zip(model.label_names, parts, strict=False))
 

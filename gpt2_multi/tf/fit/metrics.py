@@ -103,6 +103,9 @@ def count(metrics: Any, y: Any, logits: Any, is_xla: bool) -> None:
         return
     for given in (metrics._user_metrics, metrics._user_weighted_metrics):
         check_labelled(given, y)
+    if not isinstance(y, Mapping) and y.dtype.is_floating and y.shape[-1] == logits.shape[-1] > 1:
+        metrics._user_metrics = of_several(metrics._user_metrics)
+        metrics._user_weighted_metrics = of_several(metrics._user_weighted_metrics)
     metrics.build(y, logits)
     for each in filter(None, (*metrics._flat_metrics, *metrics._flat_weighted_metrics)):
         each.metrics = [Counted(metric) for metric in each.metrics]
@@ -112,6 +115,19 @@ def count(metrics: Any, y: Any, logits: Any, is_xla: bool) -> None:
                     f"metrics: {counted.name} sees the labels that count, and XLA asks how many they are before it "
                     "knows them; compile with jit_compile=False, or take a metric of Keras"
                 )
+
+
+def of_several(given: Any) -> Any:
+    """Metrics of several labels a text that are given by a name: a label is chosen by a logit above 0, not 0.5."""
+    kinds: dict[Any, Any] = {"precision": keras.metrics.Precision, "recall": keras.metrics.Recall}
+    kinds |= dict.fromkeys(("accuracy", "acc", "binary_accuracy"), keras.metrics.BinaryAccuracy)
+
+    def of_logits(each: Any) -> Any:
+        kind = kinds.get(each.lower()) if isinstance(each, str) else None
+        threshold = "threshold" if kind is keras.metrics.BinaryAccuracy else "thresholds"
+        return kind(name=each, **{threshold: 0.0}) if kind else each
+
+    return keras.tree.map_structure(of_logits, given)
 
 
 def check_labelled(given: Any, y: Any) -> None:
@@ -134,7 +150,11 @@ def targets(model: Any, x: Mapping[str, Any], y: Any, output: Mapping[str, Any])
 def _target(model: Any, name: str, labels: tf.Tensor, x: Mapping[str, Any], output: Mapping[str, Any]) -> tf.Tensor:
     if model.head == "question_answering":
         return within(output[model.logit_names[model.label_names.index(name)]], labels)
-    if model.head == "sequence_classification" or name == "mc_labels":
+    if model.head == "sequence_classification":
+        kind = model.config.problem_type or ("regression" if output["logits"].shape[-1] == 1 else None)
+        are_classes = kind in (None, "single_label_classification")
+        return labels if are_classes or labels.dtype.is_floating else tf.cast(labels, keras.config.floatx())
+    if name == "mc_labels":
         return labels
     mask = x.get("attention_mask")
     if mask is not None:  # one of rank 4 says nothing about labels, and one of more columns has those of a past

@@ -214,6 +214,7 @@ def test_losses_as_for_several_outputs(case):
             {"metrics": [keras.losses.sparse_categorical_crossentropy]},
             "metrics: sparse_categorical_crossentropy exp",
         ),
+        ({"metrics": [keras.metrics.AUC()]}, "metrics: auc expects probabilities, but the model gives logits; say"),
         (
             {"loss_weights": [2.0]},
             "loss_weights: weigh compiled losses; compile a loss for each",
@@ -226,7 +227,7 @@ def test_what_cannot_be_compiled_is_one_sentence(options, sentence):
     with pytest.raises(TypeError, match="loss of TFGPT2LMHeadModel has no output 'logit'; did you mean"):
         new().compile("sgd", loss={"logit": "mse"})
     with pytest.raises(InputError, match="metrics: expected an entry for each of labels, mc_labels, found 1"):
-        new(tfm.TFGPT2DoubleHeadsModel).compile("sgd", metrics=["accuracy"])
+        new(tfm.TFGPT2DoubleHeadsModel).compile("sgd", metrics="accuracy")
 
 
 def test_a_compiled_loss_on_shifted_labels_equals_the_model_s_own():

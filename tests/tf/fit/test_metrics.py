@@ -115,6 +115,9 @@ def test_metrics_of_every_head_see_labels_where_its_loss_does():
     right = np.argmax(output.logits, -1)[..., :-1] == PAIRS[..., 1:]
     assert found["labels_accuracy"] == pytest.approx(right[keep].mean())
     assert found["mc_labels_accuracy"] == pytest.approx(np.mean(np.argmax(output.mc_logits, -1) == y["mc_labels"]))
+    by_logits, weight = {"logits": y["labels"], "mc_logits": y["mc_labels"]}, {"mc_labels": np.zeros(7)}
+    one = model.evaluate({"input_ids": PAIRS, "attention_mask": mask}, by_logits, sample_weight=weight, verbose=0)
+    assert one[0] == pytest.approx(float(model(PAIRS, attention_mask=mask, labels=y["labels"]).loss), rel=1e-5)
 
 
 def test_metrics_of_labels_that_are_missing_are_named():
@@ -195,12 +198,14 @@ def test_weights_of_one_change_nothing():
 
 
 def test_weights_of_rows_with_numbers_as_labels():
-    weight, labels = np.arange(7) / 3, np.eye(7, 3, dtype=np.float32)
+    weight, labels = np.arange(7) / 3, np.eye(7, 3, dtype=np.int64)
     accuracy = keras.metrics.BinaryAccuracy(threshold=0.0)
-    model = compiled(cls=tfm.TFGPT2ForSequenceClassification, weighted_metrics=[accuracy])
+    model = new(tfm.TFGPT2ForSequenceClassification, problem_type="multi_label_classification")
+    model.compile("adamw", weighted_metrics=[accuracy, "acc"], **FAST)
     found = model.evaluate(IDS, labels, sample_weight=weight, batch_size=7, verbose=0)
+    assert found.pop() == found[1]
     right, logits = (np.asarray(model(IDS).logits) > 0) == labels, model(IDS).logits
-    each = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits).numpy()
+    each = tf.nn.sigmoid_cross_entropy_with_logits(labels.astype(np.float32), logits).numpy()
     assert found == pytest.approx([(each * weight[:, None]).mean(), right.mean(-1) @ weight / weight.sum()], rel=1e-5)
 
 
