@@ -23,9 +23,19 @@ NO_ROWS = -1  # in place of a dimension
 
 def explicit_mesh(*trees: Any) -> Any:
     """The abstract mesh that has an explicit axis: that of `jax.set_mesh`, or of an array in these trees; or None."""
-    arrays = (x for x in jax.tree.leaves(trees) if isinstance(x, Array))
+    arrays = (x for x in leaves_of(trees) if isinstance(x, Array))
     meshes = (jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays))
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """What a tree of arguments holds."""
+    return jax.tree.leaves(tree, is_leaf=is_table)
+
+
+def is_table(value: Any) -> bool:
+    """Whether it is an option such as `logit_bias`: its keys, ids and tuples, have no order, as a tree's must have."""
+    return isinstance(value, dict) and not all(isinstance(key, str) for key in value)
 
 
 @nn.nowrap
@@ -54,7 +64,7 @@ def automatic(call: Callable[..., Any], source: Any, *args: Any, **given: Any) -
     mesh = explicit_mesh(args, given)
     if mesh is None:
         return call(*args, **given)
-    if all(map(is_concrete, jax.tree.leaves((args, given)))):
+    if all(map(is_concrete, leaves_of((args, given)))):
         return _computed(call, args, given)
     return _traced(call, mesh, source, args, given)
 
@@ -70,7 +80,7 @@ def _computed(call: Callable[..., Any], args: Any, given: Any) -> Any:
 
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh of explicit axes that an array with values lies on, if any does."""
-    found = (getattr(x.sharding, "mesh", None) for x in jax.tree.leaves(tree) if isinstance(x, Array))
+    found = (getattr(x.sharding, "mesh", None) for x in leaves_of(tree) if isinstance(x, Array))
     return next((mesh for mesh in found if mesh is not None and AxisType.Explicit in mesh.axis_types), None)
 
 
@@ -105,12 +115,12 @@ def moved(tree: Any, mesh: Mesh) -> Any:
             return x
         return jax.device_put(x, NamedSharding(mesh, old.spec, memory_kind=old.memory_kind))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(one, tree, is_leaf=is_table)
 
 
 def _traced(call: Callable[..., Any], mesh: Any, source: Any, args: Any, given: Any) -> Any:
     """The same while another function is traced; there it has to be said how the outputs lie."""
-    leaves, tree = jax.tree.flatten((args, given))
+    leaves, tree = jax.tree.flatten((args, given), is_leaf=is_table)
     arrays = {place: x for place, x in enumerate(leaves) if isinstance(x, (Array, np.ndarray))}
     rows = jax.typeof(source).sharding.spec[0] if isinstance(source, Array) and source.ndim else None
     structure: list[Any] = []
