@@ -116,10 +116,11 @@ def prepare_tf_dataset(
     another one in each epoch unless `shuffle` is off, and then the last batch may be smaller, if `drop_remainder` does
     not say otherwise. Raises InputError for what is no such dataset, and for rows that make no batch.
     """
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+    has_rows = not isinstance(dataset, Mapping) and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not has_rows or not len(dataset) or not isinstance(dataset[0], Mapping):
         raise InputError(
-            f"dataset: expected rows with a length, such as a datasets.Dataset, found {described(dataset)}; give fit a "
-            "tf.data.Dataset for a stream, or what is not empty"
+            "dataset: expected rows with a length, such as a datasets.Dataset or a list of dicts, found "
+            f"{described(dataset)}; give fit a tf.data.Dataset for a stream, or what is not empty"
         )
     check_size("batch_size", batch_size, 1)
 

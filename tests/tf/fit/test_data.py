@@ -89,7 +89,8 @@ def test_a_function_of_one_s_own_makes_the_batches():
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        (iter([]), "dataset: expected rows with a length, such as a datasets.Dataset, found a list_iterator"),
+        (iter([]), "dataset: expected rows with a length, such as a datasets.Dataset or a list of dicts, found"),
+        ({"input_ids": [[1, 2]]}, "dataset: expected rows with a length, .* found a dict"),
         (RAGGED, "dataset: expected rows of input_ids of one length, found several; give tokenizer="),
         ([{"text": "a"}], "dataset: expected columns such as input_ids, found text; rename them"),
     ],
