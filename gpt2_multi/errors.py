@@ -2,6 +2,10 @@
 
 import difflib
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+LFS = b"version https://git-lfs.github.com/spec/"  # how a file of it begins that has no more than a name
 
 
 class GPT2Error(ValueError):
@@ -27,6 +31,19 @@ class InputError(GPT2Error):
 def shortened(text: str, most: int = 200) -> str:
     """What a file says, cut where it is too long for the sentence of an error."""
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def remedy(path: Path) -> str:
+    """What to do about a file that is not what it should be: a clone without Git LFS has only the names of files."""
+    with suppress(OSError):
+        if path.is_file() and _start(path) == LFS:
+            return "it is a pointer of Git LFS and not the file itself: run `git lfs pull` in its folder"
+    return "fetch or save it again"
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(LFS))
 
 
 def nearest(name: str, known: Iterable[str], least: float = 0.6) -> str:

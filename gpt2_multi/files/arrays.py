@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gpt2_multi.errors import CheckpointError, ConfigError, shortened
+from gpt2_multi.errors import CheckpointError, ConfigError, remedy, shortened
 
 Array = np.ndarray[Any, Any]
 CHUNK = 1 << 24  # bytes
@@ -120,7 +120,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise CheckpointError(f"{path}: no such file; check the path, or fetch the model again") from None
     except (*_DAMAGE, OSError) as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{path}: not a whole {what} ({why}); fetch or save it again") from None
+        raise CheckpointError(f"{path}: not a whole {what} ({why}); {remedy(path)}") from None
 
 
 def mapped(path: Path) -> Array:

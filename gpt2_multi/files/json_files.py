@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpt2_multi.errors import CheckpointError, GPT2Error
+from gpt2_multi.errors import CheckpointError, GPT2Error, remedy
 
 LARGEST = 1 << 22  # bytes of JSON: what is made of them can be seventy times as large
 
@@ -52,7 +52,7 @@ def read_json(
     except GPT2Error:
         raise
     except (ValueError, RecursionError) as error:
-        raise damaged(f"{path}: not valid JSON ({error}); fetch or save it again") from None
+        raise damaged(f"{path}: not valid JSON ({error}); {remedy(path)}") from None
     if not isinstance(value, dict):
         raise damaged(f"{path}: expected a JSON object, found {type(value).__name__}; fetch or save it again")
     return value

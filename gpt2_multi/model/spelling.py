@@ -310,10 +310,21 @@ def match(
     fresh = {name for name, weight in wanted.items() if not weight.in_body and weight.path != "lm_head"}
     if not fresh & set(found):
         wanted = {name: weight for name, weight in wanted.items() if name not in fresh}
-    _refuse(source, "lacks", [_both(name, weight) for name, weight in wanted.items() if name not in found])
+    if lacking := [_both(name, weight) for name, weight in wanted.items() if name not in found]:
+        _refuse_adapters(found, source)
+        _refuse(source, "lacks", lacking)
     if not has_own:
         refuse_unexpected(found, wanted, config, spelling, source)
     return wanted
+
+
+def _refuse_adapters(found: Collection[str], source: str) -> None:
+    """Raises CheckpointError for the weights of a model with adapters in it, which compute with it."""
+    if adapted := next((name for name in found if ".base_layer." in name), None):
+        raise CheckpointError(
+            f"{source}: has adapters of PEFT in it ({shortened(adapted)}); save what model.merge_and_unload() gives, "
+            "or the adapters alone by its save_pretrained, and load them onto the model that they were made for"
+        )
 
 
 def refuse_unexpected(

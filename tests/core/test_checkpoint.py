@@ -14,7 +14,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_multi.errors import CheckpointError
+from gpt2_multi.errors import CheckpointError, ConfigError
 from gpt2_multi.files import folders
 from gpt2_multi.files.containers.safetensors import parse_size, read_safetensors, write_safetensors
 from gpt2_multi.model import checkpoint
@@ -105,6 +105,18 @@ def test_a_truncated_file_is_one_sentence(tmp_path, length):
     (tmp_path / "x").write_bytes(whole[:length])
     with pytest.raises(CheckpointError, match=r"x: not a whole safetensors file \(.*\); fetch or save it again"):
         read_safetensors(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tf_model.h5", "model.ckpt.index", "a.bin"])
+def test_a_pointer_of_git_lfs_is_told(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 548105171\n"
+    (tmp_path / name).write_text(pointer, "utf-8")
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{name}: .*a pointer of Git LFS and .*: run `git lfs pull`"):
+        checkpoint.open(tmp_path)
+    (tmp_path / "config.json").write_text(pointer, "utf-8")
+    with pytest.raises(ConfigError, match=r"config\.json: not valid JSON .*a pointer of Git LFS"):
+        GPT2Config.from_pretrained(tmp_path)
 
 
 @settings(max_examples=150, deadline=None)

@@ -312,3 +312,12 @@ def test_several_files_of_other_names_are_not_guessed(tmp_path, tensors):
     with pytest.raises(CheckpointError, match=r"expected one file of weights, found b\.pt, a\.pth; give the one"):
         open(tmp_path / "m", n_head=2)
     assert_same(open(tmp_path / "m" / "a.pth", n_head=2), open(REFERENCE))
+
+
+def test_adapters_inside_a_model_are_told(tmp_path, tensors):
+    inside = {name.replace("c_attn.", "c_attn.base_layer."): x for name, x in tensors.items()}
+    write(tmp_path / "m" / "model.safetensors", {f"base_model.model.{name}": x for name, x in inside.items()})
+    with pytest.raises(
+        CheckpointError, match=r"has adapters of PEFT in it \(.*base_layer.*\); save what model\.merge_and"
+    ):
+        open(tmp_path / "m", n_head=2)

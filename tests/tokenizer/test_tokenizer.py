@@ -753,6 +753,19 @@ def test_files_may_have_been_through_an_editor(tmp_path, names):
         GPT2Tokenizer.from_pretrained(tmp_path)
 
 
+def test_lost_merges_are_missed(tmp_path):
+    """A pointer of Git LFS, two words a line, and a file that was cut off after its header."""
+    vocab, merges = (write_small(tmp_path) / name for name in ("vocab.json", "merges.txt"))
+    vocab.write_text(json.dumps(small_files()[0] | {f"ab{number}": 1000 + number for number in range(256)}), "utf-8")
+    for text, sentence in [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "merges; it is a pointer of Git LFS"),
+        ("#version: 0.2\n", r"has no merges, although \d+ tokens are longer than a byte; fetch it again"),
+    ]:
+        merges.write_text(text, "utf-8")
+        with pytest.raises(TokenizerError, match=rf"merges\.txt: .*{sentence}"):
+            GPT2Tokenizer.from_pretrained(tmp_path)
+
+
 def test_saved_tokenizers_come_back(tmp_path):
     tokenizer = small(padding_side="left", add_prefix_space=True, errors="strict", model_max_length=5)
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<user>"]})

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gpt2_multi.errors import CheckpointError, shortened
+from gpt2_multi.errors import CheckpointError, remedy, shortened
 from gpt2_multi.files.arrays import Made, chunks
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.files.json_files import LARGEST, read_json, sync, write_json
@@ -60,7 +60,7 @@ def read_safetensors(path: PathLike) -> dict[str, Array]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; check the path, or fetch the model again") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); fetch or save it again") from None
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {remedy(path)}") from None
     header.pop("__metadata__", None)
     return {name: _view(path, name, entry, data) for name, entry in header.items()}
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2_multi.errors import TokenizerError
+from gpt2_multi.errors import LFS, TokenizerError, remedy
 from gpt2_multi.files.hub import CHAT, CHATS, RENAMED
 from gpt2_multi.files.json_files import write_whole
 from gpt2_multi.tokenizer.files.tokenizer_json import read_tokenizer_json, to_tokenizer_json
@@ -52,7 +52,10 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     Raises:
         TokenizerError: the file is missing, or a line is not two tokens.
     """
-    lines = [" ".join(line.split()) for line in _read_text(path).split("\n") if line.strip()]
+    text = _read_text(path)
+    if text.startswith(LFS.decode()):  # which has two words a line, as merges have
+        raise TokenizerError(f"{path}: expected merges; {remedy(path)}")
+    lines = [" ".join(line.split()) for line in text.split("\n") if line.strip()]
     first = 1 if lines and lines[0].startswith("#version") else 0
     return check_merges(lines[first:], path)
 
@@ -90,12 +93,21 @@ def _read_core(folder: Path) -> Vocabulary:
         return read_tokenizer_json(path)
     for vocab, merges in (tuple(RENAMED), tuple(RENAMED.values())):
         if (folder / vocab).exists() or (folder / merges).exists():
-            return Vocabulary(read_vocab(folder / vocab), read_merges(folder / merges))
+            found = Vocabulary(read_vocab(folder / vocab), read_merges(folder / merges))
+            _check_merged(found, folder / merges)
+            return found
     raise TokenizerError(
         f"{folder}: expected tokenizer.json, or vocab.json with merges.txt, or encoder.json with vocab.bpe, "
         "found none of them; name the folder of a GPT-2 tokenizer, or load one of another kind with transformers' "
         "AutoTokenizer, which generate, score and pipeline take too"
     )
+
+
+def _check_merged(found: Vocabulary, path: Path) -> None:
+    """Without merges no token of several bytes would ever be found; a few may be control tokens."""
+    longer = sum(len(token) > 1 for token in found.vocab)
+    if not found.merges and longer > 256:
+        raise TokenizerError(f"{path}: has no merges, although {longer} tokens are longer than a byte; fetch it again")
 
 
 def _merge_added(found: Vocabulary, added: Mapping[AddedToken, int]) -> None:
