@@ -37,7 +37,7 @@ class Headed(nn.Module):
     remat: str | None = None
     scan_layers: bool = False
 
-    apply = axes.apply
+    apply, init, init_with_output = axes.apply, axes.init, axes.init_with_output
 
     def body(self) -> GPT2Module:
         """The bare module inside."""

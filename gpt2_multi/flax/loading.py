@@ -398,7 +398,7 @@ class FlaxGPT2PreTrainedModel:
         if number is None:
             return params
         found, flat = leaves(self.config, self.head, self.scan_layers), flatten_dict(params)
-        self.config.replace(vocab_size=number)  # refuses what no vocabulary can have
+        config = self.config.replace(vocab_size=number)  # refuses what no vocabulary can have
         std = None if mean_resizing else self.config.initializer_range
         params = unflatten_dict(
             {
@@ -406,7 +406,11 @@ class FlaxGPT2PreTrainedModel:
                 for path, leaf in found.items()
             }
         )
-        self.config.vocab_size = number
+        return self._changed(config, params)
+
+    def _changed(self, config: GPT2Config, params: Tree) -> Tree:
+        """Go on with other sizes, in a configuration of its own: other models may share the one that it had."""
+        self.config, self.module = config, self.module.clone(config=config)
         if self._params is not None:
             self.params = params
         return params
@@ -433,10 +437,7 @@ class FlaxGPT2PreTrainedModel:
         found, flat = leaves(config, self.head, self.scan_layers), flatten_dict(params)
         kept = [[self.config.heads(i).index(head) for head in config.heads(i)] for i in range(config.n_layer)]
         params = unflatten_dict({path: automatic(pruned, None, flat[path], leaf, kept) for path, leaf in found.items()})
-        self.config.pruned_heads = config.pruned_heads
-        if self._params is not None:
-            self.params = params
-        return params
+        return self._changed(config, params)
 
     to_bf16 = casting.to_bf16
     to_fp16 = casting.to_fp16

@@ -163,7 +163,7 @@ class GPT2Module(nn.Module):
     remat: str | None = None
     scan_layers: bool = False
 
-    apply = axes.apply
+    apply, init, init_with_output = axes.apply, axes.init, axes.init_with_output
 
     def setup(self) -> None:
         self.wte = embed(self, self.config.vocab_size, "wte")

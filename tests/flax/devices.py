@@ -7,9 +7,11 @@ import json
 import re
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,7 @@ from gpt2_multi.flax.parameters.tree import Leaf
 from gpt2_multi.flax.training import (
     Windows,
     create_train_state,
+    eval_step,
     optimizer,
     restore_state,
     save_state,
@@ -133,8 +136,9 @@ def answers(model: Any, ids: Any, every: bool) -> dict[str, Any]:
     loss = jax.grad(lambda params, ids: model.module.apply({"params": params}, ids, labels=ids).loss)
     output, grads = model(ids, labels=ids), jax.jit(loss)(model.params, ids)
     found = {"logits": output.logits, "loss": output.loss, "grads": grads}
-    options = {"greedy": {}, "sampled": {"do_sample": True}, "beams": {"num_beams": 2}}
+    options: dict[str, Any] = {"greedy": {}}
     if every:
+        options |= {"sampled": {"do_sample": True}, "beams": {"num_beams": 2}}
         options |= {"guesses": {"prompt_lookup_num_tokens": 2}, "assisted": {"assistant_model": model}}
         found["streamed"] = jnp.stack([*model.stream_tokens(ids, max_new_tokens=3)], 1)
         found["scored"] = log_probs(model, None, np.asarray(ids), np.ones(ids.shape, int))
@@ -144,27 +148,60 @@ def answers(model: Any, ids: Any, every: bool) -> dict[str, Any]:
     return found | {name: model.generate(ids, max_new_tokens=3, **more) for name, more in options.items()}
 
 
+class Outer(nn.Module):
+    """A module of a caller's, with ours inside."""
+
+    inner: nn.Module
+
+    def __call__(self, ids: Any) -> Any:
+        """The mean of the logits of each token, (B, T)."""
+        return self.inner(ids).logits.mean(-1)
+
+
+def around(model: Any, ids: Any, own: Any) -> dict[str, Any]:
+    """What callers do with a model besides calling it; `own` is for functions that call modules by themselves."""
+    batch, state = {"input_ids": np.asarray(ids), "labels": np.asarray(ids)}, create_train_state(model, ADAMW)
+    found = {"eval": eval_step(state, {"input_ids": ids, "labels": ids})[0]}
+    stacked = {name: x.reshape(2, len(x) // 2, -1) for name, x in batch.items()}
+    return found | {
+        "micro": train_step(state, stacked, micro=True)[1]["loss"],
+        "bf16": model.to_bf16(model.params),
+        "init": model.module.init(jax.random.key(3), ids, deterministic=True)["params"],
+        "outer": own(Outer(model.module).apply)({"params": {"inner": model.params}}, ids),
+        "bound": own(lambda params, ids: model.module.bind({"params": params})(ids).logits)(model.params, ids),
+    }
+
+
 def on_explicit_axes(folder: str, output: Path) -> dict[str, Any]:
     """How far that is from one device on a mesh of explicit axes, with ids that were placed on it; and losses.
 
-    Everything where `jax.set_mesh` has set the mesh, less where it has not.
+    Calls and training where `jax.set_mesh` has set the mesh; a few, and what is around a model, where it has not.
     """
     mesh = jax.make_mesh((2, 2), ("data", "mp"), (AxisType.Explicit,) * 2, devices=jax.devices()[:4])
     ids, rules = DATA[0]["input_ids"], {"mlp": "mp", "head": "mp"}
-    expected = answers(FlaxGPT2LMHeadModel.from_pretrained(folder), ids, True)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    one, placed = FlaxGPT2LMHeadModel.from_pretrained(folder), jax.device_put(ids, rows)
+    first = one.init_weights(jax.random.key(3))
+    expected = answers(one, ids, True) | around(one, ids, jax.jit) | {"made": first, "moved": one.params}
     answer: dict[str, Any] = {}
     for name, context in (("set", lambda: jax.set_mesh(mesh)), ("not set", nullcontext)):
         with context():
             model = FlaxGPT2LMHeadModel.from_pretrained(folder, mesh=mesh, rules=rules)
-            placed = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data")))
             found = answers(model, placed, name == "set")
+            found["moved"] = shard_params(one.params, model.config, mesh, rules)
+            if name == "set":
+                found["made"] = init_params(model, mesh, rules, seed=3)
+                state, before = losses(create_train_state(model, ADAMW), 2)
+                save_state(output / name, state)
+                state, after = losses(restore_state(output / name, create_train_state(model, ADAMW)), 2)
+                answer["losses"] = [*before, *after]
+            else:
+                found |= around(model, placed, partial(jax.sharding.auto_axes, out_sharding=rows))
             answer[name] = {key: distance(value, expected[key]) for key, value in found.items()}
-            lies = jax.tree.leaves(model.params)[0].sharding.mesh == found["logits"].sharding.mesh == mesh
-            answer[name]["moved"] = float(not lies or found["logits"].sharding.spec[0] != "data")
-            state, first = losses(create_train_state(model, ADAMW), 2)
-            save_state(output / name, state)
-            state, more = losses(restore_state(output / name, create_train_state(model, ADAMW)), 2)
-            answer[f"losses {name}"] = [*first, *more]
+            lie = {
+                x.sharding.mesh for key in ("logits", "moved", "made", "bf16") for x in jax.tree.leaves(found.get(key))
+            }
+            answer[name]["elsewhere"] = float(lie != {mesh} or found["logits"].sharding.spec[0] != "data")
     model.prune_heads({0: [1, 3]})
     model.save_pretrained(output / "pruned", model.resize_token_embeddings(40))
     return answer

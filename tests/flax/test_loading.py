@@ -257,6 +257,22 @@ def test_heads_are_pruned_as_in_the_other_frameworks(tmp_path):
     assert model.config.pruned_heads == {0: [1], 1: [0, 2]}
 
 
+def test_models_that_share_a_configuration_change_alone(tmp_path):
+    config = SMALL.replace()
+    one, other = (LM(config, param_dtype="float64") for _ in range(2))
+    expected = other(IDS).logits
+    one.resize_token_embeddings(40)
+    one.prune_heads({0: [1]})
+    assert np.array_equal(other(IDS).logits, expected) and one(IDS).logits.shape[-1] == 40
+    other.prune_heads({0: [2]})
+    for model, vocab_size, heads in ((one, 40, {0: [1]}), (other, 31, {0: [2]})):
+        assert model.module.config is model.config
+        model.save_pretrained(tmp_path / "m")
+        again = LM.from_pretrained(tmp_path / "m", param_dtype="float64")
+        assert (again.config.vocab_size, again.config.pruned_heads) == (vocab_size, heads)
+        assert equal(again.params, model.params)
+
+
 def test_a_model_that_was_pruned_in_torch_loads(tmp_path):
     pytest.importorskip("torch")
     from gpt2_multi import pt

@@ -489,6 +489,32 @@ def test_a_module_alone_computes_what_the_class_does(layout, make):
     close(each(ids, jnp.asarray(mask)), expected)
 
 
+def test_a_module_takes_the_flags_of_transformers_modules(make):
+    """By name and by place, in `apply` and in `init`, which gives what the class makes."""
+    model, _ = make(SMALL.replace(resid_pdrop=0.5))
+    ids, params, key = jnp.asarray(IDS[:1, :3]), {"params": model.params}, {"dropout": KEY}
+    given = (ids, jnp.ones_like(ids), jnp.arange(3)[None])
+    apply, expected = model.module.apply, model(*given).logits
+    drawn = apply(params, *given, train=True, rngs=key).logits
+    flags = dict(init_cache=False, output_attentions=False, output_hidden_states=False, return_dict=True)
+    close(apply(params, *given, deterministic=True, **flags).logits, expected)
+    close(apply(params, *given, None, None, True, False, False, True).logits, expected)
+    close(apply(params, *given, deterministic=False, rngs=key).logits, drawn)
+    close(apply(params, *given, None, None, False, rngs=key).logits, drawn)
+    assert (
+        apply(params, *given, None, None, True, False, False, True).hidden_states and abs(drawn - expected).max() > 0.01
+    )
+    made = model.module.init({"params": KEY, **key}, *given, None, None, False, return_dict=False)["params"]
+    jax.tree.map(close, made, model.module.init(KEY, ids, deterministic=True)["params"])
+    for wrong, sentence in (
+        (dict(deterministic=True, train=True), "deterministic: expected the opposite of train, found both True"),
+        (dict(init_cache=True), r"init_cache: expected False .* past_key_values what the model's init_cache\("),
+        (dict(return_dict=False), r"return_dict: expected True of a module, found another; call to_tuple\(\)"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            apply(params, *given, **wrong)
+
+
 def test_calls_are_mapped_over_parameters_and_differentiated(make):
     model, _ = make()
     other = jax.tree.map(lambda x: x * 1.5, model.params)

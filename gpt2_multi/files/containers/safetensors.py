@@ -129,7 +129,8 @@ def fitting(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     if array.shape != tuple(shape):
         raise CheckpointError(
             f"{name} has shape {array.shape}, but the configuration makes it {tuple(shape)}; nothing was saved: change "
-            "configuration and the model together (by resize_token_embeddings, for one, or in a new model)"
+            "configuration and the model together (by resize_token_embeddings, for one, or in a new model), and give "
+            "models that share a configuration one each (config.replace())"
         )
     return array
 

@@ -16,9 +16,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gpt2_multi.errors import InputError
 from gpt2_multi.flax.layers import is_concrete
 
 NO_ROWS = -1  # in place of a dimension
+INPUTS = 5  # of transformers' modules, before their flags
+FLAGS = ("deterministic", "init_cache", "output_attentions", "output_hidden_states", "return_dict")
+REFUSED = {
+    "init_cache": (False, "give past_key_values what the model's init_cache(batch_size, max_length) returns"),
+    "return_dict": (True, "call to_tuple() of what it returns"),
+}
 
 
 def explicit_mesh(*trees: Any) -> Any:
@@ -40,12 +47,42 @@ def is_table(value: Any) -> bool:
 
 @nn.nowrap
 def apply(self: nn.Module, variables: Any, *args: Any, **given: Any) -> Any:
-    """Linen's `apply`, under any axes of a mesh; `deterministic`, as in transformers, is not `train`."""
-    if "deterministic" in given:
-        given["train"] = not given.pop("deterministic")
+    """Linen's `apply`, under any axes of a mesh, with the arguments of transformers' modules too: see `as_ours`."""
+    args, given = as_ours(args, given)
     sources = (*args, given.get("input_ids"), given.get("inputs_embeds"))
     source = next((x for x in sources if x is not None), None)
     return automatic(partial(nn.Module.apply, self), source, variables, *args, **given)
+
+
+@nn.nowrap
+def init(self: nn.Module, rngs: Any, *args: Any, return_dict: Any = None, **given: Any) -> Any:
+    """Linen's `init`, in the same way; it gives variables alone, whatever a call would return."""
+    return nn.Module.init(self, rngs, *args, **given)
+
+
+@nn.nowrap
+def init_with_output(self: nn.Module, rngs: Any, *args: Any, **given: Any) -> Any:
+    """Linen's `init_with_output`, which `init` calls, in the same way; variables of a traced call are whole."""
+    args, given = as_ours(args, given)
+    return automatic(partial(nn.Module.init_with_output, self), None, rngs, *args, **given)
+
+
+def as_ours(args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call that may have been written for transformers' modules: `deterministic` is not `train`.
+
+    Their flags stand by name, or in order after the first five inputs, where ours take a cache, which no flag is.
+    Raises InputError for a flag that asks for what our modules do otherwise.
+    """
+    if len(args) > INPUTS and isinstance(args[INPUTS], bool) and given.get("method") is None:
+        given, args = dict(zip(FLAGS, args[INPUTS:], strict=False)) | given, args[:INPUTS]
+    for name, (usual, instead) in REFUSED.items():
+        if given.pop(name, usual) is not usual:
+            raise InputError(f"{name}: expected {usual} of a module, found another; {instead}")
+    if "deterministic" in given:
+        train = not given.pop("deterministic")
+        if given.setdefault("train", train) is not train:
+            raise InputError(f"deterministic: expected the opposite of train, found both {not train}; leave one out")
+    return args, given
 
 
 def under_any_axes(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -52,6 +52,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "check",
                     "_check_cache",
                     "init_cache",
+                    "_changed",
                 )
             ]
             + ["length_of"],
