@@ -29,6 +29,7 @@ from gpt2_multi.flax.attention import (
 from gpt2_multi.flax.layers import by_rows, check_remat, dense, embed, norm
 from gpt2_multi.flax.parameters import axes
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.inputs import check_past
 from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
 
 for output_class in Output.__subclasses__():
@@ -197,6 +198,7 @@ class GPT2Module(nn.Module):
         """
         source: Any = input_ids if input_ids is not None else inputs_embeds
         cache = past_key_values
+        check_past(cache, cache is None or isinstance(cache, KVCache), self.config.n_layer)
         if position_ids is None:
             position_ids = positions(source, attention_mask, 0 if cache is None else cache.length)
         x = self.embed(source, position_ids, token_type_ids, train)

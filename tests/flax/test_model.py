@@ -308,6 +308,8 @@ def test_pairs_of_keys_and_values_are_a_past_that_grows(layout, make):
     assert np.array_equal(made, model.generate(IDS, past_key_values=cache, max_new_tokens=3))
     with pytest.raises(TypeError, match="past is past_key_values under its old name; give one of the two"):
         model(IDS[:, 6:], past=pairs, past_key_values=pairs)
+    with pytest.raises(InputError, match="layers, found list; pass it back as it is, or use init_cache"):
+        model.module.apply({"params": model.params}, IDS[:, 6:], past_key_values=pairs)
 
 
 @pytest.mark.parametrize("layout", ["plain", "scanned"])
