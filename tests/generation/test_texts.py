@@ -288,7 +288,8 @@ def test_all_that_is_asked_of_a_tokenizer_is_a_call_and_decode(model):
 @pytest.mark.parametrize("make", [bert, unigram])
 def test_tokenizers_of_another_kind_read_and_write(make, tmp_path):
     """Tokens of bytes are left out, since those of no character change the text of those before them."""
-    check_foreign(loaded(backends.installed()[0]), make(tmp_path), top_k=0, suppress_tokens=[*range(258), 1023])
+    foreign = make(tmp_path)
+    check_foreign(loaded(backends.installed()[0]), foreign, top_k=0, suppress_tokens=[*range(258), 1023])
 
 
 def test_a_streamer_takes_them_too(tmp_path):
