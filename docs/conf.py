@@ -5,6 +5,7 @@ from gpt2_multi import __version__ as release  # noqa: F401
 project = "gpt2_multi"
 copyright = "the authors of gpt2_multi"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 2  # a link to a heading of another page
 exclude_patterns = ["_build"]
 html_theme = "furo"
 default_role = "code"  # docstrings put code between single backticks

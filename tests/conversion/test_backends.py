@@ -1,7 +1,6 @@
 """Every backend loads every example of every format, and computes what the program that wrote it computed."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from tests.conversion.test_layouts import EXPECTED, FILES, NO_HEADS, PEERS
 from tests.support import fixtures
 from tests.support.shared_data import shared
 
-TRAINERS = Path(__file__).parents[1] / "data" / "trainers"
+TRAINERS = fixtures.DATA / "trainers"
 CASES = {"sequence_classification": "single", "double_heads": "double"}
 
 

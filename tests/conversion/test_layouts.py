@@ -20,9 +20,9 @@ from gpt2_multi.files.containers.safetensors import read_safetensors, write_safe
 from gpt2_multi.files.containers.torch_save import read_outline, read_torch, write_torch
 from gpt2_multi.model import reference
 from gpt2_multi.model.checkpoint import find, read_config
-from tests.support.fixtures import HERE, write_model
+from tests.support.fixtures import DATA, write_model
 
-PEERS = HERE / "peers"  # which make.py there has made
+PEERS = DATA / "peers"  # which make.py there has made
 EXPECTED = read_safetensors(PEERS / "logits.safetensors")
 PLAIN = conversion.open(PEERS / "transformers")
 FILES = {  # file -> its format, and whose logits it has

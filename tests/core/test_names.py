@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ from gpt2_multi.model.checkpoint import load
 from gpt2_multi.model.checkpoint.names import named
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.table import FORMATS
-from tests.support.fixtures import write_model
+from tests.support.fixtures import DATA, write_model
 
-TRAINERS = Path(__file__).parents[1] / "data" / "trainers"  # which its make.py made
+TRAINERS = DATA / "trainers"  # which its make.py made
 REFERENCE = TRAINERS / "reference"
 FILES = {
     "lightning": ("lightning/last.ckpt", "state_dict.model._orig_mod."),

@@ -16,7 +16,7 @@ from gpt2_multi.generation.request import Given
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
 
-NOISE = json.loads((fixtures.HERE / "lm" / "noise.json").read_text())
+NOISE = json.loads((fixtures.DATA / "lm" / "noise.json").read_text())
 
 
 def words(texts):

@@ -1,4 +1,4 @@
-"""The models of tests/support/data and of the shared fixtures, and models with every tensor randomised."""
+"""The models of tests/data and of the shared fixtures, and models with every tensor randomised."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import Weight, table
 from tests.support.shared_data import shared
 
-HERE = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 HEADS = {
     "GPT2Model": "base",
     "GPT2LMHeadModel": "lm",
@@ -38,8 +38,8 @@ def parameter_count(config: GPT2Config, head: str = "lm") -> int:
 
 
 def folder(name: str) -> Path:
-    """A model folder of tests/support/data, or of the shared fixtures."""
-    return HERE / name if (HERE / name).exists() else shared("fixtures", name)
+    """A model folder of tests/data, or of the shared fixtures."""
+    return DATA / name if (DATA / name).exists() else shared("fixtures", name)
 
 
 @functools.cache

@@ -32,7 +32,7 @@ from gpt2_multi.model.checkpoint import open as open_checkpoint
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.table import FORMATS
 from tests.support import damage
-from tests.support.fixtures import HERE, write_model
+from tests.support.fixtures import DATA, write_model
 
 SECONDS, MEGABYTES, BATCH = 2.0, 8, 250  # seconds of the processor, or five times as many in all
 Files = dict[str, bytes]
@@ -72,7 +72,7 @@ def sources(folder: Path) -> dict[str, Source]:
 
 def _write_odd(made: Path, wide: Path) -> None:
     """A file of Lightning beside a config.json; and folders without one, whose heads are 64 wide."""
-    trainers = Path(__file__).parents[1] / "data" / "trainers"
+    trainers = DATA / "trainers"
     (made / "lightning").mkdir()
     shutil.copy(trainers / "lightning" / "last.ckpt", made / "lightning")
     shutil.copy(trainers / "reference" / "config.json", made / "lightning")
@@ -85,7 +85,7 @@ def _write_odd(made: Path, wide: Path) -> None:
 def _fixtures() -> dict[str, Path]:
     root = Path(os.environ.get("GPT2_MULTI_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "fixtures"
     folders = [*root.glob("lm_formats/*"), *root.glob("nanogpt/*"), root / "openai_tf1", root / "keras_hub"]
-    folders += [HERE / "peers" / name for name in ("build_nanogpt", "mingpt")]
+    folders += [DATA / "peers" / name for name in ("build_nanogpt", "mingpt")]
     return {f"{path.name} of others": path for path in sorted(folders) if path.is_dir()}
 
 
