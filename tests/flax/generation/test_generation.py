@@ -21,7 +21,7 @@ from tests.support.effort import some
 
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
 RECORDED = fixtures.reference("lm")
-SAMPLES = fixtures.read_safetensors(fixtures.HERE / "lm" / "sampling.safetensors")
+SAMPLES = fixtures.read_safetensors(fixtures.DATA / "lm" / "sampling.safetensors")
 IDS = np.arange(15).reshape(3, 5)
 END = int(RECORDED["gen.eos"][0])
 

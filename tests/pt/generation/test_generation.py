@@ -18,7 +18,7 @@ from tests.support.cases import SAMPLING
 RECORDED = {key: torch.from_numpy(value.copy()) for key, value in fixtures.reference("lm").items()}
 SAMPLES = {
     key: torch.from_numpy(value.copy())
-    for key, value in fixtures.read_safetensors(fixtures.HERE / "lm" / "sampling.safetensors").items()
+    for key, value in fixtures.read_safetensors(fixtures.DATA / "lm" / "sampling.safetensors").items()
 }
 
 

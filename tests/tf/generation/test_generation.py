@@ -17,7 +17,7 @@ from tests.support import fixtures
 from tests.support.cases import SAMPLING
 
 RECORDED = {key: tf.constant(value) for key, value in fixtures.reference("lm").items()}
-SAMPLES = fixtures.read_safetensors(fixtures.HERE / "lm" / "sampling.safetensors")
+SAMPLES = fixtures.read_safetensors(fixtures.DATA / "lm" / "sampling.safetensors")
 END = int(RECORDED["gen.eos"][0])
 
 
