@@ -111,25 +111,26 @@ def test_two_devices_train_as_one(found, case):
     assert_same(two, one)
 
 
-@pytest.mark.skipif(not THOROUGH, reason="takes a minute; run by nox -s thorough")
-def test_two_hosts_train_as_one_device(found, folder):
-    """Each is a process of this host; the last batch has rows for one of them alone."""
-    with socket.socket() as first, socket.socket() as second:
-        for each in (first, second):
-            each.bind(("127.0.0.1", 0))
-        workers = [f"127.0.0.1:{each.getsockname()[1]}" for each in (first, second)]
-    running = [host(folder, workers, index) for index in range(2)]
-    try:
-        answers = [process.communicate(timeout=600) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, (printed, errors) in zip(running, answers, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-        for case, two in json.loads(printed.splitlines()[-1]).items():
-            one = dict(found[0][case])
-            assert set(one.pop("copies")) == set(two.pop("copies")) == {1}
-            assert_same(two, one)
+if THOROUGH:  # it takes a minute
+
+    def test_two_hosts_train_as_one_device(found, folder):
+        """Each is a process of this host; the last batch has rows for one of them alone."""
+        with socket.socket() as first, socket.socket() as second:
+            for each in (first, second):
+                each.bind(("127.0.0.1", 0))
+            workers = [f"127.0.0.1:{each.getsockname()[1]}" for each in (first, second)]
+        running = [host(folder, workers, index) for index in range(2)]
+        try:
+            answers = [process.communicate(timeout=600) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        for process, (printed, errors) in zip(running, answers, strict=True):
+            assert process.returncode == 0, errors[-3000:]
+            for case, two in json.loads(printed.splitlines()[-1]).items():
+                one = dict(found[0][case])
+                assert set(one.pop("copies")) == set(two.pop("copies")) == {1}
+                assert_same(two, one)
 
 
 def host(folder, workers, index):
