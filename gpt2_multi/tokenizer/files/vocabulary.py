@@ -100,6 +100,7 @@ def _are_tokens(pair: tuple[Any, ...]) -> bool:
 
 
 def added_token(fields: Mapping[str, Any], path: Path) -> tuple[AddedToken, int]:
+    """An added token and its id, from an entry of a file. Raises TokenizerError where it has no text or no id."""
     content, at = fields.get("content"), fields.get("id")
     if not isinstance(content, str) or type(at) is not int or not content:
         raise TokenizerError(f"{path}: expected an added token with content and id, found {_shown(dict(fields))}")
