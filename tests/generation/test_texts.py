@@ -78,9 +78,12 @@ def test_every_backend_writes_the_first_ones_texts(model, tokenizer):
         assert model.generate(PROMPTS, tokenizer=tokenizer, **options) == expected
 
 
-def test_pieces_are_the_text(model, tokenizer):
+def test_pieces_are_the_text_which_is_read_once(model, tokenizer, monkeypatch):
     whole = model.generate(PROMPTS[0], tokenizer=tokenizer, **OPTIONS)
+    read, call = [], GPT2Tokenizer.__call__
+    monkeypatch.setattr(GPT2Tokenizer, "__call__", lambda self, text: read.append(text) or call(self, text))
     assert PROMPTS[0] + "".join(model.stream(PROMPTS[0], tokenizer=tokenizer, **OPTIONS)) == whole
+    assert read == [PROMPTS[0]]
 
 
 def test_no_piece_ends_within_a_character(model, tokenizer):

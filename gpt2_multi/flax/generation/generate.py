@@ -100,9 +100,9 @@ def stream(
     brought, config = Given.of(self.generation_config, text, None, generation_config, given)
     check_streamed(config, brought)
     source = Source.of(self, params, brought)
-    made = columns(self, source, *request_of(self, config, brought, source))
-    before = texts.encode(text, tokenizer, self.config)
-    return texts.decode(tokenizer, (int(column[0]) for column in made), config, before)
+    request, prompt = request_of(self, config, brought, source)
+    made = columns(self, source, request, prompt)
+    return texts.decode(tokenizer, (int(column[0]) for column in made), config, request.given[0].tolist())
 
 
 @under_any_axes

@@ -77,9 +77,9 @@ def stream(
     given = {"tokenizer": tokenizer, **given}
     brought, config = Given.of(self.generation_config, text, None, generation_config, given)
     check_streamed(config, brought)
-    made = columns(self, *request_of(self, config, brought), brought)
-    before = texts.encode(text, tokenizer, self.config)
-    return texts.decode(tokenizer, (int(column[0]) for column in made), config, before)
+    request, prompt = request_of(self, config, brought)
+    made = columns(self, request, prompt, brought)
+    return texts.decode(tokenizer, (int(column[0]) for column in made), config, request.given[0].tolist())
 
 
 def stream_tokens(
