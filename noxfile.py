@@ -1,6 +1,7 @@
 """Every check of this project, each in an environment of its own: `python3 -m nox -l` lists them."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -36,14 +37,14 @@ CLIENTS = [  # whose programs run on our classes
     "trl",
     "xgrammar",
 ]
-TF_PEERS = {  # of the benchmarks, each in an environment of its own; TensorFlow at the version of constraints.txt
-    "transformers": ["transformers==4.57.6", "tf-keras==2.21.0", "tensorflow==2.21.0"],  # the last with TensorFlow
-    "kerashub": ["keras-hub==0.32.0", "safetensors", "tensorflow==2.21.0"],
-}
-FLAX_PEERS = {  # likewise; transformers' Flax needs an older JAX
-    "transformers": ["transformers==4.57.6", "jax==0.4.38", "jaxlib==0.4.38", "flax==0.10.4", "optax==0.2.5"],
-    "kerashub": ["keras-hub==0.32.0", "safetensors", "jax==0.10.2"],
+BENCH_PEERS = {  # of the benchmarks: each in an environment of its own, which stays until its packages change
     "ctranslate2": ["ctranslate2==4.8.5", "transformers==4.57.6", "torch==2.13.0"],  # the others for its converter
+    "tf_kerashub": ["keras-hub==0.32.0", "safetensors", "tensorflow==2.21.0"],  # as in constraints.txt
+    "flax_kerashub": ["keras-hub==0.32.0", "safetensors", "jax==0.10.2"],
+}
+OLD_PEERS = {  # the last transformers with TensorFlow, and with Flax, which needs an older JAX
+    "tf_transformers": ["transformers==4.57.6", "tf-keras==2.21.0", "tensorflow==2.21.0"],
+    "flax_transformers": ["transformers==4.57.6", "jax==0.4.38", "jaxlib==0.4.38", "flax==0.10.4", "optax==0.2.5"],
 }
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
 
@@ -172,9 +173,7 @@ def passes(session: nox.Session, script: Path) -> bool:
 def conversion_peers(session: nox.Session) -> None:
     """Let transformers 4.57's TensorFlow and KerasHub read what the conversion wrote, besides all that `tests` runs."""
     install(session, ".[pt,tf,flax]", *TOOLS, *PEERS)
-    pythons = {
-        f"GPT2_MULTI_PEER_TF_{name.upper()}": peer(session, name, packages) for name, packages in TF_PEERS.items()
-    }
+    pythons = peers(session, "tf_kerashub", "tf_transformers")
     session.run("python", "-m", "pytest", "tests/conversion/test_peers.py", *session.posargs, env=QUIET | pythons)
 
 
@@ -201,40 +200,41 @@ def checks(session: nox.Session) -> None:
         check(session)
 
 
-@nox.session
+@nox.session(reuse_venv=True)
 def bench(session: nox.Session) -> None:
-    """Measure this library beside its peers: `nox -s bench -- NAME`."""
-    install(session, ".[pt,fast]" if "batches" not in session.posargs else ".[all]", *PEERS)
-    session.run("python", "-m", "benchmarks", *session.posargs, env=QUIET)
+    """Measure this library beside its peers: `nox -s bench -- NAME...`; see benchmarks/README.md."""
+    install(session, ".[all]", *PEERS)
+    session.run("python", "-m", "benchmarks", *session.posargs, env=QUIET | peers(session, *BENCH_PEERS))
 
 
-@nox.session
-def bench_tf(session: nox.Session) -> None:
-    """Measure TensorFlow beside its peers, each in an environment of its own: `nox -s bench_tf -- tf_generate`."""
-    install(session, ".[tf]", "tiktoken", "tokenizers")  # which the tokenizer is measured beside
-    beside(session, TF_PEERS, "tf_generate", "tf_tokenizer", "tf_train")
+@nox.session(reuse_venv=True)
+def bench_old(session: nox.Session) -> None:
+    """Likewise, beside the last transformers with TensorFlow and Flax too."""
+    install(session, ".[all]", *PEERS)
+    session.run("python", "-m", "benchmarks", *session.posargs, env=QUIET | peers(session, *BENCH_PEERS, *OLD_PEERS))
 
 
-@nox.session
-def bench_flax(session: nox.Session) -> None:
-    """Measure JAX beside its peers, each in an environment of its own: `nox -s bench_flax -- flax_generate`."""
-    install(session, ".[flax,pt]")  # PyTorch is one of the peers
-    beside(session, FLAX_PEERS, "flax_compile", "flax_generate", "flax_train")
-
-
-def beside(session: nox.Session, peers: dict[str, list[str]], *names: str) -> None:
-    """Run benchmarks, with a variable for the Python of each peer."""
-    prefix = session.name.replace("bench", "GPT2_MULTI_PEER").upper()
-    pythons = {f"{prefix}_{name.upper()}": peer(session, name, packages) for name, packages in peers.items()}
-    session.run("python", "-m", "benchmarks", *(session.posargs or names), env=QUIET | pythons)
+def peers(session: nox.Session, *names: str) -> dict[str, str]:
+    """A variable for the Python of each peer."""
+    packages = BENCH_PEERS | OLD_PEERS
+    return {f"GPT2_MULTI_PEER_{name.upper()}": peer(session, name, packages[name]) for name in names}
 
 
 def peer(session: nox.Session, name: str, packages: list[str]) -> str:
-    """The Python of an environment with one peer. Where the peer cannot be installed, the benchmark says so."""
-    place = Path(session.create_tmp(), name).resolve()
-    python = str(place / ("Scripts" if os.name == "nt" else "bin") / "python")
-    session.run("python", "-m", "venv", str(place))
-    session.run(python, "-m", "pip", "install", "--quiet", *packages, external=True, success_codes=range(256))
+    """The Python of an environment with one peer, made unless it is there with just these packages.
+
+    Where the peer cannot be installed, the benchmark says so, and the next session tries again.
+    """
+    place = session.cache_dir.resolve() / "peers" / name
+    python, stamp = str(place / ("Scripts" if os.name == "nt" else "bin") / "python"), place / "packages.txt"
+    wanted = "\n".join([sys.version, *packages])
+    if not (stamp.is_file() and stamp.read_text("utf-8") == wanted):
+        session.run(sys.executable, "-m", "venv", "--clear", str(place), external=True)
+        try:
+            session.run(python, "-m", "pip", "install", "--quiet", *packages, external=True)
+            stamp.write_text(wanted, "utf-8")
+        except nox.command.CommandFailed:
+            session.warn(f"{name} is not there, and will not be measured")
     return python
 
 

@@ -1,19 +1,21 @@
 """The benchmarks run, say what they measured, and refuse what they do not know; how fast is not asked here."""
 
-import importlib
 import json
 import sys
-from importlib import metadata
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import flax_generate, flax_train, peer_workers, tf_generate, tf_tokenizer, tf_train
-from benchmarks.harness import OURS, Row, compare, draw, rounds
-from benchmarks.peers import as_ids
-from gpt2_multi.app import backends
+from benchmarks.generation import generate, growth, quantized
+from benchmarks.harness import OURS, PeerError, Row, compare, floor, pictures, rounds
+from benchmarks.harness.measuring import Case, Found, measure
+from benchmarks.peers import __main__ as process
+from benchmarks.peers import workers
+from benchmarks.tokenizing import tf_tokenizer
+from benchmarks.training import memory, train
 from gpt2_multi.model.config import GPT2Config
 from tests.support.shared_data import shared
 
@@ -22,9 +24,9 @@ TINY = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2,
 
 @pytest.fixture
 def dummy(monkeypatch):
-    rows = [Row("work", OURS, 2.0, "s", 1.0), Row("work", "peer", 5.0, "s", 2.5)]
+    rows = [Row("work", OURS, 2.0, "s", {OURS: 1.0}), Row("work", "peer", 5.0, "s", {OURS: 2.5})]
     monkeypatch.setitem(sys.modules, "benchmarks.dummy", SimpleNamespace(run=lambda: rows))
-    monkeypatch.setattr(command, "NAMES", ["dummy"])
+    monkeypatch.setattr(command, "MODULES", {"dummy": "benchmarks.dummy"})
 
 
 def test_names_are_listed(dummy, capsys):
@@ -32,19 +34,28 @@ def test_names_are_listed(dummy, capsys):
     assert capsys.readouterr().out == "dummy\n"
 
 
+def test_every_module_of_the_rooms_is_listed():
+    there = {path.stem for room in command.ROOMS for path in Path(command.__file__).parent.glob(f"{room}/[a-z]*.py")}
+    assert there == command.MODULES.keys()
+
+
 @pytest.mark.parametrize("name", ["dummy", "all"])
-def test_table(dummy, capsys, name):
+def test_table_and_where_it_comes_from(dummy, capsys, name):
     assert command.main([name]) == 0
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()]
     assert ["what", "who", "value", "unit", "ratio"] in cells
     assert ["work", "peer", "5", "s", "2.50"] in cells
+    assert "`python -m benchmarks dummy`, 20" in said and ", threads " in said
 
 
 def test_json(dummy, tmp_path):
     assert command.main(["dummy", "--json", str(tmp_path / "rows.json")]) == 0
     report = json.loads((tmp_path / "rows.json").read_text())
-    assert report["rows"][1] == {"what": "work", "who": "peer", "value": 5.0, "unit": "s", "ratio": 2.5}
-    assert {"CPU", "cores", "Python", "numpy"} <= report["environment"].keys()
+    found = report["benchmarks"]["dummy"]
+    assert found["rows"][1] == {"what": "work", "who": "peer", "value": 5.0, "unit": "s", "ratios": {OURS: 2.5}}
+    assert found["command"].startswith("python -m benchmarks dummy, 20")
+    assert {"CPU", "cores", "threads", "Python", OURS, "numpy"} <= report["environment"].keys()
 
 
 def test_unknown_name_is_one_sentence(dummy, capsys):
@@ -53,11 +64,15 @@ def test_unknown_name_is_one_sentence(dummy, capsys):
     assert out == "" and err == "There is no benchmark 'nothing'; there are dummy, and all.\n"
 
 
-def test_missing_peer_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(command, "NAMES", ["generate"])
-    monkeypatch.setitem(sys.modules, "benchmarks.generate", None)
-    assert command.main(["generate"]) == 1
-    assert capsys.readouterr().err.startswith("The benchmark 'generate' needs a package that is not")
+def test_missing_package_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, command.MODULES["load"], None)
+    assert command.main(["load"]) == 1
+    assert capsys.readouterr().err.startswith("The benchmark 'load' needs a package that is not")
+
+
+def test_option_that_a_benchmark_has_not_is_one_sentence(dummy, capsys):
+    assert command.main(["dummy", "--who", "JAX"]) == 1
+    assert capsys.readouterr().err == "The benchmark 'dummy' cannot be measured: it takes no --who; leave them out\n"
 
 
 def test_peers_take_turns():
@@ -65,137 +80,165 @@ def test_peers_take_turns():
     peers = {OURS: lambda: calls.append("ours"), "peer": lambda: calls.append("theirs")}
     assert {who: len(seconds) for who, seconds in rounds("work", peers, 3).items()} == {OURS: 3, "peer": 3}
     assert calls == ["ours", "theirs"] * 4
+    assert len(rounds("work", peers, 5, patience=0)[OURS]) == 2
 
 
-def test_ratios_are_taken_within_rounds():
+def test_ratios_are_taken_within_rounds_for_each_of_ours():
     ours, theirs = compare("work", {OURS: [1.0, 10.0, 1.0], "peer": [2.0, 20.0, 3.0]}, "s")
-    assert (ours.value, ours.ratio, theirs.value, theirs.ratio) == (1.0, 1.0, 3.0, 2.0)
+    assert (ours.value, ours.ratios, theirs.value, theirs.ratios) == (1.0, {OURS: 1.0}, 3.0, {OURS: 2.0})
     assert compare("work", {OURS: [2.0]}, "tokens/s", 10)[0].value == 5.0
-
-
-def test_generate_measures_equal_tokens():
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    from benchmarks import generate
-
-    rows = generate.run(TINY, batches=(1, 2), prompt=4, long=8, new=3, count=1)
-    whats = [
-        "generate, batch 1",
-        "generate, batch 2",
-        "generate, 4 beams",
-        "generate, prompt lookup",
-        "first token after 8",
-    ]
-    assert [(row.what, row.who) for row in rows] == [(what, who) for what in whats for who in (OURS, "transformers")]
-    assert all(row.value > 0 and row.unit == ("s" if "first" in row.what else "tokens/s") for row in rows)
-
-
-def test_batches_measures_every_backend_and_draws_them(tmp_path):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    pytest.importorskip("matplotlib")
-    from benchmarks import batches
-
-    rows = batches.run(TINY, batches=(2,), prompt=4, new=3, count=1)
-    peers = [*(f"{OURS}, {backends.BACKENDS[name].title}" for name in backends.installed()), "transformers"]
-    assert [(row.what, row.who) for row in rows] == [("batch 2", who) for who in peers]
-    draw(rows, tmp_path / "rows.svg")
-    picture = (tmp_path / "rows.svg").read_text()
-    assert picture.startswith("<?xml") and picture.count("<path") > len(rows)
-
-
-def test_all_leaves_out_jax_and_tensorflow(monkeypatch):
-    monkeypatch.setattr(command, "NAMES", ["flax_train", "load", "tf_train"])
-    assert command.chosen(["all"]) == ["load"] and command.chosen(["all", "tf_train"]) == ["load", "tf_train"]
-
-
-@pytest.fixture
-def no_peers(monkeypatch):
-    for framework in (peer_workers.TF, peer_workers.FLAX):
-        for name in ("transformers", "kerashub", "ctranslate2"):
-            monkeypatch.delenv(framework.variable(name), raising=False)
+    pair = {f"{OURS}, PyTorch": [1.0], f"{OURS}, JAX": [4.0], "peer": [2.0]}
+    assert compare("work", pair, "s")[2].ratios == {f"{OURS}, PyTorch": 2.0, f"{OURS}, JAX": 0.5}
 
 
 class Here:
-    """A worker that is no process of its own; what generates has some, whose start takes longer than all they do."""
+    """A worker that is no process of its own: what starts and imports takes longer than all that is asked of it."""
 
-    def __init__(self, framework, name, mode, folder, log):
-        framework.python(name)  # raises where the peer is not there
-        self.peer = importlib.import_module(f"benchmarks.{framework.peers}").PEERS[name](folder, mode == "xla")
+    def __init__(self, peer, folder, log):
+        self.peer = process.made(peer.place, str(folder), *peer.modes, peer.kind)
 
     __enter__ = lambda self: self  # noqa: E731
     __exit__ = lambda self, *_: None  # noqa: E731
 
-    def ask(self, what, first, *rest):
-        return np.asarray(getattr(self.peer, what)(as_ids(first), *rest)).tolist()
+    def ask(self, *call):
+        found = process.answered(self.peer, *json.loads(json.dumps(call)))
+        if "error" in found:
+            raise PeerError(found["error"])
+        return found["result"]
 
     def answer(self):
-        return f"{self.peer.package} {metadata.version(self.peer.package)}"
+        return process.version(self.peer.package)
+
+
+LIBRARIES = {"TensorFlow": "tensorflow", "JAX": "flax", "PyTorch": "torch"}
 
 
 @pytest.fixture
-def in_process(monkeypatch):
-    monkeypatch.setattr(peer_workers, "Worker", Here)
+def here(monkeypatch):
+    monkeypatch.setattr(workers, "Worker", Here)
 
 
-@pytest.mark.parametrize(
-    "package, title, benchmark, missing",
-    [
-        ("tensorflow", "TensorFlow", tf_generate, ["transformers", "transformers, XLA", "kerashub", "kerashub, XLA"]),
-        ("flax", "JAX", flax_generate, ["transformers", "kerashub", "ctranslate2"]),
-    ],
-)
-def test_generate_reports_the_peers_that_are_not_there(no_peers, capsys, package, title, benchmark, missing):
-    pytest.importorskip(package)
-    rows = benchmark.run(TINY, batches=(1,), prompt=4, new=3, count=1)
-    what = f"{title}, generate, batch 1"
-    assert [(row.what, row.who) for row in rows] == [(f"{what}, first call", OURS), (what, OURS)]
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[:2] for line in said] == [["not measured", who] for who in missing]
+def test_generate_measures_equal_tokens_and_the_floor(here):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    rows = generate.run(TINY, batches=(1,), prompt=4, long=8, new=3, count=1, who=["PyTorch", "transformers"])
+    both = (f"{OURS}, PyTorch", workers.TRANSFORMERS.title(process.version("transformers")))
+    wanted = [
+        *(("greedy, batch 1", who) for who in (*both, floor.FLOOR)),
+        *(("sampled, batch 1", who) for who in (*both, floor.FLOOR)),
+        ("sampled, batch 1, its rules", both[0]),
+        *((what, who) for what in ("4 beams", "prompt lookup", "first token after 8") for who in both),
+    ]
+    assert [(row.what, row.who) for row in rows] == wanted  # none is marked as different
+    assert all(row.value > 0 for row in rows if row.unit in ("s", "tokens/s"))
 
 
-def test_tf_train_measures_both_ways_to_compile(no_peers, in_process):
-    pytest.importorskip("tensorflow")
-    rows = tf_train.run(TINY, batch=1, length=8, count=1)
-    assert [row.unit for row in rows] == ["s", "tokens/s"] * 2 and all(row.who == OURS for row in rows)
+@pytest.mark.parametrize("name", ["TensorFlow", "JAX"])
+def test_growth_takes_off_what_the_text_before_costs(here, monkeypatch, tmp_path, name):
+    pytest.importorskip(LIBRARIES[name])
+    seconds = {1: 3.0, 3: 7.0}  # of so many tokens
+    monkeypatch.setattr(growth, "measure", timed(growth.measure, seconds))
+    rows = growth.run(TINY, lengths=(4,), new=2, count=1, who=[name])
+    who = f"{OURS}, {name}"
+    found = {(row.what, row.who): row.value for row in rows if row.who == who}
+    assert found == {("a token after 4", who): 2000.0, ("from 4 to 4", who): 1.0}
 
 
-def test_tf_tokenizer_measures_texts_and_documents(no_peers, capsys):
+def timed(measured, seconds):
+    """`measure`, with these seconds in the place of what the calls took."""
+
+    def measure(cases, *rest):
+        for found in measured(cases, *rest):
+            yield replace(found, seconds={who: [seconds[found.case.tokens]] for who in found.seconds})
+
+    return measure
+
+
+def test_rules_are_what_sampling_adds_in_the_same_rounds():
+    who = f"{OURS}, JAX"
+    greedy, sampled = (
+        Found(Case(what, (), 1), {who: took, "peer": took}, {}, set())
+        for what, took in (("greedy", [1.0, 10.0, 1.0]), ("sampled", [1.1, 11.0, 2.0]))
+    )
+    (row,) = generate.rules([greedy, sampled])
+    assert (row.what, row.who, row.unit, round(row.value, 6)) == ("sampled, its rules", who, "% of a step", 10.0)
+
+
+@pytest.mark.parametrize("who", [["PyTorch", "nanoGPT", "transformers"], ["TensorFlow"], ["JAX"]])
+def test_train_measures_equal_losses(here, who):
+    pytest.importorskip(LIBRARIES.get(who[0]))
+    pytest.importorskip("transformers" if "transformers" in who else "numpy")
+    rows = train.run(TINY, shapes=((1, 8),), count=1, kinds=["float32"], who=who)
+    assert [row.what for row in rows] == ["float32, 1 x 8"] * (2 if who == ["TensorFlow"] else len(who))  # and XLA
+    assert all(row.value > 0 and "DIFFERENT" not in row.who for row in rows)
+
+
+def test_memory_is_that_of_a_process(here):
+    pytest.importorskip("torch")
+    (row,) = memory.run(TINY, shapes=((1, 8),), who=["PyTorch"])
+    assert (row.what, row.who, row.unit) == ("peak, 1 x 8", f"{OURS}, PyTorch", "MB") and row.value > 50
+
+
+def test_quantized_measures_each_kind_and_the_loss(here):
+    pytest.importorskip("torch")
+    rows = quantized.run(TINY, batches=(1,), prompt=4, new=3, count=1, kinds=["float32", "bfloat16"], who=["PyTorch"])
+    found = {row.what: row for row in rows if row.who == f"{OURS}, PyTorch"}
+    assert found.keys() >= {"float32, batch 1", "bfloat16, batch 1", "bfloat16, loss of random ids"}
+    assert 0 < abs(found["bfloat16, loss of random ids"].value) < 5
+
+
+def test_peer_that_cannot_do_it_is_reported_and_one_that_differs_is_marked(capsys):
+    def worker(answer):
+        def ask(*_):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return SimpleNamespace(ask=ask)
+
+    others = {"peer": worker([1, 3]), "same": worker([1, 2]), "lame": worker(PeerError("it has none"))}
+    (found,) = measure([Case("work", ("generate",), 2)], {f"{OURS}, JAX": worker([1, 2])} | others, 2)
+    assert [row.who for row in found.rows()] == [f"{OURS}, JAX", "peer (DIFFERENT)", "same"]
+    assert capsys.readouterr().out == "not measured: lame, work: it has none\n"
+
+
+@pytest.mark.parametrize("draw, what", [(pictures.bars, "work"), (growth.draw, "a token after 8")])
+def test_pictures(tmp_path, draw, what):
+    pytest.importorskip("matplotlib")
+    rows = [Row(what, who, 3.0, "ms", {f"{OURS}, JAX": 1.0}) for who in (f"{OURS}, JAX", "peer")]
+    draw(rows, tmp_path / "a" / "rows.svg", "where it comes from")
+    picture = (tmp_path / "a" / "rows.svg").read_text()
+    assert picture.startswith("<?xml") and all(text in picture for text in ("peer", f"{OURS}, JAX", "where it comes"))
+
+
+def test_tf_tokenizer_measures_texts_and_documents(monkeypatch):
     pytest.importorskip("tensorflow")
     shared("vocab", "gpt2")
+    ours = [peer for peer in tf_tokenizer.PEERS if peer.name.startswith(OURS)]
+    monkeypatch.setattr(tf_tokenizer, "PEERS", ours)
     rows = tf_tokenizer.run(size=2000, documents=2, count=1)
     what = [f"TensorFlow, tokenize, {what}" for what in ("first call", "one text", "2 documents")]
     assert [(row.what, row.unit) for row in rows if row.who == OURS] == list(
         zip(what, ("s", "MB/s", "MB/s"), strict=True)
     )
     assert [row.what for row in rows if row.who == f"{OURS}, GPT2Tokenizer"] == what[1:]  # whose ids are the same
-    assert "not measured: kerashub: " in capsys.readouterr().out
 
 
 def test_tf_tokenizer_takes_what_peers_say_and_marks_other_ids():
     asked = []
     ours = SimpleNamespace(ask=lambda what, _: {"ids": [1, -1], "seconds": 2.0}[what])
     theirs = SimpleNamespace(ask=lambda what, _: asked.append(what) or {"ids": [2, -1], "seconds": 4.0}.get(what))
-    rows = tf_tokenizer.measured("work", {OURS: ours, "keras-hub 1": theirs}, ["a" * 10**6], count=1)
-    who = [OURS, "keras-hub 1 (DIFFERENT), cold", "keras-hub 1 (DIFFERENT), warm"]
-    assert [(row.who, row.value, row.ratio) for row in rows] == list(
+    rows = tf_tokenizer.measured("work", {OURS: ours, "KerasHub 1": theirs}, ["a" * 10**6], count=1)
+    who = [OURS, "KerasHub 1 (DIFFERENT), cold", "KerasHub 1 (DIFFERENT), warm"]
+    assert [(row.who, row.value, row.ratios[OURS]) for row in rows] == list(
         zip(who, (0.5, 0.25, 0.25), (1, 2, 2), strict=True)
     )
     assert asked == ["ids", *(["first", "seconds", "seconds"] * 2)]
 
 
-def test_flax_train_is_measured_beside_pytorch_with_the_same_loss(no_peers, in_process):
-    pytest.importorskip("flax")
-    pytest.importorskip("torch")
-    rows = flax_train.run(TINY, batch=1, length=8, count=1)
-    assert [(row.who, row.unit) for row in rows] == [
-        (who, unit) for unit in ("s", "tokens/s") for who in (OURS, f"{OURS}, PyTorch")
-    ]
-
-
 def test_flax_compile_measures_scanned_layers_beside_the_others():
     pytest.importorskip("flax")
-    from benchmarks import flax_compile
+    from benchmarks.training import flax_compile
 
     rows = flax_compile.run(TINY, length=8)
     assert [(row.what, row.who) for row in rows] == [
@@ -207,28 +250,29 @@ def test_flax_compile_measures_scanned_layers_beside_the_others():
 
 
 def test_peer_that_fails_is_reported_with_its_last_words(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv(peer_workers.TF.variable("kerashub"), sys.executable)
-    with peer_workers.running(peer_workers.TF, [("kerashub", "plain")], tmp_path) as workers:
-        assert workers == {}
+    monkeypatch.setenv(workers.KERASHUB.variable, sys.executable)
+    nobody = replace(workers.KERASHUB, place="engines:Nobody")
+    with workers.running([nobody, workers.TRANSFORMERS_TF], tmp_path) as running:
+        assert running == {}
     said = capsys.readouterr().out
-    assert said.startswith("not measured: kerashub: ModuleNotFoundError: No module named 'keras")
+    assert said.startswith("not measured: KerasHub: AttributeError: module 'benchmarks.peers.engines' has no attribute")
+    assert said.count("\n") == 1  # the other has no Python of its own, and is not asked for
 
 
-def test_this_library_has_to_run(monkeypatch, tmp_path, capsys):
-    def run():
-        with peer_workers.running(peer_workers.FLAX, [(OURS, "plain")], tmp_path / "nothing"):
-            pass
-
-    (tmp_path / "nothing").mkdir()
-    monkeypatch.setitem(sys.modules, "benchmarks.dummy", SimpleNamespace(run=run))
-    monkeypatch.setattr(command, "NAMES", ["dummy"])
-    assert command.main(["dummy"]) == 1
-    assert capsys.readouterr().err.startswith("The benchmark 'dummy' cannot measure gpt2_multi itself: ")
+def test_peers_are_chosen_by_how_their_names_begin(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv(workers.TRANSFORMERS_TF.variable, raising=False)
+    with workers.running([workers.TRANSFORMERS_TF], tmp_path, ["transformers (TensorFlow)"]) as running:
+        assert running == {}
+    assert "GPT2_MULTI_PEER_TF_TRANSFORMERS names no Python" in capsys.readouterr().out
+    with pytest.raises(PeerError, match="nobody's name begins with 'Torch'; there are PyTorch, "):
+        workers.check(["JAX", "Torch"])
 
 
-def test_convert_measures_seconds_and_memory(no_peers):
-    from benchmarks import convert
+def test_convert_measures_seconds_and_memory(monkeypatch):
+    from benchmarks.files import convert
 
+    for peer in (workers.TRANSFORMERS_TF, workers.TRANSFORMERS_FLAX):
+        monkeypatch.delenv(peer.variable, raising=False)
     rows = convert.run(TINY, count=1)
     assert [(row.who, row.unit) for row in rows] == [(OURS, "s"), (OURS, "MB")] * 3
     assert all(row.value > 0 for row in rows)

@@ -1,19 +1,14 @@
-"""The tokenizers beside TensorFlow's layer; see `benchmarks.peers`. Each keeps to one core, and takes its own time."""
+"""TensorFlow's layer that tokenizes, and the tokenizers beside it. Each keeps to one core, and takes its own time."""
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import serve
-
 Texts = Sequence[str]
-ONE_CORE = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Peer:
@@ -41,7 +36,7 @@ class Peer:
 class Graph(Peer):
     """A layer of TensorFlow, from a tensor to a ragged one."""
 
-    def __init__(self, folder: Path, _: bool) -> None:
+    def __init__(self, folder: Path, _: frozenset[str]) -> None:
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -101,7 +96,7 @@ class Python(Peer):
 
     package = "gpt2_multi"
 
-    def __init__(self, folder: Path, _: bool) -> None:
+    def __init__(self, folder: Path, _: frozenset[str]) -> None:
         from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
         self.prepare(GPT2Tokenizer.from_pretrained(folder))
@@ -117,7 +112,7 @@ class Tiktoken(Python):
     package = "tiktoken"
 
     def prepare(self, ours: Any) -> None:
-        from benchmarks.tokenizer import tiktoken_encoding
+        from benchmarks.tokenizing.tokenizer import tiktoken_encoding
 
         peer = tiktoken_encoding(ours)
         self.encode = one_or_many(peer.encode_ordinary, partial(peer.encode_ordinary_batch, num_threads=1))
@@ -129,7 +124,7 @@ class Tokenizers(Python):
     package = "tokenizers"
 
     def prepare(self, ours: Any) -> None:
-        from benchmarks.tokenizer import tokenizers_tokenizer
+        from benchmarks.tokenizing.tokenizer import tokenizers_tokenizer
 
         peer = tokenizers_tokenizer(ours)
         encode = one_or_many(peer.encode, peer.encode_batch)
@@ -139,16 +134,3 @@ class Tokenizers(Python):
 def one_or_many(one: Callable[[str], Any], many: Callable[[Texts], Any]) -> Callable[[Texts], Any]:
     """The call of a tokenizer for one text, or that for many, which may be in another thread."""
     return lambda texts: many(texts) if len(texts) > 1 else [one(texts[0])]
-
-
-PEERS = {
-    "gpt2_multi": Ours,
-    "kerashub": KerasHub,
-    "tiktoken": Tiktoken,
-    "tokenizers": Tokenizers,
-    "gpt2_multi, GPT2Tokenizer": Python,
-}
-
-if __name__ == "__main__":
-    os.environ.update(ONE_CORE)
-    serve(PEERS, *sys.argv[1:], given=list)

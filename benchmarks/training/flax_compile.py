@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import folders
-from benchmarks.harness import OURS, Row, compare, rounds
+from benchmarks.harness import OURS, Row, compare, folders, rounds
 from gpt2_multi.flax import FlaxGPT2LMHeadModel
 from gpt2_multi.flax.training.state import Loss
 from gpt2_multi.model.config import GPT2Config

@@ -62,7 +62,7 @@ def _measure(peers: dict[str, Encode], documents: list[str]) -> dict[str, float]
 
 
 def _rows(what: str, seconds: dict[str, float], size: int) -> list[Row]:
-    return [Row(what, who, size / 1e6 / took, "MB/s", took / seconds[OURS]) for who, took in seconds.items()]
+    return [Row(what, who, size / 1e6 / took, "MB/s", {OURS: took / seconds[OURS]}) for who, took in seconds.items()]
 
 
 def _peers(ours: GPT2Tokenizer, folder: Path) -> dict[str, Encode]:

@@ -16,15 +16,14 @@ from pathlib import Path
 from gpt2_multi_conversion import convert
 from rich.progress import track
 
-from benchmarks import folders
-from benchmarks.harness import OURS, PeerError, Row, compare
-from benchmarks.peer_workers import FLAX, ROOT, TF, Framework, report
+from benchmarks.harness import OURS, PeerError, Row, compare, folders
+from benchmarks.peers.workers import ROOT, TRANSFORMERS_FLAX, TRANSFORMERS_TF, Peer
 from gpt2_multi.model.config import GPT2Config
 
-PEERS: dict[str, tuple[str, Framework]] = {
-    "tf-h5": ("transformers, TensorFlow", TF),
-    "flax-msgpack": ("transformers, Flax", FLAX),
-    "openai": ("TensorFlow", TF),
+PEERS: dict[str, tuple[str, Peer]] = {
+    "tf-h5": ("transformers, TensorFlow", TRANSFORMERS_TF),
+    "flax-msgpack": ("transformers, Flax", TRANSFORMERS_FLAX),
+    "openai": ("TensorFlow", TRANSFORMERS_TF),
 }
 
 
@@ -32,16 +31,16 @@ def run(config: GPT2Config | None = None, count: int = 3) -> list[Row]:
     """Convert GPT-2 124M, or `config`, from each format `count` times."""
     rows: list[Row] = []
     with folders.written(folders.plain(config)) as folder, tempfile.TemporaryDirectory() as place:
-        for format, (who, framework) in track(PEERS.items(), "convert", transient=True):
+        for format, (who, its) in track(PEERS.items(), "convert", transient=True):
             source, target = Path(place, format), Path(place, "target")
             convert(folder, source, format)
             commands = {OURS: ours(source, target)}
             try:
-                peer = [framework.python("transformers"), "-m", "benchmarks.convert_peers", format]
+                peer = [its.interpreter(), "-m", "benchmarks.peers.converters", format]
                 commands[who] = [*peer, str(source), str(target)]
                 spent(commands[who])  # whether it runs at all
             except PeerError as error:
-                report(who, error)
+                print(f"not measured: {who}: {error}")
                 commands.pop(who, None)
             rows += measured(f"{format} to safetensors", commands, count)
     return rows

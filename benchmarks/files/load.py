@@ -17,8 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from benchmarks import folders, models
-from benchmarks.harness import OURS, Row, compare, rounds
+from benchmarks.harness import OURS, Row, compare, folders, rounds
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt import GPT2LMHeadModel
 
@@ -58,7 +57,7 @@ def first_logits(load: Callable[[Path], Any], folder: Path) -> torch.Tensor:
 
 def run(config: GPT2Config | None = None, count: int = 7) -> list[Row]:
     """Load, load and compute, and measure the memory of the latter."""
-    with models.saved(folders.plain(config)) as folder:
+    with folders.written(folders.plain(config)) as folder:
         peers = {who: partial(load, folder) for who, load in LOADERS.items()}
         rows = compare("load", rounds("load", peers, count), "s")
         what = "load and first logits"
@@ -69,7 +68,7 @@ def run(config: GPT2Config | None = None, count: int = 7) -> list[Row]:
         rows += compare(what, rounds(what, peers, count), "s")
         growth = {who: _growth(who, folder) for who in LOADERS}
     return rows + [
-        Row(f"{kind} memory of that", who, theirs[kind], "MB", theirs[kind] / growth[OURS][kind])
+        Row(f"{kind} memory of that", who, theirs[kind], "MB", {OURS: theirs[kind] / growth[OURS][kind]})
         for kind in ("peak", "private")
         for who, theirs in growth.items()
     ]
@@ -77,7 +76,7 @@ def run(config: GPT2Config | None = None, count: int = 7) -> list[Row]:
 
 def _growth(who: str, folder: Path) -> dict[str, float]:
     """How much more memory a fresh process holds after its first logits: at the peak, and not shared with a file."""
-    code = f"from benchmarks import load; from pathlib import Path; load.report({who!r}, Path({str(folder)!r}))"
+    code = f"from benchmarks.files import load; from pathlib import Path; load.report({who!r}, Path({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     peak, private = map(float, done.stdout.split())
     return {"peak": peak, "private": private}

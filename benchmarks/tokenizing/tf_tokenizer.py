@@ -10,17 +10,26 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import OURS, Row, compare, rounds
-from benchmarks.peer_workers import TF, Worker, firsts, running
-from benchmarks.tokenizer import english, shared
+from benchmarks.harness.measuring import Case, first_calls
+from benchmarks.peers.workers import Peer, Worker, running
+from benchmarks.tokenizing.tokenizer import english, shared
 
-FRAMEWORK = replace(TF, peers="tf_tokenizer_peers", here=(OURS, "tiktoken", "tokenizers"))
-KERASHUB = "keras-hub"  # how the titles of its rows begin
-PEERS = [(name, "plain") for name in (OURS, "kerashub", "tiktoken", "tokenizers", f"{OURS}, GPT2Tokenizer")]
+ONE_CORE = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "KERAS_BACKEND": "tensorflow"}
+KERASHUB = "KerasHub"
+PEERS = [
+    Peer(name, f"tokenizers:{peer}", python, environment=ONE_CORE)
+    for name, peer, python in (
+        (OURS, "Ours", ""),
+        (KERASHUB, "KerasHub", "TF_KERASHUB"),
+        ("tiktoken", "Tiktoken", ""),
+        ("tokenizers", "Tokenizers", ""),
+        (f"{OURS}, GPT2Tokenizer", "Python", ""),
+    )
+]
 WORD = ["Tokenization"]  # which the text does not have
 
 
@@ -28,8 +37,8 @@ def run(size: int = 1_000_000, documents: int = 32, count: int = 5) -> list[Row]
     """English text of so many characters, in one piece and as a batch of documents, with GPT-2's own vocabulary."""
     text, length = english(shared(), size), -(-size // documents)
     pieces = [text[at : at + length] for at in range(0, size, length)]
-    with vocabulary() as folder, running(FRAMEWORK, PEERS, folder) as workers:
-        rows = first_calls(workers)
+    with vocabulary() as folder, running(PEERS, folder) as workers:
+        rows = made(workers)
         for what, texts in (("one text", [text]), (f"{documents} documents", pieces)):
             rows += measured(f"TensorFlow, tokenize, {what}", workers, texts, count)
     return rows
@@ -44,17 +53,17 @@ def vocabulary() -> Iterator[Path]:
         yield Path(name)
 
 
-def first_calls(workers: Mapping[str, Worker]) -> list[Row]:
+def made(workers: Mapping[str, Worker]) -> list[Row]:
     """Rows of the seconds until a layer is made, and traced, and has encoded a word."""
     layers = {who: worker for who, worker in workers.items() if who == OURS or who.startswith(KERASHUB)}
-    seconds = {who: [took] for who, (took, _) in firsts(layers, ("first", WORD)).items()}
+    seconds = {who: [took] for who, (took, _) in first_calls(Case("first call", ("first", WORD), 1), layers).items()}
     return compare("TensorFlow, tokenize, first call", seconds, "s")
 
 
 def measured(what: str, workers: Mapping[str, Worker], texts: Sequence[str], count: int) -> list[Row]:
     """Rows of the speed of every tokenizer; it is marked where its ids are not this library's."""
     peers: dict[str, Callable[[], float]] = {}
-    found = firsts(workers, ("ids", texts))
+    found = first_calls(Case(what, ("ids", texts), 1), workers)
     for who, (_, ids) in found.items():
         label = who if ids == found[OURS][1] else f"{who} (DIFFERENT)"
         peers |= calls(label, workers[who], texts)

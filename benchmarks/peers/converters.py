@@ -1,6 +1,6 @@
 """What the frameworks do to get a checkpoint into safetensors; run by the Python of a peer's environment.
 
-`python -m benchmarks.convert_peers FORMAT FOLDER TARGET` loads the checkpoint as its framework does, and writes it.
+`python -m benchmarks.peers.converters FORMAT FOLDER TARGET` loads the checkpoint as its framework does, and writes it.
 """
 
 from __future__ import annotations

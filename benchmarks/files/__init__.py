@@ -1,0 +1,1 @@
+"""What files cost: to import, to load, to convert."""

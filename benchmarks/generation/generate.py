@@ -1,0 +1,84 @@
+"""Generation on the CPU, float32, by all backends and their peers: greedy, sampled, beams, lookup, first token.
+
+Random weights and prompts; no text ends early. `who` are the beginnings of the names of those that are measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Row
+from benchmarks.harness.floor import FLOOR, bandwidth, weights
+from benchmarks.harness.folders import plain, written
+from benchmarks.harness.measuring import Case, Found, measure
+from benchmarks.harness.rows import ours
+from benchmarks.peers import workers
+from gpt2_multi.model.config import GPT2Config
+
+PEERS = (
+    *workers.BACKENDS,
+    workers.CTRANSLATE2,
+    workers.TRANSFORMERS,
+    workers.KERASHUB("xla"),
+    workers.KERASHUB_JAX,
+    workers.TRANSFORMERS_TF("xla"),
+    workers.TRANSFORMERS_FLAX,
+)
+SAMPLED = {"do_sample": True, "top_k": 50, "top_p": 0.95}
+WAYS: dict[str, dict[str, Any]] = {
+    "4 beams": {"num_beams": 4},
+    "prompt lookup": {"prompt_lookup_num_tokens": 8, "max_matching_ngram_size": 2},
+}
+
+
+def run(
+    config: GPT2Config | None = None,
+    batches: Sequence[int] = (1, 8, 32),
+    prompt: int = 32,
+    long: int = 512,
+    new: int = 64,
+    count: int = 3,
+    who: Sequence[str] = (),
+) -> list[Row]:
+    """Continue random prompts of `prompt` ids by `new` tokens, for each batch size; of `long` ids by one."""
+    config, rows = plain(config), []
+    speed = bandwidth()
+    floor = {FLOOR: new * weights(config) / speed}
+    with written(config) as folder, workers.running(PEERS, folder, who) as running:
+        for batch in batches:
+            ids = prompts(config, batch, prompt)
+            cases = [Case(f"greedy, batch {batch}", ("generate", ids, new, {}), batch * new)]
+            if batch < 32:
+                sampled = ("generate", ids, new, SAMPLED)
+                cases.append(Case(f"sampled, batch {batch}", sampled, batch * new, lambda *_: True))
+            found = measure(cases, running, count)
+            rows += [row for each in found for row in each.rows(floor=floor)] + rules(found)
+        for what, options in WAYS.items():
+            case = Case(what, ("generate", prompts(config, 1, prompt), new, options), new)
+            rows += measure([case], running, count)[0].rows()
+        case = Case(f"first token after {long}", ("generate", prompts(config, 1, long), 1, {}), 1)
+        rows += measure([case], running, count)[0].rows("s")
+    return rows
+
+
+def prompts(config: GPT2Config, batch: int, length: int) -> list[list[int]]:
+    """Random ids."""
+    found: list[list[int]] = np.random.default_rng(batch).integers(config.vocab_size, size=(batch, length)).tolist()
+    return found
+
+
+def rules(found: Sequence[Found]) -> list[Row]:
+    """What the rules of sampling add to a greedy step of ours, as measured in the same rounds."""
+    if len(found) < 2:
+        return []
+    greedy, sampled = found
+    rows = []
+    for who in ours(sampled.seconds):
+        pairs = zip(sampled.seconds[who], greedy.seconds[who], strict=True)
+        added = statistics.median(with_rules / without for with_rules, without in pairs) - 1
+        rows.append(Row(f"{sampled.case.what}, its rules", who, 100 * added, "% of a step"))
+    return rows

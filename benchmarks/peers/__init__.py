@@ -1,0 +1,1 @@
+"""Who is measured: each a class that loads a folder and answers calls, in a process of its own; see `workers`."""

@@ -1,0 +1,66 @@
+"""Peers in TensorFlow: this library, and the last transformers that has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.calls import ADAMW, Process, as_ids, dtype_of
+
+
+class Ours(Process):
+    """This library."""
+
+    package = "gpt2_multi"
+
+    def __init__(self, folder: Path, modes: frozenset[str]) -> None:
+        import keras
+
+        from gpt2_multi.tf import TFGPT2LMHeadModel
+
+        options: dict[str, Any] = {"param_dtype": dtype_of(modes)}
+        if "autocast" in modes:
+            options = {"dtype": "mixed_bfloat16"}
+        if "int8" in modes:
+            options = {"quantization": "int8"}
+        self.model = TFGPT2LMHeadModel.from_pretrained(folder, **options)
+        if "int8" not in modes:
+            self.model.compile(keras.optimizers.AdamW(**ADAMW), jit_compile="xla" in modes or "auto")
+
+    def generate(self, ids: Any, new: int, options: Any) -> Any:
+        chosen = {"do_sample": False, "eos_token_id": None, **options}
+        return self.model.generate(as_ids(ids), max_new_tokens=new, **chosen)
+
+    def loss(self, ids: Any) -> Any:
+        return self.model({"input_ids": as_ids(ids), "labels": as_ids(ids)}).loss
+
+    def train(self, ids: Any) -> Any:
+        return self.model.train_on_batch({"input_ids": as_ids(ids), "labels": as_ids(ids)})
+
+
+class Transformers(Process):
+    """transformers 4.57.6, which is on Keras 2."""
+
+    package = "transformers"
+
+    def __init__(self, folder: Path, modes: frozenset[str]) -> None:
+        import tensorflow as tf
+        import tf_keras
+        from safetensors.numpy import load_file
+        from transformers import GPT2Config, TFGPT2LMHeadModel
+        from transformers.modeling_tf_pytorch_utils import load_pytorch_state_dict_in_tf2_model
+
+        self.model = TFGPT2LMHeadModel(GPT2Config.from_pretrained(folder))
+        load_pytorch_state_dict_in_tf2_model(self.model, load_file(folder / "model.safetensors"))
+        self.model.compile(tf_keras.optimizers.AdamW(**ADAMW), jit_compile="xla" in modes or None)
+        compiled = tf.function(self.model.generate, jit_compile=True)
+        self.run: Any = compiled if "xla" in modes else self.model.generate
+
+    def generate(self, ids: Any, new: int, options: Any) -> Any:
+        given, chosen = as_ids(ids), {"do_sample": False, **options}
+        return self.run(given, attention_mask=np.ones_like(given), max_new_tokens=new, pad_token_id=0, **chosen)
+
+    def train(self, ids: Any) -> Any:
+        return self.model.train_on_batch({"input_ids": as_ids(ids), "labels": as_ids(ids)})

@@ -1,0 +1,45 @@
+"""The most memory that a fresh process holds in a training step with AdamW, float32, loading the model included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.generation.generate import prompts
+from benchmarks.harness import PeerError, Row, compare
+from benchmarks.harness.folders import plain, written
+from benchmarks.peers import workers
+from gpt2_multi.model.config import GPT2Config
+
+PEERS = (*workers.BACKENDS, workers.TRANSFORMERS)
+
+
+def run(
+    config: GPT2Config | None = None,
+    shapes: Sequence[tuple[int, int]] = ((2, 256), (8, 1024)),
+    who: Sequence[str] = (),
+) -> list[Row]:
+    """One update with a batch of each shape, after one of a few tokens, for which AdamW makes its moments."""
+    config = plain(config)
+    with written(config) as folder:
+        return [row for shape in shapes for row in compared(config, folder, *shape, who)]
+
+
+def compared(config: GPT2Config, folder: Path, batch: int, length: int, who: Sequence[str]) -> list[Row]:
+    """A row of each peer's megabytes."""
+    most: dict[str, list[float]] = {}
+    for peer in PEERS:
+        with workers.running([peer], folder, who) as running:
+            for name, worker in running.items():
+                try:
+                    most[name] = [peak(worker, prompts(config, 1, 8), prompts(config, batch, length))]
+                except PeerError as error:
+                    print(f"not measured: {name}, {batch} x {length}: {error}")
+    return compare(f"peak, {batch} x {length}", most, "MB")
+
+
+def peak(worker: workers.Worker, *batches: list[list[int]]) -> float:
+    """The megabytes after updates with these batches."""
+    for ids in batches:
+        worker.ask("train", ids)
+    return float(worker.ask("peak"))
