@@ -56,7 +56,7 @@ def run(
                 sampled = ("generate", ids, new, SAMPLED)
                 cases.append(Case(f"sampled, batch {batch}", sampled, batch * new, lambda *_: True))
             found = measure(cases, running, count)
-            rows += [row for each in found for row in each.rows(floor=floor)] + rules(found)
+            rows += found[0].rows(floor=floor) + [row for each in found[1:] for row in each.rows()] + rules(found)
         for what, options in WAYS.items():
             case = Case(what, ("generate", prompts(config, 1, prompt), new, options), new)
             rows += measure([case], running, count)[0].rows()

@@ -21,7 +21,8 @@ class KerasHub(Process):
     def __init__(self, folder: Path, modes: frozenset[str]) -> None:
         from keras_hub.models import GPT2CausalLM
 
-        self.modes, self.chosen = modes, {}
+        self.modes = modes
+        self.functions: dict[str, Any] = {}  # that generate, of the options for which they were compiled
         dtype = "mixed_bfloat16" if "autocast" in modes else "bfloat16" if "bfloat16" in modes else "float32"
         self.model = GPT2CausalLM.from_preset(str(folder), preprocessor=None, dtype=dtype)
         self.compile("greedy")
@@ -35,14 +36,12 @@ class KerasHub(Process):
         self.model.compile(optimizer, loss, weighted_metrics=[], sampler=sampler, jit_compile=compiled)
 
     def choose(self, options: Any) -> None:
-        """Compile it with the sampler of these options, unless it has it."""
-        from keras_hub import samplers
-
-        if options != self.chosen:
-            self.chosen = options
-            beams = options.get("num_beams")
-            sampled = samplers.TopPSampler(options["top_p"], k=options["top_k"]) if "top_p" in options else "greedy"
-            self.compile(samplers.BeamSampler(num_beams=beams) if beams else sampled)
+        """Let it generate with these options: by the function that it has compiled for them, or will."""
+        key = str(options)
+        if key not in self.functions:
+            self.compile(sampler(options))
+            self.functions[key] = self.model.sampler, self.model.make_generate_function()
+        self.model.sampler, self.model.generate_function = self.functions[key]
 
     def generate(self, ids: Any, new: int, options: Any) -> Any:
         if "prompt_lookup_num_tokens" in options:
@@ -58,6 +57,15 @@ class KerasHub(Process):
         counted[:, -1] = 0
         inputs = {"token_ids": given, "padding_mask": np.ones_like(given)}
         return self.model.train_on_batch(inputs, np.roll(given, -1, 1), counted)
+
+
+def sampler(options: Any) -> Any:
+    """KerasHub's way to choose tokens."""
+    from keras_hub import samplers
+
+    if "num_beams" in options:
+        return samplers.BeamSampler(num_beams=options["num_beams"])
+    return samplers.TopPSampler(options["top_p"], k=options["top_k"]) if "top_p" in options else "greedy"
 
 
 class CTranslate2(Process):
