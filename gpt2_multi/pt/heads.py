@@ -23,6 +23,7 @@ from gpt2_multi.model.outputs import (
 )
 from gpt2_multi.pt.attention import KVCache, whole
 from gpt2_multi.pt.generation import generate as generation
+from gpt2_multi.pt.generation.cpu_kernels import known
 from gpt2_multi.pt.generation.decoding import (
     _update_model_kwargs_for_generation,
     compute_transition_scores,
@@ -38,6 +39,7 @@ Dtype = torch.dtype | str | None
 Items = Tensor | int | None
 
 
+@known
 class GPT2LMHeadModel(GPT2PreTrainedModel):
     """GPT-2 with the language-model head, tied to the token embedding unless the configuration says otherwise."""
 
@@ -115,6 +117,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         return give(self.config, output, return_dict)
 
 
+@known
 class SequenceSummary(nn.Module):
     """One vector per choice, at the token that `summary_type` names, projected to its score."""
 
@@ -142,6 +145,7 @@ class SequenceSummary(nn.Module):
         return at(hidden, index.view(hidden.shape[:2]))
 
 
+@known
 class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
     """GPT-2 with the language-model head and a multiple-choice head."""
 

@@ -26,10 +26,12 @@ from gpt2_multi.generation.request import NO_CALLBACKS, Given, Request, order_of
 from gpt2_multi.generation.rules import window_start
 from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import Borrowed, KVCache, upcast
+from gpt2_multi.pt.generation.cpu_kernels import Kernels, are_worthwhile, give_back, is_own
 from gpt2_multi.pt.generation.rules import choose, ends, guide, process, without
 from gpt2_multi.pt.layers import to_numpy
 from gpt2_multi.pt.model import as_cache
 
+Reader = Callable[[Any, Tensor, int], Tensor]  # (state, tokens, count) -> logits, see `decode_step`
 INSIDE = ("hidden_states", "attentions")  # records of what the model shows besides logits
 
 
@@ -110,6 +112,9 @@ class State:
     extra: int = 0  # how many of its keys are no tokens of the text, but of an adapter's
     types: Tensor | None = None  # (R, 1), of each token that is made
     encoder: dict[str, Tensor] = field(default_factory=dict)  # its states (R, encoder length, E) and their mask
+    reader: Reader | None = None  # of the tokens after the prompt
+    is_packed: bool = False  # whether it has a copy of the weights
+    is_watched: bool = False  # whether somebody else's code runs between the steps, and may change the model
 
     @classmethod
     def of(cls, prompt: Prompt, rows: int, room: int, records: tuple[str, ...], fill: int, **more: Any) -> Self:
@@ -245,7 +250,7 @@ def prefill(model: Any, prompt: Prompt, state: State) -> Tensor:
     state.types = window.types
     read = window.ids if window.embeds is None else window.embeds
     start = 0 if state.cache is None else state.cache.length
-    logits = decode_step(model, state, read[:, start:], 1, window.ids[:, :start])
+    logits = forward(model, state, read[:, start:], 1, window.ids[:, :start])
     if is_steered and past is None:
         return spread(state, logits, rows, adapted_room(model, state, length, room))
     return logits if rows == 1 else spread(state, logits, rows, room)
@@ -268,8 +273,32 @@ def roomy(past: KVCache | Borrowed, room: int) -> KVCache:
     return cache
 
 
-def decode_step(model: Any, state: State, tokens: Tensor, count: int, before: Tensor | None = None) -> Tensor:
-    """Read tokens (R, N) after those in the cache: -> the logits after the last `count` of them, (R, count, V)
+def decode_step(model: Any, state: State, tokens: Tensor, count: int) -> Tensor:
+    """Read tokens (R, N) after those in the cache: -> the logits after the last `count` of them, (R, count, V)"""
+    if state.reader is None or state.is_watched:
+        state.reader = reader_of(model, state, tokens.numel())
+    return state.reader(state, tokens, count)
+
+
+def reader_of(model: Any, state: State, rows: int) -> Reader:
+    """What reads the tokens of a step, so many rows: the model, or where nobody would see that, quicker calls."""
+    is_simple = state.types is None and not state.encoder and not any(name in state.records for name in INSIDE)
+    is_filled = isinstance(state.cache, KVCache) and state.cache.preallocated and state.cache.length > 0
+    if is_simple and is_filled and is_own(model):
+        state.is_packed = not state.is_watched and are_worthwhile(rows, state.shown.shape[1] - state.step)
+        return partial(read_by_kernels, Kernels.of(model, state.is_packed))
+    return partial(forward, model)
+
+
+def read_by_kernels(kernels: Kernels, state: State, tokens: Tensor, count: int) -> Tensor:
+    """What `forward` gives, by other means."""
+    state.cache = cast(KVCache, state.cache).fork()
+    keep = None if state.keep is None else state.keep[:, : state.cache.length + tokens.shape[1]]
+    return kernels.read(tokens, state.cache, keep, count)
+
+
+def forward(model: Any, state: State, tokens: Tensor, count: int, before: Tensor | None = None) -> Tensor:
+    """Read tokens (R, N) by a call of the model: -> the logits after the last `count` of them, (R, count, V)
 
     before: (R, S), the ids in the cache, where those of the state are not these.
     """
@@ -400,13 +429,16 @@ def see(state: State, output: Any) -> None:
 
 
 @torch.no_grad()
-def decode(model: Any, prompt: Prompt, strategy: Any, options: Options, until: float = math.inf) -> Iterator[Any]:
+def decode(
+    model: Any, prompt: Prompt, strategy: Any, options: Options, until: float = math.inf, is_watched: bool = False
+) -> Iterator[Any]:
     """The states after each step of a strategy, which is a Sampling, a Lookup or a BeamSearch.
 
-    until: when, on the monotonic clock, there is no time for more tokens.
+    until: when, on the monotonic clock, there is no time for more tokens. is_watched: whether somebody else's code runs
+    between the steps.
     """
     state = strategy.start(prompt, options)
-    state.late = until
+    state.late, state.is_watched = until, is_watched
     try:
         while strategy.is_open(state):
             proposed = state.ids[:, :0] if state.extra else strategy.propose(state, options)  # adapters read one by one
@@ -421,6 +453,9 @@ def decode(model: Any, prompt: Prompt, strategy: Any, options: Options, until: f
     finally:
         if state.cache is not None:
             state.cache.trusted = False
+        if state.is_packed:
+            state.reader = None
+            give_back()
 
 
 def takes(function: Any, name: str) -> bool:

@@ -193,11 +193,14 @@ def parts(strategy: Sampling | BeamSearch, request: Request, prompt: Prompt) -> 
     return [(prompt.row(i // rows), options.row(i)) for i in range(count)]
 
 
-def loops(model: Any, request: Request, prompt: Prompt, given: Given, stride: int = 1) -> list[Iterator[State]]:
+def loops(
+    model: Any, request: Request, prompt: Prompt, given: Given, stride: int = 1, is_watched: bool = True
+) -> list[Iterator[State]]:
     """The states of each part, after each of its steps."""
     strategy, config = strategy_of(model, request, given, stride), request.config
     until = math.inf if config.max_time is None else time.monotonic() + config.max_time
-    return [decode(model, part, strategy, options, until) for part, options in parts(strategy, request, prompt)]
+    split = parts(strategy, request, prompt)
+    return [decode(model, part, strategy, options, until, is_watched) for part, options in split]
 
 
 def columns(model: Any, request: Request, prompt: Prompt, given: Given) -> Iterator[Tensor]:
@@ -228,7 +231,8 @@ def streamed(states: Iterator[State], streamer: Any) -> Iterator[State]:
 def run(model: Any, request: Request, prompt: Prompt, given: Given) -> GenerateOutput:
     """All new tokens (B * num_return_sequences, N), and what the options ask to be recorded."""
     config, streamer = request.config, request.callbacks.streamer
-    made = loops(model, request, prompt, given, stride_of(request, prompt))
+    is_watched = request.callbacks.see_ids or streamer is not None
+    made = loops(model, request, prompt, given, stride_of(request, prompt), is_watched)
     if streamer is not None:
         inputs.check_together(len(made))
         streamer.put(torch.from_numpy(request.given).repeat_interleave(config.num_return_sequences, 0))

@@ -86,7 +86,7 @@ def catch_up(helper: State, state: State) -> None:
     """Bring an assistant to what the model has chosen by now."""
     helper.ids, helper.mask = state.ids.clone(), state.mask
     helper.step, helper.length = state.step, state.length
-    helper.stop, helper.finished = state.stop, state.finished
+    helper.stop, helper.finished, helper.is_watched = state.stop, state.finished, state.is_watched
     if helper.cache is not None:
         helper.cache.length = min(helper.cache.length, state.length - 1)
 

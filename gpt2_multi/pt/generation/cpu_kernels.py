@@ -1,0 +1,184 @@
+"""Steps of few tokens on a CPU: a block in a dozen calls, by oneDNN's products, with weights packed where that pays.
+
+Only where nobody would see the difference: every module is one of ours or PyTorch's, as it was made, without hooks, in
+float32. For several rows oneDNN is quicker at weights in an order of its own: they are copied into it once for a
+generation, and take their memory twice while it runs. They are not kept for the next one: a weight that is written
+through `.data` counts no version, and would be read as it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from gpt2_multi.pt.attention import Attention, CrossAttention, KVCache, positions
+from gpt2_multi.pt.layers import is_plain
+from gpt2_multi.pt.model import ACTIVATIONS, MLP, GPT2Block, GPT2Model
+
+Product = Callable[[Tensor, Tensor | None], Tensor]  # (..., in) and what is added to the product, (..., out)
+Class = TypeVar("Class", bound=type)
+
+LEAST = 32  # tokens to come, above which it is worth the time to pack for many rows; for two, 2.5 times as many
+ROWS = 8  # which oneDNN is told to pack for; what it makes then is quick at 2 as at 512
+FUSED: dict[Any, tuple[str, list[Any], str]] = {  # activations that oneDNN computes on the way
+    ACTIVATIONS["tanh_gelu"]: ("gelu", [], "tanh"),
+    ACTIVATIONS["gelu"]: ("gelu", [], "none"),
+    ACTIVATIONS["relu"]: ("relu", [], ""),
+    None: ("none", [], ""),
+}
+_KNOWN: dict[type, dict[str, Any]] = {}  # what each class consists of
+
+
+def known(cls: Class) -> Class:
+    """Remember a class as it is now: what its modules do may be done in another way, as long as it stays so."""
+    for base in cls.__mro__[:-1]:
+        _KNOWN[base] = functions(base)
+    return cls
+
+
+def functions(cls: type) -> dict[str, Any]:
+    """What a class does, by its own methods."""
+    return {name: value for name, value in vars(cls).items() if callable(value)}
+
+
+_PARTS: list[type] = [nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList]
+for _cls in [*_PARTS, GPT2Model, GPT2Block, Attention, CrossAttention, MLP, KVCache]:
+    known(_cls)
+
+
+class Block(NamedTuple):
+    """What a block calls, and by which numbers it splits and scales."""
+
+    ln_1: Callable[[Tensor], Tensor]
+    c_attn: Product
+    heads: tuple[int, int]  # H, D
+    scale: float
+    attn_proj: Product
+    ln_2: Callable[[Tensor], Tensor]
+    c_fc: Product
+    mlp_proj: Product
+
+    @classmethod
+    def of(cls, block: Any, is_packed: bool) -> Block:
+        """The calls of one of the model's blocks."""
+        attn, mlp = block.attn, block.mlp
+        return cls(
+            norm_of(block.ln_1), product_of(attn.c_attn, is_packed), (attn.num_heads, attn.head_dim), attn.scale,
+            product_of(attn.c_proj, is_packed), norm_of(block.ln_2), product_of(mlp.c_fc, is_packed, mlp.act),
+            product_of(mlp.c_proj, is_packed),
+        )  # fmt: skip
+
+    def read(self, x: Tensor, layer: int, cache: KVCache, bias: Tensor | None) -> Tensor:
+        """(R, T, E) -> (R, T, E), whose keys and values are in the cache from now on."""
+        qkv = self.c_attn(self.ln_1(x), None).view(*x.shape[:2], 3, *self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (R, H, T, D)
+        k, v = cache.extend(layer, k, v)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        x = self.attn_proj(a.transpose(1, 2).flatten(2), x)
+        return self.mlp_proj(self.c_fc(self.ln_2(x), None), x)
+
+
+class Kernels(NamedTuple):
+    """What a step of decoding multiplies by."""
+
+    body: Any
+    blocks: list[Block]
+    ln_f: Callable[[Tensor], Tensor]
+    head: Product
+
+    @classmethod
+    def of(cls, model: Any, is_packed: bool) -> Kernels:
+        """A model's, or copies of them that are packed."""
+        body = model.transformer
+        blocks = [Block.of(block, is_packed) for block in body.h]
+        return cls(body, blocks, norm_of(body.ln_f), product_of(model.lm_head, is_packed))
+
+    def read(self, tokens: Tensor, cache: KVCache, mask: Tensor | None, count: int) -> Tensor:
+        """The logits after the last `count` of tokens (R, T), which follow those in a cache: (R, count, V)"""
+        x = self.body.embed(tokens, positions(tokens, mask, cache.length))
+        bias = self.body._context(x, cache, mask, None, None).bias
+        for layer, block in enumerate(self.blocks):
+            x = block.read(x, layer, cache, bias)
+        cache.length += tokens.shape[1]
+        return self.head(self.ln_f(x[:, -count:]), None)
+
+
+def are_worthwhile(rows: int, room: int) -> bool:
+    """Whether as many steps of so many rows are quicker with packed weights, the packing counted."""
+    return rows > 1 and room > LEAST * (1 + 3 / rows)
+
+
+def give_back() -> None:
+    """Have memory that was freed go back to the system; of blocks that are not huge, glibc keeps it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def norm_of(layer: Any) -> Callable[[Tensor], Tensor]:
+    """What nn.LayerNorm calls."""
+    return lambda x: F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+
+def product_of(layer: Any, is_packed: bool, act: Any = None) -> Product:
+    """What a projection calls, with an activation after it: by its weight, or a packed copy."""
+    bias, fused, op = layer.bias, FUSED.get(act), torch.ops.mkldnn._linear_pointwise
+    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, ROWS) if is_packed else layer.weight
+
+    def product(x: Tensor, added: Tensor | None) -> Tensor:
+        if added is not None:
+            return op.binary(x, added, weight, bias, "add")
+        return op.default(x, weight, bias, *fused) if fused else act(op.default(x, weight, bias, *FUSED[None]))
+
+    return product
+
+
+def is_own(model: Any) -> bool:
+    """Whether nothing but code of this package and of PyTorch would run in a call, so that it may run in another way.
+
+    No subclass, no hook, no layer or method that was replaced, no adapter, no recording and no dropout.
+    """
+    body = getattr(model, "transformer", None)
+    if type(body) is not GPT2Model or not is_plain(body.wte.weight.detach()):
+        return False
+    if body.attn_implementation != "sdpa" or body.config.reorder_and_upcast_attn:
+        return False
+    if _has_any_global_hook() or torch._C._len_torch_function_stack():  # type: ignore[no-untyped-call]
+        return False
+    unchanged = all(functions(cls) == own for cls, own in _KNOWN.items())
+    return unchanged and all(map(is_as_made, model.modules())) and are_in_order(body)
+
+
+def is_as_made(module: nn.Module) -> bool:
+    """Whether a module is of a class that is known, in float32 on a CPU, and nobody has changed or hooked it."""
+    kind, own = type(module), vars(module)
+    if kind not in _KNOWN or module.training or own.get("compute_dtype") is not None or own.get("_compiled_call_impl"):
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(own[name] for name in hooks) or any(callable(getattr(kind, name, None)) for name in own):
+        return False
+    return all(map(is_ordinary, own["_parameters"].values()))
+
+
+def is_ordinary(x: Any) -> bool:
+    """Whether a parameter is in float32 on a CPU, in the order of rows or of columns, or none at all."""
+    if x is None:
+        return True
+    if type(x) is not nn.Parameter or not x.is_cpu or x.dtype != torch.float32 or not x.numel():
+        return False
+    return x.is_contiguous() or x.mT.is_contiguous()
+
+
+def are_in_order(body: Any) -> bool:
+    """Whether every block is there once, and its projection is as wide as its heads."""
+    attns = [block.attn for block in body.h]
+    return all(
+        attn.layer == layer and attn.c_attn.weight.shape[0] == 3 * attn.split_size for layer, attn in enumerate(attns)
+    )
