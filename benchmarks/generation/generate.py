@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Row
+from benchmarks.harness import OURS, Row
 from benchmarks.harness.floor import FLOOR, bandwidth, weights
 from benchmarks.harness.folders import plain, written
 from benchmarks.harness.measuring import Case, Found, measure
@@ -51,16 +51,15 @@ def run(
     with written(config) as folder, workers.running(PEERS, folder, who) as running:
         for batch in batches:
             ids = prompts(config, batch, prompt)
-            cases = [Case(f"greedy, batch {batch}", ("generate", ids, new, {}), batch * new)]
+            cases = [generating(f"greedy, batch {batch}", ids, new, {})]
             if batch < 32:
-                sampled = ("generate", ids, new, SAMPLED)
-                cases.append(Case(f"sampled, batch {batch}", sampled, batch * new, lambda *_: True))
+                cases.append(sampling(f"sampled, batch {batch}", ids, new))
             found = measure(cases, running, count)
             rows += found[0].rows(floor=floor) + [row for each in found[1:] for row in each.rows()] + rules(found)
         for what, options in WAYS.items():
-            case = Case(what, ("generate", prompts(config, 1, prompt), new, options), new)
+            case = generating(what, prompts(config, 1, prompt), new, options)
             rows += measure([case], running, count)[0].rows()
-        case = Case(f"first token after {long}", ("generate", prompts(config, 1, long), 1, {}), 1)
+        case = generating(f"first token after {long}", prompts(config, 1, long), 1, {})
         rows += measure([case], running, count)[0].rows("s")
     return rows
 
@@ -69,6 +68,18 @@ def prompts(config: GPT2Config, batch: int, length: int) -> list[list[int]]:
     """Random ids."""
     found: list[list[int]] = np.random.default_rng(batch).integers(config.vocab_size, size=(batch, length)).tolist()
     return found
+
+
+def generating(what: str, ids: list[list[int]], new: int, options: dict[str, Any], **more: Any) -> Case:
+    """A case of a call of `generate`."""
+    brief = ("generate", ids, min(new, 4), options)
+    return Case(what, ("generate", ids, new, options), len(ids) * new, brief=brief, **more)
+
+
+def sampling(what: str, ids: list[list[int]], new: int) -> Case:
+    """Sampled tokens, which are no one's but their own; of several rows by ours alone, to tell what the rules take."""
+    mine: dict[str, Any] = {"of": lambda who: who.startswith(OURS)} if len(ids) > 1 else {}
+    return generating(what, ids, new, SAMPLED, same=lambda *_: True, **mine)
 
 
 def rules(found: Sequence[Found]) -> list[Row]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.generation.generate import PEERS, prompts
+from benchmarks.generation.generate import PEERS, generating, prompts
 from benchmarks.harness import Row, compare, pictures
 from benchmarks.harness.floor import FLOOR, bandwidth, cache, weights
 from benchmarks.harness.folders import plain, written
-from benchmarks.harness.measuring import Case, Seconds, measure
+from benchmarks.harness.measuring import Seconds, measure
 from benchmarks.harness.rows import ours
 from benchmarks.peers import workers
 from gpt2_multi.model.config import GPT2Config
@@ -38,7 +38,7 @@ def run(
 
 def tokens(running: dict[str, workers.Worker], ids: list[list[int]], new: int, count: int) -> Seconds:
     """The milliseconds of a token in each round."""
-    cases = [Case(f"{more} after {len(ids[0])}", ("generate", ids, more, {}), more) for more in (1, new + 1)]
+    cases = [generating(f"{more} after {len(ids[0])}", ids, more, {}) for more in (1, new + 1)]
     one, many = measure(cases, running, count)
     return {
         who: [(long - short) / new * 1000 for long, short in zip(many.seconds[who], one.seconds[who], strict=True)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gpt2_multi
-from benchmarks.generation.generate import prompts
+from benchmarks.generation.generate import generating, prompts
 from benchmarks.harness import Row
 from benchmarks.harness.floor import FLOOR, bandwidth, weights
 from benchmarks.harness.folders import plain, written
@@ -40,8 +40,8 @@ def run(
             floor = {FLOOR: new * weights(config, SIZES[kind]) / speed}
             with workers.running([peer.of(kind) for peer in PEERS], folder, who) as running:
                 for batch in batches:
-                    call = ("generate", prompts(config, batch, prompt), new, {})
-                    case = Case(f"{kind}, batch {batch}", call, batch * new, lambda *_: True)
+                    ids = prompts(config, batch, prompt)
+                    case = generating(f"{kind}, batch {batch}", ids, new, {}, same=lambda *_: True)
                     rows += measure([case], running, count)[0].rows(floor=floor)
                 random[kind] = losses(running, prompts(config, 4, min(256, config.n_positions)))
             with workers.running([peer.of(kind) for peer in workers.BACKENDS], DEMO, who) as running:

@@ -10,11 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
+Who = TypeVar("Who")
 OURS = "gpt2_multi"  # or what the names of several of ours begin with, before a comma
 
 
@@ -42,17 +43,17 @@ def elapsed(call: Callable[[], object]) -> float:
 
 def rounds(
     what: str,
-    peers: Mapping[str, Callable[[], Any]],
+    peers: Mapping[Who, Callable[[], Any]],
     count: int,
     before: int = 1,
     timed: Callable[[Callable[[], Any]], float] = elapsed,
     patience: float = float("inf"),
-) -> dict[str, list[float]]:
+) -> dict[Who, list[float]]:
     """The seconds of each peer in each round, after `before` rounds that do not count; progress goes to stderr.
 
     After `patience` seconds there is no third round that counts, and none after it.
     """
-    seconds: dict[str, list[float]] = {who: [] for who in peers}
+    seconds: dict[Who, list[float]] = {who: [] for who in peers}
     start = time.perf_counter()
     for number in track(range(before + count), what, console=Console(stderr=True), transient=True):
         if number >= before + 2 and time.perf_counter() - start > patience:

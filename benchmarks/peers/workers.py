@@ -27,13 +27,14 @@ class Peer:
     """Who is measured: the name, the class in this room, the variable of its Python, and the modes that it is made of.
 
     `kind`: one more mode, of which the rows tell in what they measure. `apart`: of packages that no other peer can live
-    beside, so that only the Python that its variable names can run it.
+    beside, so that only the Python that its variable names can run it. `compiles`: for each shape, in its first call.
     """
 
     name: str
     place: str
     python: str = ""
     apart: bool = False
+    compiles: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
     modes: tuple[str, ...] = ()
     kind: str = ""
@@ -72,15 +73,15 @@ class Peer:
         return ", ".join([self.name + version, *self.modes])
 
 
-PYTORCH = Peer(f"{OURS}, PyTorch", "pt:Ours")
+PYTORCH = Peer(f"{OURS}, PyTorch", "pt:Ours", compiles=False)
 TENSORFLOW = Peer(f"{OURS}, TensorFlow", "tf:Ours")
 JAX = Peer(f"{OURS}, JAX", "flax:Ours")
 BACKENDS = (PYTORCH, TENSORFLOW, JAX)
-CTRANSLATE2 = Peer("CTranslate2", "engines:CTranslate2", "CTRANSLATE2")
-TRANSFORMERS = Peer("transformers", "pt:Transformers", "TRANSFORMERS")
+CTRANSLATE2 = Peer("CTranslate2", "engines:CTranslate2", "CTRANSLATE2", compiles=False)
+TRANSFORMERS = Peer("transformers", "pt:Transformers", "TRANSFORMERS", compiles=False)
 TRANSFORMERS_TF = Peer("transformers (TensorFlow)", "tf:Transformers", "TF_TRANSFORMERS", True)
 TRANSFORMERS_FLAX = Peer("transformers (Flax)", "flax:Transformers", "FLAX_TRANSFORMERS", True)
-NANOGPT = Peer("nanoGPT", "nanogpt:NanoGPT")
+NANOGPT = Peer("nanoGPT", "nanogpt:NanoGPT", compiles=False)
 KERASHUB = Peer("KerasHub", "engines:KerasHub", "TF_KERASHUB", environment={"KERAS_BACKEND": "tensorflow"})
 KERASHUB_JAX = replace(KERASHUB, name="KerasHub (JAX)", python="FLAX_KERASHUB", environment={"KERAS_BACKEND": "jax"})
 
@@ -97,7 +98,7 @@ class Worker:
     """A running peer. It answers one call at a time."""
 
     def __init__(self, peer: Peer, folder: Path, log: Path) -> None:
-        self.log = log
+        self.log, self.compiles = log, peer.compiles
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 [peer.interpreter(), "-m", "benchmarks.peers", peer.place, str(folder), *peer.modes, peer.kind],

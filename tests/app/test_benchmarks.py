@@ -95,6 +95,7 @@ class Here:
     """A worker that is no process of its own: what starts and imports takes longer than all that is asked of it."""
 
     def __init__(self, peer, folder, log):
+        self.compiles = peer.compiles
         self.peer = process.made(peer.place, str(folder), *peer.modes, peer.kind)
 
     __enter__ = lambda self: self  # noqa: E731
@@ -157,7 +158,7 @@ def timed(measured, seconds):
 def test_rules_are_what_sampling_adds_in_the_same_rounds():
     who = f"{OURS}, JAX"
     greedy, sampled = (
-        Found(Case(what, (), 1), {who: took, "peer": took}, {}, set())
+        Found(Case(what, (), 1), {who: took, "peer": took}, set())
         for what, took in (("greedy", [1.0, 10.0, 1.0]), ("sampled", [1.1, 11.0, 2.0]))
     )
     (row,) = generate.rules([greedy, sampled])
@@ -194,7 +195,7 @@ def test_peer_that_cannot_do_it_is_reported_and_one_that_differs_is_marked(capsy
                 raise answer
             return answer
 
-        return SimpleNamespace(ask=ask)
+        return SimpleNamespace(ask=ask, compiles=True)
 
     others = {"peer": worker([1, 3]), "same": worker([1, 2]), "lame": worker(PeerError("it has none"))}
     (found,) = measure([Case("work", ("generate",), 2)], {f"{OURS}, JAX": worker([1, 2])} | others, 2)
