@@ -1,11 +1,13 @@
 """Calls of a tokenizer: texts to rows of ids, cut and filled up as the caller says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import signature
+from os import PathLike
 from typing import Any
 
-from gpt2_multi.errors import TokenizerError, nearest
+from gpt2_multi.errors import TokenizerError, described, nearest
 from gpt2_multi.files import arguments
 from gpt2_multi.tokenizer.encoding import BatchEncoding
 from gpt2_multi.tokenizer.encoding.batching import (
@@ -24,6 +26,8 @@ from gpt2_multi.tokenizer.encoding.results import to_arrays
 from gpt2_multi.tokenizer.engine.bpe import BPE
 from gpt2_multi.tokenizer.files import flagged
 from gpt2_multi.tokenizer.special import Choice
+from gpt2_multi.tokenizer.streaming.blocks import BlockEncoder, blocks
+from gpt2_multi.tokenizer.streaming.workers import encoded
 from gpt2_multi.tokenizer.tokens import TokenTable
 
 SIDES = {"right": "right", "left": "left"}
@@ -99,6 +103,60 @@ class TextReader(TokenTable):
     def _encode_ordinary(self, text: str) -> list[int]:
         """The ids of a text that holds no added token and no lone surrogate."""
         return self._bpe.encode(text)
+
+    def _encode_to_array(self, text: str) -> Any:
+        """The same as an array, where the engine makes one."""
+        return self._encode_ordinary(text)
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether the engine runs beside Python, in threads."""
+        return False
+
+    # --- texts of any size -------------------------------------------------------------------------------------------
+
+    def encode_stream(
+        self,
+        texts: Any,
+        add_special_tokens: bool = True,
+        split_special_tokens: bool | None = None,
+        *,
+        workers: int | None = None,
+    ) -> Iterator[Any]:
+        """The ids of texts of any size, one after the other, in arrays of half a million characters or so.
+
+        Together they are what `encode` gives of each text, in uint16 where the vocabulary has no more ids, else in
+        uint32. Files are read as they are encoded, and nothing is kept; texts that belong together, like lines of a
+        file, are one text. Where a tokenizer.json normalizes texts, or cuts them in its own way, each is read whole.
+
+        Args:
+            texts: an iterable of texts, of paths (`pathlib.Path`) of files in UTF-8, or of open files; or one path or
+                file. Each is a text of its own, between the tokens that are added to it.
+            add_special_tokens: whether tokens are put around each text, as `add_eos_token` and the others say.
+            split_special_tokens: as in a call of the tokenizer.
+            workers: how many cores encode; by default all that there are, GPT2TokenizerFast up to four.
+
+        Raises:
+            TokenizerError: something is no text; or, when it is read: a file cannot be read, its bytes are not UTF-8,
+                or it has no place to cut it at for a million characters.
+        """
+        check_size("workers", workers, least=1)
+        for name in ("__call__", "encode"):
+            if getattr(type(self), name) is not getattr(TextReader, name):
+                raise TokenizerError(
+                    f"encode_stream: reads texts as GPT2Tokenizer does, found a class with its own {name}; call that"
+                )
+        if isinstance(texts, str) or not isinstance(texts, Iterable | PathLike):
+            raise TokenizerError(
+                f"texts: expected several, found {described(texts)}; put a text in a list, and the name of a file in "
+                "pathlib.Path"
+            )
+        control = self._choose_control(split_special_tokens, None)
+        reader = replace(self._reader(*control, self.add_prefix_space), encode=self._encode_to_array)
+        pieces = self._row() if add_special_tokens else flagged((), (), 1)
+        dtype = "uint16" if max(self._spelled, default=0) < 1 << 16 else "uint32"
+        found = blocks([texts] if isinstance(texts, PathLike) or hasattr(texts, "read") else texts, reader)
+        return encoded(found, BlockEncoder(reader, pieces, dtype), self._is_compiled, workers)
 
     # --- calls -------------------------------------------------------------------------------------------------------
 

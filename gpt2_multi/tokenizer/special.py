@@ -127,7 +127,9 @@ class ControlTokens:
                     "to make it one token, or give split_special_tokens instead to encode it as ordinary text"
                 )
 
-    def split(self, text: str, allowed: frozenset[str], in_place: bool = False) -> Iterator[Part]:
+    def split(
+        self, text: str, allowed: frozenset[str], in_place: bool = False, goes_on: bool = False
+    ) -> Iterator[Part]:
         """The parts of a text in order: where each begins, and its id if it is an added word or a control token.
 
         As in transformers: tokens that are not normalized are found first, and the others in what is left, after it is
@@ -138,7 +140,7 @@ class ControlTokens:
             TokenizerError: parts have to be `in_place`, and a normalizer changes the text.
         """
         if not isinstance(text, GuardedText):
-            yield from self._all_found(Part(0, text, None), allowed, in_place)
+            yield from self._all_found(Part(0, text, None, goes_on), allowed, in_place)
             return
         done = 0
         for number, (start, stop) in enumerate([*text.spans, (len(text), len(text))]):

@@ -36,10 +36,8 @@ def test_a_vocabulary_is_learned_in_the_order_of_gpt2():
 @pytest.mark.parametrize("prefix", [False, True], ids=["plain", "prefixed"])
 def test_files_give_what_their_texts_give(tmp_path, monkeypatch, prefix):
     """Read in parts, with what an editor would take for ends of lines as it is."""
-    monkeypatch.setattr("gpt2_multi.tokenizer.engine.learning.CHUNK", 50)
-    monkeypatch.setattr("gpt2_multi.tokenizer.engine.learning.windows", lambda text: windows(text, 20))
-    from gpt2_multi.tokenizer.engine.words import windows
-
+    monkeypatch.setattr("gpt2_multi.tokenizer.engine.texts.CHUNK", 50)
+    monkeypatch.setattr("gpt2_multi.tokenizer.engine.texts.SIZE", 20)
     text = "a\r\n b  c\u2028 the\nworld the world " * 40 + "\n\nthe"
     (tmp_path / "a.txt").write_bytes(text.encode())
     learned = [

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from gpt2_multi.errors import TokenizerError
@@ -19,14 +19,15 @@ from gpt2_multi.tokenizer.special import ControlTokens
 class Reader:
     """How a call reads texts.
 
-    encode: ordinary text without lone surrogates to ids, the engine's or a faster one. raw: the bytes of each id.
+    encode: ordinary text without lone surrogates to a list of ids, or an array where `pieces` are asked for. raw: the
+    bytes of each id.
     allowed: the control tokens that are found in texts. refused: those that a text may not contain. prefix_space: put
     a space before text that follows none, but another token or nothing.
     """
 
     control: ControlTokens
     engine: BPE
-    encode: Callable[[str], list[int]]
+    encode: Callable[[str], Any]
     raw: Mapping[int, bytes]
     allowed: frozenset[str]
     refused: frozenset[str]
@@ -50,15 +51,17 @@ class Reader:
             numbers += [at] * len(tokens.ids)
         return Tokens(ids, spans, numbers) if detailed else Tokens(ids)
 
-    def _plain(self, text: str) -> Tokens:
-        ids: list[int] = []
-        for part in self.control.split(repair(text), self.allowed):
+    def pieces(self, text: str, goes_on: bool = False) -> Iterator[Any]:
+        """The ids of a text, which may go on from another, piece by piece as `encode` gives them."""
+        for part in self.control.split(repair(text), self.allowed, goes_on=goes_on):
             if part.id is not None:
-                ids.append(part.id)
+                yield [part.id]
             else:
                 for at, piece in self.parts.steps.parts(part.text):
-                    ids += self.encode(self._prefix(piece, part.goes_on and not at) + piece)
-        return Tokens(ids)
+                    yield self.encode(self._prefix(piece, part.goes_on and not at) + piece)
+
+    def _plain(self, text: str) -> Tokens:
+        return Tokens(list(chain.from_iterable(self.pieces(text))))
 
     def _detailed(self, text: str) -> Tokens:
         ids: list[int] = []

@@ -10,9 +10,9 @@ from typing import Any
 from gpt2_multi.errors import TokenizerError, described
 from gpt2_multi.files.progress import busy, watched
 from gpt2_multi.tokenizer.engine.bpe import byte_characters
-from gpt2_multi.tokenizer.engine.words import repair, windows
+from gpt2_multi.tokenizer.engine.texts import parts, read
+from gpt2_multi.tokenizer.engine.words import repair
 
-CHUNK = 1 << 20  # characters of a file that are read at once
 Learned = tuple[dict[str, int], list[tuple[str, str]]]
 
 
@@ -80,15 +80,5 @@ def _parts(item: Any, prefix_space: bool) -> Iterator[str]:
 
 def _parts_of_file(path: Path, prefix_space: bool) -> Iterator[str]:
     """The text of a file in parts that are cut where a word begins in any case."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rest = " " if prefix_space and file.read(1) != " " else ""
-            file.seek(0)
-            while chunk := file.read(CHUNK):
-                *whole, rest = windows(rest + chunk)
-                yield from whole
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read ({error.strerror}); name a readable file") from error
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: expected UTF-8, found otherwise ({error.reason}); convert it first") from error
-    yield rest
+    for number, part in enumerate(parts(read(path, str(path)), str(path))):
+        yield " " + part if prefix_space and not number and part[:1] != " " else part

@@ -19,8 +19,6 @@ Ranges = list[tuple[int, int]]
 CONTRACTIONS = "'(?:[sdmt]|ll|ve|re)"
 ABOVE_BMP = re.compile("[\U00010000-\U0010ffff]")
 WINDOW = 1 << 16  # characters; small enough for the cache, large enough that a cut costs nothing
-# White space after something else always begins a word, whatever stands around it.
-_CUT = re.compile(r"\S[ \n]")
 
 
 @lru_cache(maxsize=1)
@@ -82,15 +80,27 @@ def split_words(text: str) -> list[str]:
     return full_pattern().findall(text)
 
 
+@lru_cache(maxsize=1)
+def cuts() -> re.Pattern[str]:
+    """What finds a character after which a word begins in any case, whatever stands around the two.
+
+    That is white space after something else, and something else after a letter or after a number. All others may go on:
+    a mark with a contraction, a space with a word, and white space with more, or without its last character.
+    """
+    letter, number, space = map(_low, ("letter", "number", "space"))
+    unsaid = "\ud800-\udfff\U00010000-\U0010ffff"  # of any class, or halves of such
+    return re.compile(f"[^{space}](?=[{space}])|[{letter}](?=[^{letter}{unsaid}])|[{number}](?=[^{number}{unsaid}])")
+
+
 def windows(text: str, size: int = WINDOW) -> Iterator[str]:
     """`text` in parts of about `size` characters, cut only where a word begins in any case.
 
     It bounds the memory for the list of words, and confines the slower pattern to the parts that need it.
     """
     start = 0
-    while len(text) - start > size and (cut := _CUT.search(text, start + size)):
-        yield text[start : cut.start() + 1]
-        start = cut.start() + 1
+    while len(text) - start > size and (cut := cuts().search(text, start + size)):
+        yield text[start : cut.end()]
+        start = cut.end()
     yield text[start:] if start else text
 
 
