@@ -20,7 +20,7 @@ MODELS = {
 }
 
 
-def run(count: int = 10) -> list[Row]:
+def run(count: int = 5) -> list[Row]:
     """Import the packages, and then the model classes."""
     rows = []
     for what, statements in (("import the package", PACKAGES), ("import the model class", MODELS)):

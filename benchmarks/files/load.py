@@ -21,11 +21,17 @@ from benchmarks.harness import OURS, Row, compare, folders, rounds
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt import GPT2LMHeadModel
 
+transformers.logging.disable_progress_bar()
 IDS = torch.arange(8)[None]
 
 
 def ours(folder: Path) -> Any:
     return GPT2LMHeadModel.from_pretrained(folder)
+
+
+def mapped(folder: Path) -> Any:
+    """With kernels that stay views of the file, for a program that only reads; otherwise they are copied."""
+    return GPT2LMHeadModel.from_pretrained(folder, mmap=True)
 
 
 def peer(folder: Path) -> Any:
@@ -44,6 +50,7 @@ def by_hand(folder: Path) -> Any:
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
     OURS: ours,
+    f"{OURS}, mmap=True": mapped,
     "transformers": peer,
     "safetensors, load_state_dict": by_hand,
 }

@@ -23,7 +23,6 @@ PEERS = (
     *workers.BACKENDS,
     workers.CTRANSLATE2,
     workers.TRANSFORMERS,
-    workers.KERASHUB("xla"),
     workers.KERASHUB_JAX,
     workers.TRANSFORMERS_TF("xla"),
     workers.TRANSFORMERS_FLAX,

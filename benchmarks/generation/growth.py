@@ -22,7 +22,7 @@ def run(
     config: GPT2Config | None = None,
     lengths: Sequence[int] = (8, 256, 512, 936),
     new: int = 64,
-    count: int = 3,
+    count: int = 2,
     who: Sequence[str] = (),
 ) -> list[Row]:
     """Continue random prompts of each length, and say how often the first of these costs fits into the last."""

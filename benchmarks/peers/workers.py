@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -139,16 +140,29 @@ class Worker:
 def running(peers: Sequence[Peer], folder: Path, who: Sequence[str] = ()) -> Iterator[dict[str, Worker]]:
     """The peers that have loaded the model of a folder, of those that `who` names, each under the name of its rows.
 
-    They start one after the other: that is when they need most memory.
+    They start together, and so load on all cores.
     """
     check(who)
     workers: dict[str, Worker] = {}
+    start = time.perf_counter()
     with ExitStack() as stack:
         logs = Path(stack.enter_context(TemporaryDirectory()))
-        for number, peer in enumerate(peer for peer in peers if peer.is_named(who)):
+        chosen = [peer for peer in peers if peer.is_named(who)]
+        started = [begun(peer, folder, logs / str(number), stack) for number, peer in enumerate(chosen)]
+        for peer, worker in zip(chosen, started, strict=True):
             try:
-                worker = stack.enter_context(Worker(peer, folder, logs / str(number)))
-                workers[peer.title(worker.answer())] = worker
+                if worker is not None:
+                    workers[peer.title(worker.answer())] = worker
             except PeerError as error:
                 print(f"not measured: {peer.title()}: {error}")
+        print(f"{len(workers)} peers are loaded in {time.perf_counter() - start:.0f} s", file=sys.stderr)
         yield workers
+
+
+def begun(peer: Peer, folder: Path, log: Path, stack: ExitStack) -> Worker | None:
+    """The process of a peer, if there is a Python for it."""
+    try:
+        return stack.enter_context(Worker(peer, folder, log))
+    except PeerError as error:
+        print(f"not measured: {peer.title()}: {error}")
+    return None
