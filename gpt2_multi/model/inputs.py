@@ -357,6 +357,12 @@ def check_prompts(least: int) -> None:
         raise InputError("input_ids: a prompt has no token; give at least one, such as the bos_token_id")
 
 
+def check_skipped(skip_logits: object) -> None:
+    """Without labels nothing but logits is wanted of a head."""
+    if skip_logits:
+        raise InputError("skip_logits: expected labels beside it, found none; call the body for hidden states alone")
+
+
 def check_labels(x: Facts, logits: Shape) -> None:
     """Labels (...) have to fit logits of shape (..., K), and be classes or -100."""
     check_shape("labels", x.shape, logits[:-1])

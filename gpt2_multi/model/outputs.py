@@ -6,9 +6,20 @@ L labels. Fields that were not asked for are None; as in transformers, indexing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+
+class Later:
+    """The value of a field that is computed when somebody reads it, as logits that a loss has not needed."""
+
+    def __init__(self, compute: Callable[[], Any]) -> None:
+        self.compute = compute
+
+
+def nothing() -> None:
+    """The default of a field that may be given a `Later`: made so, no attribute of the class hides `__getattr__`."""
 
 
 class Output(dict[str, Any]):
@@ -29,17 +40,45 @@ class Output(dict[str, Any]):
             self.update(given)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-        if name not in self.__dataclass_fields__:  # type: ignore[attr-defined]
+        if isinstance(value, Later):
+            vars(self).pop(name, None)
+        else:
+            object.__setattr__(self, name, value)
+        if name not in self.__dataclass_fields__:
             return
         if value is None:
             super().pop(name, None)
         else:
             super().__setitem__(name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        found = super().get(name)
+        if not isinstance(found, Later):
+            raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
+        setattr(self, name, found.compute())
+        return getattr(self, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.values()  # what comes later cannot be pickled
+        return vars(self)
+
     def keys(self) -> list[str]:  # type: ignore[override]
         """The names of the fields that are there."""
-        return [field.name for field in fields(self) if getattr(self, field.name) is not None]  # type: ignore[arg-type]
+        return [field.name for field in fields(self) if field.name in self]  # type: ignore[arg-type]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The field of this name, or what stands for it."""
+        return getattr(self, key) if key in self else default
+
+    def copy(self) -> dict[str, Any]:
+        """The fields that are there, as a dict."""
+        return dict(self.items())
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self.copy()
 
     def values(self) -> list[Any]:  # type: ignore[override]
         """The fields that are there, in order."""
@@ -54,14 +93,16 @@ class Output(dict[str, Any]):
         return tuple(self.values())
 
     def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, slice):
+            return tuple(getattr(self, name) for name in self.keys()[key])
         if not isinstance(key, str):
-            return self.to_tuple()[key]
+            return getattr(self, self.keys()[key])
         if key not in self.keys():
             raise KeyError(f"{type(self).__name__} has no '{key}' here; it has {', '.join(self.keys())}")
         return getattr(self, key)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key not in self.__dataclass_fields__:  # type: ignore[attr-defined]
+        if key not in self.__dataclass_fields__:
             raise KeyError(f"{type(self).__name__} has no field '{key}'")
         setattr(self, key, value)
 
@@ -103,7 +144,7 @@ class CausalLMOutputWithCrossAttentions(Output):
     """The language model's output. loss: (), with labels. logits: (B, T, V). The rest as in the bare model's."""
 
     loss: Any = None
-    logits: Any = None
+    logits: Any = field(default_factory=nothing)
     past_key_values: Any = None
     hidden_states: tuple[Any, ...] | None = None
     attentions: tuple[Any, ...] | None = None
@@ -116,7 +157,7 @@ class GPT2DoubleHeadsModelOutput(Output):
 
     loss: Any = None
     mc_loss: Any = None
-    logits: Any = None
+    logits: Any = field(default_factory=nothing)
     mc_logits: Any = None
     past_key_values: Any = None
     hidden_states: tuple[Any, ...] | None = None

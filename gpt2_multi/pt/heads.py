@@ -6,6 +6,7 @@ see there for shapes and errors. `return_dict=False` gives a tuple of the fields
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import (
     CausalLMOutputWithCrossAttentions,
     GPT2DoubleHeadsModelOutput,
+    Later,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -29,11 +31,19 @@ from gpt2_multi.pt.generation.decoding import (
     compute_transition_scores,
     prepare_inputs_for_generation,
 )
-from gpt2_multi.pt.layers import facts, project
+from gpt2_multi.pt.layers import facts, is_own, is_unchanged, project
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, old_calls, recast
 from gpt2_multi.pt.state import check_tied, lend_embedding
-from gpt2_multi.pt.training import classification_loss, cross_entropy, lm_loss, span_loss
+from gpt2_multi.pt.training import (
+    chunk_rows,
+    classification_loss,
+    cross_entropy,
+    head_loss,
+    later_logits,
+    lm_loss,
+    span_loss,
+)
 
 Dtype = torch.dtype | str | None
 Items = Tensor | int | None
@@ -95,9 +105,12 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Items = None,
+        skip_logits: bool | None = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Logits (B, T, V) of the next token; with labels (B, T), shifted here, their loss.
 
+        With labels, logits that take much memory are computed when they are first read, which has to be before the
+        weights change; the loss has them in chunks. `skip_logits` False computes them now, True never.
         `logits_to_keep` n computes those of the last n positions only (0: of all), a tensor (n,) those of its places.
         `num_items_in_batch` is how many labels count in all parts of a batch that is read in parts, whose losses then
         add up to its mean.
@@ -106,11 +119,9 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
             encoder_hidden_states, encoder_attention_mask, use_cache, output_attentions, output_hidden_states, True,
         )  # fmt: skip
-        logits = self.logits(kept(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            check_tied(self)
-            loss = lm_loss(logits, labels, present(attention_mask, labels), num_items_in_batch)
+        hidden = kept(outputs.last_hidden_state, logits_to_keep)
+        mask = None if labels is None else present(attention_mask, labels)
+        loss, logits = answer(self, hidden, labels, mask, num_items_in_batch, skip_logits, return_dict)
         output = CausalLMOutputWithCrossAttentions(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
         )
@@ -191,11 +202,12 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool | None = None,
     ) -> GPT2DoubleHeadsModelOutput | tuple[Any, ...]:
         """Logits (B, C, T, V) and scores (B, C) of C choices, given as (B, C, T) ids, mask, types and positions.
 
         mc_token_ids: (B, C), the token that is scored, by default the last one that the mask keeps. labels: (B, C, T),
-        shifted here. mc_labels: (B,), the right choice.
+        shifted here. mc_labels: (B,), the right choice. `skip_logits` is as in `GPT2LMHeadModel.forward`.
         """
         source = input_ids if input_ids is not None else inputs_embeds
         inputs.check_given(input_ids, inputs_embeds)
@@ -209,13 +221,10 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         mask = hidden.new_ones(choices) if attention_mask is None else attention_mask[..., -choices[-1] :]
         if mc_token_ids is not None:
             inputs.check_choice_tokens(facts("mc_token_ids", mc_token_ids), choices)
-        logits = lm_logits(self, hidden)
-        if labels is not None:
-            check_tied(self)
+        loss, logits = answer(self, hidden, labels, mask, None, skip_logits, return_dict)
         scores = recast(self.multiple_choice_head, self.compute_dtype, hidden, mask, mc_token_ids).squeeze(-1)
         output = GPT2DoubleHeadsModelOutput(
-            None if labels is None else lm_loss(logits, labels, mask),
-            None if mc_labels is None else cross_entropy(scores, mc_labels),
+            loss, None if mc_labels is None else cross_entropy(scores, mc_labels),
             logits, scores, outputs.past_key_values, outputs.hidden_states, outputs.attentions,
         )  # fmt: skip
         return give(self.config, output, return_dict)
@@ -382,6 +391,44 @@ def lm_logits(model: Any, hidden: Tensor) -> Tensor:
     plain = model.compute_dtype is None
     logits = project(model.lm_head, hidden) if plain else recast(model.lm_head, model.compute_dtype, hidden)
     return whole("lm_head", logits, getattr(model.lm_head, "out_features", logits.shape[-1]))
+
+
+def answer(
+    model: Any, hidden: Tensor, labels: Tensor | None, mask: Tensor | None, items: Items, skip_logits: bool | None,
+    return_dict: bool | None,
+) -> tuple[Tensor | None, Any]:  # fmt: skip
+    """The loss of labels, if there are any, and the logits, which may come later; see `GPT2LMHeadModel.forward`."""
+    compute = getattr(model, "logits", partial(lm_logits, model))
+    if labels is None:
+        inputs.check_skipped(skip_logits)
+        return None, compute(hidden)
+    check_tied(model)
+    as_dict = model.config.use_return_dict if return_dict is None else return_dict
+    can_wait = as_dict and skip_logits is None and not torch.compiler.is_compiling()
+    if not ((skip_logits or can_wait) and is_chunked(model, hidden)):
+        logits = compute(hidden)
+        return lm_loss(logits, labels, mask, items), None if skip_logits else logits
+    weight, dtype = model.lm_head.weight, head_dtype(model, hidden)
+    loss = head_loss(hidden, weight, labels, mask, items, dtype)
+    return loss, None if skip_logits else Later(later_logits(hidden, weight, dtype))
+
+
+def is_chunked(model: Any, hidden: Tensor) -> bool:
+    """Whether the loss computes logits by itself: many, of a head that nobody has hooked, replaced or adapted."""
+    own = GPT2LMHeadModel.logits
+    if not is_own(model.lm_head) or getattr(getattr(model, "logits", None), "__func__", own) is not own:
+        return False
+    weight = model.lm_head.weight
+    fits = model.lm_head.bias is None and weight.device == hidden.device and not hasattr(model, "unshard")
+    is_seen = torch.compiler.is_compiling() or is_unchanged(hidden)
+    return fits and is_seen and chunk_rows(hidden, weight) < hidden.shape[:-1].numel()
+
+
+def head_dtype(model: Any, hidden: Tensor) -> torch.dtype:
+    """What the head multiplies in: autocast's dtype, or what the model computes in."""
+    device = hidden.device.type
+    is_cast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_cast else model.compute_dtype or hidden.dtype
 
 
 def kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:

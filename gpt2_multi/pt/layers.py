@@ -7,10 +7,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.fields import float_name
@@ -80,34 +84,104 @@ def is_at_hand(x: Tensor) -> bool:
 def project(layer: Any, x: Any) -> Any:
     """What a projection gives of (..., in): (..., out).
 
-    Where only nn.Linear's own code would run, in float32 on a CPU and with nothing to record, oneDNN multiplies: it
-    reads rows of (out, in) faster than BLAS, and several rows in half the time.
+    Where only nn.Linear's own code would run, in float32 on a CPU, oneDNN multiplies: it reads rows of (out, in) faster
+    than BLAS, and several rows in half the time.
     """
     if torch.compiler.is_compiling() or not (
         is_plain(x) and is_bare(layer) and x.numel() * layer.out_features >= WORTHWHILE
     ):
         return layer(x)
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+    return linear(x, layer.weight, layer.bias)
 
 
-def is_bare(layer: nn.Module) -> bool:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What F.linear gives, by oneDNN where it is quicker."""
+    if torch.is_grad_enabled() and has_onednn(x):
+        return Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return multiply(x, weight, bias)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, (..., in), (out, in) and (out,) -> (..., out), by oneDNN if it can; nothing is recorded."""
+    if not has_onednn(x):
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """What nn.Linear gives, whose products are oneDNN's forward and backward: `apply(x, weight, bias)`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        times = F.linear if torch.is_grad_enabled() else multiply  # it is to be derived once more
+        grad = grad.contiguous()  # it may be one number, expanded
+        columns = grad.flatten(0, -2).t()  # (out, N)
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            times(grad, weight.t()) if of_x else None,
+            times(columns, x.flatten(0, -2).t()) if of_weight else None,
+            columns.sum(1) if of_bias else None,
+        )
+
+
+def is_bare(layer: Any) -> bool:
     """Whether a layer is nn.Linear itself in float32 on a CPU, which nobody has hooked, replaced or adapted."""
+    return is_own(layer) and is_float32(layer.weight) and layer.weight.is_contiguous()
+
+
+def is_own(layer: Any) -> bool:
+    """Whether a layer is nn.Linear itself, which nobody has hooked, replaced or adapted."""
     if type(layer) is not nn.Linear or nn.Linear.forward is not _FORWARD or "forward" in vars(layer):
         return False
-    weight = layer.weight
-    is_own = type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32 and weight.is_contiguous()
-    is_hooked = layer._forward_hooks or layer._forward_pre_hooks or _has_any_global_hook()  # type: ignore[no-untyped-call]
-    return is_own and not is_hooked
+    before = layer._forward_pre_hooks or layer._backward_pre_hooks
+    is_hooked = before or layer._forward_hooks or layer._backward_hooks or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return type(layer.weight) is nn.Parameter and not is_hooked
+
+
+def is_float32(x: Tensor) -> bool:
+    """Whether numbers are those that oneDNN is quicker with."""
+    return x.is_cpu and x.dtype == torch.float32
 
 
 def is_plain(x: Any) -> bool:
-    """Whether numbers in float32 on a CPU are to be computed with, and nobody records, traces or changes that."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or not x.is_cpu or x.dtype != torch.float32:
-        return False
-    if not HAS_ONEDNN or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
-        return False
+    """Whether numbers in float32 on a CPU are to be computed with, and nobody traces or changes that."""
+    return is_unchanged(x) and has_onednn(x) and not torch.is_autocast_enabled("cpu")
+
+
+def is_unchanged(x: Any) -> bool:
+    """Whether a tensor is computed with as it is said: nobody traces, batches, or derives forward."""
     modes = (torch._C._get_tracing_state(), _get_current_dispatch_mode(), torch._C._functorch.peek_interpreter_stack())
-    return all(mode is None for mode in modes)
+    is_there = type(x) is Tensor and not x.is_meta
+    return is_there and forward_ad._current_level < 0 and all(mode is None for mode in modes)
+
+
+def has_onednn(x: Tensor) -> bool:
+    """Whether oneDNN is there for it."""
+    return HAS_ONEDNN and bool(torch.backends.mkldnn.enabled) and is_float32(x)
+
+
+STEPS: Any = WeakIdKeyDictionary()  # of a parameter, how often an optimizer has changed it: fused ones raise no version
+
+
+def count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Note that an optimizer has changed its parameters; compiled, it raises their versions."""
+    if not torch.compiler.is_compiling():
+        for x in (x for group in optimizer.param_groups for x in group["params"]):
+            STEPS[x] = STEPS.get(x, 0) + 1
+
+
+register_optimizer_step_post_hook(count_step)
+
+
+def state_of(x: Tensor) -> tuple[int, int, int]:
+    """What differs when a tensor's values may have changed in place."""
+    return x.data_ptr(), 0 if x.is_inference() else x._version, STEPS.get(x, 0)
 
 
 def initialise(weight: Weight, tensor: Tensor) -> Tensor:

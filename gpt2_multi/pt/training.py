@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import upcast
-from gpt2_multi.pt.layers import facts
+from gpt2_multi.pt.layers import facts, linear, multiply, state_of
 
 IGNORED = -100
+# Bytes of logits at a time: of each chunk the gradient of the head is read and written once, and what multiplies more
+# quickly for a byte that it reads needs more rows.
+CHUNK = {"cpu": 2**26, "others": 2**30}
+BLOCK = 1024  # words at a time, on a CPU: a part of a gradient that stays in its cache while it is added
 
 
 def cross_entropy(
@@ -41,9 +46,135 @@ def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None, items: T
     A token that the mask hides neither is predicted nor predicts.
     """
     inputs.check_labels(facts("labels", labels), logits.shape)
-    kept = None if mask is None else (mask != 0) & (mask.roll(-1, -1) != 0)
-    labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # the labels move: to cut the logits would copy them
-    return cross_entropy(logits, labels, kept, items)
+    return cross_entropy(logits, shifted(labels, mask), None, items)  # to cut the logits would copy them
+
+
+def shifted(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """What each position has to predict, (..., T), -100 where nothing counts; see `lm_loss`."""
+    following = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    if mask is None:
+        return following
+    keep = mask.to(labels.device) != 0
+    return following.masked_fill(~(keep & keep.roll(-1, -1)), IGNORED)
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    items: Tensor | int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What `lm_loss` gives of the logits of a head, of (..., T, E) hidden states and its weight (V, E).
+
+    The logits are computed a chunk of rows at a time, and with them the gradients, so that they are never there as a
+    whole. `dtype` is that of the products, by default that of the hidden states.
+    """
+    inputs.check_labels(facts("labels", labels), (*hidden.shape[:-1], len(weight)))
+    targets = shifted(labels, mask).to(hidden.device).long().flatten()
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    total: Tensor = HeadLoss.apply(hidden.flatten(0, -2), weight, targets, dtype or hidden.dtype)  # type: ignore[no-untyped-call]
+    return total / ((targets != IGNORED).sum().clamp(min=1) if items is None else items)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The sum over rows of -log p(target): `apply(hidden (N, E), weight (V, E), targets (N,), dtype)` -> ().
+
+    A target of -100 does not count. The gradients are made beside the loss, and wait for the factor of the backward
+    pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.dtype = dtype
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, ctx.gradients = walk(hidden, weight.to(dtype), targets, ctx.needs_input_grad[:2])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # it is to be derived once more
+            pair = (
+                hidden.view_as(hidden),
+                weight.view_as(weight),
+            )  # a tied weight is in hidden states too
+            logits = upcast(F.linear(*(x.to(ctx.dtype) for x in pair)))
+            total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+            needed = [x for x, is_wanted in zip(pair, wanted, strict=True) if is_wanted]
+            found = iter(torch.autograd.grad(total, needed, grad, create_graph=True))
+            return *(next(found) if is_wanted else None for is_wanted in wanted), None, None
+        gradients = ctx.gradients
+        if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+            gradients = [None if x is None else x.clone() for x in gradients]  # for another backward pass
+        else:
+            ctx.gradients = None  # what nobody else holds, autograd adds to in place
+        scaled = [None if x is None else x.mul_(grad) for x in gradients]
+        return scaled[0], None if scaled[1] is None else scaled[1].to(weight.dtype), None, None
+
+
+def walk(hidden: Tensor, weight: Tensor, targets: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+    """The sum that is `HeadLoss`, and its gradients of hidden states and weight, as far as they are wanted."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total, at_once = torch.zeros((), dtype=wide, device=hidden.device), chunk_rows(hidden, weight)
+    room = torch.empty(at_once, len(weight), dtype=wide, device=hidden.device)
+    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    of_weight = (torch.empty if len(hidden) else torch.zeros)(weight.shape, dtype=wide, device=hidden.device)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(weight), BLOCK)] if hidden.is_cpu else [slice(None)]
+    for start in range(0, len(hidden), at_once):
+        rows = slice(start, start + at_once)
+        x = hidden[rows].to(weight.dtype)
+        logits = room[: len(x)]
+        for block in blocks:
+            logits[:, block] = multiply(x, weight[block])
+        total += turn(logits, targets[rows])
+        gradient = logits.to(weight.dtype)
+        if of_hidden is not None:
+            of_hidden[rows] = multiply(gradient, weight.t())
+        for block in blocks if wanted[1] else ():
+            part = multiply(gradient[:, block].t(), x.t())
+            of_weight[block].add_(part) if start else of_weight[block].copy_(part)
+    return total, [of_hidden, of_weight if wanted[1] else None]
+
+
+def turn(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the losses of a chunk, (N, V) and (N,) -> (), whose logits become its gradient of them, in place."""
+    counted = targets != IGNORED
+    at = targets.where(counted, 0)[:, None]
+    logits.sub_(logits.amax(-1, keepdim=True))
+    chosen = logits.gather(-1, at)
+    sums = logits.exp_().sum(-1, keepdim=True)
+    kept = counted[:, None].to(logits.dtype)
+    logits.mul_(kept / sums).scatter_add_(-1, at, -kept)
+    return (sums.log() - chosen).where(counted[:, None], 0).sum()
+
+
+def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    """How many of the rows of (..., E) hidden states have their logits at once, in chunks of about one size."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    rows = hidden.numel() // max(hidden.shape[-1], 1)
+    most = max(1, CHUNK["cpu" if hidden.is_cpu else "others"] // (len(weight) * wide.itemsize))
+    return math.ceil(rows / math.ceil(rows / most)) if rows else 1
+
+
+def later_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The logits of `head_loss` when they are asked for: those of the hidden states and the weight as they are now."""
+    before, is_recorded = (state_of(hidden), state_of(weight)), torch.is_grad_enabled()
+
+    def logits() -> Tensor:
+        if (state_of(hidden), state_of(weight)) != before:
+            raise InputError(
+                "logits: expected the weights of the call, found that they have changed since; read the logits before "
+                "the optimizer's step, or call the model with skip_logits=False"
+            )
+        with torch.set_grad_enabled(is_recorded), torch.autocast(hidden.device.type, enabled=False):
+            return linear(hidden.to(dtype), weight.to(dtype))
+
+    return logits
 
 
 def classification_loss(

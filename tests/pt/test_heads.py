@@ -178,3 +178,84 @@ def test_names_and_shapes_of_2019(stacked):
     with pytest.raises(TypeError, match=r"forward\(\): lm_labels is labels under its old name; give one of the two"):
         model(ids, lm_labels=ids, labels=ids)
     assert "lm_labels" not in inspect.signature(model.forward).parameters  # or Trainer would wait for them
+
+
+def chunked(monkeypatch, **settings):
+    """A model whose loss has chunks of 7 rows, ids, and labels of which some do not count."""
+    monkeypatch.setattr("gpt2_multi.pt.training.CHUNK", {"cpu": 7 * 31 * 8, "others": 1})
+    torch.manual_seed(0)
+    config = SMALL.replace(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **settings)
+    model = pt.GPT2LMHeadModel(config, param_dtype="float64", attn_implementation="eager")
+    labels = torch.as_tensor(IDS).clone()
+    labels[1, 2:6] = -100
+    return model, torch.as_tensor(IDS), labels
+
+
+def derivatives(model, *args, twice=False, **given):
+    """The loss, its gradients, times 3, and those of their squares."""
+    loss, weights = model(*args, **given).loss, [x for x in model.parameters() if x.requires_grad]
+    first = torch.autograd.grad(3 * loss, weights, create_graph=twice)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), weights) if twice else ()
+    return [loss, *first, *second]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_in_chunks_is_that_of_all_logits(tied, monkeypatch):
+    model, ids, labels = chunked(monkeypatch, tie_word_embeddings=tied)
+    for given in (
+        {"labels": labels, "twice": True},
+        {"labels": labels, "attention_mask": torch.as_tensor(MASK), "num_items_in_batch": 11},
+        {"labels": torch.full_like(ids, -100)},
+    ):
+        for found, expected in zip(
+            derivatives(model, ids, **given), derivatives(model, ids, **given, skip_logits=False), strict=True
+        ):
+            assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    model.lm_head.requires_grad_(False)
+    assert len(derivatives(model, ids, labels=labels)) == len(derivatives(model, ids, labels=labels, skip_logits=False))
+    empty = model(ids[:0], labels=labels[:0])
+    assert empty.loss == 0 and empty.logits.shape == (0, 9, 31)
+
+
+def test_logits_beside_a_loss_are_those_of_the_call(monkeypatch):
+    model, ids, labels = chunked(monkeypatch)
+    whole = model(ids, labels=labels, skip_logits=False)
+    found = model(ids, labels=labels)
+    assert "logits" in found and type(dict.get(found, "logits")).__name__ == "Later"
+    assert found[0] == found["loss"] and type(dict.get(found, "logits")).__name__ == "Later"  # still
+    assert torch.equal(found.logits, whole.logits) and found.logits is found["logits"] and found.logits.requires_grad
+    assert list(dict(model(ids, labels=labels))) == list(dict(whole))
+    assert torch.equal(model(ids, labels=labels, return_dict=False)[1], whole.logits)
+    assert model(ids, labels=labels, skip_logits=True).logits is None
+    with pytest.raises(InputError, match="skip_logits: expected labels"):
+        model(ids, skip_logits=True)
+    optimizer, late = torch.optim.AdamW(model.parameters(), fused=True), model(ids, labels=labels)
+    late.loss.backward()
+    optimizer.step()
+    with pytest.raises(InputError, match="logits: expected the weights of the call, found that they have changed"):
+        _ = late.logits
+
+
+def test_a_head_that_somebody_has_changed_gives_the_logits_of_its_loss(monkeypatch):
+    model, ids, labels = chunked(monkeypatch)
+    hook = model.lm_head.register_forward_hook(lambda module, given, output: output * 0)
+    assert torch.allclose(model(ids, labels=labels).loss, torch.tensor(31.0).double().log())
+    hook.remove()
+    seen = []
+    hook = model.lm_head.register_full_backward_hook(lambda *given: seen.append(1))
+    model(ids, labels=labels, skip_logits=True).loss.backward()
+    hook.remove()
+    assert seen
+
+    class Capped(pt.GPT2LMHeadModel):
+        def logits(self, hidden):
+            return super().logits(hidden) * 0
+
+    capped = Capped(model.config, param_dtype="float64")
+    assert torch.allclose(capped(ids, labels=labels).loss, torch.tensor(31.0).double().log())
+    with torch.autocast("cpu", torch.bfloat16):
+        model.float()
+        found, whole = model(ids, labels=labels), model(ids, labels=labels, skip_logits=False)
+    assert torch.equal(found.logits, whole.logits) and torch.allclose(found.loss, whole.loss, rtol=1e-5)
+    by_row = torch.func.vmap(lambda ids, labels: model(ids[None], labels=labels[None], use_cache=False).loss)
+    assert by_row(ids, labels).shape == (3,)

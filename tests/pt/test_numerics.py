@@ -1,5 +1,7 @@
 """The figures of docs/numerics.md: how far dtypes and caches move the logits of PyTorch, relative to the largest."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -81,9 +83,27 @@ def test_a_projection_is_multiplied_by_onednn_where_nobody_would_see_the_differe
         assert calls_of_onednn(nn.Linear(96, 384, bias=False), x, monkeypatch) == 1
 
 
+def test_a_projection_has_the_derivatives_of_the_layer() -> None:
+    layer, x = one_projection()
+    x.requires_grad_()
+
+    def derivatives(call: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        inputs = [x, layer.weight, layer.bias]
+        first = torch.autograd.grad(call(x)[:, ::2].square().sum(), inputs, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), inputs)]
+
+    assert type(project(layer, x).grad_fn).__name__ == "ProductBackward"
+    for found, expected in zip(derivatives(lambda x: project(layer, x)), derivatives(layer), strict=True):
+        assert relative(found.detach(), expected.detach()) < 1e-5
+    layer.requires_grad_(False)
+    assert torch.autograd.grad(project(layer, x).sum(), x)[0].allclose(layer.weight.sum(0), atol=1e-5)
+
+
 def test_a_projection_is_the_layer_s_own_where_somebody_would(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = one_projection()
-    assert calls_of_onednn(layer, x, monkeypatch) == 0  # which is to be differentiated
+    backward = layer.register_full_backward_hook(lambda module, given, output: None)
+    assert calls_of_onednn(layer, x, monkeypatch) == 0
+    backward.remove()
     with torch.no_grad():
         assert calls_of_onednn(layer, x[0, :2], monkeypatch) == 0  # which is not worth it
         assert calls_of_onednn(layer.double(), x.double(), monkeypatch) == 0
