@@ -146,7 +146,7 @@ def is_own(model: Any) -> bool:
     No subclass, no hook, no layer or method that was replaced, no adapter, no recording and no dropout.
     """
     body = getattr(model, "transformer", None)
-    if type(body) is not GPT2Model or not is_plain(body.wte.weight.detach()):
+    if torch.is_grad_enabled() or type(body) is not GPT2Model or not is_plain(body.wte.weight.detach()):
         return False
     if body.attn_implementation != "sdpa" or body.config.reorder_and_upcast_attn:
         return False
