@@ -80,8 +80,23 @@ def dense(
         dtype=owner.dtype,
         param_dtype=owner.param_dtype,
         kernel_init=initialiser(owner.config, path, head),
+        dot_general=of_matrices,
         name=name,
     )
+
+
+def of_matrices(x: Array, kernel: Array, dimensions: Any, **options: Any) -> Array:
+    """`lax.dot_general` of the last axes of x and the first of a kernel, on one device as the product of two matrices.
+
+    Its gradients are such products too then. Of more axes XLA would first bring the gradients of all rows into another
+    order, anew for each kernel and with all that they are the sums of. Several devices may cut any axis of a kernel.
+    """
+    if jax.device_count() > 1:
+        return lax.dot_general(x, kernel, dimensions, **options)
+    number = len(dimensions[0][0])
+    width = math.prod(kernel.shape[:number])
+    y = lax.dot_general(x.reshape(-1, width), kernel.reshape(width, -1), (((1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[: x.ndim - number], *kernel.shape[number:])
 
 
 def embed(owner: Any, rows: int, name: str) -> nn.Embed:
