@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from gpt2_multi.flax.layers import dense
+from gpt2_multi.flax.layers import dense, is_concrete
 from gpt2_multi.model.config import GPT2Config
 
 Pair = tuple[Array, Array]
@@ -104,8 +104,17 @@ def _is_pair(layer: Any) -> bool:
 
 
 def write(buffer: Array, new: Array, start: Array | int) -> Array:
-    """Keys or values (B, H, S, D) with new ones (B, H, T, D) from the place `start` on."""
-    return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=2)
+    """Keys or values (B, H, S, D) with new ones (B, H, T, D) from the place `start` on.
+
+    On a CPU XLA would merge the writing into all that reads a buffer, and copy it for each; a branch it leaves alone.
+    """
+    new = new.astype(buffer.dtype)
+
+    def written(buffer: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(buffer, new, start, axis=2)
+
+    is_merged = not is_concrete(start) and jax.default_backend() == "cpu"
+    return lax.cond(start >= 0, written, lambda x: x, buffer) if is_merged else written(buffer)
 
 
 class Context(NamedTuple):
@@ -206,7 +215,7 @@ class BaseAttention(nn.Module):
         k, v = pair
         if self.config.reorder_and_upcast_attn:
             q, k = upcast(q), upcast(k)
-        scores = (q * jnp.asarray(scale, q.dtype)) @ k.swapaxes(-1, -2)  # (B, H, T, S)
+        scores = jnp.einsum("bhtd,bhsd->bhts", q * jnp.asarray(scale, q.dtype), k)
         scores = scores if bias is None else scores + bias.astype(scores.dtype)
         probs = nn.softmax(scores).astype(v.dtype)
         probs = nn.Dropout(self.config.attn_pdrop)(probs, deterministic=not self.train)

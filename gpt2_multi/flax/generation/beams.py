@@ -174,7 +174,7 @@ def reorder(cache: KVCache, rows: Array, start: int) -> KVCache:
     rows = jnp.concatenate([rows + first for first in range(0, every, len(rows))])
 
     def moved(x: Array) -> Array:
-        made = jnp.take(x[..., start:, :], rows, axis=x.ndim - 4)
+        made = jnp.take(x[..., start:, :], rows, axis=x.ndim - 4, mode="clip")
         return lax.dynamic_update_slice_in_dim(x, made, start, axis=x.ndim - 2)
 
     return KVCache(jax.tree.map(moved, cache.layers), cache.cross, cache.length)
