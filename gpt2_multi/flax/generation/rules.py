@@ -18,6 +18,8 @@ from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.rules import PARITY, ROTATIONS
 from gpt2_multi.generation.stopping import FOUND
 
+FEW = 64  # tokens that are put in order, which is quick; what keeps more looks for its limit, bit by bit
+
 
 def as_tensors(options: Options) -> Options:
     """The options with the stop strings' table on the device; numbers stay Python's, which `jit` traces as weak."""
@@ -55,8 +57,18 @@ def choose(processed: Array, step: Any, options: Options) -> Array:
     return lax.cond(
         options.do_sample,
         lambda: sample(processed, options.streams, step),
-        lambda: jnp.argmax(processed, -1).astype(jnp.int32),
+        lambda: likeliest(processed, every(processed)),
     )
+
+
+def likeliest(logits: Array, tokens: Array) -> Array:
+    """The token of the greatest logit of each row, the lowest of several: (R, K) of tokens (K,) or (R, K) -> (R,)
+
+    `argmax` does it one comparison after the other on a CPU.
+    """
+    is_first = (logits == logits.max(-1, keepdims=True)) | jnp.isnan(logits)
+    tokens = jnp.broadcast_to(tokens, logits.shape)
+    return jnp.where(is_first, tokens, jnp.iinfo(tokens.dtype).max).min(-1)
 
 
 def ends(chosen: Array, stop: Array, options: Options) -> tuple[Array, Array]:
@@ -79,7 +91,7 @@ def without(logits: Array, gone: Array) -> Array:
 
 def is_end(logits: Array, options: Options) -> Array:
     """Which ids of the vocabulary are end tokens, (V,)."""
-    return (jnp.arange(logits.shape[1], dtype=jnp.int32)[:, None] == jnp.asarray(options.ends, jnp.int32)[None]).any(-1)
+    return (every(logits)[:, None] == jnp.asarray(options.ends, jnp.int32)[None]).any(-1)
 
 
 def add_biases(logits: Array, ids: Array, keep: Array, length: Any, phrases: Any, biases: Array) -> Array:
@@ -131,22 +143,42 @@ def warp(logits: Array, options: Options) -> Array:
 
 def keep_top_k(logits: Array, k: Any) -> Array:
     """Keep the k greatest logits, and what ties with the k-th."""
-    keys = ordered(logits)
-    return without(logits, keys < greatest(keys, lambda key: (keys >= key).sum(-1, keepdims=True) >= k))
+
+    def of_few() -> Array:
+        values, _ = first_few(logits)
+        return without(logits, logits < lax.dynamic_slice_in_dim(values, k - 1, 1, axis=1))
+
+    def of_all() -> Array:
+        keys = ordered(logits)
+        return without(logits, keys < greatest(keys, lambda key: (keys >= key).sum(-1, keepdims=True) >= k))
+
+    return lax.cond(k <= min(FEW, logits.shape[1]), of_few, of_all)
 
 
 def keep_top_p(logits: Array, p: Any) -> Array:
     """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first."""
-    keys, probs, p = ordered(logits), jax.nn.softmax(logits), jnp.asarray(p, logits.dtype)
+    probs, p = jax.nn.softmax(logits), jnp.asarray(p, logits.dtype)
+    values, tokens = first_few(logits)
+    reached = jnp.cumsum(jnp.take_along_axis(probs, tokens, 1), -1)
 
-    def mass(where: Array) -> Array:
-        return jnp.where(where, probs, 0).sum(-1, keepdims=True)
+    def of_few() -> Array:
+        last = (reached < p).sum(-1, keepdims=True)  # the place of what reaches p
+        least, token = jnp.take_along_axis(values, last, 1), jnp.take_along_axis(tokens, last, 1)
+        return without(logits, (logits < least) | ((logits == least) & (every(logits)[None] > token)))
 
-    last = greatest(keys, lambda key: mass(keys >= key) >= p)  # what reaches p
-    tied = keys == last
-    among = jnp.where(tied, probs, 0)
-    before = mass(keys > last) + jnp.cumsum(among, -1) - among
-    return without(logits, (keys < last) | (tied & (before >= p)))
+    def of_all() -> Array:
+        keys = ordered(logits)
+
+        def mass(where: Array) -> Array:
+            return jnp.where(where, probs, 0).sum(-1, keepdims=True)
+
+        last = greatest(keys, lambda key: mass(keys >= key) >= p)  # what reaches p
+        tied = keys == last
+        among = jnp.where(tied, probs, 0)
+        before = mass(keys > last) + jnp.cumsum(among, -1) - among
+        return without(logits, (keys < last) | (tied & (before >= p)))
+
+    return lax.cond((reached[:, -1] >= p).all(), of_few, of_all)
 
 
 def keep_min_p(logits: Array, p: Any) -> Array:
@@ -194,13 +226,30 @@ def greatest(keys: Array, holds: Callable[[Array], Array]) -> Array:
 
 
 def sample(logits: Array, streams: Any, step: Any) -> Array:
-    """Draw from softmax(logits) by the Gumbel noise (Maddison et al. 2014) of each row's stream: (R, V) -> (R,)"""
-    noise = gumbel(streams, step, jnp.arange(logits.shape[1], dtype=jnp.int32), logits.dtype)
-    return jnp.argmax(logits + noise, -1).astype(jnp.int32)
+    """Draw from softmax(logits) by the Gumbel noise (Maddison et al. 2014) of each row's stream: (R, V) -> (R,)
+
+    Where all but a few tokens are ruled out, there is no noise for them.
+    """
+
+    def among(logits: Array, tokens: Array) -> Array:
+        return likeliest(logits + gumbel(streams, step, tokens, logits.dtype), tokens)
+
+    are_few = ((logits > -jnp.inf).sum(-1) <= min(FEW, logits.shape[1])).all()
+    return lax.cond(are_few, lambda: among(*first_few(logits)), lambda: among(logits, every(logits)))
+
+
+def every(logits: Array) -> Array:
+    """The tokens of the vocabulary: (R, V) -> (V,)"""
+    return jnp.arange(logits.shape[1], dtype=jnp.int32)
+
+
+def first_few(logits: Array) -> tuple[Array, Array]:
+    """The greatest logits of each row, in order, and their tokens: (R, K) each, of equal ones the lower token first."""
+    return lax.top_k(logits, min(FEW, logits.shape[1]))  # type: ignore[return-value]
 
 
 def gumbel(streams: Any, step: Any, tokens: Array, dtype: Any) -> Array:
-    """The Gumbel noise of these tokens (K,) at a step, for streams (R, 2) uint32: (R, K)"""
+    """The Gumbel noise of these tokens, (K,) or (R, K), at a step, for streams (R, 2) uint32: (R, K)"""
     low, high = jnp.split(jnp.asarray(streams, jnp.uint32), 2, -1)  # (R, 1) each
     x0, _ = threefry2x32((low, high), (jnp.asarray(step, jnp.uint32), tokens.astype(jnp.uint32)))
     uniform = ((x0 >> 9).astype(dtype) + 0.5) * 2.0**-23
@@ -221,7 +270,8 @@ def threefry2x32(keys: tuple[Array, Array], counter: tuple[Array, Array]) -> tup
 def four_rounds(words: Array, group: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
     """A group of rounds, and the words of the key, (3, ...), that follow it."""
     x0, x1 = state
-    for rotation in jnp.asarray(ROTATIONS, jnp.uint32)[group % 2]:
+    for even, odd in zip(*ROTATIONS, strict=True):
+        rotation = jnp.where(group % 2 == 0, jnp.uint32(even), jnp.uint32(odd))
         x0 = x0 + x1
         x1 = x0 ^ (x1 << rotation | x1 >> 32 - rotation)
     group += 1

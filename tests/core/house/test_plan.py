@@ -240,7 +240,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "put",
                 "align",
             ],
-            "generation/rules": ["when", "ordered", "greatest", "four_rounds"],
+            "generation/rules": ["when", "likeliest", "ordered", "greatest", "every", "first_few", "four_rounds"],
         },
         "pt": {
             "generation/beams": ["greatest"],
