@@ -77,7 +77,8 @@ class Ours(PyTorch):
     def updater(self, optimizer: torch.optim.Optimizer) -> Step:
         from gpt2_multi.pt.training import train_step
 
-        return lambda batch: train_step(self.model, optimizer, [batch], max_norm=None)
+        more = {"skip_logits": False} if "whole logits" in self.modes else {}
+        return lambda batch: train_step(self.model, optimizer, [batch | more], max_norm=None)
 
 
 class Transformers(PyTorch):

@@ -95,6 +95,11 @@ def check(who: Sequence[str]) -> None:
             raise PeerError(f"--who: nobody's name begins with '{name}'; there are {', '.join(known)}")
 
 
+def chosen(groups: Sequence[Sequence[Peer]], who: Sequence[str]) -> list[Sequence[Peer]]:
+    """The groups in which there is someone of these names."""
+    return [group for group in groups if any(peer.is_named(who) for peer in group)]
+
+
 class Worker:
     """A running peer. It answers one call at a time."""
 
@@ -147,9 +152,9 @@ def running(peers: Sequence[Peer], folder: Path, who: Sequence[str] = ()) -> Ite
     start = time.perf_counter()
     with ExitStack() as stack:
         logs = Path(stack.enter_context(TemporaryDirectory()))
-        chosen = [peer for peer in peers if peer.is_named(who)]
-        started = [begun(peer, folder, logs / str(number), stack) for number, peer in enumerate(chosen)]
-        for peer, worker in zip(chosen, started, strict=True):
+        named = [peer for peer in peers if peer.is_named(who)]
+        started = [begun(peer, folder, logs / str(number), stack) for number, peer in enumerate(named)]
+        for peer, worker in zip(named, started, strict=True):
             try:
                 if worker is not None:
                     workers[peer.title(worker.answer())] = worker

@@ -11,7 +11,7 @@ from benchmarks.harness.folders import plain, written
 from benchmarks.peers import workers
 from gpt2_multi.model.config import GPT2Config
 
-PEERS = (*workers.BACKENDS, workers.TRANSFORMERS)
+PEERS = (*workers.BACKENDS, workers.PYTORCH("whole logits"), workers.TRANSFORMERS)
 
 
 def run(

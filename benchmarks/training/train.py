@@ -43,7 +43,7 @@ def run(
     with written(config) as folder:
         for kind in kinds:
             cases = [case(config, kind, *shape, shape == shapes[0]) for shape in shapes]
-            for group in GROUPS:
+            for group in workers.chosen(GROUPS, who):
                 with workers.running([peer.of(KINDS[kind]) for peer in group], folder, who) as running:
                     rows += [row for each in cases for row in measure([each], running, count)[0].rows()]
     return rows
