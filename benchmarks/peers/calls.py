@@ -1,8 +1,8 @@
 """What the classes of peers share: how ids and modes come, what AdamW is given, and how much memory a process took.
 
-Each class is made of a folder and of modes, words such as "int8", "autocast" (bfloat16, where it serves), "xla" or
-"whole logits", and has some of these calls: `generate(ids, new, options)` with options named as transformers names
-them, `loss(ids)`, `train(ids)` that makes one update and returns its loss, and `peak()`.
+Each class is made of a folder and of modes, words such as "int8", "autocast" (bfloat16, where it serves), "xla",
+"whole logits" or "new" (not loaded, but made), and has some of these calls: `generate(ids, new, options)` with options
+named as transformers names them, `loss(ids)`, `train(ids)` that makes one update and returns its loss, and `peak()`.
 """
 
 from __future__ import annotations

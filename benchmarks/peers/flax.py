@@ -15,6 +15,7 @@ class Ours(Process):
     package = "gpt2_multi"
 
     def __init__(self, folder: Path, modes: frozenset[str]) -> None:
+        from gpt2_multi import GPT2Config
         from gpt2_multi.flax import FlaxGPT2LMHeadModel
 
         options: dict[str, Any] = {"param_dtype": dtype_of(modes)}
@@ -22,7 +23,11 @@ class Ours(Process):
             options = {"dtype": "bfloat16", "param_dtype": "float32"}
         if "int8" in modes:
             options = {"quantization": "int8"}
-        self.model: Any = FlaxGPT2LMHeadModel.from_pretrained(folder, **options)
+        self.model: Any
+        if "new" in modes:
+            self.model = FlaxGPT2LMHeadModel(GPT2Config.from_pretrained(folder))
+        else:
+            self.model = FlaxGPT2LMHeadModel.from_pretrained(folder, **options)
         self.state: Any = None
 
     def generate(self, ids: Any, new: int, options: Any) -> Any:

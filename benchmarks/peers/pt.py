@@ -69,8 +69,12 @@ class Ours(PyTorch):
     options: ClassVar = {"do_sample": False, "eos_token_id": None}
 
     def load(self, folder: Path) -> None:
+        from gpt2_multi import GPT2Config
         from gpt2_multi.pt import GPT2LMHeadModel
 
+        if "new" in self.modes:
+            self.model = GPT2LMHeadModel(GPT2Config.from_pretrained(folder))
+            return
         options = {"quantization": "int8"} if "int8" in self.modes else {"dtype": dtype_of(self.modes)}
         self.model = GPT2LMHeadModel.from_pretrained(folder, **options)
 
@@ -92,4 +96,7 @@ class Transformers(PyTorch):
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        if "new" in self.modes:
+            self.model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(folder))
+            return
         self.model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype_of(self.modes))

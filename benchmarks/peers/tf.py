@@ -18,6 +18,7 @@ class Ours(Process):
     def __init__(self, folder: Path, modes: frozenset[str]) -> None:
         import keras
 
+        from gpt2_multi import GPT2Config
         from gpt2_multi.tf import TFGPT2LMHeadModel
 
         options: dict[str, Any] = {"param_dtype": dtype_of(modes)}
@@ -25,7 +26,10 @@ class Ours(Process):
             options = {"dtype": "mixed_bfloat16"}
         if "int8" in modes:
             options = {"quantization": "int8"}
-        self.model = TFGPT2LMHeadModel.from_pretrained(folder, **options)
+        if "new" in modes:
+            self.model = TFGPT2LMHeadModel(GPT2Config.from_pretrained(folder))
+        else:
+            self.model = TFGPT2LMHeadModel.from_pretrained(folder, **options)
         if "int8" not in modes:
             self.model.compile(keras.optimizers.AdamW(**ADAMW), jit_compile="xla" in modes or "auto")
 

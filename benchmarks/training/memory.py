@@ -1,4 +1,7 @@
-"""The most memory that a fresh process holds in a training step with AdamW, float32, loading the model included."""
+"""The most memory that a fresh process holds in a training step with AdamW, float32; the model is made in it.
+
+Where the loss is computed in chunks of the rows, it stands beside itself with all logits at once.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ def run(
 def compared(config: GPT2Config, folder: Path, batch: int, length: int, who: Sequence[str]) -> list[Row]:
     """A row of each peer's megabytes."""
     most: dict[str, list[float]] = {}
-    for peer in PEERS:
-        with workers.running([peer], folder, who) as running:
+    for (peer,) in workers.chosen([[peer] for peer in PEERS], who):
+        with workers.running([peer.of("new")], folder, who) as running:
             for name, worker in running.items():
                 try:
                     most[name] = [peak(worker, prompts(config, 1, 8), prompts(config, batch, length))]
