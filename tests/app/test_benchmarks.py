@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks import gpu
 from benchmarks.generation import generate, growth, quantized
 from benchmarks.harness import OURS, PeerError, Row, compare, floor, pictures, rounds
 from benchmarks.harness.measuring import Case, Found, measure
@@ -279,3 +280,38 @@ def test_convert_measures_seconds_and_memory(monkeypatch):
     rows = convert.run(TINY, count=1)
     assert [(row.who, row.unit) for row in rows] == [(OURS, "s"), (OURS, "MB")] * 3
     assert all(row.value > 0 for row in rows)
+
+
+def test_rows_of_a_gpu_stand_beside_those_of_transformers():
+    rows = [
+        {"what": "a token", "who": OURS, "value": 2.0, "unit": "ms/token"},
+        {"what": "a token", "who": "transformers", "value": 3.0, "unit": "ms/token"},
+        {"what": "training", "who": OURS, "value": 30.0, "unit": "tokens/s"},
+        {"what": "training", "who": "transformers", "value": 20.0, "unit": "tokens/s"},
+        {"what": "jax", "who": "all", "error": "ended after 9 s"},
+    ]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.table(rows).splitlines()[2:]]
+    assert [row[-1] for row in cells] == ["1.50", "", "1.50", "", ""]
+    assert cells[-1][:4] == ["jax", "all", "not measured", "ended after 9 s"]
+
+
+def test_parts_of_a_gpu_that_fail_are_rows(monkeypatch):
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **how: Ended())
+    assert gpu.measured("jax", True, 9, sys.stdout)[-1] == {"what": "jax", "who": "all", "error": "ended with 3"}
+
+
+class Ended:
+    """A process that said something, and then failed."""
+
+    stdout, returncode = ('{"what": "a", "who": "b", "value": 1, "unit": "s"}\n', "Traceback\n"), 3
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def wait(self):
+        pass
+
+    kill = wait

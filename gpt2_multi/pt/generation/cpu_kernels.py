@@ -140,10 +140,22 @@ def product_of(layer: Any, is_packed: bool, act: Any = None) -> Product:
     return product
 
 
-def is_own(model: Any) -> bool:
+def is_ordinary(x: Any) -> bool:
+    """Whether a parameter is in float32 on a CPU, in the order of rows or of columns, or none at all."""
+    if x is None:
+        return True
+    if type(x) is not nn.Parameter or not x.is_cpu or x.dtype != torch.float32 or not x.numel():
+        return False
+    return x.is_contiguous() or x.mT.is_contiguous()
+
+
+def is_own(
+    model: Any, is_plain: Callable[[Any], bool] = is_plain, is_ordinary: Callable[[Any], bool] = is_ordinary
+) -> bool:
     """Whether nothing but code of this package and of PyTorch would run in a call, so that it may run in another way.
 
-    No subclass, no hook, no layer or method that was replaced, no adapter, no recording and no dropout.
+    No subclass, no hook, no layer or method that was replaced, no adapter, no recording and no dropout. The functions
+    say whether one of its tensors is computed with as it is, and whether a parameter can be read.
     """
     body = getattr(model, "transformer", None)
     if torch.is_grad_enabled() or type(body) is not GPT2Model or not is_plain(body.wte.weight.detach()):
@@ -153,11 +165,11 @@ def is_own(model: Any) -> bool:
     if _has_any_global_hook() or torch._C._len_torch_function_stack():  # type: ignore[no-untyped-call]
         return False
     unchanged = all(functions(cls) == own for cls, own in _KNOWN.items())
-    return unchanged and all(map(is_as_made, model.modules())) and are_in_order(body)
+    return unchanged and all(is_as_made(module, is_ordinary) for module in model.modules()) and are_in_order(body)
 
 
-def is_as_made(module: nn.Module) -> bool:
-    """Whether a module is of a class that is known, in float32 on a CPU, and nobody has changed or hooked it."""
+def is_as_made(module: nn.Module, is_ordinary: Callable[[Any], bool]) -> bool:
+    """Whether a module is of a class that is known, with parameters that can be read, and nobody has changed it."""
     kind, own = type(module), vars(module)
     if kind not in _KNOWN or module.training or own.get("compute_dtype") is not None or own.get("_compiled_call_impl"):
         return False
@@ -165,15 +177,6 @@ def is_as_made(module: nn.Module) -> bool:
     if any(own[name] for name in hooks) or any(callable(getattr(kind, name, None)) for name in own):
         return False
     return all(map(is_ordinary, own["_parameters"].values()))
-
-
-def is_ordinary(x: Any) -> bool:
-    """Whether a parameter is in float32 on a CPU, in the order of rows or of columns, or none at all."""
-    if x is None:
-        return True
-    if type(x) is not nn.Parameter or not x.is_cpu or x.dtype != torch.float32 or not x.numel():
-        return False
-    return x.is_contiguous() or x.mT.is_contiguous()
 
 
 def are_in_order(body: Any) -> bool:

@@ -26,6 +26,7 @@ from gpt2_multi.generation.request import NO_CALLBACKS, Given, Request, order_of
 from gpt2_multi.generation.rules import window_start
 from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import Borrowed, KVCache, upcast
+from gpt2_multi.pt.generation import graphs
 from gpt2_multi.pt.generation.cpu_kernels import Kernels, are_worthwhile, give_back, is_own
 from gpt2_multi.pt.generation.rules import choose, ends, guide, process, without
 from gpt2_multi.pt.layers import to_numpy
@@ -149,6 +150,7 @@ class Sampling:
     records: tuple[str, ...]  # what is kept of each step
     callbacks: Callbacks = NO_CALLBACKS
     stride: int = 1  # after how many tokens it is looked whether all rows are over
+    is_static: bool = field(default=False, kw_only=True)  # whether steps may repeat each other by graphs
 
     def start(self, prompt: Prompt, options: Options) -> State:
         """The state in which nothing is made."""
@@ -441,6 +443,9 @@ def decode(
     state.late, state.is_watched = until, is_watched
     try:
         while strategy.is_open(state):
+            if state.step == 1 and is_repeated(model, prompt, strategy, state):
+                yield from graphs.repeated(model, strategy, state, options)
+                continue
             proposed = state.ids[:, :0] if state.extra else strategy.propose(state, options)  # adapters read one by one
             if state.cache is None or state.cache.length == state.cache.capacity:
                 logits = prefill(model, prompt, state)
@@ -456,6 +461,15 @@ def decode(
         if state.is_packed:
             state.reader = None
             give_back()
+
+
+def is_repeated(model: Any, prompt: Prompt, strategy: Any, state: State) -> bool:
+    """Whether steps may repeat each other where they are: nobody wants to see more than tokens, or steers them."""
+    if not getattr(strategy, "is_static", False) or state.is_watched or state.records or prompt.past is not None:
+        return False
+    is_more = state.is_guided or state.encoder or state.extra or steers(model)
+    fits = prompt.ids.shape[1] + strategy.room <= model.config.n_positions
+    return fits and not is_more and graphs.is_served(model, state.ids)
 
 
 def takes(function: Any, name: str) -> bool:

@@ -179,7 +179,8 @@ def strategy_of(model: Any, request: Request, given: Given, stride: int) -> Samp
         return Assisted(room, 1, config.records, own, 1, config.num_assistant_tokens, given.assistant_model)
     if config.prompt_lookup_num_tokens is not None:
         return Lookup(room, 1, config.records, own, 1, config.prompt_lookup_num_tokens)
-    return Sampling(room, config.rows, config.records, own, stride)
+    is_static = config.cache_implementation == "static" and not config.return_dict_in_generate
+    return Sampling(room, config.rows, config.records, own, stride, is_static=is_static)
 
 
 def parts(strategy: Sampling | BeamSearch, request: Request, prompt: Prompt) -> list[tuple[Prompt, Options]]:

@@ -38,13 +38,14 @@ def process(
     logits: Tensor,
     ids: Tensor,
     keep: Tensor,
-    step: int,
+    step: int | Tensor,
     options: Options,
     own: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """What the next token is chosen by, from the model's logits, or a beam's log-probabilities: (R, V) -> (R, V)
 
-    ids: (R, T), of which those count that `keep` (R, T) marks. step: how many tokens were made. own: the caller's.
+    ids: (R, T), of which those count that `keep` (R, T) marks. step: how many tokens were made, a number or
+    (1,). own: the caller's.
     """
     if len(options.phrases):
         logits = add_biases(logits, ids, keep, options.phrases, options.biases)
@@ -52,7 +53,8 @@ def process(
         logits = penalise(logits, ids, keep, options.repetition_penalty)
     if options.no_repeat_ngram_size:
         logits = ban_repeats(logits, ids, keep, options.no_repeat_ngram_size)
-    if step < max(options.min_length, options.min_new_tokens):
+    least = max(options.min_length, options.min_new_tokens)
+    if least and (isinstance(step, Tensor) or step < least):
         short = (keep.sum(-1, keepdim=True) < options.min_length) | (step < options.min_new_tokens)
         logits = without(logits, short & is_end(logits, options))
     if own is not None:
@@ -60,7 +62,7 @@ def process(
     return warp(logits, options) if options.do_sample else logits
 
 
-def choose(processed: Tensor, step: int, options: Options) -> Tensor:
+def choose(processed: Tensor, step: int | Tensor, options: Options) -> Tensor:
     """The next token of each row: (R, V) -> (R,)"""
     return sample(processed, options.streams, step) if options.do_sample else processed.argmax(-1)
 
@@ -165,7 +167,7 @@ def guide(logits: Tensor, others: Tensor, scale: float) -> Tensor:
     return without_it + scale * (given - without_it)
 
 
-def sample(logits: Tensor, streams: Tensor, step: int) -> Tensor:
+def sample(logits: Tensor, streams: Tensor, step: int | Tensor) -> Tensor:
     """Draw from softmax(logits) by Gumbel noise, which a CPU computes for the kept tokens alone: (R, V) -> (R,)
 
     Where nothing is left, id 0 follows.
@@ -182,10 +184,10 @@ def sample(logits: Tensor, streams: Tensor, step: int) -> Tensor:
     return tokens.gather(-1, place).masked_fill(best == -torch.inf, 0).squeeze(-1)
 
 
-def gumbel(streams: Tensor, step: int, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+def gumbel(streams: Tensor, step: int | Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """The Gumbel noise of these tokens (R, K) at a step, for rows with these streams (R, 2): (R, K)"""
     low, high = streams[:, :1], streams[:, 1:]
-    x0, _ = threefry2x32((low, high), (torch.full_like(low, step), tokens.to(torch.int32)))
+    x0, _ = threefry2x32((low, high), ((torch.zeros_like(low) + step).to(torch.int32), tokens.to(torch.int32)))
     uniform = ((x0 >> 9 & 0x7FFFFF).to(dtype) + 0.5) * 2.0**-23
     return -(-uniform.log()).log()
 

@@ -244,7 +244,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
         },
         "pt": {
             "generation/beams": ["greatest"],
-            "generation/decoding": ["State.made"],
+            "generation/decoding": ["State.made", "is_repeated"],
             "generation/generate": ["stride_of"],
         },
     },
