@@ -134,7 +134,8 @@ class TextReader(TokenTable):
                 file. Each is a text of its own, between the tokens that are added to it.
             add_special_tokens: whether tokens are put around each text, as `add_eos_token` and the others say.
             split_special_tokens: as in a call of the tokenizer.
-            workers: how many cores encode; by default all that there are, GPT2TokenizerFast up to four.
+            workers: how many cores encode; by default all that there are, and one for GPT2TokenizerFast, whose engine
+                is no quicker with more.
 
         Raises:
             TokenizerError: something is no text; or, when it is read: a file cannot be read, its bytes are not UTF-8,

@@ -7,6 +7,7 @@ points it classes differently, and a text with one of them goes to the Python en
 from functools import lru_cache
 from importlib.util import find_spec
 from os import PathLike
+from threading import Lock
 from time import thread_time
 from typing import Any
 
@@ -23,7 +24,7 @@ UNPROBED = [(0x40000, 0xDFFFF), (0xE1000, 0x10FFFF)]  # left to Python without a
 WITHIN = 1 << 12  # characters about a differing code point that are left to Python with it
 # A character of each class; what follows it belongs to the same word only if it is of that class too.
 PROBES = {"letter": "a", "number": "1", "other": "!"}
-MOST_SPENT = 1.2  # seconds of the engine: new words of a microsecond each fill 64 MB in them
+MOST_SPENT = 1.5  # seconds of the engine, in which new words fill some 100 MB
 MEASURED = 4096  # characters that it takes so long to encode that asking the clock is nothing
 SPENT_ON_NEW = 1e-7  # seconds for a character of new words
 
@@ -84,22 +85,25 @@ class Engine:
     """
 
     def __init__(self, tokenizer_json: str) -> None:
-        self._json = tokenizer_json
+        self._json, self._lock = tokenizer_json, Lock()  # gigatoken's own lock keeps a core busy that waits
+        self._tokenizer: Any = None
         self._renew()
 
     def _renew(self) -> None:
+        self._tokenizer = None  # before there is another, or both would fill the memory
         self._tokenizer, self._spent = _gigatoken().Tokenizer.from_json(self._json), 0.0
 
     def encode(self, text: str) -> Any:
         """The ids of a text as an array."""
-        if self._spent > MOST_SPENT:
-            self._renew()
-        if len(text) < MEASURED:
-            self._spent += len(text) * SPENT_ON_NEW
-            return self._tokenizer.encode(text)
-        start = thread_time()
-        ids = self._tokenizer.encode(text)
-        self._spent += thread_time() - start
+        with self._lock:
+            if self._spent > MOST_SPENT:
+                self._renew()
+            if len(text) < MEASURED:
+                self._spent += len(text) * SPENT_ON_NEW
+                return self._tokenizer.encode(text)
+            start = thread_time()
+            ids = self._tokenizer.encode(text)
+            self._spent += thread_time() - start
         return ids
 
 

@@ -1,5 +1,7 @@
 """Blocks encoded on several cores, in order: in threads where a compiled engine runs beside Python, else in processes.
 
+A compiled engine that has one table of words for all threads is no quicker with several, so one is enough for it.
+
 The processes are started plainly and are spoken to through their pipes. So a script needs no guard about its main part,
 nothing is forked under the threads of a framework, and they end when this process does, however it ends.
 """
@@ -18,7 +20,6 @@ from typing import Any
 
 from gpt2_multi.errors import GPT2Error, TokenizerError
 
-THREADS = 4  # more would wait for the engine
 Encode = Callable[[Any], Any]
 
 
@@ -34,7 +35,7 @@ def encoded(blocks: Iterator[Any], encode: Encode, in_threads: bool, workers: in
         TokenizerError: a process ended, or could not read what it was sent.
     """
     first = list(islice(blocks, 2))
-    count = (min(cores(), THREADS) if in_threads else cores()) if workers is None else workers
+    count = (1 if in_threads else cores()) if workers is None else workers
     if len(first) < 2 or count == 1:
         yield from map(encode, chain(first, blocks))
         return
