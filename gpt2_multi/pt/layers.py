@@ -30,7 +30,7 @@ NUMPY = {
 }
 _FORWARD = nn.Linear.forward
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
-WORTHWHILE = 2**20  # products, below which the 40 microseconds of a call of oneDNN are more than it saves
+WORTHWHILE = 2**19  # products, below which a call of oneDNN takes longer than it saves
 
 
 def as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:

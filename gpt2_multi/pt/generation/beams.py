@@ -16,7 +16,7 @@ from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.request import NO_CALLBACKS
 from gpt2_multi.pt.attention import KVCache, upcast
 from gpt2_multi.pt.generation.decoding import Prompt, State, guided, own_ends, own_rules, record
-from gpt2_multi.pt.generation.rules import ends, gumbel, process
+from gpt2_multi.pt.generation.rules import ends, gumbel, likeliest, process
 from gpt2_multi.pt.layers import is_at_hand
 
 
@@ -91,8 +91,9 @@ class BeamSearch:
         """Go on by one token, from the logits (B * K, 1, V) of the next; of guided rows twice as many."""
         ids, keep, made = state.ids[:, : state.length], state.mask[:, : state.length], state.step + 1
         log_probs = guided(state, upcast(logits[:, 0]).log_softmax(-1), options)
-        processed = process(log_probs, ids, keep, state.step, options, own_rules(self, state))
-        record(state, logits[: len(ids), 0], processed)
+        kept = process(log_probs, ids, keep, state.step, options, own_rules(self, state))
+        record(state, logits[: len(ids), 0], kept)
+        processed = kept.whole(logits.shape[-1])
         values, beam, token = candidates(processed, state.scores, state.step, options)  # (B, C)
         ended, stop = ends(token, state.stop.view_as(state.scores).gather(1, beam), options)
         if made == self.room or state.is_late:
@@ -119,15 +120,19 @@ def candidates(processed: Tensor, scores: Tensor, step: int, options: Options) -
 
     processed: (B * K, V). scores: (B, K). Returns the scores, the beams that they continue, and the tokens.
     """
-    vocab = processed.shape[-1]
-    rank = values = (processed.view(*scores.shape, vocab) + scores[..., None]).flatten(1)  # (B, K * V)
+    rank = values = processed + scores.flatten()[:, None]  # (B * K, V)
+    tokens = torch.arange(values.shape[1], device=values.device).expand_as(values)
     if options.do_sample:
-        tokens = torch.arange(vocab, device=values.device).expand_as(processed)
-        rank = values + gumbel(options.streams, step, tokens, values.dtype).view_as(values)
-    _, index = greatest(rank, min(options.candidates, values.shape[1]))
+        rank = values + gumbel(options.streams, step, tokens, values.dtype)
+    if is_at_hand(rank) and len(rank):  # then first of each beam, which two cores do at once
+        tokens = likeliest(rank, options.candidates)
+        values, rank = values.gather(1, tokens), rank.gather(1, tokens)
+    each = rank.shape[1]
+    values, rank, tokens = (x.reshape(len(scores), -1) for x in (values, rank, tokens))  # (B, K * each)
+    _, index = greatest(rank, min(options.candidates, rank.shape[1]))
     values = values.gather(1, index)
-    index = index.masked_fill(values == -torch.inf, 0)  # there are fewer than C
-    return values, index // vocab, index % vocab
+    none = values == -torch.inf  # there are fewer than C
+    return values, (index // each).masked_fill(none, 0), tokens.gather(1, index).masked_fill(none, 0)
 
 
 def greatest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -135,9 +140,7 @@ def greatest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if not is_at_hand(x):
         values, order = x.sort(dim=-1, descending=True, stable=True)
         return values[:, :count], order[:, :count]
-    least = x.topk(count).values[:, -1:]
-    enough = int((x >= least).sum(-1).max())  # with all that ties with the last
-    index = x.topk(enough, sorted=False).indices.sort(-1).values
+    index = likeliest(x, count)
     values, order = x.gather(1, index).sort(dim=-1, descending=True, stable=True)
     return values[:, :count], index.gather(1, order)[:, :count]
 
@@ -176,7 +179,9 @@ def reorder(state: BeamState) -> None:
     state.ids[:, state.length] = chosen
     made = slice(state.extra + state.length - state.step, state.extra + state.length)
     moving = torch.cat([rows, rows + len(rows)]) if state.is_guided else rows
-    for pair in cast(KVCache, state.cache).layers:
-        for buffer in pair:
-            buffer[:, :, made] = buffer[moving, :, made]
+    if not (is_at_hand(moving) and moving.equal(torch.arange(len(moving)))):
+        for pair in cast(KVCache, state.cache).layers:
+            for buffer in pair:
+                part = buffer[:, :, made]
+                part.copy_(part.index_select(0, moving))
     state.step, state.length = state.step + 1, state.length + 1

@@ -28,7 +28,7 @@ from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import Borrowed, KVCache, upcast
 from gpt2_multi.pt.generation import graphs
 from gpt2_multi.pt.generation.cpu_kernels import Kernels, are_worthwhile, give_back, is_own
-from gpt2_multi.pt.generation.rules import choose, ends, guide, process, without
+from gpt2_multi.pt.generation.rules import Kept, choose, ends, guide, process, without
 from gpt2_multi.pt.layers import to_numpy
 from gpt2_multi.pt.model import as_cache
 
@@ -173,7 +173,7 @@ class Sampling:
         ids, keep, own = state.ids[:, : state.length], state.mask[:, : state.length], own_rules(self, state)
         processed = process(guided(state, upcast(logits[:, 0]), options), ids, keep, state.step, options, own)
         chosen = choose(processed, state.step, options)  # (R,)
-        if options.fill < processed.shape[1]:  # what the cache holds is what the caller sees
+        if options.fill < logits.shape[-1]:  # what the cache holds is what the caller sees
             chosen = chosen.masked_fill(state.finished, options.fill)
         record(state, logits[: len(ids), 0], processed, chosen)
         if state.needed is not None:
@@ -496,14 +496,17 @@ def spread(state: State, logits: Tensor, rows: int, room: int) -> Tensor:
     return several(logits)
 
 
-def record(state: State, logits: Tensor, processed: Tensor, chosen: Tensor | None = None) -> None:
+def record(state: State, logits: Tensor, processed: Kept, chosen: Tensor | None = None) -> None:
     """Keep what is asked for of a step; filling has the log-probability 0."""
-    values = {"logits": logits, "scores": processed}
+    if not state.records:
+        return
+    scores = processed.whole(logits.shape[-1])
+    values = {"logits": logits, "scores": scores}
     for name, kept in state.records.items():
         if name in INSIDE:
             continue
         if chosen is not None and name == "log_probs":
-            log_probs = processed.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1)
+            log_probs = scores.log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1)
             values[name] = log_probs.masked_fill(state.finished, 0)
         kept.append(values[name])
 

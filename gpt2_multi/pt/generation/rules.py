@@ -8,16 +8,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2_multi.generation import rules as numpy_rules
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.rules import PARITY, ROTATIONS
 from gpt2_multi.generation.stopping import FOUND
-from gpt2_multi.pt.layers import is_at_hand
+from gpt2_multi.pt.layers import is_at_hand, to_numpy
+
+
+class Kept(NamedTuple):
+    """What a token is chosen among, in the order of ids: which tokens, and their logits, -inf where ruled out."""
+
+    logits: Tensor  # (R, V), or (R, K)
+    tokens: Tensor | None = None  # (R, K), beside which all are ruled out; None where all of the vocabulary are there
+
+    def whole(self, vocab_size: int) -> Tensor:
+        """The logits of all tokens, (R, V)."""
+        if self.tokens is None:
+            return self.logits
+        none = self.logits.new_full((len(self.logits), vocab_size), -torch.inf)
+        return none.scatter_(1, self.tokens, self.logits)
 
 
 def as_tensors(options: Options, device: torch.device) -> Options:
@@ -41,8 +57,8 @@ def process(
     step: int | Tensor,
     options: Options,
     own: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """What the next token is chosen by, from the model's logits, or a beam's log-probabilities: (R, V) -> (R, V)
+) -> Kept:
+    """What the next token is chosen among, from the model's logits, or a beam's log-probabilities, (R, V).
 
     ids: (R, T), of which those count that `keep` (R, T) marks. step: how many tokens were made, a number or
     (1,). own: the caller's.
@@ -59,12 +75,12 @@ def process(
         logits = without(logits, short & is_end(logits, options))
     if own is not None:
         logits = own(logits)
-    return warp(logits, options) if options.do_sample else logits
+    return warp(logits, options) if options.do_sample else Kept(logits)
 
 
-def choose(processed: Tensor, step: int | Tensor, options: Options) -> Tensor:
-    """The next token of each row: (R, V) -> (R,)"""
-    return sample(processed, options.streams, step) if options.do_sample else processed.argmax(-1)
+def choose(processed: Kept, step: int | Tensor, options: Options) -> Tensor:
+    """The next token of each row, (R,)."""
+    return sample(processed, options.streams, step) if options.do_sample else processed.logits.argmax(-1)
 
 
 def ends(chosen: Tensor, stop: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -118,18 +134,42 @@ def ban_repeats(logits: Tensor, ids: Tensor, keep: Tensor, size: int) -> Tensor:
     return without(logits, mark(logits, windows[..., -1], repeats))
 
 
-def warp(logits: Tensor, options: Options) -> Tensor:
-    """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
-    logits = kept = logits / options.temperature
-    if options.top_k:
-        kept = keep_top_k(kept, max(options.top_k, options.least_kept))
+def warp(logits: Tensor, options: Options) -> Kept:
+    """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least.
+
+    A CPU looks at those alone that the first rule may keep, if it is top-k.
+    """
+    logits = logits if options.temperature == 1 else logits / options.temperature
+    top_k, tokens = max(options.top_k, options.least_kept) if options.top_k else 0, None
+    if top_k and is_at_hand(logits) and len(logits):
+        tokens = likeliest(logits, top_k)
+        logits = logits.gather(1, tokens)
+    kept = logits
+    if top_k:
+        kept = keep_top_k(kept, top_k)
     if options.top_p < 1:
         kept = keep_top_p(kept, options.top_p)
     if options.min_p:
         kept = keep_min_p(kept, options.min_p)
     if options.typical_p < 1:
         kept = keep_typical(kept, options.typical_p)
-    return kept if options.least_kept == 1 else torch.maximum(keep_top_k(logits, options.least_kept), kept)
+    return Kept(
+        kept if options.least_kept == 1 else torch.maximum(keep_top_k(logits, options.least_kept), kept), tokens
+    )
+
+
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """The ids of the `count` greatest logits of each row on a CPU, of all that tie with the last: (R, V) -> (R, K)
+
+    In their order, so that the lowest is the first of equals.
+    """
+    count = min(count, logits.shape[-1])
+    values, index = logits.topk(min(count + 1, logits.shape[-1]))
+    least = values[:, count - 1 : count]
+    if bool(((values[:, count:] == least) & (least > -torch.inf)).any()):
+        enough = int((logits >= least).sum(-1).max())
+        return logits.topk(enough, sorted=False).indices.sort(-1).values
+    return index[:, :count].sort(-1).values
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -167,29 +207,38 @@ def guide(logits: Tensor, others: Tensor, scale: float) -> Tensor:
     return without_it + scale * (given - without_it)
 
 
-def sample(logits: Tensor, streams: Tensor, step: int | Tensor) -> Tensor:
-    """Draw from softmax(logits) by Gumbel noise, which a CPU computes for the kept tokens alone: (R, V) -> (R,)
+def sample(kept: Kept, streams: Tensor, step: int | Tensor) -> Tensor:
+    """Draw from the softmax of logits by Gumbel noise, which a CPU computes for the kept tokens alone: (R,)
 
     Where nothing is left, id 0 follows.
     """
-    kept = logits.shape[-1]
-    if len(logits) and is_at_hand(logits):
-        kept = max(int((logits > -torch.inf).sum(-1).max()), 1)
-    if kept == logits.shape[-1]:
-        tokens = torch.arange(kept, device=logits.device).expand_as(logits)
-    else:
-        tokens = logits.topk(kept, sorted=False).indices.sort(-1).values  # (R, K), so that ties go to the lowest id
-    scores = logits.gather(-1, tokens) + gumbel(streams, step, tokens, logits.dtype)
+    logits, tokens = kept
+    if tokens is None and len(logits) and is_at_hand(logits):
+        count = max(int((logits > -torch.inf).sum(-1).max()), 1)
+        tokens = likeliest(logits, count) if count < logits.shape[-1] else None
+        logits = logits if tokens is None else logits.gather(-1, tokens)
+    if tokens is None:
+        tokens = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    scores = logits + gumbel(streams, step, tokens, logits.dtype)
     best, place = scores.max(-1, keepdim=True)
     return tokens.gather(-1, place).masked_fill(best == -torch.inf, 0).squeeze(-1)
 
 
 def gumbel(streams: Tensor, step: int | Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """The Gumbel noise of these tokens (R, K) at a step, for rows with these streams (R, 2): (R, K)"""
-    low, high = streams[:, :1], streams[:, 1:]
-    x0, _ = threefry2x32((low, high), ((torch.zeros_like(low) + step).to(torch.int32), tokens.to(torch.int32)))
+    x0 = bits(streams, step, tokens)
     uniform = ((x0 >> 9 & 0x7FFFFF).to(dtype) + 0.5) * 2.0**-23
     return -(-uniform.log()).log()
+
+
+def bits(streams: Tensor, step: int | Tensor, tokens: Tensor) -> Tensor:
+    """The first of the two words of `threefry2x32` for tokens (R, K); NumPy makes those of a few tokens sooner."""
+    if is_at_hand(tokens):
+        low, high = to_numpy(streams).view(np.uint32).T[..., None]  # (R, 1) each
+        x0, _ = numpy_rules.threefry2x32((low, high), (np.uint32(int(step)), to_numpy(tokens).astype(np.uint32)))
+        return torch.from_numpy(x0.view(np.int32))
+    low, high = streams[:, :1], streams[:, 1:]
+    return threefry2x32((low, high), ((torch.zeros_like(low) + step).to(torch.int32), tokens.to(torch.int32)))[0]
 
 
 def threefry2x32(keys: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

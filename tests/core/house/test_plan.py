@@ -243,6 +243,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "generation/rules": ["when", "likeliest", "ordered", "greatest", "every", "first_few", "four_rounds"],
         },
         "pt": {
+            "generation/rules": ["Kept", "Kept.whole", "likeliest", "bits"],
             "generation/beams": ["greatest"],
             "generation/decoding": ["State.made", "is_repeated"],
             "generation/generate": ["stride_of"],
