@@ -132,7 +132,9 @@ class Product(torch.autograd.Function):
 
 def is_bare(layer: Any) -> bool:
     """Whether a layer is nn.Linear itself in float32 on a CPU, which nobody has hooked, replaced or adapted."""
-    return is_own(layer) and is_float32(layer.weight) and layer.weight.is_contiguous()
+    if not (is_own(layer) and is_float32(layer.weight)):
+        return False
+    return layer.weight.is_contiguous() or layer.weight.mT.is_contiguous()  # as a mapped file has it
 
 
 def is_own(layer: Any) -> bool:

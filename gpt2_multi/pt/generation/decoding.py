@@ -287,7 +287,7 @@ def reader_of(model: Any, state: State, rows: int) -> Reader:
     is_simple = state.types is None and not state.encoder and not any(name in state.records for name in INSIDE)
     is_filled = isinstance(state.cache, KVCache) and state.cache.preallocated and state.cache.length > 0
     if is_simple and is_filled and is_own(model):
-        state.is_packed = not state.is_watched and are_worthwhile(rows, state.shown.shape[1] - state.step)
+        state.is_packed = not state.is_watched and are_worthwhile(model, rows, state.shown.shape[1] - state.step)
         return partial(read_by_kernels, Kernels.of(model, state.is_packed))
     return partial(forward, model)
 

@@ -171,7 +171,7 @@ def finish(
     logits = F.linear(F.layer_norm(x, x.shape[-1:], *norm, epsilon), head)
     processed = process(upcast(logits), track.ids, track.keep, track.step, options)
     chosen = choose(processed, track.step, options)
-    if options.fill < processed.shape[1]:  # what the cache holds is what the caller sees
+    if options.fill < logits.shape[-1]:  # what the cache holds is what the caller sees
         chosen = chosen.masked_fill(track.finished, options.fill)
     track.needed.add_(~track.finished.all())
     track.shown.index_copy_(1, track.step, chosen.masked_fill(track.finished, options.fill)[:, None])

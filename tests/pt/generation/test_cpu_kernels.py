@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="PyTorch without oneDNN: 
 
 @pytest.fixture
 def steps(monkeypatch):
-    """How many tokens were read by each step that did not call the model; every loop packs that has several rows."""
+    """How many tokens were read by each step that did not call the model; every loop packs."""
     seen, read = [], cpu_kernels.Kernels.read
     monkeypatch.setattr(cpu_kernels, "LEAST", 0)
 
@@ -211,11 +211,17 @@ def test_packed_weights_are_gone_after_generation(steps, monkeypatch):
     kept.append(model.generate(torch.tensor([PROMPTS[0]] * 2), max_new_tokens=4, return_dict_in_generate=True))
     gc.collect()
     assert len(packed) == 9 and not alive() and trimmed == [0]
-    kept.append(model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=4))
+    monkeypatch.setattr(cpu_kernels, "LEAST", 32)
+    kept.append(model.generate(torch.tensor([PROMPTS[0]] * 2), max_new_tokens=4))
+    monkeypatch.setattr(cpu_kernels, "LEAST", 0)
     model.double().generate(torch.tensor([PROMPTS[0]] * 2), max_new_tokens=4)
-    assert len(packed) == 9  # neither for one row nor in float64
+    assert len(packed) == 9  # neither for a few tokens nor in float64
 
 
-def test_packing_pays_the_sooner_the_more_rows_there_are():
-    least = [next(room for room in range(999) if cpu_kernels.are_worthwhile(rows, room)) for rows in (2, 8, 64)]
-    assert least == sorted(least, reverse=True) and least[-1] > 32 and not cpu_kernels.are_worthwhile(1, 999)
+def test_packing_pays_the_sooner_the_more_rows_there_are(tmp_path, monkeypatch):
+    model, of_a_file = make().float(), mapped(tmp_path)
+    least = [next(n for n in range(999) if cpu_kernels.are_worthwhile(model, rows, n)) for rows in (1, 2, 8, 64)]
+    assert least == sorted(least, reverse=True) and least[0] > 100 and least[-1] > 32
+    assert [cpu_kernels.are_worthwhile(of_a_file, rows, 999) for rows in (1, 2)] == [False, True]
+    monkeypatch.setattr(cpu_kernels, "MOST", 999)
+    assert not cpu_kernels.are_worthwhile(model, 8, 999)
