@@ -23,10 +23,10 @@ ROOMS = {
     "generation": ["generate", "growth", "quantized"],
     "training": ["flax_compile", "memory", "train"],
     "files": ["convert", "imports", "load"],
-    "tokenizing": ["tf_tokenizer", "tokenizer"],
+    "tokenizing": ["tf_tokenizer", "tokenize_file", "tokenizer"],
 }
 MODULES = {name: f"benchmarks.{room}.{name}" for room, names in ROOMS.items() for name in names}
-OPTIONS = {"config": "--small", "who": "--who"}
+OPTIONS = {"config": "--small", "who": "--who", "size": "--size"}
 SMALL = GPT2Config(vocab_size=512, n_embd=64, n_layer=1, n_head=2)
 
 
@@ -51,9 +51,12 @@ def report(name: str, given: argparse.Namespace) -> dict[str, Any]:
     options = {"config": SMALL} if given.small else {}
     if given.who:
         options["who"] = given.who.split(",")
+    if given.size:
+        options["size"] = given.size
     start = time.perf_counter()
     rows = measure(name, options)
-    came = origin(name, [f"--who {given.who}"] * bool(given.who) + ["--small"] * given.small)
+    size = [f"--size {given.size}"] * bool(given.size)
+    came = origin(name, [f"--who {given.who}"] * bool(given.who) + ["--small"] * given.small + size)
     if rows:
         render(rows, Console(width=200, highlight=False), came, time.perf_counter() - start)
     if rows and given.picture:
@@ -87,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     names = "only these: beginnings of names with commas between, such as PyTorch,CTranslate2,transformers"
     made.add_argument("--who", metavar="NAMES", help=names)
     made.add_argument("--small", action="store_true", help="a tiny model, to try whether all runs")
+    made.add_argument("--size", type=int, metavar="MB", help="of the file that is tokenized, in megabytes")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the environment here too")
     made.add_argument("--picture", type=Path, metavar="FOLDER", help="draw each table into a file NAME.svg of it")
     return made

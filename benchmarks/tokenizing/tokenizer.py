@@ -105,7 +105,7 @@ def _add_transformers(peers: dict[str, Encode], ours: GPT2Tokenizer, folder: Pat
 def _add_gigatoken(peers: dict[str, Encode], ours: GPT2Tokenizer, folder: Path) -> None:
     from gigatoken import Tokenizer
 
-    peer = Tokenizer.from_json(_tokenizer_json(ours))
+    peer = Tokenizer.from_json(tokenizer_json(ours))
     peers["gigatoken, to lists"] = lambda text: peer.encode(text).tolist()
 
 
@@ -122,9 +122,10 @@ def tokenizers_tokenizer(ours: GPT2Tokenizer) -> Any:
     """tokenizers with the same vocabulary."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(_tokenizer_json(ours))
+    return Tokenizer.from_str(tokenizer_json(ours))
 
 
-def _tokenizer_json(ours: GPT2Tokenizer) -> str:
+def tokenizer_json(ours: GPT2Tokenizer) -> str:
+    """A tokenizer.json with the same vocabulary."""
     merges = ours._bpe.merges
     return to_tokenizer_json(ours.get_vocab(), merges, {}, {"add_prefix_space": False, "add_bos_token": False})
