@@ -35,6 +35,7 @@ FUSED: dict[Any, tuple[str, list[Any], str]] = {  # activations that oneDNN comp
     ACTIVATIONS["relu"]: ("relu", [], ""),
     None: ("none", [], ""),
 }
+_MADE_BY = ("__init__", "__setstate__")
 _KNOWN: dict[type, dict[str, Any]] = {}  # what each class consists of
 
 
@@ -46,8 +47,8 @@ def known(cls: Class) -> Class:
 
 
 def functions(cls: type) -> dict[str, Any]:
-    """What a class does, by its own methods."""
-    return {name: value for name, value in vars(cls).items() if callable(value)}
+    """What a class does, by its own methods; torch.compile replaces those by which modules are made, of all of them."""
+    return {name: value for name, value in vars(cls).items() if callable(value) and name not in _MADE_BY}
 
 
 _PARTS: list[type] = [nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList]

@@ -137,6 +137,12 @@ def test_a_model_that_somebody_changed_is_called(change):
 
 
 @torch.no_grad()
+def test_a_model_is_as_it_was_made_after_something_was_compiled():
+    torch.compile(nn.Linear(2, 2), backend="eager")(torch.zeros(1, 2))
+    assert cpu_kernels.is_own(make().float())
+
+
+@torch.no_grad()
 def test_a_model_is_called_where_others_would_see_it(monkeypatch):
     model = make().float()
 
