@@ -32,7 +32,7 @@ from gpt2_multi.pt.attention import (
     positions,
     score_dtype,
 )
-from gpt2_multi.pt.layers import facts, is_at_hand, project
+from gpt2_multi.pt.layers import facts, gelu, is_at_hand, perceptron, project
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 
 
@@ -41,10 +41,9 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-_tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "tanh_gelu": _tanh_gelu,
+    "tanh_gelu": gelu,
     "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
@@ -64,6 +63,10 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.act is gelu and not torch.compiler.is_compiling():
+            found = perceptron(self.c_fc, self.c_proj, x)
+            if found is not None:
+                return self.dropout(found)
         return self.dropout(project(self.c_proj, self.act(project(self.c_fc, x))))
 
 

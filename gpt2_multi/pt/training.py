@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import upcast
-from gpt2_multi.pt.layers import facts, linear, multiply, state_of
+from gpt2_multi.pt.layers import derived, facts, linear, multiply, state_of
 
 IGNORED = -100
 # Bytes of logits at a time: of each chunk the gradient of the head is read and written once, and what multiplies more
@@ -99,15 +100,7 @@ class HeadLoss(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # it is to be derived once more
-            pair = (
-                hidden.view_as(hidden),
-                weight.view_as(weight),
-            )  # a tied weight is in hidden states too
-            logits = upcast(F.linear(*(x.to(ctx.dtype) for x in pair)))
-            total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-            needed = [x for x, is_wanted in zip(pair, wanted, strict=True) if is_wanted]
-            found = iter(torch.autograd.grad(total, needed, grad, create_graph=True))
-            return *(next(found) if is_wanted else None for is_wanted in wanted), None, None
+            return *derived(partial(whole_loss, targets, ctx.dtype), (hidden, weight), wanted, grad), None, None
         gradients = ctx.gradients
         if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
             gradients = [None if x is None else x.clone() for x in gradients]  # for another backward pass
@@ -115,6 +108,12 @@ class HeadLoss(torch.autograd.Function):
             ctx.gradients = None  # what nobody else holds, autograd adds to in place
         scaled = [None if x is None else x.mul_(grad) for x in gradients]
         return scaled[0], None if scaled[1] is None else scaled[1].to(weight.dtype), None, None
+
+
+def whole_loss(targets: Tensor, dtype: torch.dtype, hidden: Tensor, weight: Tensor) -> Tensor:
+    """The sum that is `HeadLoss`, of all logits."""
+    logits = upcast(F.linear(hidden.to(dtype), weight.to(dtype)))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
 def walk(hidden: Tensor, weight: Tensor, targets: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:

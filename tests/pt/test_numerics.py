@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt import GPT2LMHeadModel
 from gpt2_multi.pt.layers import project
+from gpt2_multi.pt.model import MLP
 from tests.core.parity.test_parity import run_oracle
 from tests.support import fixtures
 
@@ -97,6 +99,24 @@ def test_a_projection_has_the_derivatives_of_the_layer() -> None:
         assert relative(found.detach(), expected.detach()) < 1e-5
     layer.requires_grad_(False)
     assert torch.autograd.grad(project(layer, x).sum(), x)[0].allclose(layer.weight.sum(0), atol=1e-5)
+
+
+def test_two_projections_in_one_have_the_derivatives_of_their_layers() -> None:
+    torch.manual_seed(0)
+    mlp, x = MLP(GPT2Config(n_embd=64, n_head=2, resid_pdrop=0.0)), torch.randn(4, 32, 64, requires_grad=True)
+
+    def derivatives(output: torch.Tensor) -> list[torch.Tensor]:
+        inputs, loss = [x, *mlp.parameters()], output[:, ::2].square().sum()
+        plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        return [*plain, *first, *torch.autograd.grad(sum(each.square().sum() for each in first), inputs)]
+
+    expected = mlp.c_proj(torch.nn.functional.gelu(mlp.c_fc(x), approximate="tanh"))
+    for each, other in zip(derivatives(mlp(x)), derivatives(expected), strict=True):
+        assert relative(each.detach(), other.detach()) < 1e-5
+    assert type(mlp(x).grad_fn).__name__ == "PerceptronBackward"
+    mlp.c_fc.register_forward_hook(lambda module, given, output: None)
+    assert type(mlp(x).grad_fn).__name__ == "ProductBackward"
 
 
 def test_a_projection_is_the_layer_s_own_where_somebody_would(monkeypatch: pytest.MonkeyPatch) -> None:
