@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import upcast
-from gpt2_multi.pt.layers import derived, facts, linear, multiply, state_of
+from gpt2_multi.pt.layers import derived, facts, fingerprint, linear, multiply
 
 IGNORED = -100
 # Bytes of logits at a time: of each chunk the gradient of the head is read and written once, and what multiplies more
@@ -162,10 +162,10 @@ def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
 
 def later_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The logits of `head_loss` when they are asked for: those of the hidden states and the weight as they are now."""
-    before, is_recorded = (state_of(hidden), state_of(weight)), torch.is_grad_enabled()
+    before, is_recorded = (fingerprint(hidden), fingerprint(weight)), torch.is_grad_enabled()
 
     def logits() -> Tensor:
-        if (state_of(hidden), state_of(weight)) != before:
+        if not all(torch.equal(fingerprint(x), bits) for x, bits in zip((hidden, weight), before, strict=True)):
             raise InputError(
                 "logits: expected the weights of the call, found that they have changed since; read the logits before "
                 "the optimizer's step, or call the model with skip_logits=False"

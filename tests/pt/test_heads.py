@@ -229,11 +229,13 @@ def test_logits_beside_a_loss_are_those_of_the_call(monkeypatch):
     assert model(ids, labels=labels, skip_logits=True).logits is None
     with pytest.raises(InputError, match="skip_logits: expected labels"):
         model(ids, skip_logits=True)
-    optimizer, late = torch.optim.AdamW(model.parameters(), fused=True), model(ids, labels=labels)
-    late.loss.backward()
-    optimizer.step()
-    with pytest.raises(InputError, match="logits: expected the weights of the call, found that they have changed"):
-        _ = late.logits
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # which raises no version
+    model(ids, labels=labels).loss.backward()
+    for change in (optimizer.step, lambda: model.lm_head.weight.data[30, 0].mul_(2)):
+        late = model(ids, labels=labels)
+        change()
+        with pytest.raises(InputError, match="logits: expected the weights of the call, found that they have changed"):
+            _ = late.logits
 
 
 def test_a_head_that_somebody_has_changed_gives_the_logits_of_its_loss(monkeypatch):
