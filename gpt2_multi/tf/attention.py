@@ -6,7 +6,7 @@ Shapes: B batch, T length of this call, S keys (past included), H heads, D head 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import keras
@@ -57,6 +57,19 @@ class KVCache(Sequence[Pair]):
         cross = tuple((several(key, 0), several(value, 0)) for key, value in self.cross)
         return KVCache(layers, cross, tf.convert_to_tensor(self.length))
 
+    def flat(self) -> KVCache:
+        """With rows and heads as one axis, (B * H, S, D): in a loop XLA writes that in place, and others it copies."""
+        return replace(self, layers=tuple((flat(key), flat(value)) for key, value in self.layers))
+
+    def of_rows(self, rows: Any) -> KVCache:
+        """A flat cache of so many rows as others are."""
+        return replace(self, layers=tuple((of_rows(key, rows), of_rows(value, rows)) for key, value in self.layers))
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether rows and heads are one axis."""
+        return self.filled is not None and self.layers[0][0].shape.rank == 3
+
     @property
     def length(self) -> Any:
         """The number of tokens in the cache: an int where it is known, a tensor () otherwise."""
@@ -67,7 +80,7 @@ class KVCache(Sequence[Pair]):
     @property
     def capacity(self) -> Any:
         """How many tokens fit, or None for a cache that grows."""
-        return None if self.filled is None else sizes(self.layers[0][0])[2]
+        return None if self.filled is None else sizes(self.layers[0][0])[-2]
 
     def get_seq_length(self) -> Any:
         """The number of tokens in the cache."""
@@ -91,12 +104,35 @@ class KVCache(Sequence[Pair]):
 
 
 def write(buffer: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
-    """The buffer (B, H, S, D) with `new` (B, H, T, D) from `start` on; a select, which XLA fuses."""
+    """The buffer, (B, H, S, D) or flat, with `new` (B, H, T, D) from `start` on.
+
+    In a flat one it is T that is written, in place; elsewhere it is a select of S, which every runtime has.
+    """
+    if buffer.shape.rank == 3:
+        return keras.ops.slice_update(buffer, (0, start, 0), flat(new))
     index = tf.range(tf.shape(buffer)[2]) - start  # (S,)
     inside = (index >= 0) & (index < tf.shape(new)[2])
     if new.shape[2] != 1:
         new = tf.gather(new, tf.clip_by_value(index, 0, tf.shape(new)[2] - 1), axis=2)
     return tf.where(inside[None, None, :, None], new, buffer)
+
+
+def flat(x: tf.Tensor) -> tf.Tensor:
+    """(B, H, S, D) -> (B * H, S, D)"""
+    rows, heads, length, width = sizes(x)
+    return tf.reshape(x, (rows * heads, length, width))
+
+
+def of_rows(x: tf.Tensor, rows: Any) -> tf.Tensor:
+    """(B * H, S, D) -> (B, H, S, D)"""
+    return tf.reshape(x, (rows, -1, *sizes(x)[1:]))
+
+
+def with_cached(x: tf.Tensor, cached: tf.Tensor, transpose: bool = False) -> tf.Tensor:
+    """The product of x (B, H, T, ...) with a cache's values, or transposed keys, (B, H, S, D) or flat."""
+    if cached.shape.rank == 4:
+        return tf.matmul(x, cached, transpose_b=transpose)
+    return of_rows(tf.matmul(flat(x), cached, transpose_b=transpose), sizes(x)[0])
 
 
 @dataclass
@@ -199,11 +235,11 @@ class BaseAttention(keras.layers.Layer):
     ) -> Attended:
         if self.config.reorder_and_upcast_attn:
             q, k = upcast(q), upcast(k)
-        scores = tf.matmul(q * tf.constant(self.scale, q.dtype), k, transpose_b=True)  # (B, H, T, S)
+        scores = with_cached(q * tf.constant(self.scale, q.dtype), k, transpose=True)  # (B, H, T, S)
         scores = scores if bias is None else scores + tf.cast(bias, scores.dtype)
         probs = self.attn_dropout(tf.cast(tf.nn.softmax(scores), v.dtype))
         probs = probs if head_mask is None else probs * head_mask
-        return Attended(merge_heads(tf.matmul(probs, v)), probs)
+        return Attended(merge_heads(with_cached(probs, v)), probs)
 
 
 class Attention(BaseAttention):

@@ -304,10 +304,10 @@ def check_call(
     mask, keys = found.get("attention_mask"), None if past is None or length is None else past + length
     if cache.layers:
         key = cache.layers[0][0]
-        inputs.check_cache(key.shape[0], key.dtype.name, batch, dtype)
-        inputs.check_room(length, past, key.shape[2] if cache.capacity is not None else None)
-        if cache.capacity is not None and mask is not None and mask.shape[1:] == (key.shape[2],):
-            keys = key.shape[2]
+        inputs.check_cache(None if cache.is_flat else key.shape[0], key.dtype.name, batch, dtype)
+        inputs.check_room(length, past, key.shape[-2] if cache.capacity is not None else None)
+        if cache.capacity is not None and mask is not None and mask.shape[1:] == (key.shape[-2],):
+            keys = key.shape[-2]
     inputs.check_call(config, found, tables, past, keys)
 
 
@@ -316,16 +316,17 @@ def as_cache(past: KVCache | Sequence[Pair] | None, layers: int) -> KVCache:
     if past is None or (isinstance(past, KVCache) and not past.layers):
         return KVCache()
     pairs = past.layers if isinstance(past, KVCache) else past
-    fits = isinstance(pairs, (list, tuple)) and len(pairs) == layers and all(map(_is_pair, pairs))
+    rank = 3 if isinstance(past, KVCache) and past.is_flat else 4
+    fits = isinstance(pairs, (list, tuple)) and len(pairs) == layers and all(_is_pair(pair, rank) for pair in pairs)
     inputs.check_past(past, fits, layers)
     return past if isinstance(past, KVCache) else KVCache(tuple((pair[0], pair[1]) for pair in past))
 
 
-def _is_pair(layer: Any) -> bool:
+def _is_pair(layer: Any, rank: int) -> bool:
     if tf.is_tensor(layer):  # as transformers stacks them
         return bool(layer.shape.rank == 5 and layer.shape[0] == 2)
     parts = layer[:2] if isinstance(layer, (list, tuple)) else ()
-    return len(parts) == 2 and all(tf.is_tensor(x) and x.shape.rank == 4 for x in parts)
+    return len(parts) == 2 and all(tf.is_tensor(x) and x.shape.rank == rank for x in parts)
 
 
 def give(config: GPT2Config, output: Any, return_dict: bool | None) -> Any:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.request import NO_CALLBACKS
-from gpt2_multi.tf.attention import KVCache, upcast
+from gpt2_multi.tf.attention import KVCache, flat, of_rows, upcast
 from gpt2_multi.tf.generation.decoding import (
     Prompt,
     Proposed,
@@ -211,7 +211,12 @@ def reorder(state: BeamState, beam: tf.Tensor, token: tf.Tensor, is_guided: bool
     def moved(buffer: tf.Tensor) -> tf.Tensor:
         return tf.concat([buffer[:, :, :prompt], tf.gather(buffer[:, :, prompt:], moving)], 2)
 
-    layers = tuple((moved(key), moved(value)) for key, value in state.cache.layers)
+    def moved_in_place(buffer: tf.Tensor) -> tf.Tensor:
+        after = of_rows(buffer[:, prompt:], sizes(moving)[0])
+        return keras.ops.slice_update(buffer, (0, prompt, 0), flat(tf.gather(after, moving)))
+
+    change = moved_in_place if state.cache.is_flat else moved
+    layers = tuple((change(key), change(value)) for key, value in state.cache.layers)
     ids = put(tf.gather(state.ids, rows), tf.reshape(token, [-1]), state.length)
     cache = KVCache(layers, state.cache.cross, state.cache.filled)
     return state._replace(step=state.step + 1, length=state.length + 1, ids=ids, cache=cache)

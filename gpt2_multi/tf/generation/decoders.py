@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.request import NO_CALLBACKS
-from gpt2_multi.tf.generation.decoding import Prompt, begin, decode, prefill
+from gpt2_multi.tf.attention import Attention
+from gpt2_multi.tf.generation.decoding import Prompt, begin, decode, decode_in_place, prefill
 from gpt2_multi.tf.generation.lookup import Assisted
 
 KEPT = 4  # sets of a model's functions with what callers bring: another one takes the oldest one's place
@@ -40,7 +41,8 @@ class Decoders:
         found: Decoders | None = kept.pop((jit, callbacks, id(assistant)), None)
         if found is None or list(map(id, found.parts)) != list(map(id, parts)):
             reading = compiled(partial(prefill, model), jit) if is_plain else cls.of(model, jit).prefill
-            starting, going = (compiled(partial(function, model), jit) for function in (begin, decode))
+            going = decode_in_place if jit and has_own_attention(model, assistant) else decode
+            starting, going = (compiled(partial(function, model), jit) for function in (begin, going))
             found = cls(reading, starting, going, parts, callbacks, is_plain)
         kept[jit, found.callbacks, id(assistant)] = found  # as the latest one
         for key in [key for key, one in kept.items() if not one.is_plain][:-KEPT]:
@@ -63,6 +65,12 @@ def parts_of(model: keras.Model) -> list[Any]:
     layers = list(model._flatten_layers())
     calls = [part for layer in layers for part in (type(layer).__call__, type(layer).call, vars(layer).get("call"))]
     return [*model.weights, *layers, *calls, *(layer.dtype_policy for layer in layers)]
+
+
+def has_own_attention(*models: keras.Model | None) -> bool:
+    """Whether nobody but our own code looks into a cache."""
+    layers = [layer for model in models if model is not None for layer in model.body().attentions()]
+    return all(type(layer) is Attention and "call" not in vars(layer) for layer in layers)
 
 
 def compiled(function: Callable[..., Any], jit: bool) -> Any:

@@ -7,6 +7,7 @@ from after them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from gpt2_multi.generation.request import NO_CALLBACKS, Given, Request
 from gpt2_multi.generation.rules import bucket, window_start
 from gpt2_multi.model import inputs
 from gpt2_multi.tf.attention import KVCache, upcast
+from gpt2_multi.tf.generation.cpu_kernels import multiplied_in_parts
 from gpt2_multi.tf.generation.rules import choose, ends, guide, process, without
 from gpt2_multi.tf.layers import sizes
 
@@ -352,6 +354,22 @@ def decode(
         return (strategy.update(state._replace(cache=cache, records=records), logits, proposed, new, options),)
 
     return tf.while_loop(is_open, once, (state,))[0]
+
+
+def decode_in_place(model: keras.Model, prompt: Prompt, strategy: Any, state: Any, *given: Any) -> Any:
+    """`decode` by XLA, which writes into caches that are flat, and copies others at each step; and by `cpu_kernels`."""
+    state = with_caches(state, lambda cache, keep: cache.flat())
+    with multiplied_in_parts(model, getattr(strategy, "assistant", None)):
+        state = decode(model, prompt, strategy, state, *given)
+    return with_caches(state, lambda cache, keep: cache.of_rows(sizes(keep)[0]))
+
+
+def with_caches(state: Any, change: Callable[[KVCache, tf.Tensor], KVCache]) -> Any:
+    """The state with another form of its cache, and of an assistant's; `change` is told which of the keys count."""
+    state = state._replace(cache=change(state.cache, state.keep))
+    if not (helper := getattr(state, "helper", ())):
+        return state
+    return state._replace(helper=(change(*helper[:2]), *helper[1:]))
 
 
 def spread(seen: tf.Tensor, rows: int, room: Any) -> tf.Tensor:

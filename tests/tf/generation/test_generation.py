@@ -5,12 +5,14 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
+import keras
+
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation import rules as spec
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.tf import TFGPT2LMHeadModel
-from gpt2_multi.tf.generation import rules
+from gpt2_multi.tf.generation import cpu_kernels, rules
 from gpt2_multi.tf.generation.decoders import Decoders
 from gpt2_multi.tf.generation.tracing import counted
 from tests.support import fixtures
@@ -96,6 +98,44 @@ def test_another_prompt_of_the_bucket_and_other_options_trace_nothing():
     assert counts == [1, 1, 0, 0]
     fresh.generate(rng.integers(0, 500, (2, 33)), max_new_tokens=16)
     assert ways[0].prefill.experimental_get_tracing_count() == ways[0].decode.experimental_get_tracing_count() == 2
+
+
+def test_a_flat_cache_gives_what_others_give(exact):
+    ids, room = RECORDED["gen.input_ids"], exact.init_cache(len(RECORDED["gen.input_ids"]), 9)
+    cache = exact(ids[:, :3], past_key_values=room).past_key_values
+    for new in (ids[:, 3:4], ids[:, 3:6]):
+        found, expected = (exact(new, past_key_values=past) for past in (cache.flat(), cache))
+        assert found.past_key_values.is_flat
+        assert np.allclose(found.logits, expected.logits, rtol=0, atol=1e-12)
+        pairs = zip(found.past_key_values.of_rows(len(ids)), expected.past_key_values, strict=True)
+        assert all(np.allclose(x, y, rtol=0, atol=1e-12) for layers in pairs for x, y in zip(*layers, strict=True))
+
+
+@pytest.mark.parametrize("width", [12, 7])
+def test_parts_of_a_kernel_make_its_product(width, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "threads", lambda: 4)
+    layer = keras.layers.Dense(5, activation="tanh", bias_initializer="normal", dtype="float64")
+    multiplied, split = [], cpu_kernels.multiply
+    monkeypatch.setattr(cpu_kernels, "multiply", lambda *given: multiplied.append(0) or split(*given))
+    for rows in (1, 2):
+        x = tf.random.normal((rows, 1, width), dtype=tf.float64)
+        expected = layer(x)
+        with cpu_kernels.multiplied_in_parts(layer):
+            assert np.allclose(layer(x), expected, rtol=0, atol=1e-14)
+        assert np.array_equal(layer(x), expected)
+    assert len(multiplied) == 2
+
+
+def test_layers_that_do_more_than_keras_dense_ones_are_no_plain_ones(monkeypatch):
+    made = keras.layers.Dense(4)
+    made.build((None, 8))
+    assert cpu_kernels.is_plain(made)
+    own, quantized = keras.layers.Dense(4), keras.layers.Dense(4, dtype="int8_from_float32")
+    own.call = lambda x: x
+    others = [own, quantized, type("Own", (keras.layers.Dense,), {})(4), keras.layers.Dropout(0.1)]
+    assert not any(map(cpu_kernels.is_plain, others))
+    monkeypatch.setattr(keras.layers.Dense, "call", lambda self, x: x)
+    assert not cpu_kernels.is_plain(made)
 
 
 def test_padding_may_stand_on_either_side_and_in_the_middle(exact):
