@@ -47,6 +47,7 @@ def main() -> None:
     "--to", type=click.Choice(list(FORMATS)), default="safetensors", show_default=True, help="The new format."
 )
 @click.option("--dtype", type=click.Choice(list(converting.FLOATS)), help="Cast the tensors. Default: as they are.")
+@click.option("--quantize", type=click.Choice(["int8"]), help="Store products and tokens in int8, in safetensors.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of safetensors and pytorch_model.bin.")
 @click.option("--untie", is_flag=True, help="Store the language-model head as a tensor of its own.")
 @_named

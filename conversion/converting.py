@@ -19,6 +19,17 @@ from gpt2_multi.files.hub import CHATS, FOREIGN, RENAMED, SETTINGS, TOKENIZER, m
 from gpt2_multi.files.json_files import write_json
 from gpt2_multi.model import fields
 from gpt2_multi.model.checkpoint import Checkpoint, open
+from gpt2_multi.model.checkpoint.quantized import (
+    DTYPE,
+    Quantized,
+    check_method,
+    is_quantized,
+    with_method,
+)
+from gpt2_multi.model.checkpoint.quantized import (
+    quantize as quantized_row,
+)
+from gpt2_multi.model.checkpoint.saving import spelled
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.format import ARCHITECTURES, Format
 from gpt2_multi.model.formats.table import FORMATS
@@ -61,6 +72,7 @@ def convert(
     to: str = "safetensors",
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     max_shard_size: int | str = "5GB",
     untie: bool = False,
     force: bool = False,
@@ -74,7 +86,9 @@ def convert(
 ) -> ConversionReport:
     """Write the checkpoint `source` to the folder `target` in the format `to`, a key of `formats.table`.
 
-    dtype: what the tensors are cast to, by default what they are. max_shard_size: of safetensors and pytorch_model.bin.
+    dtype: what the tensors are cast to, by default what they are; those in int8 become floats where it is given, and
+    in formats that have no room for them. quantize: "int8" for the products and the embedding of tokens.
+    max_shard_size: of safetensors and pytorch_model.bin.
     untie: store the head of a tied model as a tensor of its own. force: replace a model that is there, and go on where
     the target's program would compute with another activation or epsilon. prefix: which of several models in the source
     is meant, by what stands before its names. drop: patterns of names of tensors to leave out. n_head: how many heads
@@ -93,7 +107,7 @@ def convert(
     report = ConversionReport(str(source), str(target), old.format, to, old.head, old.names.prefix or "")
     report.cut = {old.original(name): how for name, how in old.cut.items()}
     report.dropped, report.warnings = old.dropped, [old.guessed] if old.guessed else []
-    config = _configuration(old, dtype, untie)
+    config = with_method(_configuration(old, dtype, untie), _method(old, to, dtype, quantize))
     _check_room(kind, to, config, old.head, force, report)
     _check_place(old, place, force)
     made = _made(old, config, kind, dtype, report, watch)
@@ -112,13 +126,21 @@ def _kind(to: str) -> Format:
     return FORMATS[to]
 
 
+def _method(old: Checkpoint, to: str, dtype: str | None, quantize: str | None) -> str | None:
+    """What the new one is quantized to: what somebody wants, or what the old one is, where there is room for it."""
+    check_method(quantize)
+    if quantize is not None and to != "safetensors":
+        raise InputError(f'quantize: expected to="safetensors", which has room for int8, found {to!r}')
+    return old.config.quantization if quantize is None and dtype is None and to == "safetensors" else quantize
+
+
 def _configuration(old: Checkpoint, dtype: str | None, untie: bool) -> GPT2Config:
     if dtype is not None and dtype not in FLOATS:
         raise InputError(f"dtype: expected one of {', '.join(FLOATS)}, found {dtype!r}")
     if untie and old.head not in ("lm", "double_heads"):
         raise InputError(f"untie: expected a language model, found the head {old.head}, which has nothing to untie")
     changes: dict[str, Any] = {"tie_word_embeddings": False} if untie else {}
-    stored = dtype or old["wte.weight"].dtype.name
+    stored = dtype or old.dtype_of("wte.weight").name
     return old.config.replace(architectures=[ARCHITECTURES[old.head]], dtype=stored, **changes)
 
 
@@ -186,13 +208,15 @@ def _made(
         if name in report.missing:
             continue
         source = "wte.weight" if name not in old else name  # a head that is untied
-        array = old[source]
-        stored = FLOATS[dtype] if dtype else array.dtype
+        stored = FLOATS[dtype] if dtype else old.dtype_of(source)
         parts = kind.spelling.spellings(row, old.head != "base")
         for number, part in enumerate(parts):
             make = partial(_part, old, kind, row, source, number, watch)
             made[part] = (stored, kind.spelling.shape(row), make)
-        _note(report, [old.original(place) for place in old.places[source]], list(parts), array, stored, name)
+        if config.quantization is not None and is_quantized(row):
+            stored = DTYPE
+            made |= spelled([(row, stored, partial(_integers, old, row, source, watch))], old.head, kind.spelling)
+        _note(report, old, source, list(parts), row, stored)
     return made
 
 
@@ -208,15 +232,26 @@ def _part(old: Checkpoint, kind: Format, row: Weight, source: str, number: int, 
     return parts_of(kind.spelling, row, array)[number]
 
 
+def _integers(old: Checkpoint, row: Weight, source: str, watch: Any) -> Quantized:
+    """A row in int8, as the old one has it, or quantized now."""
+    old.release()
+    found = old.quantized(source)
+    if watch is not None:
+        watch(row.name, sum(old.found[place].nbytes for place in old.places[source]) // 2, old.bytes)  # scales follow
+    return quantized_row(row, old[source]) if found is None else found
+
+
 def _note(
-    report: ConversionReport, before: list[str], after: list[str], array: Array, stored: np.dtype[Any], name: str
+    report: ConversionReport, old: Checkpoint, source: str, after: list[str], row: Weight, stored: np.dtype[Any]
 ) -> None:
+    places = old.places[source]
+    before, dtype = [old.original(place) for place in places], old.found[places[0]].dtype
     report.tensors += len(after)
-    report.parameters += array.size
+    report.parameters += sum(old.found[place].size for place in places)
     if before != after:
         report.renamed[", ".join(before)] = after
-    if array.dtype != stored:
-        report.cast[name] = f"{array.dtype.name} to {stored.name}"
+    if dtype != stored:
+        report.cast[row.name] = f"{dtype.name} to {stored.name}"
 
 
 def _carry(old: Checkpoint, stage: Path, to: str, report: ConversionReport) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from gpt2_multi.files.arrays import Array, Shape
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.model.checkpoint import find, head_of
+from gpt2_multi.model.checkpoint.quantized import SCALE, apart, scale_shape
 from gpt2_multi.model.formats.format import Format
 from gpt2_multi.model.spelling import is_known_extra, named_rows
 from gpt2_multi.model.weights import Weight
@@ -67,16 +68,26 @@ def inspect(
     config, guessed = source.config({"n_head": n_head})
     config = config if n_head is None else config.replace(n_head=n_head)
     head = head_of(kind, arrays, config)
-    rows = named_rows(arrays, config, head, kind.spelling, str(path))
+    whole, scales = apart(arrays)
+    rows = named_rows(whole, config, head, kind.spelling, str(path))
     result = Inspection(str(path), source.format, kind.title, head, config.to_dict(), source.names.prefix, guessed)
     result.tensors = [
         _entry(originals[name], array, rows.get(name), is_known_extra(name, config, kind.spelling), kind)
-        for name, array in arrays.items()
+        for name, array in whole.items()
     ]
+    result.tensors += [_scale(originals[name + SCALE], scale, rows.get(name)) for name, scale in scales.items()]
     result.missing = [name for name in rows if name not in arrays]
     result.parameters = sum(array.size for name, array in arrays.items() if name in rows)
     result.bytes = sum(array.nbytes for array in arrays.values())
     return result
+
+
+def _scale(name: str, array: Array, row: Weight | None) -> TensorEntry:
+    shape, dtype = tuple(array.shape), array.dtype.name
+    wanted = shape if row is None else scale_shape(row)
+    return TensorEntry(
+        name, shape, dtype, None if row is None else row.name + SCALE, "" if shape == wanted else f"expected {wanted}"
+    )
 
 
 def _entry(name: str, array: Array, row: Weight | None, is_known: bool, kind: Format) -> TensorEntry:

@@ -22,6 +22,7 @@ from gpt2_multi.files.hub import DEMO, resolve
 from gpt2_multi.files.progress import busy, watched
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.fields import DTYPES
 
 if TYPE_CHECKING:
     from gpt2_multi.model.config import GPT2Config
@@ -63,6 +64,8 @@ MODEL = click.option(
 @click.argument("prompt", required=False)
 @MODEL
 @click.option("--backend", type=click.Choice(list(backends.BACKENDS)), help="Default: the first that is installed.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="What it computes in.")
+@click.option("--quantize", type=click.Choice(["int8"]), help="Multiply integers: less memory, and on a CPU faster.")
 @click.option("--max-new-tokens", type=int, help=f"Default: {NEW_TOKENS}, or as many as the model has room for.")
 @click.option("--temperature", type=float, help="Above 1 bolder, below 1 safer.")
 @click.option("--top-k", type=int, help="Choose among the k likeliest tokens; 0 for all. Default: the model's, or 50.")
@@ -72,7 +75,16 @@ MODEL = click.option(
 @click.option("--num-return-sequences", type=int, help="How many texts to make. Default: 1.")
 @click.option("--stream", is_flag=True, help="Print the text while it is made.")
 @click.option("--greedy", is_flag=True, help="Always take the likeliest token instead of sampling.")
-def generate(prompt: str | None, model: str, backend: str | None, stream: bool, greedy: bool, **options: Any) -> None:
+def generate(
+    prompt: str | None,
+    model: str,
+    backend: str | None,
+    dtype: str,
+    quantize: str | None,
+    stream: bool,
+    greedy: bool,
+    **options: Any,
+) -> None:
     """Continue PROMPT, which is read from standard input where it is left out or "-".
 
     The text is a sample, with seed 0 unless --seed says otherwise, so that one command line gives one text; --greedy
@@ -86,7 +98,7 @@ def generate(prompt: str | None, model: str, backend: str | None, stream: bool, 
     row = backends.resolve(backend)
     folder = resolve(model)
     tokenizer = _tokenizer(str(folder))
-    language_model = row.load(folder, row.devices()[0])
+    language_model = row.load(folder, row.devices()[0], dtype, quantization=quantize)
     given.setdefault("max_new_tokens", min(NEW_TOKENS, _tokens_left(language_model.config, tokenizer, text)))
     config = _resolve_options(language_model.generation_config, given, greedy, stream)
     how = {"generation_config": config, "tokenizer": tokenizer, **row.one_text}

@@ -37,8 +37,8 @@ class Refused(NamedTuple):
 
 _QUANTIZED = Refused(
     (None, False),
-    'models are loaded in a floating-point dtype; leave it out, and give param_dtype="bfloat16" for half the memory '
-    '(TensorFlow: model.quantize("int8") afterwards)',
+    'no other program quantizes a model here; leave it out, and give param_dtype="bfloat16" for half the memory, or '
+    'quantization="int8"',
 )
 _PARALLEL = Refused((None, False), "a model is loaded whole; leave it out, and split the model afterwards")
 _EXPORTED = Refused(
@@ -67,7 +67,7 @@ REFUSED: Mapping[str, Refused] = {
     "use_kernels": Refused((None, False), "there are no kernels of others here; leave it out"),
 }
 ARGUMENTS = frozenset({*PLACE, *NAMES, *KIND, *MEANINGLESS, *REFUSED, "config", "dtype", "param_dtype"}) | {
-    "torch_dtype", "generation_config", "ignore_mismatched_sizes", "output_loading_info",
+    "torch_dtype", "generation_config", "ignore_mismatched_sizes", "output_loading_info", "quantization",
     "pretrained_model_name_or_path",
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +13,9 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gpt2_multi.errors import InputError
+from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint.quantized import GREATEST, LEAST, UNIFORM
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.fields import float_name
 from gpt2_multi.model.inputs import Facts
@@ -66,13 +68,16 @@ def initialiser(config: GPT2Config, path: str, head: str = "base") -> Any:
 
 def dense(
     owner: Any, features: int | tuple[int, ...], name: str, axis: Any = -1, head: str = "base", use_bias: bool = True
-) -> nn.DenseGeneral:
+) -> Any:
     """A dense layer of a module that has `config`, `dtype` and `param_dtype`.
 
     Its kernel is (in, out), each with the table's named axes unflattened, so that heads can be sharded: c_attn's is
-    (E, 3, H, D), c_proj's (H, D, E).
+    (E, 3, H, D), c_proj's (H, D, E). Those of a quantized model are in int8, but for a task's own head.
     """
     path = f"{owner.name}.{name}" if head == "base" else name
+    if owner.config.quantization is not None and head in ("base", "lm"):
+        axes, std = 1 if isinstance(axis, int) else len(axis), partial(deviation, owner.config, path, head)
+        return QuantizedLinear(features, axes, use_bias, owner.dtype, owner.param_dtype, std, name=name)
     return nn.DenseGeneral(
         features,
         axis=axis,
@@ -99,8 +104,11 @@ def of_matrices(x: Array, kernel: Array, dimensions: Any, **options: Any) -> Arr
     return y.reshape(*x.shape[: x.ndim - number], *kernel.shape[number:])
 
 
-def embed(owner: Any, rows: int, name: str) -> nn.Embed:
-    """An embedding (rows, E)."""
+def embed(owner: Any, rows: int, name: str) -> Any:
+    """An embedding (rows, E); that of tokens is in int8 in a quantized model."""
+    if owner.config.quantization is not None and name == "wte":
+        std = partial(deviation, owner.config, name)
+        return QuantizedEmbedding(rows, owner.config.n_embd, owner.dtype, std, name=name)
     return nn.Embed(
         rows,
         owner.config.n_embd,
@@ -109,6 +117,89 @@ def embed(owner: Any, rows: int, name: str) -> nn.Embed:
         embedding_init=initialiser(owner.config, name),
         name=name,
     )
+
+
+def integers(key: jax.Array, shape: Any, dtype: Any) -> jax.Array:
+    """First integers, each as likely."""
+    return jax.random.randint(key, shape, -GREATEST, GREATEST + 1, jnp.int32).astype(dtype)
+
+
+def quantize_rows(x: Array) -> tuple[Array, Array]:
+    """The integers from -127 to 127 that the numbers of each row (..., K) are nearest to, as floats, and its scale."""
+    scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True) / GREATEST, jnp.asarray(LEAST, x.dtype))
+    return jnp.round(x / scale), scale
+
+
+@jax.custom_jvp
+def product(x: Array, kernel: Array, kernel_scale: Array) -> Array:
+    """x (..., K) in at least float32, each row rounded, by integers (N, K) with their scales (N,): (..., N)
+
+    On a CPU, XLA multiplies one row of integers by a loop that is slow, and two by a kernel that is quick.
+    """
+    rows, scale = quantize_rows(x.reshape(math.prod(x.shape[:-1]), -1))
+    several = jnp.concatenate([rows, jnp.zeros_like(rows)]) if len(rows) == 1 else rows
+    several = lax.optimization_barrier(several.astype(jnp.int8))
+    y = lax.dot_general(several, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    y = lax.optimization_barrier(y)[: len(rows)].astype(x.dtype) * kernel_scale.astype(x.dtype)[None, :] * scale
+    return y.reshape(*x.shape[:-1], -1)
+
+
+@product.defjvp
+def _slope(given: Any, tangents: Any) -> tuple[Array, Array]:
+    """A gradient goes through as if nothing were rounded; integers and their scales have none."""
+    x, kernel, scale = given
+    weight = kernel.astype(x.dtype) * scale.astype(x.dtype)[:, None]
+    return product(x, kernel, scale), tangents[0] @ weight.T
+
+
+class QuantizedLinear(nn.Module):
+    """A dense layer whose kernel is in int8, (out, in), a scale for each output; what it takes is rounded alike."""
+
+    features: int | tuple[int, ...]
+    axes: int  # the last ones of what it takes, over which it sums
+    use_bias: bool
+    dtype: Any
+    param_dtype: Any
+    std: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        batch, inputs, outputs = x.shape[: -self.axes], math.prod(x.shape[-self.axes :]), math.prod(features)
+        kernel = self.param("kernel", integers, (outputs, inputs), jnp.int8)
+        scale = self.param("kernel_scale", nn.initializers.constant(self.std() / UNIFORM), (outputs,), jnp.float32)
+        y = product(x.reshape(*batch, inputs).astype(widened(self.dtype)), kernel, scale).reshape(*batch, *features)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, features, self.param_dtype)
+            y = y + bias.astype(y.dtype).reshape(*[1] * len(batch), *features)
+        return y.astype(self.dtype)
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding whose rows are in int8, each with a scale; a tied head is of the same integers."""
+
+    num_embeddings: int
+    features: int
+    dtype: Any
+    std: Any
+
+    def setup(self) -> None:
+        self.embedding = self.param("embedding", integers, (self.num_embeddings, self.features), jnp.int8)
+        first = nn.initializers.constant(self.std() / UNIFORM)
+        self.embedding_scale = self.param("embedding_scale", first, (self.num_embeddings,), jnp.float32)
+
+    def __call__(self, ids: Array) -> Array:
+        wide = widened(self.dtype)
+        return (self.embedding[ids].astype(wide) * self.embedding_scale[ids].astype(wide)[..., None]).astype(self.dtype)
+
+    def attend(self, x: Array) -> Array:
+        """The tied head: (..., E) -> (..., V)"""
+        return product(x.astype(widened(self.dtype)), self.embedding, self.embedding_scale).astype(self.dtype)
+
+
+def widened(dtype: Any) -> Any:
+    """What rows are rounded in: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -227,3 +318,9 @@ def as_flag(name: str, value: Any) -> bool:
 def interceptors() -> tuple[Any, ...]:
     """The functions that `nn.intercept_methods` has set."""
     return tuple(nn.module._global_interceptor_stack)  # Flax shows them nowhere else
+
+
+def refuse_quantized(model: Any, what: str) -> None:
+    """Integers are not what the table says."""
+    if model.config.quantization is not None:
+        raise CheckpointError(f"{type(model).__name__}: a quantized model cannot be {what}; do that before")

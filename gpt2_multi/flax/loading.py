@@ -31,6 +31,7 @@ from gpt2_multi.flax.layers import (
     input_names,
     interceptors,
     is_concrete,
+    refuse_quantized,
 )
 from gpt2_multi.flax.parameters import casting
 from gpt2_multi.flax.parameters.axes import automatic
@@ -49,6 +50,7 @@ from gpt2_multi.flax.parameters.tree import (
 )
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint.quantized import is_quantized, quantize
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.weights import table
 
@@ -140,7 +142,8 @@ class FlaxGPT2PreTrainedModel:
     def params_shape_tree(self) -> Tree:
         """The tree of shapes and dtypes."""
         found = leaves(self.config, self.head, self.scan_layers)
-        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, self.param_dtype) for path, leaf in found.items()}
+        kinds = {path: leaf.dtype(self.param_dtype) for path, leaf in found.items()}
+        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, kinds[path]) for path, leaf in found.items()}
         return unflatten_dict(shapes)
 
     def __call__(
@@ -274,6 +277,7 @@ class FlaxGPT2PreTrainedModel:
         mesh: Mesh | None = None,
         rules: Mapping[str, str | None] | None = None,
         _do_init: bool = True,
+        quantization: str | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         **options: Any,
@@ -283,7 +287,8 @@ class FlaxGPT2PreTrainedModel:
         `param_dtype` (transformers' `torch_dtype`) is what the parameters are stored in: float32 by default, "auto" for
         what config.json names. `dtype` is what the model computes in, by default the same. With a `mesh` and `rules`
         (named axis -> mesh axis; see `sharding`) each shard is placed directly. With `_do_init=False` it returns the
-        model and its parameters.
+        model and its parameters. `quantization="int8"` makes the model a quantized one, which files of a quantized
+        model are without it: see docs/numerics.md.
 
         `options` say where the files are and which of them are read (`revision`, `token`, `cache_dir`,
         `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
@@ -300,12 +305,13 @@ class FlaxGPT2PreTrainedModel:
         from gpt2_multi.model.checkpoint import load, two_dtypes  # with all formats, when a file is met
 
         found = load(
-            pretrained_model_name_or_path, cls.head, config, options, ignore_mismatched_sizes=ignore_mismatched_sizes
-        )
+            pretrained_model_name_or_path, cls.head, config, options, quantization=quantization,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+        )  # fmt: skip
         dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype)
         sizes: dict[str, Any] = {"seed": seed, "remat": remat, "scan_layers": scan_layers}
         model = cls(found.config, dtype=dtype, param_dtype=stored or "float32", _do_init=False, **sizes)
-        params = model._assign(found.arrays, mesh, rules or {})
+        params = model._assign({**found.arrays, **found.quantized}, mesh, rules or {})
         if model.generation_config is not None:
             model.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
         if _do_init:
@@ -317,12 +323,14 @@ class FlaxGPT2PreTrainedModel:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(self.key)))
         for row in table(self.config, self.head):
             if row.name not in arrays:
-                arrays[row.name] = rng.normal(row.constant if not row.std else 0, row.std, row.shape)
+                first = rng.normal(row.constant if not row.std else 0, row.std, row.shape)
+                whole = self.config.quantization is not None and is_quantized(row)
+                arrays[row.name] = quantize(row, first) if whole else first
         shape: dict[str, Any] = {"head": self.head, "scan_layers": self.scan_layers}
         shardings = {} if mesh is None else flatten_dict(param_shardings(self.config, mesh, rules, **shape))
         return unflatten_dict(
             {
-                path: placed(leaf, lambda row: arrays[row.name], self.param_dtype, shardings.get(path))
+                path: placed(leaf, lambda row: arrays[row.name], leaf.dtype(self.param_dtype), shardings.get(path))
                 for path, leaf in leaves(self.config, **shape).items()
             }
         )
@@ -352,7 +360,7 @@ class FlaxGPT2PreTrainedModel:
         params = self.fitting(params)
         rows = rows_of(params, self.config, self.head, self.scan_layers)
         dtypes = dtypes_of(params, self.config, self.head, self.scan_layers)
-        dtype = dtypes[table(self.config, self.head)[0].name]
+        dtype = dtypes["wpe.weight"]
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("Flax")], dtype=str(dtype))
         sources = [(row, dtypes[row.name], rows[row.name]) for row in table(config, self.head)]
         if jax.process_index() == 0 and is_main_process:
@@ -398,6 +406,7 @@ class FlaxGPT2PreTrainedModel:
         if number is None:
             return params
         found, flat = leaves(self.config, self.head, self.scan_layers), flatten_dict(params)
+        refuse_quantized(self, "resized")
         config = self.config.replace(vocab_size=number)  # refuses what no vocabulary can have
         std = None if mean_resizing else self.config.initializer_range
         params = unflatten_dict(
@@ -433,6 +442,7 @@ class FlaxGPT2PreTrainedModel:
         now on.
         """
         params = self.fitting(params)
+        refuse_quantized(self, "pruned")
         config = self.config.replace(pruned_heads=self.config.pruned(heads_to_prune))
         found, flat = leaves(config, self.head, self.scan_layers), flatten_dict(params)
         kept = [[self.config.heads(i).index(head) for head in config.heads(i)] for i in range(config.n_layer)]

@@ -33,6 +33,7 @@ _NAMES = FIELDS.keys() | ALIASES.keys() | {"num_labels"}  # what the constructor
 MOST_LABELS = 1 << 16  # that are numbered without being named: a file with a few digits would make a dict of them
 _KEYS = _NAMES - {"extra", "from_file", "name_or_path"}  # what a file may set
 SETTINGS = _KEYS | ELSEWHERE  # what a caller may set by name
+INT8 = {"quant_method": "gpt2-multi", "bits": 8}  # what config.json says of weights in int8, as quantization_config
 ALIKE = 0.8  # from which on a name is a known one that is spelled wrongly
 
 
@@ -279,6 +280,18 @@ class GPT2Config:
         layers = [*self.pruned_heads, *(layer for layer in more if layer not in self.pruned_heads)]
         gone = {layer: {*self.pruned_heads.get(layer, ()), *more.get(layer, ())} for layer in layers}
         return {layer: sorted(heads) for layer, heads in gone.items() if heads}
+
+    @property
+    def quantization(self) -> str | None:
+        """What weights are quantized to, "int8" or None; ConfigError where a file says that another program did it."""
+        found = self.extra.get("quantization_config")
+        if found in (None, INT8):
+            return None if found is None else "int8"
+        method = found.get("quant_method") if isinstance(found, Mapping) else found
+        raise ConfigError(
+            f"quantization_config: expected {INT8}, found the method {shortened(repr(method))}; load what was "
+            'quantized, with quantization="int8"'
+        )
 
     @property
     def use_return_dict(self) -> bool:

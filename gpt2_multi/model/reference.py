@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_multi.model.checkpoint.quantized import rounded
 from gpt2_multi.model.config import GPT2Config
 
 Array = np.ndarray[Any, Any]
@@ -71,7 +72,8 @@ def _layer_norm(config: GPT2Config, w: Weights, name: str, x: Array) -> Array:
     return np.asarray(scaled * w[f"{name}.weight"] + w[f"{name}.bias"])
 
 
-def _dense(w: Weights, name: str, x: Array) -> Array:
+def _dense(config: GPT2Config, w: Weights, name: str, x: Array) -> Array:
+    x = x if config.quantization is None else rounded(x)
     return np.asarray(x @ w[f"{name}.weight"] + w[f"{name}.bias"])
 
 
@@ -112,32 +114,37 @@ def forward(
         trace.hidden_states.append(x)
         q, k, v = map(
             lambda t: _split(config, t),
-            np.split(_dense(w, f"h.{i}.attn.c_attn", _layer_norm(config, w, f"h.{i}.ln_1", x)), 3, -1),
+            np.split(_dense(config, w, f"h.{i}.attn.c_attn", _layer_norm(config, w, f"h.{i}.ln_1", x)), 3, -1),
         )
         trace.past.append((k, v))
         a, probs = _attend(config, i, q, k, v, keep, None if head_mask is None else head_mask[i][:, None, None])
         trace.attentions.append(probs)
-        x = x + _dense(w, f"h.{i}.attn.c_proj", a)
+        x = x + _dense(config, w, f"h.{i}.attn.c_proj", a)
         if encoder_hidden_states is not None:
             x = x + _cross(config, w, i, x, encoder_hidden_states, encoder_attention_mask, trace)
-        hidden = ACTIVATIONS[config.activation](_dense(w, f"h.{i}.mlp.c_fc", _layer_norm(config, w, f"h.{i}.ln_2", x)))
-        x = x + _dense(w, f"h.{i}.mlp.c_proj", hidden)
+        hidden = ACTIVATIONS[config.activation](
+            _dense(config, w, f"h.{i}.mlp.c_fc", _layer_norm(config, w, f"h.{i}.ln_2", x))
+        )
+        x = x + _dense(config, w, f"h.{i}.mlp.c_proj", hidden)
     trace.last_hidden_state = _layer_norm(config, w, "ln_f", x)
     trace.hidden_states.append(trace.last_hidden_state)
     return trace
 
 
 def _cross(config: GPT2Config, w: Weights, i: int, x: Array, states: Array, mask: Array | None, trace: Trace) -> Array:
-    q = _split(config, _dense(w, f"h.{i}.crossattention.q_attn", _layer_norm(config, w, f"h.{i}.ln_cross_attn", x)))
-    k, v = (_split(config, t) for t in np.split(_dense(w, f"h.{i}.crossattention.c_attn", states), 2, -1))
+    q = _split(
+        config, _dense(config, w, f"h.{i}.crossattention.q_attn", _layer_norm(config, w, f"h.{i}.ln_cross_attn", x))
+    )
+    k, v = (_split(config, t) for t in np.split(_dense(config, w, f"h.{i}.crossattention.c_attn", states), 2, -1))
     keep = np.ones(states.shape[:2], bool) if mask is None else mask != 0
     a, probs = _attend(config, i, q, k, v, keep[:, None, None, :], None)
     trace.cross_attentions.append(probs)
-    return _dense(w, f"h.{i}.crossattention.c_proj", a)
+    return _dense(config, w, f"h.{i}.crossattention.c_proj", a)
 
 
 def lm_logits(config: GPT2Config, w: Weights, hidden: Array) -> Array:
     """Logits over the vocabulary, by the embedding unless the head is untied: (..., E) -> (..., V)."""
+    hidden = hidden if config.quantization is None else rounded(hidden)
     return np.asarray(hidden @ w["wte.weight" if config.tie_word_embeddings else "lm_head.weight"].T)
 
 

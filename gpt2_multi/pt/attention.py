@@ -17,7 +17,7 @@ from torch.utils._pytree import register_pytree_node
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.pt.layers import project, replace_parameter
+from gpt2_multi.pt.layers import project, projection, replace_parameter
 
 Pair = tuple[Tensor, Tensor]
 
@@ -343,8 +343,8 @@ class Attention(BaseAttention):
         self.present = config.heads(layer)
         self.num_heads = len(self.present)
         self.split_size = self.head_dim * self.num_heads
-        self.c_attn = nn.Linear(config.n_embd, 3 * self.split_size)
-        self.c_proj = nn.Linear(self.split_size, config.n_embd)
+        self.c_attn = projection(config, config.n_embd, 3 * self.split_size)
+        self.c_proj = projection(config, self.split_size, config.n_embd)
 
     def forward(self, x: Tensor, context: Context, head_mask: Tensor | None) -> Attended:
         qkv = whole("attn.c_attn", project(self.c_attn, x), 3 * self.split_size)
@@ -373,9 +373,9 @@ class CrossAttention(BaseAttention):
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__(config, layer)
-        self.q_attn = nn.Linear(config.n_embd, config.n_embd)
-        self.c_attn = nn.Linear(config.n_embd, 2 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.q_attn = projection(config, config.n_embd, config.n_embd)
+        self.c_attn = projection(config, config.n_embd, 2 * config.n_embd)
+        self.c_proj = projection(config, config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, context: Context) -> Attended:
         q = split_heads(whole("crossattention.q_attn", project(self.q_attn, x), self.config.n_embd), self.head_dim)

@@ -31,7 +31,7 @@ from gpt2_multi.pt.generation.decoding import (
     compute_transition_scores,
     prepare_inputs_for_generation,
 )
-from gpt2_multi.pt.layers import facts, is_own, is_unchanged, project
+from gpt2_multi.pt.layers import facts, is_own, is_unchanged, project, projection
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, old_calls, recast
 from gpt2_multi.pt.state import check_tied, lend_embedding
@@ -66,7 +66,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = projection(config, config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         self.generation_config = GenerationConfig.of(config)
 
@@ -171,7 +171,7 @@ class GPT2DoubleHeadsModel(GPT2PreTrainedModel):
         config = self.config
         with self.building(param_dtype):
             self.transformer = GPT2Model(config, dtype=dtype, attn_implementation=attn_implementation)
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = projection(config, config.n_embd, config.vocab_size, bias=False)
             self.multiple_choice_head = SequenceSummary(config)
         self.tie_weights()
         self.generation_config = GenerationConfig.of(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +16,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from gpt2_multi.errors import InputError
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.model.checkpoint.quantized import GREATEST, LEAST, UNIFORM
+from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.fields import float_name
 from gpt2_multi.model.inputs import Facts
 from gpt2_multi.model.weights import Weight
@@ -31,6 +33,7 @@ NUMPY = {
 _FORWARD = nn.Linear.forward
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 gelu = partial(F.gelu, approximate="tanh")
+SCALED = "weight_scale"  # what a layer in int8 has beside its weight
 WORTHWHILE = 2**19  # products, below which a call of oneDNN takes longer than it saves
 
 
@@ -230,11 +233,171 @@ def fingerprint(x: Tensor) -> Tensor:
     return x.detach().view(integers).sum(-1, dtype=integers)
 
 
-def initialise(weight: Weight, tensor: Tensor) -> Tensor:
-    """Fill a new tensor as the table says."""
+def initialise(weight: Weight, tensor: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Fill a new tensor as the table says; integers with their scales."""
+    if scale is not None:
+        scale.fill_(weight.std / UNIFORM)
+        return tensor.random_(-GREATEST, GREATEST + 1)
     return tensor.normal_(std=weight.std) if weight.std else tensor.fill_(weight.constant)
 
 
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Give a parameter another value and shape; a frozen one stays frozen."""
     setattr(module, name, nn.Parameter(value, getattr(module, name).requires_grad))
+
+
+def projection(config: GPT2Config, inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    """A product of the blocks, or the head: in int8 where the configuration says so."""
+    return (nn.Linear if config.quantization is None else QuantizedLinear)(inputs, outputs, bias)
+
+
+def embedding(config: GPT2Config) -> nn.Embedding:
+    """The embedding of tokens: in int8 where the configuration says so."""
+    made = nn.Embedding if config.quantization is None else QuantizedEmbedding
+    return made(config.vocab_size, config.n_embd)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers from -127 to 127 that the numbers of each row are nearest to, as floats, and the row's scale."""
+    scale = (torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True) / GREATEST).clamp_min(LEAST)
+    return torch.round(x / scale), scale
+
+
+@cache
+def multiplies_int8() -> bool:
+    """Whether oneDNN multiplies int8 here, and exactly: processors without VNNI add up in 16 bits, which overflow."""
+    if not HAS_ONEDNN or not hasattr(torch, "_int_mm"):
+        return False
+    ones = torch.full((2, 64), GREATEST, dtype=torch.int8)
+    weight, exact = torch.full((64, 64), GREATEST, dtype=torch.int8), 64 * GREATEST * GREATEST
+    with torch.no_grad():
+        try:
+            found = torch._int_mm(ones, weight.t()), multiplied(ones.float(), packed(weight), torch.ones(64))
+        except (AttributeError, RuntimeError, TypeError):  # of a version that takes others, or without the kernel
+            return False
+    return all(bool((y == exact).all()) for y in found)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """Integers (out, in) in the order in which oneDNN reads them for several rows."""
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def multiplied(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Integers as floats (R, in), which it may write to, by packed ones with their scales: (R, out)
+
+    oneDNN is quick at unsigned integers, from which it takes 128 again.
+    """
+    zero = torch.zeros(1, dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(
+        rows.add_(GREATEST + 1).to(torch.uint8), 1.0, GREATEST + 1, weight, scale, zero, None, 1.0, 0, torch.float32,
+        "none", [], "",
+    )  # fmt: skip
+
+
+def integers(*shape: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Parameters in int8, and a scale for each row of them."""
+    made = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0], dtype=torch.float32)
+    return nn.Parameter(made[0], requires_grad=False), nn.Parameter(made[1], requires_grad=False)
+
+
+def keeping_scale(layer: Any, apply: Any, *given: Any) -> Any:
+    """What nn.Module's `_apply` does to a layer; its scales stay float32 where all else becomes narrower."""
+    scale = layer.weight_scale.data
+    apply(*given)
+    if torch.finfo(layer.weight_scale.dtype).bits < 32:
+        layer.weight_scale.data = scale.to(layer.weight_scale.device)
+    return layer
+
+
+class QuantizedLinear(nn.Linear):
+    """nn.Linear with its weight in int8, (out, in), a scale for each output; what it takes is rounded alike, by rows.
+
+    On a CPU, in float32 and where no gradient is asked for, oneDNN multiplies integers. Otherwise the same integers are
+    multiplied as floats; a gradient goes through as if nothing were rounded.
+    """
+
+    weight_scale: nn.Parameter
+    _packed: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.weight, self.weight_scale = integers(out_features, in_features)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return keeping_scale(self, super()._apply, fn, recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        if is_recorded or not (is_plain(x) and multiplies_int8() and self.is_at_home()):
+            return self.product(x)
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The product of integers, in float32 on a CPU; weight: of those that `packed` gives."""
+        rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+        if weight is None:
+            y = torch._int_mm(rows.to(torch.int8), self.weight.t()) * self.weight_scale
+        else:
+            y = multiplied(rows, weight, self.weight_scale)
+        y = y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale, out=y)
+        return y.view(*x.shape[:-1], -1)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same in any dtype and on any device, with a gradient."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.no_grad():
+            rows, scale = quantize_rows(x.to(wide))
+        if x.requires_grad:
+            exact = x.to(wide) / scale
+            rows = exact + (rows - exact).detach()
+        y = F.linear(rows, self.weight.to(wide)) * self.weight_scale.to(wide) * scale  # sums of integers are exact
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def packed(self) -> Tensor:
+        """What `packed` gives of the weight: kept for the next time, and made anew where the sum of a row has changed.
+
+        It takes the weight's memory once more, and the time of ten steps.
+        """
+        weight = self.weight.detach()
+        words = weight.view(torch.int64) if weight.shape[1] % 8 == 0 and weight.is_contiguous() else weight
+        sums = words.sum(1)  # whoever writes through `.data` counts no version
+        if self._packed is None or not torch.equal(self._packed[0], sums):
+            self._packed = sums, packed(weight)
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is packed, of which a copy makes its own."""
+        return {name: value for name, value in vars(self).items() if name != "_packed"}
+
+    def is_at_home(self) -> bool:
+        """Whether the parameters are whole, on a CPU, and those that are no integers in float32."""
+        found = [x for x in self._parameters.values() if x is not None]
+        kinds = (torch.float32, torch.int8)
+        return all(type(x) is nn.Parameter and x.is_cpu and x.dtype in kinds and x.is_contiguous() for x in found)
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """nn.Embedding with its rows in int8, each with a scale; a tied head is of the same integers."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.weight, self.weight_scale = integers(num_embeddings, embedding_dim)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return keeping_scale(self, super()._apply, fn, recurse)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids].to(self.weight_scale.dtype) * self.weight_scale[ids][..., None]
+
+
+def castable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a dtype is for: all but integers and their scales."""
+    found = dict(module.named_parameters())
+    return {name: x for name, x in found.items() if x.is_floating_point() and not name.endswith(SCALED)}
+
+
+def refuse_quantized(model: Any, what: str) -> None:
+    """Integers are not what the table says."""
+    if model.config.quantization is not None:
+        raise CheckpointError(f"{type(model).__name__}: a quantized model cannot be {what}; do that before")

@@ -11,7 +11,6 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +18,22 @@ from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files import arguments
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint.quantized import DTYPE, SCALE, Quantized, quantize
 from gpt2_multi.model.config import SETTINGS, GPT2Config, check_config
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight, table
-from gpt2_multi.pt.layers import NUMPY, as_dtype, contiguous, initialise, replace_parameter, to_numpy, to_torch
+from gpt2_multi.pt.layers import (
+    NUMPY,
+    SCALED,
+    as_dtype,
+    castable,
+    contiguous,
+    initialise,
+    refuse_quantized,
+    replace_parameter,
+    to_numpy,
+    to_torch,
+)
 from gpt2_multi.pt.state import (
     check_in,
     check_rows,
@@ -156,9 +167,10 @@ class GPT2PreTrainedModel(nn.Module):
         for module in self.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_meta:  # `to` and `to_empty` cannot change a fake one
-                    replace_parameter(module, name, torch.empty_like(parameter, dtype=dtype, device=device))
-        for weight in () if device.type == "meta" else table(self.config, self.head):
-            initialise(weight, self.parameter(weight))
+                    kept = parameter.dtype if name not in castable(module) else dtype
+                    replace_parameter(module, name, torch.empty_like(parameter, dtype=kept, device=device))
+        if device.type != "meta":
+            self._initialise()
 
     def post_init(self) -> None:
         """What a class of your own calls last in its __init__: its own layers get their first values, and heads tie."""
@@ -170,10 +182,25 @@ class GPT2PreTrainedModel(nn.Module):
 
     def init_weights(self) -> None:
         """Give every parameter its first value again."""
-        for weight in () if next(self.parameters()).is_meta else table(self.config, self.head):
-            with torch.no_grad():
-                initialise(weight, self.parameter(weight))
+        if not next(self.parameters()).is_meta:
+            self._initialise()
         self.post_init()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for weight in table(self.config, self.head):
+            initialise(weight, self.parameter(weight), self._scale(weight))
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Integers do not train, and so the rest of a quantized body does not, unless somebody wants it."""
+        if self.config.quantization is not None:
+            self.body.requires_grad_(False)
+
+    def _scale(self, weight: Weight) -> Any:
+        """The scales of a row that is in int8."""
+        layer, _, leaf = TORCH.spell(weight, self.base_model is not self).rpartition(".")
+        return getattr(self.get_submodule(layer), SCALED, None) if leaf == "weight" else None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -249,6 +276,7 @@ class GPT2PreTrainedModel(nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         attn_implementation: str | None = None,
         device_map: Any = None,
+        quantization: str | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         mmap: bool = False,
@@ -260,7 +288,8 @@ class GPT2PreTrainedModel(nn.Module):
         for what config.json names. `param_dtype` (transformers' old `torch_dtype`) says it of the parameters, where the
         two are not the same. Parameters are contiguous, which copies the kernels; with `mmap` those that need no other
         dtype stay views of the mapped file, so that a program that only reads starts at once. `device_map` is a device
-        for the whole model, or "auto" for the fastest.
+        for the whole model, or "auto" for the fastest. `quantization="int8"` makes the model a quantized one, which
+        files of a quantized model are without it: see docs/numerics.md.
 
         `options` say where the files are and which of them are read (`revision`, `token`, `cache_dir`,
         `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
@@ -289,8 +318,8 @@ class GPT2PreTrainedModel(nn.Module):
             return own_shapes(made[0])
 
         found = read(
-            pretrained_model_name_or_path, cls.head, config, options, ignore_mismatched_sizes=ignore_mismatched_sizes,
-            own=shapes if is_callers(cls) else None,
+            pretrained_model_name_or_path, cls.head, config, options, quantization=quantization,
+            ignore_mismatched_sizes=ignore_mismatched_sizes, own=shapes if is_callers(cls) else None,
         )  # fmt: skip
         dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype, dtype)
         stored = as_dtype("param_dtype", stored) or torch.get_default_dtype()
@@ -333,20 +362,24 @@ class GPT2PreTrainedModel(nn.Module):
 
     def _fill(self, found: Loaded, dtype: torch.dtype, mmap: bool) -> None:
         """Take over what was read: the table's weights, what a class of a caller's has besides, how it generates."""
-        self._assign(found.arrays, dtype, mmap)
+        self._assign({**found.arrays, **found.quantized}, dtype, mmap)
+        self._freeze()
         fill_own(self, found.beside)
         if self.generation_config is not None:
             self.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
 
-    def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtype: torch.dtype, mmap: bool = False) -> None:
+    def _assign(self, arrays: Mapping[str, Any], dtype: torch.dtype, mmap: bool = False) -> None:
         tensors, others = {}, other_names(self)
         for name, weight in rows(self).items():
-            if weight.name in arrays:
-                tensor = TORCH.layout(weight, to_torch(arrays[weight.name]))
-                tensor = tensor.to(dtype) if mmap else contiguous(tensor, dtype)
-            else:
-                tensor = initialise(weight, torch.empty(weight.shape, dtype=dtype, device="cpu"))
-            tensors[name] = tensor
+            found, kind = arrays.get(weight.name), dtype
+            if found is None:
+                found = to_numpy(initialise(weight, torch.empty(weight.shape, dtype=dtype, device="cpu")))
+                found = found if self._scale(weight) is None else quantize(weight, found)
+            if isinstance(found, Quantized):
+                tensors[name + SCALE], kind = to_torch(found.scale).clone(), torch.int8
+                found = found.values
+            tensor = TORCH.layout(weight, to_torch(found))
+            tensors[name] = tensor.to(kind) if mmap else contiguous(tensor, kind)
         self.load_state_dict(tensors, strict=False, assign=True)  # every row is there; a subclass may have more
         for name, row in others.items():
             path, _, leaf = name.rpartition(".")
@@ -390,7 +423,7 @@ class GPT2PreTrainedModel(nn.Module):
         beside = made_of_own(self, state_dict) if is_callers(type(self)) else {}
         if not writes:
             return
-        config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=sources[0][1].name)
+        config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=sources[1][1].name)
         kind = "safetensors" if safe_serialization else "pytorch"
         names = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
         save(save_directory, config, self.generation_config, sources, names, max_shard_size, kind, variant, beside)
@@ -422,15 +455,21 @@ class GPT2PreTrainedModel(nn.Module):
             )
 
     def _source(self, weight: Weight, state_dict: Mapping[str, Tensor] | None) -> Any:
-        name = TORCH.spell(weight, self.base_model is not self)
+        name, scaled = TORCH.spell(weight, self.base_model is not self), self._scale(weight)
         check_in(state_dict, name)
         parameter = gather(self.parameter(weight) if state_dict is None else state_dict[name])
-        return weight, NUMPY[parameter.dtype], lambda: TORCH.layout(weight, to_numpy(parameter))
+        if scaled is None:
+            return weight, NUMPY[parameter.dtype], lambda: TORCH.layout(weight, to_numpy(parameter))
+        check_in(state_dict, name + SCALE)
+        scale = gather(scaled if state_dict is None else state_dict[name + SCALE]).float()
+        return weight, DTYPE, lambda: Quantized(TORCH.layout(weight, to_numpy(parameter)), to_numpy(scale))
 
     def tie_weights(self) -> None:
         """Let the language-model head be the token embedding, where the configuration ties them."""
         if self.config.tie_word_embeddings and hasattr(self, "lm_head"):
             self.lm_head.weight = self.body.wte.weight
+            if hasattr(self.body.wte, SCALED):
+                self.lm_head.weight_scale = self.body.wte.weight_scale
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""
@@ -438,6 +477,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         """Use another token embedding; a tied head follows, and so does `vocab_size`."""
+        refuse_quantized(self, "given other embeddings")
         self.body.wte = embedding
         self.config.vocab_size = len(embedding.weight)
         self.tie_weights()
@@ -448,6 +488,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def set_output_embeddings(self, head: nn.Linear) -> None:
         """Use another language-model head; unless its weight is the token embedding, the two are tied no more."""
+        refuse_quantized(self, "given another head")
         self.lm_head = head
         self.config.tie_word_embeddings = head.weight is self.body.wte.weight
 
@@ -463,6 +504,7 @@ class GPT2PreTrainedModel(nn.Module):
         number = inputs.new_vocabulary(new_num_tokens, self.config.vocab_size, pad_to_multiple_of)
         std = None if mean_resizing else self.config.initializer_range
         if number is not None:
+            refuse_quantized(self, "resized")
             self.config.vocab_size = number
             replace_parameter(self.body.wte, "weight", _resized(self.body.wte.weight, number, std))
             self.body.wte.num_embeddings = number
@@ -518,6 +560,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
+        refuse_quantized(self, "pruned")
         self.config.pruned_heads = self.config.pruned(heads_to_prune)
         for layer, heads in heads_to_prune.items():
             self.body.attentions()[layer].prune(heads)

@@ -32,7 +32,7 @@ from gpt2_multi.pt.attention import (
     positions,
     score_dtype,
 )
-from gpt2_multi.pt.layers import facts, gelu, is_at_hand, perceptron, project
+from gpt2_multi.pt.layers import castable, embedding, facts, gelu, is_at_hand, perceptron, project, projection
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 
 
@@ -57,8 +57,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, inner)
-        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.c_fc = projection(config, config.n_embd, inner)
+        self.c_proj = projection(config, inner, config.n_embd)
         self.act = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -101,11 +101,11 @@ for output_class in Output.__subclasses__():
 
 def recast(module: nn.Module, dtype: torch.dtype | None, *inputs: Any) -> Any:
     """Call a module, with its parameters cast to `dtype` where they are stored in another."""
-    if dtype is None or all(parameter.dtype == dtype for parameter in module.parameters()):
+    if dtype is None or all(parameter.dtype == dtype for parameter in castable(module).values()):
         return module(*inputs)
     if hasattr(module, "unshard"):
         return gathered(module, dtype, *inputs)
-    cast = {name: parameter.to(dtype) for name, parameter in module.named_parameters()}
+    cast = {name: parameter.to(dtype) for name, parameter in castable(module).items()}
     return torch.func.functional_call(module, cast, inputs)
 
 
@@ -201,7 +201,7 @@ class GPT2Model(GPT2PreTrainedModel):
         self.checkpointing_options: dict[str, Any] = {"use_reentrant": False}
         self.set_attn_implementation(attn_implementation)
         with self.building(param_dtype):
-            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wte = embedding(config)
             self.wpe = nn.Embedding(config.n_positions, config.n_embd)
             self.drop = nn.Dropout(config.embd_pdrop)
             self.h = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.n_layer))

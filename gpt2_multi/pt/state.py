@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gpt2_multi.errors import CheckpointError, InputError, shortened
 from gpt2_multi.files.arrays import Made
+from gpt2_multi.model.checkpoint.quantized import SCALE
 from gpt2_multi.model.spelling import TORCH, out_first, turned
 from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.pt.layers import to_numpy, to_torch
@@ -35,6 +36,7 @@ def leave_out_head(model: nn.Module, state: dict[str, Any], prefix: str, _: Any)
     """A tied head is saved as the token embedding: safetensors takes no tensor twice. Only FSDP1 wants both."""
     if "_fsdp_wrapped_module." not in prefix and is_tied(model) and prefix + EMBEDDING in state:
         state.pop(prefix + HEAD, None)
+        state.pop(prefix + HEAD + SCALE, None)
 
 
 def fill_in_head(
@@ -42,9 +44,16 @@ def fill_in_head(
     errors: list[str],
 ) -> None:  # fmt: skip
     """One of the two names stands for both, as one parameter; two tensors that differ cannot be tied."""
-    names = [prefix + EMBEDDING, prefix + HEAD]
+    if not is_tied(model):
+        return
+    fill_in(state, [prefix + EMBEDDING, prefix + HEAD], errors)
+    fill_in(state, [prefix + EMBEDDING + SCALE, prefix + HEAD + SCALE], errors)
+
+
+def fill_in(state: dict[str, Any], names: list[str], errors: list[str]) -> None:
+    """What is there of two names that stand for one tensor is there under both."""
     found = [state[name] for name in names if name in state]
-    if not found or not is_tied(model):
+    if not found:
         return
     if len(found) == 2 and not same(*found):
         errors.append(
@@ -108,10 +117,12 @@ def rows(model: Any) -> dict[str, Weight]:
 def own(model: Any) -> dict[str, Tensor]:
     """What a caller's class has besides the table: parameters and buffers that are saved, each once."""
     known, named = rows(model), dict(model.named_parameters(remove_duplicate=False))
+    known |= {name + SCALE: row for name, row in known.items() if name + SCALE in named}
     shared = {id(named[name]) for name in known if name in named}
     found = {name: x for name, x in model.named_parameters() if id(x) not in shared and name not in known}
     if model.head in ("lm", "double_heads"):
         found.pop(HEAD, None)  # a row, or tied
+        found.pop(HEAD + SCALE, None)
     for path, module in model.named_modules():
         for name, x in module.named_buffers(path, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
@@ -156,7 +167,8 @@ def check_in(state: Mapping[str, Tensor] | None, name: str) -> None:
 def other_names(model: Any) -> dict[str, str]:
     """The names under which modules have a parameter once more, as a tied head: name -> the one that is saved."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    known = {id(named[name]): name for name in (*rows(model), *own(model)) if name in named}
+    saved = [*rows(model), *own(model)]
+    known = {id(named[name]): name for name in (*saved, *(name + SCALE for name in saved)) if name in named}
     return {name: known[id(x)] for name, x in named.items() if known.get(id(x), name) != name}
 
 

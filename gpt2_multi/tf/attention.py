@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.tf.layers import dense, known, register, replace_variable, sizes
+from gpt2_multi.tf.layers import known, projection, register, replace_variable, sizes
 
 Pair = tuple[tf.Tensor, tf.Tensor]
 
@@ -249,8 +249,8 @@ class Attention(BaseAttention):
         super().__init__(config, layer, **options)
         self.present = config.heads(layer)
         inner = self.head_dim * len(self.present)
-        self.c_attn = dense(config.n_embd, 3 * inner, "c_attn", self.dtype_policy)
-        self.c_proj = dense(inner, config.n_embd, "c_proj", self.dtype_policy)
+        self.c_attn = projection(config, config.n_embd, 3 * inner, "c_attn", self.dtype_policy)
+        self.c_proj = projection(config, inner, config.n_embd, "c_proj", self.dtype_policy)
         self.built = True
 
     def call(self, x: tf.Tensor, context: Context, head_mask: tf.Tensor | None = None) -> Attended:
@@ -277,9 +277,9 @@ class CrossAttention(BaseAttention):
 
     def __init__(self, config: GPT2Config, layer: int, **options: Any) -> None:
         super().__init__(config, layer, **options)
-        self.q_attn = dense(config.n_embd, config.n_embd, "q_attn", self.dtype_policy)
-        self.c_attn = dense(config.n_embd, 2 * config.n_embd, "c_attn", self.dtype_policy)
-        self.c_proj = dense(config.n_embd, config.n_embd, "c_proj", self.dtype_policy)
+        self.q_attn = projection(config, config.n_embd, config.n_embd, "q_attn", self.dtype_policy)
+        self.c_attn = projection(config, config.n_embd, 2 * config.n_embd, "c_attn", self.dtype_policy)
+        self.c_proj = projection(config, config.n_embd, config.n_embd, "c_proj", self.dtype_policy)
         self.built = True
 
     def call(self, x: tf.Tensor, context: Context) -> Attended:

@@ -7,6 +7,7 @@ see there for shapes and errors. `return_dict=False` gives a tuple of the fields
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -25,7 +26,7 @@ from gpt2_multi.model.outputs import (
 from gpt2_multi.tf.attention import KVCache, Pair
 from gpt2_multi.tf.fit.policies import Policy
 from gpt2_multi.tf.generation import generate as generation
-from gpt2_multi.tf.layers import dense, dropout, facts, made, sizes
+from gpt2_multi.tf.layers import QuantizedEmbedding, dense, dropout, facts, made, projection, sizes
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 from gpt2_multi.tf.model import ACTIVATIONS, TFGPT2Model, give
 from gpt2_multi.tf.serve import export
@@ -45,7 +46,8 @@ class TFGPT2LMHeadModel(TFGPT2PreTrainedModel):
         config = self.config
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
         if not config.tie_word_embeddings:
-            self.lm_head = dense(config.n_embd, config.vocab_size, "lm_head", self.dtype_policy, use_bias=False)
+            head = partial(projection, config, config.n_embd, config.vocab_size, "lm_head", self.dtype_policy)
+            self.lm_head = head(use_bias=False)
         self.generation_config = GenerationConfig.of(config)
         self.initialise()
 
@@ -151,7 +153,8 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         config = self.config
         self.transformer = TFGPT2Model(config, dtype=self.dtype_policy, name="transformer")
         if not config.tie_word_embeddings:
-            self.lm_head = dense(config.n_embd, config.vocab_size, "lm_head", self.dtype_policy, use_bias=False, rank=4)
+            head = partial(projection, config, config.n_embd, config.vocab_size, "lm_head", self.dtype_policy)
+            self.lm_head = head(use_bias=False, rank=4)
         self.multiple_choice_head = SequenceSummary(config, dtype=self.dtype_policy, name="multiple_choice_head")
         self.generation_config = GenerationConfig.of(config)
         self.initialise()
@@ -361,6 +364,8 @@ def lm_logits(model: TFGPT2PreTrainedModel, hidden: tf.Tensor) -> tf.Tensor:
     if not model.config.tie_word_embeddings:
         return model.lm_head(hidden)
     wte = model.transformer.wte
+    if isinstance(wte, QuantizedEmbedding):
+        return wte.attend(hidden)
     if wte.quantization_mode is not None:
         return wte(hidden, reverse=True)
     return tf.matmul(hidden, tf.cast(wte.embeddings, hidden.dtype), transpose_b=True)  # Keras would transpose a copy

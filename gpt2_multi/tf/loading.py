@@ -18,6 +18,7 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.files import arguments
 from gpt2_multi.generation.config import GenerationConfig, as_generation_config
 from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint.quantized import DTYPE, is_quantized
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.model.spelling import KERAS
@@ -25,7 +26,15 @@ from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.tf.fit import data, exporting, fitting, quantization
 from gpt2_multi.tf.fit.arguments import as_keywords, is_old, signature_of
 from gpt2_multi.tf.fit.policies import Policy, policy_of
-from gpt2_multi.tf.layers import initial, made, replace_layer, replace_variable
+from gpt2_multi.tf.layers import (
+    assign_quantized,
+    initial,
+    integers,
+    made,
+    quantized_of,
+    replace_layer,
+    replace_variable,
+)
 
 _READING = ContextVar("_READING", default=False)  # a file's values will follow: random ones would cost half the time
 
@@ -74,7 +83,10 @@ class TFGPT2PreTrainedModel(keras.Model):
             variable._path = f"{self.name}/{KERAS.spell(weight, self.head != 'base').replace('.', '/')}"
             self.owner(weight)._path = variable._path.rpartition("/")[0]  # `quantize` tells layers apart by it
             if not _READING.get() and (self.head == "base" or not weight.in_body):
-                variable.assign(initial(weight, self.variable_dtype))
+                self._give(weight, None)
+        if self.config.quantization is not None:  # integers do not train, and so the rest of the body does not
+            for variable in self.body().trainable_variables:
+                variable.trainable = False
         made(self, *[None] * (3 if "C" in self.logit_axes else 2))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -173,6 +185,7 @@ class TFGPT2PreTrainedModel(keras.Model):
         param_dtype: Any = None,
         torch_dtype: Any = None,
         name: str | None = None,
+        quantization: str | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         **options: Any,
@@ -181,7 +194,8 @@ class TFGPT2PreTrainedModel(keras.Model):
 
         `param_dtype` (transformers' `torch_dtype`) is what the variables are stored in: by default what Keras' global
         policy says (float32), "auto" for what config.json names. `dtype` is what the model computes in, by default the
-        same; it may be a Keras policy such as "mixed_bfloat16".
+        same; it may be a Keras policy such as "mixed_bfloat16". `quantization="int8"` makes the model a quantized one,
+        which files of a quantized model are without it: see docs/numerics.md.
 
         `options` say where the files are and which of them are read (`revision`, `token`, `cache_dir`,
         `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
@@ -196,25 +210,32 @@ class TFGPT2PreTrainedModel(keras.Model):
         from gpt2_multi.model.checkpoint import load, two_dtypes  # with all formats, when a file is met
 
         found = load(
-            pretrained_model_name_or_path, cls.head, config, options, ignore_mismatched_sizes=ignore_mismatched_sizes
-        )
+            pretrained_model_name_or_path, cls.head, config, options, quantization=quantization,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+        )  # fmt: skip
         dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype)
         reading = _READING.set(True)
         try:
             model = cls(found.config, dtype=dtype, param_dtype=stored, name=name)
         finally:
             _READING.reset(reading)
-        model._assign(found.arrays)
+        model._assign({**found.arrays, **found.quantized})
         if model.generation_config is not None:
             model.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
         return cast(Self, (model, found.info)) if output_loading_info else model
 
-    def _assign(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def _assign(self, arrays: Mapping[str, Any]) -> None:
         for weight in table(self.config, self.head):
-            if weight.name in arrays:
-                self.parameter(weight).assign(KERAS.layout(weight, arrays[weight.name]))
-            else:
-                self.parameter(weight).assign(initial(weight, self.variable_dtype))
+            self._give(weight, arrays.get(weight.name))
+
+    def _give(self, weight: Weight, found: Any) -> None:
+        """Assign a row, in the table's layout or in int8, or its first value."""
+        if self.config.quantization is not None and is_quantized(weight):
+            assign_quantized(self.owner(weight), weight, found or integers(weight))
+        elif found is None:
+            self.parameter(weight).assign(initial(weight, self.variable_dtype))
+        else:
+            self.parameter(weight).assign(KERAS.layout(weight, found))
 
     def save_pretrained(
         self,
@@ -265,6 +286,8 @@ class TFGPT2PreTrainedModel(keras.Model):
 
     def _source(self, weight: Weight) -> Any:
         value = self.parameter(weight)
+        if self.config.quantization is not None and is_quantized(weight):
+            return weight, DTYPE, lambda: quantized_of(self.owner(weight), weight)
         dtype = tf.as_dtype(keras.backend.standardize_dtype(value.dtype)).as_numpy_dtype
         return weight, np.dtype(dtype), lambda: KERAS.layout(weight, tf.convert_to_tensor(value).numpy())
 

@@ -26,7 +26,7 @@ from gpt2_multi.tf.attention import (
     positions,
 )
 from gpt2_multi.tf.fit.policies import Policy
-from gpt2_multi.tf.layers import dense, dropout, facts, lookup, made, norm, register, sizes
+from gpt2_multi.tf.layers import dropout, embedding, facts, lookup, made, norm, projection, register, sizes
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 
 for output_class in Output.__subclasses__():
@@ -64,8 +64,8 @@ class MLP(keras.layers.Layer):
     def __init__(self, config: GPT2Config, **options: Any) -> None:
         super().__init__(**options)
         inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = dense(config.n_embd, inner, "c_fc", self.dtype_policy)
-        self.c_proj = dense(inner, config.n_embd, "c_proj", self.dtype_policy)
+        self.c_fc = projection(config, config.n_embd, inner, "c_fc", self.dtype_policy)
+        self.c_proj = projection(config, inner, config.n_embd, "c_proj", self.dtype_policy)
         self.act = ACTIVATIONS[config.activation]
         self.dropout = keras.layers.Dropout(config.resid_pdrop, dtype=self.dtype_policy)
         self.built = True
@@ -157,14 +157,11 @@ class TFGPT2Model(TFGPT2PreTrainedModel):
         config = self.config
         self.gradient_checkpointing, self.every_n_layers = False, 1
         policy = self.dtype_policy
-        self.wte = keras.layers.ReversibleEmbedding(
-            config.vocab_size, config.n_embd, embeddings_initializer="zeros", name="wte", dtype=policy
-        )
+        self.wte = embedding(config, "wte", policy)
         self.wpe = keras.layers.Embedding(
             config.n_positions, config.n_embd, embeddings_initializer="zeros", name="wpe", dtype=policy
         )
-        for embedding in (self.wte, self.wpe):
-            embedding.build((None, None))
+        self.wpe.build((None, None))
         self.drop = dropout(config.embd_pdrop, config.n_embd, "drop", policy)
         self.h = [Block(config, layer, name=f"h_{layer}", dtype=policy) for layer in range(config.n_layer)]
         for block in self.h:

@@ -29,6 +29,7 @@ LEAST = 16  # tokens to come, above which it is worth the time to transpose
 def are_worthwhile(model: Any, rows: int, room: int) -> bool:
     """Whether a loop over so many rows and tokens is quicker so, and reads no other kernels than its parameters'."""
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    alone = alone and model.config.quantization is None  # integers are (out, in) as they are
     return alone and model.is_plain and not model.scan_layers and rows in ROWS and room > LEAST
 
 

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.parameters.tree import Tree
+from gpt2_multi.model.checkpoint.quantized import SCALE
 
 
 def to_bf16(self: Any, params: Tree | None = None, mask: Any = None) -> Tree:
@@ -34,7 +35,9 @@ def cast(self: Any, params: Tree | None, dtype: Any, mask: Any) -> Tree:
     if wanted.keys() != flat.keys():
         name = "/".join(map(str, min(wanted.keys() ^ flat.keys(), key=str)))
         raise InputError(f"mask: expected a tree of booleans like the parameters, found {name} in one of them only")
-    return unflatten_dict({path: x.astype(dtype) if wanted[path] else x for path, x in flat.items()})
+    stays = {path for path, x in flat.items() if x.dtype == jnp.int8 or path[-1].endswith(SCALE)}
+    changed = {path for path, is_wanted in wanted.items() if is_wanted} - stays
+    return unflatten_dict({path: x.astype(dtype) if path in changed else x for path, x in flat.items()})
 
 
 def as_mask(mask: Any) -> dict[Any, Any]:

@@ -67,6 +67,8 @@ def param_specs(config: GPT2Config, rules: Rules, head: str = "lm", scan_layers:
     Raises InputError for a named axis that does not exist, and where one mesh axis would cut two axes of a parameter.
     """
     check_rules(config, rules, scan_layers)
+    if rules and config.quantization is not None:
+        raise InputError("rules: expected none for a quantized model, which is not cut over devices; load it without")
     found = leaves(config, head, scan_layers)
     for leaf in found.values():
         _check_once(leaf, rules)

@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_multi.errors import ConfigError, InputError
-from gpt2_multi.flax.layers import is_concrete
+from gpt2_multi.flax.layers import integers, is_concrete
+from gpt2_multi.model.checkpoint.quantized import SCALE, UNIFORM, Quantized, is_quantized, scale_shape
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import FLAX
 from gpt2_multi.model.weights import Weight, sizes, table
@@ -30,11 +31,19 @@ Read = Callable[[Weight], np.ndarray[Any, Any]]
 
 
 class Leaf(NamedTuple):
-    """A parameter of the tree: its rows of the table (several where layers are scanned), its named axes, sizes."""
+    """A parameter of the tree: its rows of the table (several where layers are scanned), its named axes, sizes.
+
+    `part` is "values" or "scale" where it holds that of rows in int8; such a kernel is (out, in), its axes in one.
+    """
 
     rows: list[Weight]
     axes: tuple[str, ...]
     shape: tuple[int, ...]
+    part: str = ""
+
+    def dtype(self, param_dtype: Any) -> Any:
+        """What it is stored in, where floats are stored in `param_dtype`."""
+        return {"values": jnp.int8, "scale": jnp.float32}.get(self.part, param_dtype)
 
     @property
     def stacked(self) -> bool:
@@ -49,11 +58,18 @@ class Leaf(NamedTuple):
         return np.stack([self._unflattened(read, row)[tuple(rest)] for row in self.rows[layers]])
 
     def _unflattened(self, read: Read, row: Weight) -> np.ndarray[Any, Any]:
-        return FLAX.layout(row, read(row)).reshape(self.shape[1:] if self.stacked else self.shape)
+        found: Any = read(row)
+        if self.part:
+            found = _out_first(row, found.values) if self.part == "values" else found.scale
+        else:
+            found = FLAX.layout(row, found)
+        return np.asarray(found).reshape(self.shape[1:] if self.stacked else self.shape)
 
     def row(self, value: Any, row: Weight) -> np.ndarray[Any, Any]:
         """One row of the table, in its layout, gathered from this leaf's value."""
         part = gathered(value[self.rows.index(row)] if self.stacked else value)
+        if self.part:
+            return _out_first(row, part) if self.part == "values" else part
         return FLAX.layout(row, part.reshape(FLAX.shape(row)))
 
     def spec(self, rules: Mapping[str, str | None]) -> PartitionSpec:
@@ -70,8 +86,24 @@ def leaves(config: GPT2Config, head: str, scan_layers: bool) -> dict[Path, Leaf]
         path, stacked = FLAX.spell(row, head != "base").split("."), scan_layers and row.path.startswith("h.")
         if stacked:
             path[path.index("h") + 1] = "layers"
-        found.setdefault(tuple(path), _leaf(config, row, stacked)).rows.append(row)
+        for end, leaf in _leaves(config, row, stacked).items():
+            found.setdefault((*path[:-1], path[-1] + end), leaf).rows.append(row)
     return found
+
+
+def _out_first(row: Weight, values: Any) -> Any:
+    """Integers of a kernel as (out, in), or back; those of an embedding and of a head are so."""
+    return values.T if row.kind == "kernel" else values
+
+
+def _leaves(config: GPT2Config, row: Weight, stacked: bool) -> dict[str, Leaf]:
+    """The leaves that a row has, by the end of their names: one, or integers and their scales."""
+    if config.quantization is None or not is_quantized(row):
+        return {"": _leaf(config, row, stacked)}
+    axes, before = ("layer",) if stacked else (), (config.n_layer,) if stacked else ()
+    shape = row.shape[::-1] if row.kind == "kernel" else row.shape
+    values = Leaf([], (*axes, "outputs", "inputs"), before + shape, "values")
+    return {"": values, SCALE: Leaf([], (*axes, "outputs"), before + scale_shape(row), "scale")}
 
 
 def _leaf(config: GPT2Config, row: Weight, stacked: bool) -> Leaf:
@@ -86,15 +118,19 @@ def initial(config: GPT2Config, head: str, scan_layers: bool, key: Array, dtype:
     """First values, as the table says; layers that are scanned get the values that they get alone."""
     order = {row.name: number for number, row in enumerate(table(config, head))}
 
-    def first(row: Weight, shape: tuple[int, ...]) -> Array:
+    def first(row: Weight, shape: tuple[int, ...], part: str) -> Array:
+        if part == "scale":
+            return jnp.full(shape, row.std / UNIFORM, jnp.float32)
+        if part:
+            return integers(jax.random.fold_in(key, order[row.name]), shape, jnp.int8)
         if not row.std:
             return jnp.full(shape, row.constant, dtype)
         return normal(key, order[row.name], row.std, shape, dtype)
 
     def whole(leaf: Leaf) -> Array:
         if not leaf.stacked:
-            return first(leaf.rows[0], leaf.shape)
-        return jnp.stack([first(row, leaf.shape[1:]) for row in leaf.rows])
+            return first(leaf.rows[0], leaf.shape, leaf.part)
+        return jnp.stack([first(row, leaf.shape[1:], leaf.part) for row in leaf.rows])
 
     return unflatten_dict({path: whole(leaf) for path, leaf in leaves(config, head, scan_layers).items()})
 
@@ -120,11 +156,17 @@ def rows_of(params: Tree, config: GPT2Config, head: str, scan_layers: bool) -> d
     On several hosts every one has to call the same functions in the same order.
     """
     flat = flatten_dict(params)
-    return {
-        row.name: partial(leaf.row, flat[path], row)
-        for path, leaf in leaves(config, head, scan_layers).items()
-        for row in leaf.rows
-    }
+    found, made = leaves(config, head, scan_layers), dict[str, Callable[[], Any]]()
+    for path, leaf in found.items():
+        for row in leaf.rows:
+            made.setdefault(row.name, partial(leaf.row, flat[path], row))
+            if leaf.part == "scale":
+                made[row.name] = partial(_quantized, made[row.name], partial(leaf.row, flat[path], row))
+    return made
+
+
+def _quantized(values: Callable[[], Any], scale: Callable[[], Any]) -> Quantized:
+    return Quantized(values(), scale())
 
 
 def gathered(value: Any) -> np.ndarray[Any, Any]:
@@ -157,7 +199,7 @@ def dtypes_of(params: Tree, config: GPT2Config, head: str, scan_layers: bool) ->
     """What each row of the table, by its name, is stored in; the trees that `to_bf16` makes are of several dtypes."""
     flat = flatten_dict(params)
     found = leaves(config, head, scan_layers).items()
-    return {row.name: np.dtype(flat[path].dtype) for path, leaf in found for row in leaf.rows}
+    return {row.name: np.dtype(flat[path].dtype) for path, leaf in found for row in leaf.rows if leaf.part != "scale"}
 
 
 def check_alive(name: str, tree: Any) -> None:

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
+
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.arrays import Array, Shape, mapping, release, same
 from gpt2_multi.files.folders import PathLike
+from gpt2_multi.model.checkpoint.quantized import (
+    SCALE,
+    Quantized,
+    apart,
+    check_stored,
+    dequantized,
+    with_method,
+)
 from gpt2_multi.model.checkpoint.sizes import cut
 from gpt2_multi.model.checkpoint.source import Source, find, head_of
 from gpt2_multi.model.config import GPT2Config
@@ -27,7 +37,8 @@ class Checkpoint(Mapping[str, Array]):
     `names`, and `places` those of each row of the table. `given` are settings that the caller wants otherwise than the
     files: with fewer words or positions tables are cut, and `cut` says which. `guessed` is a sentence of what nobody
     knows. A tensor of another shape than the configuration says is an error; with `ignore_mismatched_sizes` it is left
-    out, and `wrong` has the row that it is by its name.
+    out, and `wrong` has the row that it is by its name. A row in int8 is given as the float32 that it stands for, and
+    as it is by `quantized`; `scales` are by the names of the integers.
     """
 
     def __init__(
@@ -44,7 +55,11 @@ class Checkpoint(Mapping[str, Array]):
         self.path, self.format, self.config, self.head = source.path, source.format, config, head
         self.names, self.guessed = source.names, guessed
         where, may_be_fewer = source.where, ignore_mismatched_sizes
-        self.found, self.cut = cut(self.names.tensors, self.spelling, where, config, given or {}, may_be_fewer)
+        tensors, self.scales = apart(self.names.tensors)
+        self.found, self.cut = cut(tensors, self.spelling, where, config, given or {}, may_be_fewer)
+        self.scales = {
+            name: x[: None if name not in self.cut else len(self.found[name])] for name, x in self.scales.items()
+        }
         shapes = {name: array.shape for name, array in self.found.items()}
         matched = match(shapes, config, head, self.spelling, where, own is not None)
         self.wrong = {name: weight for name, weight in matched.items() if shapes[name] != self.spelling.shape(weight)}
@@ -65,6 +80,8 @@ class Checkpoint(Mapping[str, Array]):
                 self.weights[weight.name] = weight
                 self.places.setdefault(weight.name, []).append(name)
         self._check_dtypes()
+        if config.quantization is None and any(self.quantized(name) for name in self):
+            self.config = with_method(config, "int8")
         self._check_tie()
 
     __eq__ = object.__eq__  # a Mapping would compare its arrays
@@ -82,7 +99,8 @@ class Checkpoint(Mapping[str, Array]):
     def unused(self) -> list[str]:
         """What it holds beside the model: masks of old versions, and a head that is tied."""
         used = {*self.own_places.values(), *(name for names in self.places.values() for name in names)}
-        return [name for name in self.found if name not in used]
+        unused = [name for name in self.found if name not in used]
+        return unused + [name + SCALE for name in unused if name in self.scales]
 
     @property
     def dropped(self) -> list[str]:
@@ -115,13 +133,31 @@ class Checkpoint(Mapping[str, Array]):
             release(array)
 
     def __getitem__(self, name: str) -> Array:
-        return row_of(self.spelling, self.weights[name], [self.found[place] for place in self.places[name]])
+        return self._row(self.weights[name], self.places[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def quantized(self, name: str) -> Quantized | None:
+        """A row as the file has it in int8; None where it is stored in floats."""
+        place = self.places[name][0]
+        return self._integers(self.weights[name], place) if place in self.scales else None
+
+    def dtype_of(self, name: str) -> np.dtype[Any]:
+        """What a row is given in: float32 for one in int8."""
+        place = self.places[name][0]
+        return np.dtype(self.scales.get(place, self.found[place]).dtype)
+
+    def _row(self, weight: Weight, places: list[str]) -> Array:
+        if places[0] in self.scales:
+            return dequantized(weight, self._integers(weight, places[0]))
+        return row_of(self.spelling, weight, [self.found[place] for place in places])
+
+    def _integers(self, weight: Weight, place: str) -> Quantized:
+        return Quantized(row_of(self.spelling, weight, [self.found[place]]), self.scales[place])
 
     def _turned(self, name: str) -> Array:
         """A tensor besides the table, with the kernels of another GPT-2 inside as the table has them."""
@@ -146,6 +182,9 @@ class Checkpoint(Mapping[str, Array]):
         for name, places in self.places.items():
             if len({self.found[place].dtype for place in places}) > 1:
                 raise CheckpointError(f"{self.path}: the parts of {name}, {', '.join(places)}, are of different types")
+            for place in places:
+                scale = self.scales.get(place)
+                check_stored(str(self.path), self.original(place), self.weights[name], self.found[place], scale)
 
     def _check_tie(self) -> None:
         """A head that is stored although it is tied has to be the embedding."""
@@ -157,7 +196,8 @@ class Checkpoint(Mapping[str, Array]):
         stored = self.found.get(spelling.spell(head))
         if stored is None or spelling.shape(head) != stored.shape:
             return
-        tied, embedding = spelling.layout(head, stored), self["wte.weight"]
+        check_stored(str(self.path), spelling.spell(head), head, stored, self.scales.get(spelling.spell(head)))
+        tied, embedding = self._row(head, [spelling.spell(head)]), self["wte.weight"]
         if tied.dtype != embedding.dtype or not same(tied, embedding, spelling.spell(head)):
             raise CheckpointError(
                 f"{self.path}: {spelling.spell(head)} differs from {self.places['wte.weight'][0]}, although "

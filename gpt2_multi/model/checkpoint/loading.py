@@ -15,6 +15,7 @@ from gpt2_multi.files.folders import PathLike
 from gpt2_multi.files.hub import SETTINGS, WEIGHTS, resolve
 from gpt2_multi.model.checkpoint.checkpoint import Checkpoint, Own
 from gpt2_multi.model.checkpoint.names import named
+from gpt2_multi.model.checkpoint.quantized import Quantized, check_method, is_quantized, quantize, with_method
 from gpt2_multi.model.checkpoint.source import Source, find
 from gpt2_multi.model.config import SETTINGS as KEYS
 from gpt2_multi.model.config import TOKENS, GPT2Config, as_config
@@ -27,7 +28,8 @@ class Loaded(NamedTuple):
     """What a model is made of: its folder, its configuration, and its tensors by the table's names, in its layout.
 
     `chosen` are the settings that the caller wants otherwise than the files, his generation_config among them, `info`
-    what was not as a model needs it, and `beside` the tensors of a caller's class that the table does not have.
+    what was not as a model needs it, and `beside` the tensors of a caller's class that the table does not have. Of a
+    quantized model, `quantized` has the tensors in int8 that `arrays` lacks.
     """
 
     folder: Path | None
@@ -36,6 +38,7 @@ class Loaded(NamedTuple):
     chosen: dict[str, Any]
     info: dict[str, list[Any]]
     beside: dict[str, Array]
+    quantized: dict[str, Quantized]
 
 
 def load(
@@ -44,13 +47,15 @@ def load(
     config: Any,
     given: Mapping[str, Any],
     *,
+    quantization: str | None = None,
     ignore_mismatched_sizes: bool = False,
     own: Own | None = None,
 ) -> Loaded:
     """Find a model's folder, and read what is in it in whichever format, for a model with this head.
 
     `config` stands in the place of that of the files. `given` are arguments of `files.arguments` and settings of the
-    configuration that are changed. `own` says what the model has besides the table. Warns of what is initialised anew:
+    configuration that are changed. `own` says what the model has besides the table. With `quantization`, and where the
+    files are quantized, `quantized` has rows in int8. Warns of what is initialised anew:
     a task head that the files lack as a whole, what they lack besides the table, and tensors of other shapes. Raises
     CheckpointError or ConfigError for whatever does not fit, InputError for an argument that cannot be honoured, and
     TypeError for one that does not exist.
@@ -62,7 +67,7 @@ def load(
     folder = source.main.parent
     is_said = config is not None and not (folder / SETTINGS[0]).exists()
     stored, guessed = (GPT2Config(), "") if is_said else source.config(given)
-    config = _wanted(stored, config, given, name_or_path)
+    config = _wanted(stored, config, given, name_or_path, quantization)
     how: dict[str, Any] = {"ignore_mismatched_sizes": ignore_mismatched_sizes, "own": own}
     return _loaded(folder, Checkpoint(source, config, head, given, guessed, **how), stored, given)
 
@@ -83,6 +88,7 @@ def load_state(
     config: Any,
     given: Mapping[str, Any],
     *,
+    quantization: str | None = None,
     ignore_mismatched_sizes: bool = False,
     own: Own | None = None,
 ) -> Loaded:
@@ -97,7 +103,7 @@ def load_state(
     stored = GPT2Config()
     if folder is not None and (config is None or (folder / SETTINGS[0]).exists()):
         stored = GPT2Config.from_json_file(folder / SETTINGS[0])
-    config = _wanted(stored, config, given, name_or_path or "")
+    config = _wanted(stored, config, given, name_or_path or "", quantization)
     shapes, where = {name: x.shape for name, x in tensors.items()}, Path("state_dict")
     format = "torch-safetensors" if out_first(shapes) else "safetensors"
     source = Source(where, format, where, named(tensors, FORMATS[format].spelling, str(where), **names))
@@ -116,10 +122,14 @@ def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], d
     return place, names, given
 
 
-def _wanted(stored: GPT2Config, config: Any, given: Mapping[str, Any], name_or_path: PathLike) -> GPT2Config:
+def _wanted(
+    stored: GPT2Config, config: Any, given: Mapping[str, Any], name_or_path: PathLike, quantization: str | None
+) -> GPT2Config:
     """The configuration of the model that is wanted."""
+    check_method(quantization)
     changed = {name: value for name, value in given.items() if name != "generation_config"}
     found = (stored if config is None else as_config(config)).replace(**changed)
+    found = found if quantization is None else with_method(found, quantization)
     found.name_or_path = os.fspath(name_or_path)
     return found
 
@@ -127,7 +137,10 @@ def _wanted(stored: GPT2Config, config: Any, given: Mapping[str, Any], name_or_p
 def _loaded(folder: Path | None, found: Checkpoint, stored: GPT2Config, given: Mapping[str, Any]) -> Loaded:
     warn_of_fresh(found, stacklevel=5)
     chosen = _chosen(found.config, stored, given)
-    return Loaded(folder, found.config, dict(found), chosen, _info(found), found.beside)
+    whole = {name for name, row in found.weights.items() if found.config.quantization and is_quantized(row)}
+    arrays = {name: found[name] for name in found if name not in whole}
+    quantized = {name: found.quantized(name) or quantize(found.weights[name], found[name]) for name in whole}
+    return Loaded(folder, found.config, arrays, chosen, _info(found), found.beside, quantized)
 
 
 def _chosen(config: GPT2Config, stored: GPT2Config, given: Mapping[str, Any]) -> dict[str, Any]:

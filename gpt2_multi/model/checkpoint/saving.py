@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_multi.errors import InputError
 from gpt2_multi.files import arguments, containers
 from gpt2_multi.files.arrays import Array, Made
 from gpt2_multi.files.containers.safetensors import fitting
 from gpt2_multi.files.folders import PathLike, replaced
 from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, push, varied
 from gpt2_multi.files.json_files import read_json, write_json
+from gpt2_multi.model.checkpoint.quantized import DTYPE, SCALE, Quantized, scale_shape
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.table import FORMATS
 from gpt2_multi.model.spelling import TRANSFORMERS, Spelling, parts_of
 from gpt2_multi.model.weights import Weight
 
-Source = tuple[Weight, np.dtype[Any], Callable[[], Array]]
+Source = tuple[Weight, np.dtype[Any], Callable[[], Any]]  # which makes an array, or a Quantized for int8
 
 
 def upload(save_pretrained: Callable[..., Any], repo_id: str, options: Mapping[str, Any]) -> str:
@@ -47,6 +49,10 @@ def save(
     `formats.table`; a `variant` has another name and leaves the others. The model's files are replaced together,
     other files of the folder stay: see `files.folders.replaced`.
     """
+    if config.quantization is not None and kind != "safetensors":
+        raise InputError(
+            "safe_serialization: expected True for a quantized model, which safetensors alone have room for"
+        )
     with replaced(folder, partial(is_model_file, kind=kind, variant=variant)) as stage:
         tensors = {**spelled(sources, head, FORMATS[kind].spelling), **(own or {})}
         FORMATS[kind].write(stage, tensors, config, max_shard_size)
@@ -65,21 +71,26 @@ def _vary(path: Path, variant: str | None) -> None:
     path.rename(path.with_name(varied(path.name, variant)))
 
 
-def _in_layout(spelling: Spelling, weight: Weight, make: Callable[[], Array]) -> Array:
-    (part,) = parts_of(spelling, weight, fitting(weight.name, make(), weight.shape))
+def _in_layout(spelling: Spelling, weight: Weight, make: Callable[[], Any]) -> Array:
+    found = make()
+    array = found.values if isinstance(found, Quantized) else found
+    (part,) = parts_of(spelling, weight, fitting(weight.name, array, weight.shape))
     return part
 
 
+def _scale(make: Callable[[], Quantized]) -> Array:
+    return make().scale
+
+
 def spelled(sources: Iterable[Source], head: str, spelling: Spelling) -> dict[str, Made]:
-    """Rows of the table under the names and in the layout of a format."""
-    return {
-        spelling.spell(weight, head != "base"): (
-            dtype,
-            spelling.shape(weight),
-            partial(_in_layout, spelling, weight, make),
-        )
-        for weight, dtype, make in sources
-    }
+    """Rows of the table under the names and in the layout of a format; those in int8 with their scales behind them."""
+    made: dict[str, Made] = {}
+    for weight, dtype, make in sources:
+        name = spelling.spell(weight, head != "base")
+        made[name] = dtype, spelling.shape(weight), partial(_in_layout, spelling, weight, make)
+        if dtype == DTYPE:
+            made[name + SCALE] = np.dtype(np.float32), scale_shape(weight), partial(_scale, make)
+    return made
 
 
 def write_weights(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from gpt2_multi.pt.attention import Attention, CrossAttention, KVCache, positions
-from gpt2_multi.pt.layers import is_plain
+from gpt2_multi.pt.layers import QuantizedEmbedding, QuantizedLinear, is_plain, multiplies_int8
 from gpt2_multi.pt.model import ACTIVATIONS, MLP, GPT2Block, GPT2Model
 
 Product = Callable[[Tensor, Tensor | None], Tensor]  # (..., in) and what is added to the product, (..., out)
@@ -52,6 +52,7 @@ def functions(cls: type) -> dict[str, Any]:
 
 
 _PARTS: list[type] = [nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList]
+_PARTS += [QuantizedLinear, QuantizedEmbedding]
 for _cls in [*_PARTS, GPT2Model, GPT2Block, Attention, CrossAttention, MLP, KVCache]:
     known(_cls)
 
@@ -117,7 +118,8 @@ def are_worthwhile(model: Any, rows: int, room: int) -> bool:
     """Whether as many steps of so many rows are quicker with packed weights, the packing counted."""
     if room <= LEAST * (1 + 3 / rows) or sum(x.nbytes for x in model.parameters()) > MOST:
         return False
-    return rows > 1 or bool(model.transformer.h[0].attn.c_attn.weight.is_contiguous())
+    alone = model.config.quantization is None and model.transformer.h[0].attn.c_attn.weight.is_contiguous()
+    return rows > 1 or bool(alone)
 
 
 def give_back() -> None:
@@ -134,6 +136,8 @@ def norm_of(layer: Any) -> Callable[[Tensor], Tensor]:
 
 def product_of(layer: Any, is_packed: bool, act: Any = None) -> Product:
     """What a projection calls, with an activation after it: by its weight, or a packed copy."""
+    if isinstance(layer, QuantizedLinear):
+        return quantized_product_of(layer, is_packed, act)
     bias, fused, op = layer.bias, FUSED.get(act), torch.ops.mkldnn._linear_pointwise
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, ROWS) if is_packed else layer.weight
 
@@ -145,11 +149,23 @@ def product_of(layer: Any, is_packed: bool, act: Any = None) -> Product:
     return product
 
 
+def quantized_product_of(layer: QuantizedLinear, is_packed: bool, act: Any) -> Product:
+    """The same of a layer in int8."""
+    weight = layer.packed() if is_packed and multiplies_int8() else None
+
+    def product(x: Tensor, added: Tensor | None) -> Tensor:
+        y = layer.multiply(x, weight) if multiplies_int8() else layer.product(x)
+        y = y if act is None else act(y)
+        return y if added is None else y.add_(added)
+
+    return product
+
+
 def is_ordinary(x: Any) -> bool:
-    """Whether a parameter is in float32 on a CPU, in the order of rows or of columns, or none at all."""
+    """Whether a parameter is in float32, or in int8, on a CPU, in the order of rows or of columns, or none at all."""
     if x is None:
         return True
-    if type(x) is not nn.Parameter or not x.is_cpu or x.dtype != torch.float32 or not x.numel():
+    if type(x) is not nn.Parameter or not x.is_cpu or x.dtype not in (torch.float32, torch.int8) or not x.numel():
         return False
     return x.is_contiguous() or x.mT.is_contiguous()
 
@@ -163,7 +179,7 @@ def is_own(
     say whether one of its tensors is computed with as it is, and whether a parameter can be read.
     """
     body = getattr(model, "transformer", None)
-    if torch.is_grad_enabled() or type(body) is not GPT2Model or not is_plain(body.wte.weight.detach()):
+    if torch.is_grad_enabled() or type(body) is not GPT2Model or not is_plain(body.wpe.weight.detach()):
         return False
     if body.attn_implementation != "sdpa" or body.config.reorder_and_upcast_attn:
         return False

@@ -15,6 +15,7 @@ from gpt2_multi.generation.request import NO_CALLBACKS
 from gpt2_multi.tf.attention import Attention
 from gpt2_multi.tf.generation.decoding import Prompt, begin, decode, decode_in_place, prefill
 from gpt2_multi.tf.generation.lookup import Assisted
+from gpt2_multi.tf.layers import traced_for_xla
 
 KEPT = 4  # sets of a model's functions with what callers bring: another one takes the oldest one's place
 
@@ -75,6 +76,7 @@ def has_own_attention(*models: keras.Model | None) -> bool:
 
 def compiled(function: Callable[..., Any], jit: bool) -> Any:
     """A function compiled by XLA for each shape, or as a graph for many."""
+    function = traced_for_xla(function) if jit else function
     made = tf.function(function, jit_compile=jit, autograph=False, reduce_retracing=not jit)
     made._omit_frequent_tracing_warning = True  # five buckets in a row are no mistake
     return made

@@ -153,6 +153,9 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "device",
                     "building",
                     "_materialise",
+                    "_initialise",
+                    "_freeze",
+                    "_scale",
                     "_unfilled",
                     "__init_subclass__",
                     "post_init",
@@ -198,6 +201,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 f"GPT2PreTrainedModel.{name}"
                 for name in (
                     "initialise",
+                    "_give",
                     "forward",
                     "output_shape",
                     "owner",
