@@ -206,7 +206,8 @@ def guide(logits: Array, others: Array, scale: Any) -> Array:
 def ordered(logits: Array) -> Array:
     """Unsigned integers in the order of these floats: the bits, all flipped where the sign is set, else the sign."""
     kind = jnp.uint64 if logits.dtype == jnp.float64 else jnp.uint32
-    bits = lax.bitcast_convert_type(logits + 0, kind)  # + 0: the two zeros are one
+    zeros_as_one = jnp.where(logits != 0, logits, 0)  # + 0 would be folded away
+    bits = lax.bitcast_convert_type(zeros_as_one, kind)
     sign = jnp.asarray(1 << kind.dtype.itemsize * 8 - 1, kind)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
@@ -245,7 +246,8 @@ def every(logits: Array) -> Array:
 
 def first_few(logits: Array) -> tuple[Array, Array]:
     """The greatest logits of each row, in order, and their tokens: (R, K) each, of equal ones the lower token first."""
-    return lax.top_k(logits, min(FEW, logits.shape[1]))  # type: ignore[return-value]
+    zeros_as_one = jnp.where(logits != 0, logits, 0)  # XLA puts -0 after 0
+    return lax.top_k(zeros_as_one, min(FEW, logits.shape[1]))  # type: ignore[return-value]
 
 
 def gumbel(streams: Any, step: Any, tokens: Array, dtype: Any) -> Array:

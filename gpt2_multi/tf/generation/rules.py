@@ -16,6 +16,8 @@ from gpt2_multi.generation.rules import PARITY, ROTATIONS
 from gpt2_multi.generation.stopping import FOUND
 from gpt2_multi.tf.layers import sizes
 
+FEW = 64  # tokens that are put in order, which is quick; what keeps more looks for its limit, bit by bit
+
 
 def as_tensors(options: Options) -> Options:
     """The options as tensors; those that are tensors already stay."""
@@ -54,8 +56,17 @@ def choose(processed: tf.Tensor, step: tf.Tensor, options: Options) -> tf.Tensor
     return tf.cond(
         options.do_sample,
         lambda: sample(processed, options.streams, step),
-        lambda: tf.argmax(processed, -1, output_type=tf.int32),
+        lambda: likeliest(processed, every(processed)),
     )
+
+
+def likeliest(logits: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
+    """The token of the greatest logit of each row, the lowest of several: (B, K) of tokens (K,) or (B, K) -> (B,)
+
+    XLA's `argmax` does it one comparison after the other on a CPU.
+    """
+    is_first = (logits == tf.reduce_max(logits, -1, keepdims=True)) | tf.math.is_nan(logits)
+    return tf.reduce_min(tf.where(is_first, tokens, tokens.dtype.max), -1)
 
 
 def ends(chosen: tf.Tensor, state: tf.Tensor, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
@@ -77,7 +88,7 @@ def without(logits: tf.Tensor, gone: tf.Tensor) -> tf.Tensor:
 
 def is_end(logits: tf.Tensor, options: Options) -> tf.Tensor:
     """Which ids of the vocabulary are end tokens, (V,)."""
-    return tf.reduce_any(tf.range(sizes(logits)[1])[:, None] == options.ends, -1)
+    return tf.reduce_any(every(logits)[:, None] == options.ends, -1)
 
 
 def add_biases(
@@ -136,22 +147,42 @@ def warp(logits: tf.Tensor, options: Options) -> tf.Tensor:
 
 def keep_top_k(logits: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
     """Keep the k greatest logits, and what ties with the k-th."""
-    keys = ordered(logits)
-    least = greatest(keys, lambda key: tf.math.count_nonzero(keys >= key, -1, keepdims=True, dtype=tf.int32) >= k)
-    return without(logits, keys < least)
+
+    def of_few() -> tf.Tensor:
+        values, _ = first_few(logits)
+        return without(logits, logits < tf.gather(values, [k - 1], axis=1))
+
+    def of_all() -> tf.Tensor:
+        keys = ordered(logits)
+        least = greatest(keys, lambda key: tf.math.count_nonzero(keys >= key, -1, keepdims=True, dtype=tf.int32) >= k)
+        return without(logits, keys < least)
+
+    return tf.cond(k <= min(FEW, sizes(logits)[1]), of_few, of_all)
 
 
 def keep_top_p(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
     """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first."""
-    keys, probs, p = ordered(logits), tf.nn.softmax(logits), tf.cast(p, logits.dtype)
+    probs, p = tf.nn.softmax(logits), tf.cast(p, logits.dtype)
+    values, tokens = first_few(logits)
+    reached = tf.cumsum(tf.gather(probs, tokens, batch_dims=1), -1)
 
-    def mass(where: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(tf.where(where, probs, 0), -1, keepdims=True)
+    def of_few() -> tf.Tensor:
+        last = tf.math.count_nonzero(reached < p, -1, keepdims=True, dtype=tf.int32)  # the place of what reaches p
+        least, token = tf.gather(values, last, batch_dims=1), tf.gather(tokens, last, batch_dims=1)
+        return without(logits, (logits < least) | ((logits == least) & (every(logits) > token)))
 
-    last = greatest(keys, lambda key: mass(keys >= key) >= p)  # what reaches p
-    tied = keys == last
-    before = mass(keys > last) + tf.cumsum(tf.where(tied, probs, 0), axis=-1, exclusive=True)
-    return without(logits, (keys < last) | (tied & (before >= p)))
+    def of_all() -> tf.Tensor:
+        keys = ordered(logits)
+
+        def mass(where: tf.Tensor) -> tf.Tensor:
+            return tf.reduce_sum(tf.where(where, probs, 0), -1, keepdims=True)
+
+        last = greatest(keys, lambda key: mass(keys >= key) >= p)  # what reaches p
+        tied = keys == last
+        before = mass(keys > last) + tf.cumsum(tf.where(tied, probs, 0), axis=-1, exclusive=True)
+        return without(logits, (keys < last) | (tied & (before >= p)))
+
+    return tf.cond(tf.reduce_all(reached[:, -1] >= p), of_few, of_all)
 
 
 def keep_min_p(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
@@ -179,7 +210,8 @@ def guide(logits: tf.Tensor, others: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
 def ordered(logits: tf.Tensor) -> tf.Tensor:
     """Unsigned integers in the order of these floats: the bits, all flipped where the sign is set, else the sign."""
     kind = tf.uint64 if logits.dtype == tf.float64 else tf.uint32
-    bits = tf.bitcast(logits + 0, kind)  # + 0: the two zeros are one
+    zeros_as_one = tf.where(logits != 0, logits, 0)  # + 0 would be folded away
+    bits = tf.bitcast(zeros_as_one, kind)
     sign = tf.constant(1 << kind.size * 8 - 1, kind)
     return tf.where(bits >= sign, ~bits, bits | sign)
 
@@ -200,13 +232,32 @@ def greatest(keys: tf.Tensor, holds: Callable[[tf.Tensor], tf.Tensor]) -> tf.Ten
 
 
 def sample(logits: tf.Tensor, streams: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-    """Draw from softmax(logits) by Gumbel noise (Maddison et al. 2014): (B, V) -> (B,)"""
-    noise = gumbel(streams, step, tf.range(sizes(logits)[1]), logits.dtype)
-    return tf.argmax(logits + noise, -1, output_type=tf.int32)
+    """Draw from softmax(logits) by Gumbel noise (Maddison et al. 2014): (B, V) -> (B,)
+
+    Where all but a few tokens are ruled out, there is no noise for them.
+    """
+
+    def among(logits: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
+        return likeliest(logits + gumbel(streams, step, tokens, logits.dtype), tokens)
+
+    kept = tf.math.count_nonzero(logits > -float("inf"), -1, dtype=tf.int32)
+    are_few = tf.reduce_all(kept <= min(FEW, sizes(logits)[1]))
+    return tf.cond(are_few, lambda: among(*first_few(logits)), lambda: among(logits, every(logits)))
+
+
+def every(logits: tf.Tensor) -> tf.Tensor:
+    """The tokens of the vocabulary: (B, V) -> (V,)"""
+    return tf.range(sizes(logits)[1])
+
+
+def first_few(logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The greatest logits of each row, in order, and their tokens: (B, K) each, of equal ones the lower token first."""
+    zeros_as_one = tf.where(logits != 0, logits, 0)  # XLA puts -0 after 0
+    return tf.math.top_k(zeros_as_one, min(FEW, sizes(logits)[1]))
 
 
 def gumbel(streams: tf.Tensor, step: tf.Tensor, tokens: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """The Gumbel noise of these tokens (K,) at a step, for rows with these streams (B, 2): (B, K)"""
+    """The Gumbel noise of these tokens, (K,) or (B, K), at a step, for rows with these streams (B, 2): (B, K)"""
     low, high = tf.unstack(streams[:, None], axis=-1)
     x0, _ = threefry2x32((low, high), (tf.cast(step, tf.uint32), tf.cast(tokens, tf.uint32)))
     uniform = (tf.cast(tf.bitwise.right_shift(x0, tf.constant(9, tf.uint32)), dtype) + 0.5) * 2.0**-23

@@ -230,7 +230,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "put",
                 "align",
             ],
-            "generation/rules": ["when", "ordered", "greatest", "four_rounds"],
+            "generation/rules": ["when", "likeliest", "ordered", "greatest", "every", "first_few", "four_rounds"],
         },
         "flax": {
             "attention": ["write", "hiding"],

@@ -227,6 +227,14 @@ def test_rules_equal_the_specification(rule, dtype):
         np.testing.assert_allclose(found, np.stack(list(expected)), rtol=1e-6)
 
 
+def test_compiled_rules_take_both_zeros_as_one():
+    """XLA puts -0 after 0, and folds the addition of 0 away."""
+    logits = np.array([[-1, 0, -0.0, 0, -0.0, -2, -0.0, 0]], np.float32)  # of which top-p keeps the first three zeros
+    found = jax.jit(rules.keep_top_p)(logits, 0.4)
+    assert (np.isfinite(found) == [[False, True, True, True, False, False, False, False]]).all()
+    assert (jax.jit(rules.ordered)(logits) == rules.ordered(logits + np.float32(0))).all()
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**63 + 7, 2**64 - 1])
 def test_noise_equals_the_specification(seed):
     tokens = np.arange(5000)

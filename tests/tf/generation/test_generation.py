@@ -230,18 +230,19 @@ def test_cross_attention_generates_with_an_encoder(jit):
 @pytest.mark.parametrize("rule", ["top_k", "top_p", "penalty", "repeats"])
 def test_rules_equal_the_specification(rule, dtype):
     rng = np.random.default_rng(7)
-    for _ in range(30):
-        logits = np.round(rng.normal(0, 3, (4, 40)), 1).astype(dtype)  # rounded, so that there are ties and zeros
+    for turn in range(30):
+        words = (40, 160)[turn % 2]  # fewer than are put in order, and more
+        logits = np.round(rng.normal(0, 3, (4, words)), 1).astype(dtype)  # rounded, so that there are ties and zeros
         ids = rng.integers(0, 6, (4, 12)).astype(np.int32)
         mask = np.sort(rng.random((4, 12)) > 0.3)
         mask[:, -2:] = True
         rows = list(zip(logits, ids, mask, strict=True))
         if rule == "top_k":
-            k = int(rng.integers(1, 60))
-            found, expected = rules.keep_top_k(logits, k), spec.keep_top_k(logits, k)
+            k = int(rng.integers(1, 100))
+            found, expected = rules.keep_top_k(tf.constant(logits), k), spec.keep_top_k(logits, k)
         elif rule == "top_p":
             p = float(rng.uniform(0.01, 0.99))
-            found, expected = rules.keep_top_p(logits, p), spec.keep_top_p(logits, p)
+            found, expected = rules.keep_top_p(tf.constant(logits), p), spec.keep_top_p(logits, p)
         elif rule == "penalty":
             found = rules.penalise(*map(tf.constant, (logits, ids, mask)), 1.7)
             expected = [spec.penalise(a, b[m], 1.7) for a, b, m in rows]
@@ -262,6 +263,24 @@ def test_noise_equals_the_specification(seed):
         for row in range(3):
             expected = spec.gumbel(seed, row, step, tokens)
             np.testing.assert_allclose(found[row], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_compiled_rules_take_both_zeros_as_one():
+    """XLA puts -0 after 0, and folds the addition of 0 away."""
+    logits = np.array([[-1, 0, -0.0, 0, -0.0, -2, -0.0, 0]], np.float32)  # of which top-p keeps the first three zeros
+    found = tf.function(rules.keep_top_p, jit_compile=True, autograph=False)(logits, tf.constant(0.4))
+    assert (np.isfinite(found) == [[False, True, True, True, False, False, False, False]]).all()
+    keys = tf.function(rules.ordered, jit_compile=True, autograph=False)(logits)
+    assert (keys == rules.ordered(logits + np.float32(0))).numpy().all()
+
+
+def test_samples_of_a_few_words_are_those_of_all():
+    """Noise for a few words alone chooses what noise for all of them would have."""
+    logits = np.random.default_rng(3).normal(size=(4, 200)).astype(np.float32)
+    noise, kept = counted(tf.constant(5, tf.uint64), 4), rules.keep_top_k(tf.constant(logits), 50)
+    for step in range(20):
+        whole = kept + rules.gumbel(noise, step, tf.range(200), tf.float32)
+        assert (rules.sample(kept, noise, step) == tf.argmax(whole, -1, output_type=tf.int32)).numpy().all()
 
 
 def test_xla_compiles_samples_from_a_multiple_of_eight_words():
