@@ -17,6 +17,7 @@ from jax import lax
 from gpt2_multi import flax
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax import FlaxGPT2LMHeadModel, FlaxGPT2Model, GPT2LMHeadModule, KVCache
+from gpt2_multi.flax.layers import of_matrices
 from gpt2_multi.flax.parameters.tree import rows_of
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
@@ -227,6 +228,18 @@ def test_a_row_that_is_all_padding_is_finite(dtype, rank, make):
     if rank == 2:  # left padding in half precision, too
         expected = reference.outputs(SMALL, arrays, "lm", {"input_ids": IDS, "attention_mask": mask})["logits"]
         assert np.abs(found - expected)[mask != 0].max() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("width", [48, 13])
+def test_one_row_is_multiplied_by_all_parts_of_a_kernel(width, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    row, kernel = (np.random.default_rng(0).normal(size=size) for size in ((1, 1, width), (width, 2, 3)))
+    contracted = (((2,), (0,)), ((), ()))
+    found, back = jax.vjp(lambda row, kernel: of_matrices(row, kernel, contracted), row, kernel)
+    np.testing.assert_allclose(found, np.tensordot(row, kernel, 1), rtol=0, atol=1e-13)
+    of_row, of_kernel = back(found)
+    np.testing.assert_allclose(of_row, np.einsum("btnd,knd->btk", found, kernel), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(of_kernel, np.einsum("btk,btnd->knd", row, found), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("layout", ["plain", "scanned"])

@@ -1,5 +1,8 @@
 """Generation in Flax: recorded tokens, the specification's rules, padding, counts of compilations, bad input."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -277,8 +280,23 @@ def test_bad_prompts_are_one_sentence(exact):
         exact.generate([[1, 2], [3]])
 
 
-def test_the_last_position_can_be_reached(exact):
+def test_the_last_position_can_be_reached_without_a_copy_of_a_cache(exact, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    compiled = []
+
+    def decode(weights, state, strategy, *options):
+        loop = ours.decode.lower(weights, state, strategy, *options).compile()
+        compiled.append((state.cache.layers[0][0].shape, loop))
+        return loop(weights, state, *options)
+
+    ours = exact.decoders
+    monkeypatch.setattr(exact, "_decoders", (exact.settings(), replace(ours, decode=decode)))
     assert exact.generate(np.full((1, 60), 5), max_new_tokens=4, eos_token_id=None).shape == (1, 64)
+    ((shape, loop),) = compiled
+    pair = rf"f64\[{','.join(map(str, shape))}\]\S*"
+    operations = re.findall(rf"= \(?{pair} ([\w-]+)\(", loop.as_text())
+    assert operations.count("dynamic-update-slice") == 2 * exact.config.n_layer and "copy" not in operations
+    assert len(re.findall(r"= f64\[8,1,\d+\]\S* dot\(", loop.as_text())) == 4 * exact.config.n_layer  # by all threads
 
 
 def test_no_rows_give_no_rows(exact):
