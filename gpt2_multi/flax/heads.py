@@ -9,14 +9,22 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.layers import dense
+from gpt2_multi.flax.layers import dense, interceptors, is_traced
 from gpt2_multi.flax.model import ACTIVATIONS, GPT2Module
 from gpt2_multi.flax.parameters import axes
-from gpt2_multi.flax.training.losses import classification_loss, cross_entropy, lm_loss, span_loss
+from gpt2_multi.flax.training.losses import (
+    chunk_count,
+    classification_loss,
+    cross_entropy,
+    head_loss,
+    lm_loss,
+    span_loss,
+)
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import (
@@ -49,6 +57,33 @@ class Headed(nn.Module):
             return body.logits(hidden)
         return dense(self, self.config.vocab_size, "lm_head", head="lm", use_bias=False)(hidden)
 
+    def answer(
+        self, body: GPT2Module, hidden: Array, labels: Array | None, mask: Array | None, skip_logits: bool | None
+    ) -> tuple[Array | None, Array | None]:
+        """The loss of labels, if there are any, and the logits; see `GPT2LMHeadModule.__call__`."""
+        if labels is None:
+            inputs.check_skipped(skip_logits)
+            return None, self.logits(body, hidden)
+        logits = self.logits(body, hidden)
+        if skip_logits is False or not self.is_chunked(body, hidden, skip_logits):
+            return lm_loss(logits, labels, mask), None if skip_logits else logits
+        loss = head_loss(hidden, self.weight(body), labels, mask, self.dtype)
+        return loss, None if skip_logits else logits
+
+    def is_chunked(self, body: GPT2Module, hidden: Array, skip_logits: bool | None) -> bool:
+        """Whether the loss computes logits by itself: many, of a head that is ours, on one device."""
+        is_own = type(self).logits is Headed.logits and type(body).logits is GPT2Module.logits and not interceptors()
+        is_compiled = skip_logits or is_traced(hidden)  # where logits that nobody reads are left out
+        is_alone = jax.sharding.get_abstract_mesh().size <= 1
+        is_plain = self.config.quantization is None
+        return is_own and is_plain and is_compiled and is_alone and chunk_count(hidden, self.weight(body)) > 1
+
+    def weight(self, body: GPT2Module) -> Array:
+        """The head's weight, (V, E), of which `logits` has been called."""
+        if self.config.tie_word_embeddings:
+            return body.wte.embedding
+        return self.get_variable("params", "lm_head")["kernel"].T
+
 
 class GPT2LMHeadModule(Headed):
     """GPT-2 with the language-model head, tied to the token embedding unless the configuration says otherwise."""
@@ -70,9 +105,12 @@ class GPT2LMHeadModule(Headed):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         logits_to_keep: int = 0,
+        skip_logits: bool | None = None,
     ) -> CausalLMOutputWithCrossAttentions:
         """Logits (B, T, V) of the next token. labels: (B, T), shifted here, for the loss.
 
+        The loss of many logits, traced, has them in chunks; `jit` leaves out `logits` that nobody reads. `skip_logits`
+        True gives none, False has the loss computed from them, as where its second derivative is wanted.
         `logits_to_keep` n computes those of the last n positions only (0: of all).
         """
         inputs.check_kept(logits_to_keep)
@@ -82,8 +120,8 @@ class GPT2LMHeadModule(Headed):
             token_type_ids, head_mask, inputs_embeds, train, output_attentions, output_hidden_states,
         )  # fmt: skip
         hidden = outputs.last_hidden_state
-        logits = self.logits(body, hidden[:, -logits_to_keep:])
-        loss = None if labels is None else lm_loss(logits, labels, present(attention_mask, labels))
+        mask = None if labels is None else present(attention_mask, labels)
+        loss, logits = self.answer(body, hidden[:, -logits_to_keep:], labels, mask, skip_logits)
         return CausalLMOutputWithCrossAttentions(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
         )
@@ -138,11 +176,12 @@ class GPT2DoubleHeadsModule(Headed):
         train: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        skip_logits: bool | None = None,
     ) -> GPT2DoubleHeadsModelOutput:
         """Logits (B, C, T, V) and scores (B, C) of C choices, given as (B, C, T) ids, mask, types and positions.
 
         mc_token_ids: (B, C), the token that is scored, by default the last one that the mask keeps. labels: (B, C, T),
-        shifted here. mc_labels: (B,), the right choice.
+        shifted here. mc_labels: (B,), the right choice. `skip_logits` is as in `GPT2LMHeadModule`.
         """
         body = self.body()
         source: Any = input_ids if input_ids is not None else inputs_embeds
@@ -153,13 +192,12 @@ class GPT2DoubleHeadsModule(Headed):
         )  # fmt: skip
         hidden = outputs.last_hidden_state.reshape(*choices, self.config.n_embd)  # (B, C, T, E)
         mask = jnp.ones(choices, bool) if attention_mask is None else attention_mask[..., -choices[2] :]
-        logits = self.logits(body, hidden)
+        loss, logits = self.answer(body, hidden, labels, mask, skip_logits)
         summary = SequenceSummary(self.config, self.dtype, self.param_dtype, train, name="multiple_choice_head")
         scores = summary(hidden, mask, mc_token_ids)
         scores = scores.squeeze(-1) if scores.shape[-1] == 1 else scores
         return GPT2DoubleHeadsModelOutput(
-            None if labels is None else lm_loss(logits, labels, mask),
-            None if mc_labels is None else cross_entropy(scores, mc_labels),
+            loss, None if mc_labels is None else cross_entropy(scores, mc_labels),
             logits, scores, outputs.past_key_values, outputs.hidden_states, outputs.attentions,
         )  # fmt: skip
 

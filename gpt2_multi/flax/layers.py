@@ -253,6 +253,11 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
+def is_traced(*trees: Any) -> bool:
+    """Whether anything in these trees has no value yet."""
+    return not all(map(is_concrete, jax.tree.leaves(trees)))
+
+
 def as_array(name: str, value: Any) -> Any:
     """Lists and NumPy arrays as arrays of JAX."""
     if value is None or isinstance(value, jax.Array):

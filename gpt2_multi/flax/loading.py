@@ -31,6 +31,7 @@ from gpt2_multi.flax.layers import (
     input_names,
     interceptors,
     is_concrete,
+    is_traced,
     refuse_quantized,
 )
 from gpt2_multi.flax.parameters import casting
@@ -54,7 +55,8 @@ from gpt2_multi.model.checkpoint.quantized import is_quantized, quantize
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.weights import table
 
-FLAGS = ("train", "output_attentions", "output_hidden_states", "logits_to_keep")  # which a call is compiled for
+# Which a call is compiled for.
+FLAGS = ("train", "output_attentions", "output_hidden_states", "logits_to_keep", "skip_logits")
 
 
 class FlaxGPT2PreTrainedModel:
@@ -175,7 +177,7 @@ class FlaxGPT2PreTrainedModel:
             "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
             "past_key_values": past_key_values, **others,
         }  # fmt: skip
-        flags = {name: given.pop(name) for name in ("logits_to_keep",) if name in given}
+        flags: dict[str, Any] = {name: given.pop(name) for name in ("logits_to_keep", "skip_logits") if name in given}
         inputs.check_kept(flags.get("logits_to_keep", 0))
         wanted = {"train": train, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         flags |= {name: as_flag(name, getattr(config, name) if x is None else x) for name, x in wanted.items()}
@@ -186,6 +188,8 @@ class FlaxGPT2PreTrainedModel:
             check_key("dropout_rng", dropout_rng)
         params = self.fitting(params)
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
+        if "labels" in arrays and "skip_logits" in input_names(self.module) and not is_traced((arrays, params)):
+            flags.setdefault("skip_logits", False)  # all that is computed is given
         apply = self.module.apply if interceptors() else self.compiled
         output = apply({"params": params}, **arrays, **flags, rngs=rngs)
         output.unpacks = any(name in others for name in inputs.OLD_NAMES)

@@ -1,10 +1,12 @@
 """The heads in Flax beyond parity: padding and pooling, losses, kinds of summary and of problems."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 jax = pytest.importorskip("jax")
-pytest.importorskip("flax")
+flax_linen = pytest.importorskip("flax.linen")
 
 from gpt2_multi import flax
 from gpt2_multi.errors import InputError
@@ -85,6 +87,60 @@ def test_losses_are_computed_in_float32_at_least(dtype, load):
     model, _ = load("lm", param_dtype=dtype)
     loss = model(ids, labels=ids).loss
     assert loss.dtype == "float32" and abs(float(loss) - exact) < 0.02 * exact
+
+
+@pytest.fixture
+def chunked(load, monkeypatch):
+    """A function that gives a module whose loss has chunks of two tokens, its parameters, and labels."""
+    monkeypatch.setattr("gpt2_multi.flax.training.losses.CHUNK", (2 * 3 * 31 * 8,) * 2)
+    labels = np.where(RNG.random(IDS.shape) < 0.3, -100, IDS)
+
+    def run(**settings):
+        model, _ = load("lm", SMALL.replace(**OFF, **settings))
+        return model, labels
+
+    return run
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_in_chunks_is_that_of_all_logits(tied, chunked):
+    model, labels = chunked(tie_word_embeddings=tied)
+
+    def loss(params, skip, labels=labels, mask=None, ids=IDS):
+        return 3 * model(ids, attention_mask=mask, labels=labels, params=params, skip_logits=skip).loss
+
+    @partial(jax.jit, static_argnums=0)
+    def derivatives(skip, *given):
+        def one(params):
+            return jax.value_and_grad(loss)(params, skip, *given)
+
+        return one(model.params), jax.jvp(one, (model.params,), (model.params,))[1]
+
+    for given in ((labels, np.ones_like(MASK)), (labels, MASK), (np.full_like(IDS, -100), MASK)):
+        found, expected = derivatives(None, *given), derivatives(False, *given)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12), found, expected)
+    assert loss(model.params, True, labels[:0], None, IDS[:0]) == 0
+    each = jax.vmap(lambda ids, labels: loss(model.params, True, labels[None], None, ids[None]))(IDS[:1], labels[:1])
+    np.testing.assert_allclose(each[0], loss(model.params, False, labels[:1], None, IDS[:1]), rtol=0, atol=1e-12)
+
+
+def test_a_compiled_loss_never_has_all_logits_of_a_head_that_is_ours(chunked):
+    model, labels = chunked()
+
+    def step(params):
+        return jax.value_and_grad(lambda params: model(IDS, labels=labels, params=params).loss)(params)
+
+    def has_all(text):
+        return any(f"f64[{shape},31]" in text for shape in ("3,9", "27", "9,3"))
+
+    assert not has_all(jax.jit(step).lower(model.params).compile().as_text())
+    with flax_linen.intercept_methods(lambda call, args, kwargs, context: call(*args, **kwargs)):
+        assert has_all(jax.jit(lambda params: step(params)).lower(model.params).compile().as_text())
+    assert np.isclose(jax.jit(step)(model.params)[0], model(IDS, labels=labels).loss, rtol=0, atol=1e-12)
+    found, whole = model(IDS, labels=labels), model(IDS, labels=labels, skip_logits=True)
+    assert found.logits.shape == (3, 9, 31) and whole.logits is None and np.isclose(found.loss, whole.loss)
+    with pytest.raises(InputError, match="skip_logits: expected labels"):
+        model(IDS, skip_logits=True)
 
 
 def test_token_labels_under_padding_do_not_count(both):

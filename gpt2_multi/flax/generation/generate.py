@@ -25,8 +25,8 @@ from gpt2_multi.flax.generation.decoders import Source, log_probs_of, states_of
 from gpt2_multi.flax.generation.decoding import INSIDE, Prompt, Sampling, State, forward
 from gpt2_multi.flax.generation.lookup import Assistant, Assisted, Lookup
 from gpt2_multi.flax.generation.rules import as_tensors
-from gpt2_multi.flax.generation.tracing import check_alone, is_traced, traced_request
-from gpt2_multi.flax.layers import as_array, facts, is_concrete, on_host
+from gpt2_multi.flax.generation.tracing import check_alone, traced_request
+from gpt2_multi.flax.layers import as_array, facts, is_concrete, is_traced, on_host
 from gpt2_multi.flax.parameters.axes import under_any_axes
 from gpt2_multi.flax.parameters.tree import Tree
 from gpt2_multi.generation import texts

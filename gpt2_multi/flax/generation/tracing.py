@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.flax.generation.decoding import align
-from gpt2_multi.flax.layers import is_concrete
 from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.request import Given, Request, check_beside, new_tokens_after, options_of
@@ -71,11 +69,6 @@ def with_negative(given: Given, order: Array, ids: Array, mask: Array) -> tuple[
     width = max(ids.shape[1], others[0].shape[1])
     rows = [jnp.pad(x, [(0, 0), (width - x.shape[1], 0)]) for x in (order, ids, mask, *others)]
     return rows[0], rows[1], rows[2], (rows[3], rows[4])
-
-
-def is_traced(*trees: Any) -> bool:
-    """Whether anything in these trees has no value yet."""
-    return not all(map(is_concrete, jax.tree.leaves(trees)))
 
 
 def check_alone(config: GenerationConfig, callbacks: Callbacks, assistant: Any) -> None:

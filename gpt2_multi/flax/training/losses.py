@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from gpt2_multi.flax.attention import upcast
 from gpt2_multi.flax.layers import facts
 from gpt2_multi.model import inputs
 
 IGNORED = -100
+CHUNK = 2**26, 2**30  # bytes of logits at a time, on a CPU and elsewhere: see gpt2_multi.pt.training
 
 
 def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> Array:
@@ -46,6 +52,80 @@ def shifted(labels: Array, mask: Array | None) -> Array:
         return following
     keep = mask.astype(bool)
     return jnp.where(keep & jnp.roll(keep, -1, -1), following, IGNORED)
+
+
+def head_loss(hidden: Array, weight: Array, labels: Array, mask: Array | None = None, dtype: Any = None) -> Array:
+    """What `lm_loss` gives of the logits of a head, of (..., T, E) hidden states and its weight (V, E).
+
+    The logits are computed a chunk of tokens at a time, and with them the gradients, so that they are never there as a
+    whole. `dtype` is that of the products, by default that of the hidden states.
+    """
+    inputs.check_labels(facts(labels), (*hidden.shape[:-1], len(weight)))
+    targets = shifted(labels, mask)
+    count, length = chunk_count(hidden, weight), hidden.shape[-2]
+    x, t = hidden.reshape(-1, *hidden.shape[-2:]), targets.reshape(-1, length)  # (B, T, E), (B, T)
+    room = -length % count  # chunks have one length
+    x = jnp.pad(x, ((0, 0), (0, room), (0, 0)))
+    t = jnp.pad(t, ((0, 0), (0, room)), constant_values=IGNORED)
+    chunks = x.reshape(len(x), count, -1, x.shape[-1]).swapaxes(0, 1)  # (count, B, T / count, E)
+    total = total_loss(chunks, weight, t.reshape(len(t), count, -1).swapaxes(0, 1), dtype or hidden.dtype)
+    return total / jnp.maximum((targets != IGNORED).sum(), 1).astype(total.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def total_loss(hidden: Array, weight: Array, targets: Array, dtype: Any) -> Array:
+    """The sum of -log p(target) over chunks (N, B, T, E), targets (N, B, T) -> (); of those -100 does not count."""
+    return walk(hidden, weight, targets, dtype, (False, False))[0]
+
+
+@partial(total_loss.defjvp, symbolic_zeros=True)
+def _derived(dtype: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """The loss and how it changes: its gradients are made beside it, and a backward pass only scales them."""
+    hidden, weight, targets = primals
+    moves = [not isinstance(x, SymbolicZero) for x in tangents[:2]]
+    total, *gradients = walk(hidden, weight, targets, dtype, moves)
+    parts = [jnp.vdot(g, upcast(x)) for g, x, moved in zip(gradients, tangents, moves, strict=False) if moved]
+    return total, sum(parts, jnp.zeros_like(total))
+
+
+def walk(hidden: Array, weight: Array, targets: Array, dtype: Any, wanted: Sequence[bool]) -> tuple[Any, Any, Any]:
+    """The sum that is `total_loss`, and its gradients of hidden states and weight, None where they are not wanted."""
+    cast = weight.astype(dtype)  # (V, E)
+    wide = upcast(jnp.zeros((), dtype)).dtype
+
+    def one(sums: Any, chunk: Any) -> Any:
+        x, t = chunk[0].astype(dtype), chunk[1]  # (B, T, E), (B, T)
+        loss, gradient = turn(jnp.einsum("bte,ve->btv", x, cast).astype(wide), t)
+        gradient = gradient.astype(dtype)
+        of_hidden = jnp.einsum("btv,ve->bte", gradient, cast).astype(wide) if wanted[0] else None
+        of_weight = sums[1] if sums[1] is None else sums[1] + jnp.einsum("btv,bte->ve", gradient, x).astype(wide)
+        return (sums[0] + loss, of_weight), of_hidden
+
+    start = jnp.zeros((), wide), jnp.zeros(weight.shape, wide) if wanted[1] else None
+    (total, of_weight), of_hidden = lax.scan(one, start, (hidden, targets))
+    return total, of_hidden, of_weight
+
+
+def turn(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """The sum of the losses of a chunk, (B, T, V) and (B, T) -> (), and its gradient of the logits."""
+    counted = targets != IGNORED
+    at = jnp.where(counted, targets, 0)
+    moved = logits - logits.max(-1, keepdims=True)
+    powers = jnp.exp(moved)
+    sums = powers.sum(-1, keepdims=True)
+    chosen = jnp.take_along_axis(moved, at[..., None], -1)
+    loss = jnp.where(counted[..., None], jnp.log(sums) - chosen, 0).sum()
+    kept = counted[..., None].astype(logits.dtype)
+    is_target = lax.broadcasted_iota(at.dtype, logits.shape, logits.ndim - 1) == at[..., None]
+    return loss, kept * (powers / sums - is_target.astype(logits.dtype))
+
+
+def chunk_count(hidden: Array, weight: Array) -> int:
+    """In how many chunks (..., T, E) hidden states have their logits."""
+    if not all(isinstance(size, int) for size in hidden.shape):  # it is exported for any sizes
+        return 1
+    logits = hidden.size // hidden.shape[-1] * len(weight) * max(hidden.dtype.itemsize, 4)
+    return max(1, min(hidden.shape[-2], math.ceil(logits / CHUNK[jax.default_backend() != "cpu"])))
 
 
 def classification_loss(logits: Array, labels: Array, problem_type: str | None) -> Array:

@@ -35,7 +35,9 @@ from gpt2_multi.model import inputs
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
-NO_INPUTS = ("train", "past_key_values", "output_attentions", "output_hidden_states", "logits_to_keep")
+NO_INPUTS = (
+    "train", "past_key_values", "output_attentions", "output_hidden_states", "logits_to_keep", "skip_logits",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

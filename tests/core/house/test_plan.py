@@ -261,6 +261,10 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 *("head_loss", "whole_loss", "walk", "turn", "chunk_rows", "later_logits"),
             ],
         },
+        "flax": {
+            "heads": ["Headed.answer", "Headed.is_chunked", "Headed.weight"],
+            "training": ["head_loss", "total_loss", "_derived", "walk", "turn", "chunk_count"],
+        },
     },
     "XLA writes in place what it need not reshape: in TensorFlow's loop a cache is flat": {
         "tf": {
