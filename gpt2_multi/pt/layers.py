@@ -30,7 +30,7 @@ NUMPY = {
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: _BFLOAT16,
 }
-_FORWARD = nn.Linear.forward
+_FORWARD, _LINEAR = nn.Linear.forward, F.linear
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 gelu = partial(F.gelu, approximate="tanh")
 SCALED = "weight_scale"  # what a layer in int8 has beside its weight
@@ -125,21 +125,16 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return multiply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        times = F.linear if torch.is_grad_enabled() else multiply  # it is to be derived once more
+        times, (of_x, *rest) = multiply if is_last(grad) else F.linear, ctx.needs_input_grad
         grad = grad.contiguous()  # it may be one number, expanded
-        columns = grad.flatten(0, -2).t()  # (out, N)
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        return (
-            times(grad, weight.t()) if of_x else None,
-            times(columns, x.flatten(0, -2).t()) if of_weight else None,
-            columns.sum(1) if of_bias else None,
-        )
+        return times(grad, weight.t()) if of_x else None, *of_layer(x, grad, rest, times)
 
 
 class Perceptron(torch.autograd.Function):
@@ -162,20 +157,29 @@ class Perceptron(torch.autograd.Function):
             return derived(
                 lambda x, w, b, v, c: F.linear(gelu(F.linear(x, w, b)), v, c), given, ctx.needs_input_grad, grad
             )
-        grad = grad.contiguous()
-        inner = torch.ops.aten.gelu_backward(multiply(grad, second.t()), before, approximate="tanh")
+        times, grad = multiply if is_last(grad) else F.linear, grad.contiguous()
+        inner = torch.ops.aten.gelu_backward(times(grad, second.t()), before, approximate="tanh")
         of_second, of_first = ctx.needs_input_grad[3:], ctx.needs_input_grad[1:3]
         return (
-            multiply(inner, first.t()) if ctx.needs_input_grad[0] else None,
-            *of_layer(x, inner, of_first),
-            *of_layer(gelu(before) if of_second[0] else before, grad, of_second),
+            times(inner, first.t()) if ctx.needs_input_grad[0] else None,
+            *of_layer(x, inner, of_first, times),
+            *of_layer(gelu(before) if of_second[0] else None, grad, of_second, times),
         )
 
 
-def of_layer(x: Tensor, grad: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+def of_layer(
+    x: Tensor | None, grad: Tensor, wanted: Sequence[bool], times: Callable[..., Tensor] = multiply
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a layer's weight and bias, by its input and the gradient of its output, as far as wanted."""
-    columns = grad.flatten(0, -2).t()  # (out, N)
-    return multiply(columns, x.flatten(0, -2).t()) if wanted[0] else None, columns.sum(1) if wanted[1] else None
+    columns = grad.reshape(-1, grad.shape[-1]).t()  # (out, N)
+    of_weight = times(columns, x.reshape(-1, x.shape[-1]).t()) if x is not None and wanted[0] else None
+    return of_weight, columns.sum(1) if wanted[1] else None
+
+
+def is_last(grad: Tensor) -> bool:
+    """Whether a gradient is neither derived once more, nor one of many, nor watched on its way."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # by `is_grads_batched`
+    return not torch.is_grad_enabled() and not is_batched and is_unchanged(grad)
 
 
 def derived(
@@ -206,8 +210,8 @@ def is_own(layer: Any) -> bool:
 
 
 def is_float32(x: Tensor) -> bool:
-    """Whether numbers are those that oneDNN is quicker with."""
-    return x.is_cpu and x.dtype == torch.float32
+    """Whether numbers are those that oneDNN is quicker with: dense, in float32 on a CPU."""
+    return x.is_cpu and x.dtype == torch.float32 and x.layout is torch.strided
 
 
 def is_plain(x: Any) -> bool:
@@ -216,9 +220,10 @@ def is_plain(x: Any) -> bool:
 
 
 def is_unchanged(x: Any) -> bool:
-    """Whether a tensor is computed with as it is said: nobody traces, batches, or derives forward."""
+    """Whether a tensor is computed with as it is said: nobody traces, batches, derives forward, or replaces calls."""
     modes = (torch._C._get_tracing_state(), _get_current_dispatch_mode(), torch._C._functorch.peek_interpreter_stack())
-    is_there = type(x) is Tensor and not x.is_meta
+    is_seen = F.linear is not _LINEAR or torch._C._len_torch_function_stack()
+    is_there = type(x) is Tensor and not x.is_meta and not is_seen
     return is_there and forward_ad._current_level < 0 and all(mode is None for mode in modes)
 
 
@@ -228,9 +233,13 @@ def has_onednn(x: Tensor) -> bool:
 
 
 def fingerprint(x: Tensor) -> Tensor:
-    """The sum of each row's bits, as integers: another one where a number has changed, however that was written."""
+    """The sum of each row's bits, as integers: another one where a number has changed, however that was written.
+
+    And its first number: where all of a row have another sign, their sum overflows to what it was.
+    """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
-    return x.detach().view(integers).sum(-1, dtype=integers)
+    bits = x.detach().view(integers)
+    return torch.stack([bits.sum(-1, dtype=integers), bits[..., 0]])
 
 
 def initialise(weight: Weight, tensor: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import upcast
-from gpt2_multi.pt.layers import derived, facts, fingerprint, linear, multiply
+from gpt2_multi.pt.layers import derived, facts, fingerprint, is_last, linear, multiply
 
 IGNORED = -100
 # Bytes of logits at a time: of each chunk the gradient of the head is read and written once, and what multiplies more
@@ -106,7 +106,8 @@ class HeadLoss(torch.autograd.Function):
             gradients = [None if x is None else x.clone() for x in gradients]  # for another backward pass
         else:
             ctx.gradients = None  # what nobody else holds, autograd adds to in place
-        scaled = [None if x is None else x.mul_(grad) for x in gradients]
+        times = Tensor.mul_ if is_last(grad) else Tensor.mul  # of vmap there are many
+        scaled = [None if x is None else times(x, grad) for x in gradients]
         return scaled[0], None if scaled[1] is None else scaled[1].to(weight.dtype), None, None
 
 
@@ -163,6 +164,7 @@ def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
 def later_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The logits of `head_loss` when they are asked for: those of the hidden states and the weight as they are now."""
     before, is_recorded = (fingerprint(hidden), fingerprint(weight)), torch.is_grad_enabled()
+    is_inference = torch.is_inference_mode_enabled()
 
     def logits() -> Tensor:
         if not all(torch.equal(fingerprint(x), bits) for x, bits in zip((hidden, weight), before, strict=True)):
@@ -170,7 +172,11 @@ def later_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable
                 "logits: expected the weights of the call, found that they have changed since; read the logits before "
                 "the optimizer's step, or call the model with skip_logits=False"
             )
-        with torch.set_grad_enabled(is_recorded), torch.autocast(hidden.device.type, enabled=False):
+        with (
+            torch.inference_mode(is_inference),
+            torch.set_grad_enabled(is_recorded),
+            torch.autocast(hidden.device.type, enabled=False),
+        ):
             return linear(hidden.to(dtype), weight.to(dtype))
 
     return logits

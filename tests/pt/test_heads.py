@@ -231,11 +231,29 @@ def test_logits_beside_a_loss_are_those_of_the_call(monkeypatch):
         model(ids, skip_logits=True)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # which raises no version
     model(ids, labels=labels).loss.backward()
-    for change in (optimizer.step, lambda: model.lm_head.weight.data[30, 0].mul_(2)):
+    for change in (
+        optimizer.step,
+        lambda: model.lm_head.weight.data[30, 0].mul_(2),
+        lambda: model.lm_head.weight.data.neg_(),
+    ):
         late = model(ids, labels=labels)
         change()
         with pytest.raises(InputError, match="logits: expected the weights of the call, found that they have changed"):
             _ = late.logits
+
+
+def test_a_loss_in_chunks_has_many_gradients_at_once_and_logits_that_were_looked_at(monkeypatch):
+    model, ids, labels = chunked(monkeypatch)
+    found, weights = model(ids, labels=labels), list(model.parameters())
+    with torch.inference_mode():
+        found.logits.argmax(-1)
+    torch.autograd.grad(found.loss + found.logits.mean(), weights)  # what was looked at is of the call
+    once, *many = (
+        torch.autograd.grad(model(ids, labels=labels).loss, weights, scale, is_grads_batched=scale is not None)
+        for scale in (None, torch.tensor([1.0, 3.0]).double())
+    )
+    for gradient, of_each in zip(once, *many, strict=True):
+        assert torch.allclose(torch.stack([gradient, 3 * gradient]), of_each)
 
 
 def test_a_head_that_somebody_has_changed_gives_the_logits_of_its_loss(monkeypatch):

@@ -97,8 +97,19 @@ def test_a_projection_has_the_derivatives_of_the_layer() -> None:
     assert type(project(layer, x).grad_fn).__name__ == "ProductBackward"
     for found, expected in zip(derivatives(lambda x: project(layer, x)), derivatives(layer), strict=True):
         assert relative(found.detach(), expected.detach()) < 1e-5
+    several = torch.randn(3, *layer(x).shape)
+    of_many = (
+        torch.autograd.grad(y, (x, *layer.parameters()), several, is_grads_batched=True)
+        for y in (project(layer, x), layer(x))
+    )
+    for found, expected in zip(*of_many, strict=True):
+        assert relative(found, expected) < 1e-5
     layer.requires_grad_(False)
-    assert torch.autograd.grad(project(layer, x).sum(), x)[0].allclose(layer.weight.sum(0), atol=1e-5)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+        found = project(layer, x)
+    assert torch.autograd.grad(found.sum(), x)[0].allclose(layer.weight.sum(0), atol=1e-5)
+    assert [each.shape for each in kept] == [layer.weight.shape]  # of a frozen layer, not what it was given
 
 
 def test_two_projections_in_one_have_the_derivatives_of_their_layers() -> None:
@@ -119,6 +130,7 @@ def test_two_projections_in_one_have_the_derivatives_of_their_layers() -> None:
     assert type(mlp(x).grad_fn).__name__ == "ProductBackward"
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_a_projection_is_the_layer_s_own_where_somebody_would(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = one_projection()
     backward = layer.register_full_backward_hook(lambda module, given, output: None)
@@ -134,6 +146,14 @@ def test_a_projection_is_the_layer_s_own_where_somebody_would(monkeypatch: pytes
             project(layer, x)
         assert flops.get_total_flops() == 2 * 8 * 32 * 96 * 384
         assert torch.func.vmap(lambda row: project(layer, row))(x).allclose(layer(x), atol=1e-5)
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.functional, "linear", lambda *given: None)
+            assert project(layer, x) is None
+        with torch.device("cpu"):  # a mode that sees each function which is called
+            assert calls_of_onednn(layer, x, monkeypatch) == 0
+        sparse = nn.Linear(96, 384).requires_grad_(False)
+        sparse.weight = nn.Parameter(sparse.weight.to_sparse_csr(), requires_grad=False)
+        assert calls_of_onednn(sparse, x, monkeypatch) == 0
         hook = layer.register_forward_hook(lambda module, given, output: output * 0)
         assert calls_of_onednn(layer, x, monkeypatch) == 0 and not project(layer, x).any()
         hook.remove()
