@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from gpt2_multi.pt.attention import Attention, CrossAttention, KVCache, positions
-from gpt2_multi.pt.layers import QuantizedEmbedding, QuantizedLinear, is_plain, multiplies_int8
+from gpt2_multi.pt.layers import WORTHWHILE, QuantizedEmbedding, QuantizedLinear, is_plain, multiplies_int8
 from gpt2_multi.pt.model import ACTIVATIONS, MLP, GPT2Block, GPT2Model
 
 Product = Callable[[Tensor, Tensor | None], Tensor]  # (..., in) and what is added to the product, (..., out)
@@ -55,6 +55,12 @@ _PARTS: list[type] = [nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.Modu
 _PARTS += [QuantizedLinear, QuantizedEmbedding]
 for _cls in [*_PARTS, GPT2Model, GPT2Block, Attention, CrossAttention, MLP, KVCache]:
     known(_cls)
+_PLACES: dict[str, type] = {  # what calls a part by its name may take it for
+    **dict.fromkeys(("c_attn", "q_attn", "c_proj", "c_fc", "lm_head"), nn.Linear),
+    **dict.fromkeys(("ln_1", "ln_cross_attn", "ln_2", "ln_f"), nn.LayerNorm),
+    **dict.fromkeys(("drop", "resid_dropout", "dropout"), nn.Dropout),
+    **{"wte": nn.Embedding, "wpe": nn.Embedding, "attn": Attention, "crossattention": CrossAttention, "mlp": MLP},
+}
 
 
 class Block(NamedTuple):
@@ -135,13 +141,16 @@ def norm_of(layer: Any) -> Callable[[Tensor], Tensor]:
 
 
 def product_of(layer: Any, is_packed: bool, act: Any = None) -> Product:
-    """What a projection calls, with an activation after it: by its weight, or a packed copy."""
+    """What a projection calls, with an activation after it: where there is much to do, by oneDNN."""
     if isinstance(layer, QuantizedLinear):
         return quantized_product_of(layer, is_packed, act)
     bias, fused, op = layer.bias, FUSED.get(act), torch.ops.mkldnn._linear_pointwise
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, ROWS) if is_packed else layer.weight
 
     def product(x: Tensor, added: Tensor | None) -> Tensor:
+        if x.numel() * layer.out_features < WORTHWHILE:
+            found = F.linear(x, layer.weight, bias)
+            return added + found if added is not None else act(found) if act else found
         if added is not None:
             return op.binary(x, added, weight, bias, "add")
         return op.default(x, weight, bias, *fused) if fused else act(op.default(x, weight, bias, *FUSED[None]))
@@ -165,7 +174,8 @@ def is_ordinary(x: Any) -> bool:
     """Whether a parameter is in float32, or in int8, on a CPU, in the order of rows or of columns, or none at all."""
     if x is None:
         return True
-    if type(x) is not nn.Parameter or not x.is_cpu or x.dtype not in (torch.float32, torch.int8) or not x.numel():
+    is_read = type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided
+    if not is_read or x.dtype not in (torch.float32, torch.int8) or not x.numel():
         return False
     return x.is_contiguous() or x.mT.is_contiguous()
 
@@ -183,7 +193,7 @@ def is_own(
         return False
     if body.attn_implementation != "sdpa" or body.config.reorder_and_upcast_attn:
         return False
-    if _has_any_global_hook() or torch._C._len_torch_function_stack():  # type: ignore[no-untyped-call]
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return False
     unchanged = all(functions(cls) == own for cls, own in _KNOWN.items())
     return unchanged and all(is_as_made(module, is_ordinary) for module in model.modules()) and are_in_order(body)
@@ -196,6 +206,10 @@ def is_as_made(module: nn.Module, is_ordinary: Callable[[Any], bool]) -> bool:
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(own[name] for name in hooks) or any(callable(getattr(kind, name, None)) for name in own):
+        return False
+    if own["_buffers"] or any(isinstance(value, Tensor) for value in own.values()) or own.get("max_norm") is not None:
+        return False  # a weight that is computed, or changed by each call
+    if not all(isinstance(part, _PLACES.get(name, object)) for name, part in own["_modules"].items()):
         return False
     return all(map(is_ordinary, own["_parameters"].values()))
 

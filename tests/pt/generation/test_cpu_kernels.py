@@ -26,6 +26,7 @@ def steps(monkeypatch):
     """How many tokens were read by each step that did not call the model; every loop packs."""
     seen, read = [], cpu_kernels.Kernels.read
     monkeypatch.setattr(cpu_kernels, "LEAST", 0)
+    monkeypatch.setattr(cpu_kernels, "WORTHWHILE", 0)
 
     def counted(self, tokens, *given):
         seen.append(tokens.shape)
@@ -125,9 +126,31 @@ def striped(model):
     layer.weight = nn.Parameter(torch.randn(16, 32)[:, ::2])
 
 
+def norm_for_dropout(model):
+    model.transformer.h[0].mlp.dropout = nn.LayerNorm(16).eval()
+
+
+def layer_for_norm(model):
+    model.transformer.ln_f = nn.Linear(16, 16).eval()
+
+
+def renormalised(model):
+    model.transformer.wte.max_norm = 0.5  # by which each call changes the weights that it reads
+
+
+def computed(model):
+    layer = model.transformer.h[0].mlp.c_fc
+    layer.weight = (layer._parameters.pop("weight") * 2).detach()
+
+
 @pytest.mark.parametrize(
-    "change", [replaced, hooked, dropping, eager, doubled, own_activation, own_layer, striped], ids=lambda f: f.__name__
-)
+    "change",
+    [
+        replaced, hooked, dropping, eager, doubled, own_activation, own_layer, striped, norm_for_dropout,
+        layer_for_norm, renormalised, computed,
+    ],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
 @torch.no_grad()
 def test_a_model_that_somebody_changed_is_called(change):
     model = make().float()
@@ -155,6 +178,9 @@ def test_a_model_is_called_where_others_would_see_it(monkeypatch):
     with Seen():
         assert not cpu_kernels.is_own(model)
     with torch.enable_grad():
+        assert not cpu_kernels.is_own(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "linear", lambda *given: None)
         assert not cpu_kernels.is_own(model)
     everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert not cpu_kernels.is_own(model)
