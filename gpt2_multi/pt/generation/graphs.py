@@ -331,10 +331,20 @@ def is_served(model: Any, ids: Tensor) -> bool:
     first = model.transformer.wte.weight
 
     def is_alike(x: Any) -> bool:
-        return x is None or (type(x) is nn.Parameter and (x.dtype, x.device) == (first.dtype, ids.device))
+        is_alike = type(x) is nn.Parameter and (x.dtype, x.device) == (first.dtype, ids.device)
+        return x is None or (is_alike and x.layout is torch.strided)
 
     has_more = model.config.add_cross_attention or model.lm_head.bias is not None
-    return not has_more and is_own(model, is_quiet, is_alike)
+    return not has_more and is_own(model, is_quiet, is_alike) and is_configured(model)
+
+
+def is_configured(model: Any) -> bool:
+    """Whether parts of a model have the weights and settings by which steps compute, those of its configuration."""
+    config = model.config
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    is_same = all(block.mlp.act is ACTIVATIONS[config.activation] for block in model.transformer.h)
+    is_same = is_same and all(norm.eps == config.layer_norm_epsilon for norm in norms)
+    return is_same and all(x is not None for x in Weights.of(model).flat())
 
 
 def is_quiet(x: Tensor) -> bool:

@@ -157,3 +157,25 @@ def test_what_others_see_or_steer_goes_the_ordinary_way(model: GPT2LMHeadModel, 
     if more.get("return_dict_in_generate"):
         found, expected = found.sequences, expected.sequences
     assert found.equal(expected) and not runs
+
+
+def test_settings_of_a_part_count(model: GPT2LMHeadModel, runs: list[int]) -> None:
+    def own_epsilon() -> None:
+        model.transformer.h[0].ln_1.eps = 0.5
+
+    def own_activation() -> None:
+        model.transformer.h[0].mlp.act = torch.relu
+
+    def no_bias() -> None:
+        model.transformer.h[0].mlp.c_fc.bias = None
+
+    with torch.no_grad():
+        assert graphs.is_served(model, IDS)
+        for change, back in (
+            (own_epsilon, lambda: setattr(model.transformer.h[0].ln_1, "eps", model.config.layer_norm_epsilon)),
+            (own_activation, lambda: setattr(model.transformer.h[0].mlp, "act", model.transformer.h[1].mlp.act)),
+            (no_bias, lambda: None),
+        ):
+            change()
+            assert not graphs.is_served(model, IDS)
+            back()
