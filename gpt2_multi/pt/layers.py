@@ -364,13 +364,13 @@ class QuantizedLinear(nn.Linear):
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def packed(self) -> Tensor:
-        """What `packed` gives of the weight: kept for the next time, and made anew where the sum of a row has changed.
+        """What `packed` gives of the weight: kept, and made anew where the sum of a row or column has changed.
 
         It takes the weight's memory once more, and the time of ten steps.
         """
         weight = self.weight.detach()
         words = weight.view(torch.int64) if weight.shape[1] % 8 == 0 and weight.is_contiguous() else weight
-        sums = words.sum(1)  # whoever writes through `.data` counts no version
+        sums = torch.cat([words.sum(0), words.sum(1)])  # whoever writes through `.data` counts no version
         if self._packed is None or not torch.equal(self._packed[0], sums):
             self._packed = sums, packed(weight)
         return self._packed[1]

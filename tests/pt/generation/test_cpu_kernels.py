@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from gpt2_multi.pt import GPT2DoubleHeadsModel, GPT2LMHeadModel
 from gpt2_multi.pt.attention import Attention
 from gpt2_multi.pt.generation import cpu_kernels
-from gpt2_multi.pt.layers import HAS_ONEDNN
+from gpt2_multi.pt.layers import HAS_ONEDNN, QuantizedLinear
 from tests.pt.generation.test_steering import CONFIG, MODELS, PROMPTS, flipped, generated, logits_of, make
 from tests.support import fixtures
 from tests.support.plain_loop import WAYS, plain
@@ -257,3 +257,13 @@ def test_packing_pays_the_sooner_the_more_rows_there_are(tmp_path, monkeypatch):
     assert [cpu_kernels.are_worthwhile(of_a_file, rows, 999) for rows in (1, 2)] == [False, True]
     monkeypatch.setattr(cpu_kernels, "MOST", 999)
     assert not cpu_kernels.are_worthwhile(model, 8, 999)
+
+
+def test_integers_in_another_order_are_packed_anew():
+    layer = QuantizedLinear(64, 64)
+    layer.weight.data.random_(-127, 128)
+    before = layer.packed()
+    assert layer.packed() is before
+    words = layer.weight.data.view(torch.int64)
+    words.copy_(words.flip(1))  # the sum of each row stays
+    assert layer.packed() is not before
