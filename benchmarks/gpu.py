@@ -223,7 +223,7 @@ def of_steps(here: Torch, what: str, attention: str, rows: int, length: int, com
     took = seconds(step, here.wait, 10)
     say(what, here.who, rows * length / took, "tokens/s")
     if here.device == "cuda":
-        say(f"{what}, peak memory", here.who, torch.cuda.max_memory_allocated() / 2**20, "MB")
+        say(f"{what}, peak memory", here.who, torch.cuda.max_memory_allocated() / 2**20, "MiB")
     name = torch.cuda.get_device_name() if here.device == "cuda" else ""
     peak = next((peak for key, peak in PEAKS.items() if key in name), None)
     if peak and compiled:
