@@ -160,9 +160,12 @@ def test_a_model_that_somebody_changed_is_called(change):
 
 
 @torch.no_grad()
-def test_a_model_is_as_it_was_made_after_something_was_compiled():
+def test_a_model_is_as_it_was_made_after_something_was_compiled(monkeypatch):
     torch.compile(nn.Linear(2, 2), backend="eager")(torch.zeros(1, 2))
+    monkeypatch.setattr(nn.Module, "smart_apply", nn.Module.apply, raising=False)  # as transformers does
     assert cpu_kernels.is_own(make().float())
+    monkeypatch.setattr(nn.Linear, "__call__", nn.Linear.__call__, raising=False)  # but this one is called
+    assert not cpu_kernels.is_own(make().float())
 
 
 @torch.no_grad()
