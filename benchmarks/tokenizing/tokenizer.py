@@ -33,7 +33,7 @@ def run() -> list[Row]:
 
 def shared() -> Path:
     """The folder with texts and vocabularies."""
-    return Path(os.environ.get("GPT2_MULTI_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+    return Path(os.environ.get("GPT2_MULTI_SHARED") or Path(__file__).resolve().parents[3] / "shared")
 
 
 def english(data: Path, size: int = SIZE) -> str:
