@@ -233,13 +233,13 @@ def has_onednn(x: Tensor) -> bool:
 
 
 def fingerprint(x: Tensor) -> Tensor:
-    """The sum of each row's bits, as integers: another one where a number has changed, however that was written.
+    """The sums of each row's and each column's bits, as integers: others where numbers have changed, however written.
 
-    And its first number: where all of a row have another sign, their sum overflows to what it was.
+    And each row's first number: where all of a row have another sign, their sum overflows to what it was.
     """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
-    bits = x.detach().view(integers)
-    return torch.stack([bits.sum(-1, dtype=integers), bits[..., 0]])
+    bits = x.detach().view(integers).flatten(0, -2)  # (N, E)
+    return torch.cat([bits.sum(1, dtype=integers), bits.sum(0, dtype=integers), bits[:, 0]])
 
 
 def initialise(weight: Weight, tensor: Tensor, scale: Tensor | None = None) -> Tensor:

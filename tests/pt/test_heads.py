@@ -235,6 +235,7 @@ def test_logits_beside_a_loss_are_those_of_the_call(monkeypatch):
         optimizer.step,
         lambda: model.lm_head.weight.data[30, 0].mul_(2),
         lambda: model.lm_head.weight.data.neg_(),
+        lambda: model.lm_head.weight.data[:, 1:].copy_(model.lm_head.weight.data[:, 1:].flip(1)),
     ):
         late = model(ids, labels=labels)
         change()
