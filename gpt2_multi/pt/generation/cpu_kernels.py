@@ -199,8 +199,9 @@ def is_own(
         return False
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return False
-    are_known = all(map(is_as_known, _KNOWN)) and all(is_as_made(module, is_ordinary) for module in model.modules())
-    return are_known and are_in_order(body)
+    dtype = body.wpe.weight.dtype
+    are_as_made = all(is_as_made(module, is_ordinary, dtype) for module in model.modules())
+    return are_as_made and all(map(is_as_known, _KNOWN)) and are_in_order(body)
 
 
 def is_as_known(cls: type) -> bool:
@@ -209,10 +210,12 @@ def is_as_known(cls: type) -> bool:
     return {name: found[name] for name in found if name in _CALLED} == _KNOWN[cls]
 
 
-def is_as_made(module: nn.Module, is_ordinary: Callable[[Any], bool]) -> bool:
+def is_as_made(module: nn.Module, is_ordinary: Callable[[Any], bool], dtype: torch.dtype) -> bool:
     """Whether a module is of a class that is known, with parameters that can be read, and nobody has changed it."""
     kind, own = type(module), vars(module)
-    if kind not in _KNOWN or module.training or own.get("compute_dtype") is not None or own.get("_compiled_call_impl"):
+    if kind not in _KNOWN or module.training or own.get("_compiled_call_impl"):
+        return False
+    if own.get("compute_dtype") not in (None, dtype):  # parameters are to be computed with in another one
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(own[name] for name in hooks) or any(callable(getattr(kind, name, None)) for name in own):

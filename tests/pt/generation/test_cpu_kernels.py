@@ -160,6 +160,15 @@ def test_a_model_that_somebody_changed_is_called(change):
 
 
 @torch.no_grad()
+def test_a_model_that_is_loaded_in_a_dtype_is_as_it_was_made():
+    loaded = GPT2LMHeadModel.from_pretrained("demo", dtype="float32")
+    wider = GPT2LMHeadModel.from_pretrained("demo")
+    wider.compute_dtype = torch.float64
+    with torch.no_grad():
+        assert cpu_kernels.is_own(loaded) and not cpu_kernels.is_own(wider)
+
+
+@torch.no_grad()
 def test_a_model_is_as_it_was_made_after_something_was_compiled(monkeypatch):
     torch.compile(nn.Linear(2, 2), backend="eager")(torch.zeros(1, 2))
     monkeypatch.setattr(nn.Module, "smart_apply", nn.Module.apply, raising=False)  # as transformers does
