@@ -223,7 +223,7 @@ def peers(session: nox.Session, *names: str) -> dict[str, str]:
 def peer(session: nox.Session, name: str, packages: list[str]) -> str:
     """The Python of an environment with one peer, made unless it is there with just these packages.
 
-    Where the peer cannot be installed, the benchmark says so, and the next session tries again.
+    Where the peer cannot be installed, the benchmark says so, and the next run tries again.
     """
     place = session.cache_dir.resolve() / "peers" / name
     python, stamp = str(place / ("Scripts" if os.name == "nt" else "bin") / "python"), place / "packages.txt"

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.checkpoint.quantized import GREATEST, LEAST, UNIFORM
 from gpt2_multi.model.config import GPT2Config
@@ -342,9 +342,3 @@ def as_flag(name: str, value: Any) -> bool:
 def interceptors() -> tuple[Any, ...]:
     """The functions that `nn.intercept_methods` has set."""
     return tuple(nn.module._global_interceptor_stack)  # Flax shows them nowhere else
-
-
-def refuse_quantized(model: Any, what: str) -> None:
-    """Integers are not what the table says."""
-    if model.config.quantization is not None:
-        raise CheckpointError(f"{type(model).__name__}: a quantized model cannot be {what}; do that before")

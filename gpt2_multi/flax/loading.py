@@ -32,7 +32,6 @@ from gpt2_multi.flax.layers import (
     interceptors,
     is_concrete,
     is_traced,
-    refuse_quantized,
 )
 from gpt2_multi.flax.parameters import casting
 from gpt2_multi.flax.parameters.axes import automatic
@@ -51,7 +50,7 @@ from gpt2_multi.flax.parameters.tree import (
 )
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
-from gpt2_multi.model.checkpoint.quantized import is_quantized, quantize
+from gpt2_multi.model.checkpoint.quantized import check_not_quantized, is_quantized, quantize
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.weights import table
 
@@ -410,7 +409,7 @@ class FlaxGPT2PreTrainedModel:
         if number is None:
             return params
         found, flat = leaves(self.config, self.head, self.scan_layers), flatten_dict(params)
-        refuse_quantized(self, "resized")
+        check_not_quantized(self.config, type(self).__name__, "resized")
         config = self.config.replace(vocab_size=number)  # refuses what no vocabulary can have
         std = None if mean_resizing else self.config.initializer_range
         params = unflatten_dict(
@@ -446,7 +445,7 @@ class FlaxGPT2PreTrainedModel:
         now on.
         """
         params = self.fitting(params)
-        refuse_quantized(self, "pruned")
+        check_not_quantized(self.config, type(self).__name__, "pruned")
         config = self.config.replace(pruned_heads=self.config.pruned(heads_to_prune))
         found, flat = leaves(config, self.head, self.scan_layers), flatten_dict(params)
         kept = [[self.config.heads(i).index(head) for head in config.heads(i)] for i in range(config.n_layer)]

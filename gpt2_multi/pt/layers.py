@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.errors import InputError
 from gpt2_multi.model.checkpoint.quantized import GREATEST, LEAST, UNIFORM
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.fields import float_name
@@ -239,7 +239,8 @@ def fingerprint(x: Tensor) -> Tensor:
     """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
     bits = x.detach().view(integers).flatten(0, -2)  # (N, E)
-    return torch.cat([bits.sum(1, dtype=integers), bits.sum(0, dtype=integers), bits[:, 0]])
+    wide = torch.int64 if x.itemsize == 1 else integers  # sums of bytes would say little
+    return torch.cat([bits.sum(1, dtype=wide), bits.sum(0, dtype=wide), bits[:, 0]])
 
 
 def initialise(weight: Weight, tensor: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -364,15 +365,15 @@ class QuantizedLinear(nn.Linear):
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def packed(self) -> Tensor:
-        """What `packed` gives of the weight: kept, and made anew where the sum of a row or column has changed.
+        """What `packed` gives of the weight: kept, and made anew where its `fingerprint` has changed.
 
         It takes the weight's memory once more, and the time of ten steps.
         """
         weight = self.weight.detach()
         words = weight.view(torch.int64) if weight.shape[1] % 8 == 0 and weight.is_contiguous() else weight
-        sums = torch.cat([words.sum(0), words.sum(1)])  # whoever writes through `.data` counts no version
-        if self._packed is None or not torch.equal(self._packed[0], sums):
-            self._packed = sums, packed(weight)
+        found = fingerprint(words)  # whoever writes through `.data` counts no version
+        if self._packed is None or not torch.equal(self._packed[0], found):
+            self._packed = found, packed(weight)
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -404,9 +405,3 @@ def castable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a dtype is for: all but integers and their scales."""
     found = dict(module.named_parameters())
     return {name: x for name, x in found.items() if x.is_floating_point() and not name.endswith(SCALED)}
-
-
-def refuse_quantized(model: Any, what: str) -> None:
-    """Integers are not what the table says."""
-    if model.config.quantization is not None:
-        raise CheckpointError(f"{type(model).__name__}: a quantized model cannot be {what}; do that before")

@@ -18,7 +18,7 @@ from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files import arguments
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
-from gpt2_multi.model.checkpoint.quantized import DTYPE, SCALE, Quantized, quantize
+from gpt2_multi.model.checkpoint.quantized import DTYPE, SCALE, Quantized, check_not_quantized, quantize
 from gpt2_multi.model.config import SETTINGS, GPT2Config, check_config
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight, table
@@ -29,7 +29,6 @@ from gpt2_multi.pt.layers import (
     castable,
     contiguous,
     initialise,
-    refuse_quantized,
     replace_parameter,
     to_numpy,
     to_torch,
@@ -477,7 +476,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         """Use another token embedding; a tied head follows, and so does `vocab_size`."""
-        refuse_quantized(self, "given other embeddings")
+        check_not_quantized(self.config, type(self).__name__, "given other embeddings")
         self.body.wte = embedding
         self.config.vocab_size = len(embedding.weight)
         self.tie_weights()
@@ -488,7 +487,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def set_output_embeddings(self, head: nn.Linear) -> None:
         """Use another language-model head; unless its weight is the token embedding, the two are tied no more."""
-        refuse_quantized(self, "given another head")
+        check_not_quantized(self.config, type(self).__name__, "given another head")
         self.lm_head = head
         self.config.tie_word_embeddings = head.weight is self.body.wte.weight
 
@@ -504,7 +503,7 @@ class GPT2PreTrainedModel(nn.Module):
         number = inputs.new_vocabulary(new_num_tokens, self.config.vocab_size, pad_to_multiple_of)
         std = None if mean_resizing else self.config.initializer_range
         if number is not None:
-            refuse_quantized(self, "resized")
+            check_not_quantized(self.config, type(self).__name__, "resized")
             self.config.vocab_size = number
             replace_parameter(self.body.wte, "weight", _resized(self.body.wte.weight, number, std))
             self.body.wte.num_embeddings = number
@@ -560,7 +559,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
-        refuse_quantized(self, "pruned")
+        check_not_quantized(self.config, type(self).__name__, "pruned")
         self.config.pruned_heads = self.config.pruned(heads_to_prune)
         for layer, heads in heads_to_prune.items():
             self.body.attentions()[layer].prune(heads)

@@ -36,6 +36,12 @@ def check_method(quantization: object) -> None:
         raise InputError(f'quantization: expected "int8" or None, found {shortened(repr(quantization))}')
 
 
+def check_not_quantized(config: GPT2Config, model: str, what: str) -> None:
+    """What changes a model's tables and kernels is not for integers, whose shapes and scales it would not keep."""
+    if config.quantization is not None:
+        raise CheckpointError(f"{model}: a quantized model cannot be {what}; do that before")
+
+
 def with_method(config: GPT2Config, quantization: str | None) -> GPT2Config:
     """A configuration that says this of its weights, as config.json has it."""
     rest = {name: value for name, value in config.extra.items() if name != "quantization_config"}

@@ -31,6 +31,7 @@ import tensorflow as tf
 
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint.quantized import check_not_quantized
 
 BLOCK_KERNELS = ("c_attn", "q_attn", "c_fc", "c_proj")
 CALIBRATED = ("gptq", "awq")  # modes that look at texts first
@@ -44,7 +45,7 @@ def enable_lora(self: Any, rank: int, target_layer_names: Sequence[str] | None =
     for a name that no layer has, and CheckpointError for layers that "gptq" or "awq" quantized.
     """
     inputs.check_size("rank", rank, 1)
-    refuse_integers(self, "given LoRA")
+    check_not_quantized(self.config, self.name, "given LoRA")
     layers = self.owners()
     known = {name.rpartition(".")[2] for name, layer in layers.items() if hasattr(layer, "enable_lora")}
     names = known.intersection(BLOCK_KERNELS) if target_layer_names is None else list(target_layer_names)
@@ -72,7 +73,7 @@ def quantize(self: Any, mode: str | None = None, config: Any = None, filters: An
     for "gptq" or "awq" is of texts, for its `tokenizer`, or of rows of ids. Raises InputError for calibration with more
     tokens than the model can read, and without any.
     """
-    refuse_integers(self, "quantized once more")
+    check_not_quantized(self.config, self.name, "quantized once more")
     mode = mode or getattr(config, "mode", config)
     if mode in CALIBRATED and hasattr(config, "dataset"):
         return calibrate(self, mode, config, filters)
@@ -202,15 +203,9 @@ def refuse_quantized(model: keras.Model, what: str) -> None:
         raise CheckpointError(f"{model.name}: a quantized model cannot be {what}")
 
 
-def refuse_integers(model: Any, what: str) -> None:
-    """What `quantization="int8"` made at loading is no layer of Keras."""
-    if model.config.quantization is not None:
-        raise CheckpointError(f"{model.name}: a quantized model cannot be {what}; do that before")
-
-
-def refuse_adapted(model: keras.Model, what: str) -> None:
+def refuse_adapted(model: Any, what: str) -> None:
     """LoRA's updates have the shapes that the variables had."""
-    refuse_integers(model, what)
+    check_not_quantized(model.config, model.name, what)  # by `quantization`, not by Keras
     refuse_quantized(model, f"{what}; do it before you quantize the model")
     if any(getattr(layer, "lora_enabled", False) for layer in model._flatten_layers()):
         raise CheckpointError(f"{model.name}: a model with LoRA cannot be {what}; save_pretrained merges its updates")
