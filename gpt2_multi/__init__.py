@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what type checkers read; `as` says that a name is given on
     from gpt2_multi.errors import ConfigError as ConfigError
     from gpt2_multi.errors import GPT2Error as GPT2Error
     from gpt2_multi.errors import InputError as InputError
+    from gpt2_multi.errors import LostError as LostError
     from gpt2_multi.errors import TokenizerError as TokenizerError
     from gpt2_multi.files.hub import GPT2_PRETRAINED_CONFIG_ARCHIVE_MAP as GPT2_PRETRAINED_CONFIG_ARCHIVE_MAP
     from gpt2_multi.files.hub import GPT2_PRETRAINED_MODEL_ARCHIVE_LIST as GPT2_PRETRAINED_MODEL_ARCHIVE_LIST
@@ -111,7 +112,7 @@ if TYPE_CHECKING:  # what type checkers read; `as` says that a name is given on
 __version__ = "0.1.0"
 _ROOMS = {  # what each shows here; the packages of the frameworks show more
     "app.pipeline": ("TextGenerationPipeline", "pipeline"),
-    "errors": ("CheckpointError", "ConfigError", "GPT2Error", "InputError", "TokenizerError"),
+    "errors": ("CheckpointError", "ConfigError", "GPT2Error", "InputError", "LostError", "TokenizerError"),
     "files.hub": (
         "GPT2_PRETRAINED_CONFIG_ARCHIVE_MAP",
         "GPT2_PRETRAINED_MODEL_ARCHIVE_LIST",

@@ -28,6 +28,10 @@ class InputError(GPT2Error):
     """An argument of a model call or of `generate` that cannot be computed with."""
 
 
+class LostError(InputError, AttributeError):
+    """A value that cannot be computed any more; to `hasattr` it is not there."""
+
+
 def shortened(text: str, most: int = 200) -> str:
     """What a file says, cut where it is too long for the sentence of an error."""
     return text if len(text) <= most else f"{text[:most]}..."

@@ -10,12 +10,39 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from gpt2_multi.errors import LostError
+
 
 class Later:
-    """The value of a field that is computed when somebody reads it, as logits that a loss has not needed."""
+    """The value of a field that is computed when somebody reads it, as logits that a loss has not needed.
 
-    def __init__(self, compute: Callable[[], Any]) -> None:
+    Once it `is_lost`, as after an optimizer's step, the field is not there to whoever looks at the output (`in`,
+    `keys`, `items`, `hasattr`, a copy), keeps its place, and tells whoever asks for it that it is.
+    """
+
+    def __init__(self, compute: Callable[[], Any], is_lost: Callable[[], bool]) -> None:
         self.compute = compute
+        self.is_lost = is_lost
+
+    def value(self) -> Any:
+        """What is computed now; LostError where the weights are no longer those of the call."""
+        if self.is_lost():
+            raise LostError(
+                "logits: expected the weights of the call, found that they have changed since; read the logits before "
+                "the optimizer's step, or call the model with skip_logits=False"
+            )
+        return self.compute()
+
+    def __repr__(self) -> str:
+        return f"<not computed{', the weights have changed since' if self.is_lost() else ', until it is read'}>"
+
+    def __reduce__(self) -> Any:
+        return lost, ()  # what can be had has been computed before
+
+
+def lost() -> Later:
+    """What can no longer be had, in a copy of an output."""
+    return Later(nothing, lambda: True)
 
 
 def nothing() -> None:
@@ -55,16 +82,31 @@ class Output(dict[str, Any]):
         found = super().get(name)
         if not isinstance(found, Later):
             raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
-        setattr(self, name, found.compute())
+        setattr(self, name, found.value())
         return getattr(self, name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        self.values()  # what comes later cannot be pickled
-        return vars(self)
+    def __reduce__(self) -> Any:
+        self.values()  # computes what would come later
+        return type(self), tuple(self._raw().values()), vars(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._raw().items())})"
+
+    def _raw(self) -> dict[str, Any]:
+        """All fields, of which nothing is computed."""
+        return {field.name: super(Output, self).get(field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def _names(self) -> list[str]:
+        """The names of the fields in the order of their places."""
+        return [name for name, value in self._raw().items() if value is not None]
+
+    def __contains__(self, key: object) -> bool:
+        found = self._raw().get(key)  # type: ignore[call-overload]
+        return found is not None and not (isinstance(found, Later) and found.is_lost())
 
     def keys(self) -> list[str]:  # type: ignore[override]
         """The names of the fields that are there."""
-        return [field.name for field in fields(self) if field.name in self]  # type: ignore[arg-type]
+        return [name for name in self._names() if name in self]
 
     def get(self, key: str, default: Any = None) -> Any:
         """The field of this name, or what stands for it."""
@@ -90,14 +132,15 @@ class Output(dict[str, Any]):
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are there, as `return_dict=False` gives them."""
-        return tuple(self.values())
+        return tuple(self[:])
 
     def __getitem__(self, key: str | int | slice) -> Any:
+        names = self._names()
         if isinstance(key, slice):
-            return tuple(getattr(self, name) for name in self.keys()[key])
+            return tuple(getattr(self, name) for name in names[key])
         if not isinstance(key, str):
-            return getattr(self, self.keys()[key])
-        if key not in self.keys():
+            return getattr(self, names[key])
+        if key not in names:
             raise KeyError(f"{type(self).__name__} has no '{key}' here; it has {', '.join(self.keys())}")
         return getattr(self, key)
 
@@ -123,7 +166,7 @@ class Output(dict[str, Any]):
         return len(self.keys())
 
 
-@dataclass
+@dataclass(repr=False)
 class BaseModelOutputWithPastAndCrossAttentions(Output):
     """The bare model's output.
 
@@ -139,7 +182,7 @@ class BaseModelOutputWithPastAndCrossAttentions(Output):
     cross_attentions: tuple[Any, ...] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class CausalLMOutputWithCrossAttentions(Output):
     """The language model's output. loss: (), with labels. logits: (B, T, V). The rest as in the bare model's."""
 
@@ -151,7 +194,7 @@ class CausalLMOutputWithCrossAttentions(Output):
     cross_attentions: tuple[Any, ...] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class GPT2DoubleHeadsModelOutput(Output):
     """loss: (), of `labels`. mc_loss: (), of `mc_labels`. logits: (B, C, T, V). mc_logits: (B, C)."""
 
@@ -164,7 +207,7 @@ class GPT2DoubleHeadsModelOutput(Output):
     attentions: tuple[Any, ...] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class SequenceClassifierOutputWithPast(Output):
     """loss: (), with labels. logits: (B, L), at the last token of each row."""
 
@@ -175,7 +218,7 @@ class SequenceClassifierOutputWithPast(Output):
     attentions: tuple[Any, ...] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class TokenClassifierOutput(Output):
     """loss: (), with labels. logits: (B, T, L)."""
 
@@ -185,7 +228,7 @@ class TokenClassifierOutput(Output):
     attentions: tuple[Any, ...] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class QuestionAnsweringModelOutput(Output):
     """loss: (), with positions. start_logits, end_logits: (B, T)."""
 
@@ -196,7 +239,7 @@ class QuestionAnsweringModelOutput(Output):
     attentions: tuple[Any, ...] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class GenerateOutput(Output):
     """What `generate` gives with `return_dict_in_generate`, for B prompts with n texts each, N new tokens, K beams.
 

@@ -18,7 +18,6 @@ from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import (
     CausalLMOutputWithCrossAttentions,
     GPT2DoubleHeadsModelOutput,
-    Later,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -410,7 +409,7 @@ def answer(
         return lm_loss(logits, labels, mask, items), None if skip_logits else logits
     weight, dtype = model.lm_head.weight, head_dtype(model, hidden)
     loss = head_loss(hidden, weight, labels, mask, items, dtype)
-    return loss, None if skip_logits else Later(later_logits(hidden, weight, dtype))
+    return loss, None if skip_logits else later_logits(hidden, weight, dtype)
 
 
 def is_chunked(model: Any, hidden: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
+from gpt2_multi.model.outputs import Later
 from gpt2_multi.pt.attention import upcast
 from gpt2_multi.pt.layers import derived, facts, fingerprint, is_last, linear, multiply
 
@@ -161,17 +161,12 @@ def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
     return math.ceil(rows / math.ceil(rows / most)) if rows else 1
 
 
-def later_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The logits of `head_loss` when they are asked for: those of the hidden states and the weight as they are now."""
-    before, is_recorded = (fingerprint(hidden), fingerprint(weight)), torch.is_grad_enabled()
-    is_inference = torch.is_inference_mode_enabled()
+def later_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Later:
+    """The logits of `head_loss` when they are asked for, if hidden states and weight are then what they are now."""
+    before = [(x, x.shape, x.dtype, x.device, fingerprint(x)) for x in (hidden, weight)]
+    is_recorded, is_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def logits() -> Tensor:
-        if not all(torch.equal(fingerprint(x), bits) for x, bits in zip((hidden, weight), before, strict=True)):
-            raise InputError(
-                "logits: expected the weights of the call, found that they have changed since; read the logits before "
-                "the optimizer's step, or call the model with skip_logits=False"
-            )
         with (
             torch.inference_mode(is_inference),
             torch.set_grad_enabled(is_recorded),
@@ -179,7 +174,12 @@ def later_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable
         ):
             return linear(hidden.to(dtype), weight.to(dtype))
 
-    return logits
+    return Later(logits, lambda: not all(is_same(*known) for known in before))
+
+
+def is_same(x: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device, bits: Tensor) -> bool:
+    """Whether a tensor is as it was, of which nothing counts all changes."""
+    return (x.shape, x.dtype, x.device) == (shape, dtype, device) and torch.equal(fingerprint(x), bits)
 
 
 def classification_loss(

@@ -1,11 +1,16 @@
 """The heads in PyTorch beyond parity: padding and pooling, losses, kinds of summary and of problems."""
 
+import copy
 import inspect
+import pickle
+import pprint
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from torch.utils._pytree import tree_leaves
 
 from gpt2_multi import pt
 from gpt2_multi.errors import InputError
@@ -241,6 +246,26 @@ def test_logits_beside_a_loss_are_those_of_the_call(monkeypatch):
         change()
         with pytest.raises(InputError, match="logits: expected the weights of the call, found that they have changed"):
             _ = late.logits
+
+
+def test_who_looks_at_an_output_after_a_step_sees_no_logits_and_who_asks_for_them_is_told(monkeypatch):
+    model, ids, labels = chunked(monkeypatch)
+    late = model(ids, labels=labels)
+    assert "logits=<not computed, until it is read>" in repr(late) and "logits" not in vars(late)
+    with torch.no_grad():
+        late = model(ids, labels=labels)
+        model.lm_head.weight.mul_(2)
+    for seen in (late, copy.copy(late), copy.deepcopy(late), pickle.loads(pickle.dumps(late))):
+        assert "logits=<not computed, the weights have changed since>" in pprint.pformat(seen)
+        assert not hasattr(seen, "logits") and getattr(seen, "logits", 0) == seen.get("logits", 0) == 0
+        assert list(seen) == list(dict(seen)) == [name for name, _ in seen.items()] == ["loss", "past_key_values"]
+        assert seen[0] == seen[:1][0] == late.loss and seen[2] is seen.past_key_values  # which keep their places
+        for ask in (lambda x: x.logits, lambda x: x["logits"], lambda x: x[1], lambda x: x.to_tuple(), tree_leaves):
+            with pytest.raises(InputError, match="logits: expected the weights of the call, found that they have chan"):
+                ask(seen)
+    late = model(ids, labels=labels)
+    model.half()
+    assert not hasattr(late, "logits")
 
 
 def test_a_loss_in_chunks_has_many_gradients_at_once_and_logits_that_were_looked_at(monkeypatch):

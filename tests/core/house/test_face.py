@@ -19,7 +19,7 @@ NAMES = {
     "BitsAndBytesConfig", "CausalLMOutputWithCrossAttentions", "CheckpointError", "ConfigError", "GPT2Config",
     "GPT2DoubleHeadsModelOutput", "GPT2Error", "GPT2Tokenizer", "GPT2TokenizerFast",
     "GPT2_PRETRAINED_CONFIG_ARCHIVE_MAP", "GPT2_PRETRAINED_MODEL_ARCHIVE_LIST", "GPT2_PRETRAINED_MODEL_ARCHIVE_MAP",
-    "GenerateOutput", "GenerationConfig", "InputError", "LogitsProcessor", "LogitsProcessorList",
+    "GenerateOutput", "GenerationConfig", "InputError", "LogitsProcessor", "LogitsProcessorList", "LostError",
     "QuestionAnsweringModelOutput", "SequenceClassifierOutputWithPast", "StoppingCriteria", "StoppingCriteriaList",
     "TF_GPT2_PRETRAINED_MODEL_ARCHIVE_LIST", "TF_GPT2_PRETRAINED_MODEL_ARCHIVE_MAP", "TextGenerationPipeline",
     "TextIteratorStreamer", "TextScore", "TextStreamer", "TokenClassifierOutput", "TokenizerError", "__version__",

@@ -258,7 +258,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "heads": ["answer", "is_chunked", "head_dtype"],
             "training": [
                 *(f"HeadLoss{name}" for name in ("", ".forward", ".backward")),
-                *("head_loss", "whole_loss", "walk", "turn", "chunk_rows", "later_logits"),
+                *("head_loss", "whole_loss", "walk", "turn", "chunk_rows", "later_logits", "is_same"),
             ],
         },
         "flax": {
