@@ -17,6 +17,7 @@ from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.format import ARCHITECTURES
 from gpt2_multi.model.formats.table import FORMATS
+from tests.support import adapters
 from tests.support.fixtures import write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
@@ -186,11 +187,10 @@ def test_flax_restores_the_tree(tmp_path, dtype):
 def test_keras_loads_and_saves_weights(tmp_path, head, compute, stored):
     keras = pytest.importorskip("keras")
     tf = pytest.importorskip("gpt2_multi.tf")
-    classes = {cls.head: cls for cls in vars(tf).values() if hasattr(cls, "head")}
     dtype = ml_dtypes.bfloat16 if stored == "bfloat16" else np.float32
     folder, config, arrays = converted(tmp_path, "keras-weights", head, dtype, add_cross_attention=head == "lm")
     with keras.name_scope("outer"), keras.name_scope("inner"):
-        model = classes[head](config, dtype=compute, param_dtype=stored, name="mine")
+        model = adapters.classes(tf)[head](config, dtype=compute, param_dtype=stored, name="mine")
     model.load_weights(folder / "model.weights.h5")
     for weight in conversion.open(folder).weights.values():
         assert (

@@ -12,7 +12,7 @@ from gpt2_multi import flax
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
-from tests.support import fixtures
+from tests.support import adapters, fixtures
 from tests.support.cases import PROBLEMS
 
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
@@ -21,7 +21,7 @@ RNG = np.random.default_rng(5)
 IDS = RNG.integers(2, 31, (3, 9))
 MASK = np.array([[1] * 9, [1] * 5 + [0] * 4, [0] * 3 + [1] * 6])
 OFF = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
-CLASSES = {cls.head: cls for cls in vars(flax).values() if hasattr(cls, "head")}
+CLASSES = adapters.classes(flax)
 
 
 @pytest.fixture

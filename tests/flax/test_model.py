@@ -23,7 +23,7 @@ from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import TRANSFORMERS
 from gpt2_multi.model.weights import table
-from tests.support import fixtures
+from tests.support import adapters, fixtures
 from tests.support.cases import CHANGES
 
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
@@ -477,7 +477,7 @@ def test_a_module_alone_starts_with_the_tree_and_the_stds_of_the_table(fresh):
     check_deviations(fresh, params)
 
 
-CLASSES = [cls for cls in vars(flax).values() if hasattr(cls, "head")]
+CLASSES = [*adapters.classes(flax).values()]
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

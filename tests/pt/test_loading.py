@@ -13,14 +13,14 @@ from gpt2_multi.errors import CheckpointError, ConfigError, InputError
 from gpt2_multi.model import reference
 from gpt2_multi.model.checkpoint import read_config, read_weights
 from gpt2_multi.model.config import GPT2Config
-from tests.support import fixtures
+from tests.support import adapters, fixtures
 from tests.support.cases import BROKEN
 from tests.support.shared_data import shared
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=3, n_head=3, num_labels=3, pad_token_id=0)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 NOISE = {"float64": 1e-12, "float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}  # other layouts round otherwise
-CLASSES = [cls for cls in vars(pt).values() if hasattr(cls, "head")]
+CLASSES = [*adapters.classes(pt).values()]
 
 
 def outputs(model, ids=IDS):

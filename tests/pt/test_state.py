@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
 from gpt2_multi import CheckpointError, GPT2Config, InputError, pt
-from tests.support import fixtures
+from tests.support import adapters, fixtures
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=2, n_head=3, num_labels=3, pad_token_id=0)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
@@ -39,7 +39,7 @@ def is_tied(model):
 @pytest.mark.parametrize("name", ["lm", "double_heads", "cross_attention", "sequence_classification"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parameters_are_contiguous_after_loading_and_views_where_asked_for(name, dtype):
-    cls = next(cls for cls in vars(pt).values() if getattr(cls, "head", None) == fixtures.head(name))
+    cls = adapters.classes(pt)[fixtures.head(name)]
     model, view = (cls.from_pretrained(fixtures.folder(name), param_dtype=dtype, mmap=mmap) for mmap in (False, True))
     assert all(parameter.is_contiguous() for parameter in model.parameters())
     assert not view.get_parameter(model.head != "base" and "transformer.h.0.mlp.c_fc.weight").is_contiguous()

@@ -29,13 +29,17 @@ def flatten(output: Any, to_numpy: Callable[[Any], Any]) -> Outputs:
     return flat
 
 
+def classes(package: Any) -> dict[str, Any]:
+    """The class of each head, once, whatever other names it has."""
+    return {cls.head: cls for cls in vars(package).values() if hasattr(cls, "head")}
+
+
 @kept
 def pt_model(head: str, folder: Path, dtype: str, **options: Any) -> Any:
     """A PyTorch model of this head, stored and computing in `dtype`."""
     from gpt2_multi import pt
 
-    classes = {cls.head: cls for cls in vars(pt).values() if hasattr(cls, "head")}
-    return classes[head].from_pretrained(folder, param_dtype=dtype, **options)
+    return classes(pt)[head].from_pretrained(folder, param_dtype=dtype, **options)
 
 
 def pt(head: str, folder: Path, dtype: str, inputs: dict[str, Any], call: Any = (), **options: Any) -> Outputs:
@@ -58,8 +62,7 @@ def tf_model(head: str, folder: Path, dtype: str, **options: Any) -> Any:
     from gpt2_multi import tf
 
     options.pop("attn_implementation", None)
-    classes = {cls.head: cls for cls in vars(tf).values() if hasattr(cls, "head")}
-    return classes[head].from_pretrained(folder, param_dtype=dtype, **options)
+    return classes(tf)[head].from_pretrained(folder, param_dtype=dtype, **options)
 
 
 def tf(head: str, folder: Path, dtype: str, inputs: dict[str, Any], call: Any = (), **options: Any) -> Outputs:
@@ -76,8 +79,7 @@ def flax_model(head: str, folder: Path, dtype: str, **options: Any) -> Any:
 
     jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
     options.pop("attn_implementation", None)
-    classes = {cls.head: cls for cls in vars(flax).values() if hasattr(cls, "head")}
-    return classes[head].from_pretrained(folder, param_dtype=dtype, **options)
+    return classes(flax)[head].from_pretrained(folder, param_dtype=dtype, **options)
 
 
 def flax(head: str, folder: Path, dtype: str, inputs: dict[str, Any], call: Any = (), **options: Any) -> Outputs:

@@ -12,6 +12,7 @@ keras = pytest.importorskip("keras")
 from gpt2_multi import tf as tfm
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.model.config import GPT2Config
+from tests.support import adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
 
@@ -19,7 +20,7 @@ SMALL = GPT2Config(
     vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=4, eos_token_id=None, initializer_range=0.4
 )
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]])
-CLASSES = [cls for cls in vars(tfm).values() if hasattr(cls, "head")]
+CLASSES = [*adapters.classes(tfm).values()]
 
 
 @pytest.fixture

@@ -18,19 +18,20 @@ from gpt2_multi.model import reference
 from gpt2_multi.model.checkpoint import read_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import table
-from tests.support import fixtures
+from tests.support import adapters, fixtures
 from tests.support.cases import BROKEN
+from tests.support.effort import pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
 
 SMALL = GPT2Config(vocab_size=31, n_positions=24, n_embd=12, n_layer=3, n_head=3, num_labels=3, pad_token_id=0)
 IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
-CLASSES = [cls for cls in vars(tfm).values() if hasattr(cls, "head")]
+CLASSES = [*adapters.classes(tfm).values()]
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def name_of(value):
-    return getattr(value, "__name__", str(value))
+    return "-".join(value.values()) or "float32" if isinstance(value, dict) else getattr(value, "__name__", value)
 
 
 def outputs(model, ids=IDS):
@@ -57,8 +58,7 @@ def random_model(cls, config=SMALL, **options):
     return model
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=name_of)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cls", "dtype"), pairs(CLASSES, DTYPES), ids=name_of)
 def test_what_is_saved_is_loaded_bit_for_bit(cls, dtype, tmp_path):
     model = random_model(cls, param_dtype=dtype)
     model.save_pretrained(tmp_path / "m")
@@ -79,8 +79,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=name_of)
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("cls", "change"), pairs(CLASSES, [*CHANGES]), ids=name_of)
 def test_pytorch_reads_what_tensorflow_writes_and_back(cls, change, tmp_path):
     pytest.importorskip("torch")
     from gpt2_multi import pt
@@ -127,8 +126,7 @@ def test_pytorch_reads_half_precision_and_back(dtype, tmp_path):
     assert same(model, tfm.TFGPT2LMHeadModel.from_pretrained(tmp_path / "pt", param_dtype="auto"))
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=name_of)
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("cls", "change"), pairs(CLASSES, [*CHANGES]), ids=name_of)
 def test_transformers_reads_what_we_write_and_back(cls, change, tmp_path):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     model = random_model(cls, SMALL.replace(**CHANGES[change]))
@@ -279,13 +277,13 @@ def test_pruned_heads_are_as_if_masked_and_survive_a_file(tmp_path):
     assert model.config.pruned_heads == {0: [1], 2: [0, 2]}
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=name_of)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"dtype": "mixed_bfloat16"}, {"dtype": "mixed_float16"}, {"param_dtype": "float64"},
-     {"dtype": "float16", "param_dtype": "bfloat16"}],
-    ids=lambda options: "-".join(options.values()) or "float32",
-)  # fmt: skip
+OPTIONS = [
+    {}, {"dtype": "mixed_bfloat16"}, {"dtype": "mixed_float16"}, {"param_dtype": "float64"},
+    {"dtype": "float16", "param_dtype": "bfloat16"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "options"), pairs(CLASSES, OPTIONS), ids=name_of)
 def test_keras_own_file_keeps_every_bit(cls, options, tmp_path):
     model = random_model(cls, SMALL.replace(extra={"mine": 1}), **options)
     model.save(tmp_path / "m.keras")
