@@ -29,15 +29,21 @@ def served(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def loaded(served):
+    """What plain TensorFlow makes of it."""
+    return tf.saved_model.load(str(served / "served" / "demo" / "1"))
+
+
 def plain(value):
     """A tensor as the server's JSON has it."""
     value = value.numpy().tolist()
     return [text.decode() for text in value] if value and isinstance(value[0], bytes) else value
 
 
-def answer(folder, request):
+def answer(loaded, request):
     """What the server makes of a request: every input has to be named; rows come back as rows, columns as columns."""
-    signature = tf.saved_model.load(folder).signatures[request.get("signature_name", "serving_default")]
+    signature = loaded.signatures[request.get("signature_name", "serving_default")]
     specs = signature.structured_input_signature[1]
     inputs = request.get("inputs") or dict.fromkeys(specs, request["instances"])
     assert set(inputs) == set(specs)
@@ -50,9 +56,9 @@ def answer(folder, request):
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_the_page_says_what_a_server_answers(number, served):
+def test_the_page_says_what_a_server_answers(number, loaded):
     request, response = map(json.loads, REQUESTS[number])
-    assert answer(str(served / "served" / "demo" / "1"), request) == response
+    assert answer(loaded, request) == response
 
 
 def test_the_texts_are_those_of_a_pipeline(served, monkeypatch, capsys):
