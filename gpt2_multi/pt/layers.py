@@ -269,7 +269,7 @@ def embedding(config: GPT2Config) -> nn.Embedding:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The integers from -127 to 127 that the numbers of each row are nearest to, as floats, and the row's scale."""
-    scale = (torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True) / GREATEST).clamp_min(LEAST)
+    scale = (x.abs().amax(-1, keepdim=True) / GREATEST).clamp_min(LEAST)
     return torch.round(x / scale), scale
 
 
@@ -328,7 +328,6 @@ class QuantizedLinear(nn.Linear):
     """
 
     weight_scale: nn.Parameter
-    _packed: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
@@ -363,22 +362,6 @@ class QuantizedLinear(nn.Linear):
             rows = exact + (rows - exact).detach()
         y = F.linear(rows, self.weight.to(wide)) * self.weight_scale.to(wide) * scale  # sums of integers are exact
         return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-    def packed(self) -> Tensor:
-        """What `packed` gives of the weight: kept, and made anew where its `fingerprint` has changed.
-
-        It takes the weight's memory once more, and the time of ten steps.
-        """
-        weight = self.weight.detach()
-        words = weight.view(torch.int64) if weight.shape[1] % 8 == 0 and weight.is_contiguous() else weight
-        found = fingerprint(words)  # whoever writes through `.data` counts no version
-        if self._packed is None or not torch.equal(self._packed[0], found):
-            self._packed = found, packed(weight)
-        return self._packed[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is packed, of which a copy makes its own."""
-        return {name: value for name, value in vars(self).items() if name != "_packed"}
 
     def is_at_home(self) -> bool:
         """Whether the parameters are whole, on a CPU, and those that are no integers in float32."""

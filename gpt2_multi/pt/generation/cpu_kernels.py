@@ -1,16 +1,11 @@
 """Steps of few tokens on a CPU: a block in a dozen calls, by oneDNN's products, with weights packed where that pays.
 
 Only where nobody would see the difference: every module is one of ours or PyTorch's, as it was made, without hooks, in
-float32. For several rows oneDNN is quicker at weights in an order of its own: they are copied into it once for a
-generation, and take their memory twice while it runs. They are not kept for the next one: a weight that is written
-through `.data` counts no version, and would be read as it was. One row gains a tenth by it, or nothing where weights
-lie in the order of columns, as a mapped file has them.
+float32. oneDNN is quicker at weights in an order of its own, into which `packing` copies them.
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,15 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from gpt2_multi.pt.attention import Attention, CrossAttention, KVCache, positions
+from gpt2_multi.pt.generation.packing import Loan
 from gpt2_multi.pt.layers import WORTHWHILE, QuantizedEmbedding, QuantizedLinear, is_plain, multiplies_int8
 from gpt2_multi.pt.model import ACTIVATIONS, MLP, GPT2Block, GPT2Model
 
 Product = Callable[[Tensor, Tensor | None], Tensor]  # (..., in) and what is added to the product, (..., out)
 Class = TypeVar("Class", bound=type)
 
-LEAST = 32  # tokens to come, above which it is worth the time to pack for many rows; for one, four times as many
-MOST = 2**31  # bytes of weights, above which a second copy is no small matter
-ROWS = 8  # which oneDNN is told to pack for; what it makes then is quick at 2 as at 512
 FUSED: dict[Any, tuple[str, list[Any], str]] = {  # activations that oneDNN computes on the way
     ACTIVATIONS["tanh_gelu"]: ("gelu", [], "tanh"),
     ACTIVATIONS["gelu"]: ("gelu", [], "none"),
@@ -78,13 +71,13 @@ class Block(NamedTuple):
     mlp_proj: Product
 
     @classmethod
-    def of(cls, block: Any, is_packed: bool) -> Block:
+    def of(cls, block: Any, loan: Loan | None) -> Block:
         """The calls of one of the model's blocks."""
         attn, mlp = block.attn, block.mlp
         return cls(
-            norm_of(block.ln_1), product_of(attn.c_attn, is_packed), (attn.num_heads, attn.head_dim), attn.scale,
-            product_of(attn.c_proj, is_packed), norm_of(block.ln_2), product_of(mlp.c_fc, is_packed, mlp.act),
-            product_of(mlp.c_proj, is_packed),
+            norm_of(block.ln_1), product_of(attn.c_attn, loan), (attn.num_heads, attn.head_dim), attn.scale,
+            product_of(attn.c_proj, loan), norm_of(block.ln_2), product_of(mlp.c_fc, loan, mlp.act),
+            product_of(mlp.c_proj, loan),
         )  # fmt: skip
 
     def read(self, x: Tensor, layer: int, cache: KVCache, bias: Tensor | None) -> Tensor:
@@ -104,13 +97,14 @@ class Kernels(NamedTuple):
     blocks: list[Block]
     ln_f: Callable[[Tensor], Tensor]
     head: Product
+    loan: Loan | None  # of the weights that are packed
 
     @classmethod
-    def of(cls, model: Any, is_packed: bool) -> Kernels:
-        """A model's, or copies of them that are packed."""
+    def of(cls, model: Any, loan: Loan | None) -> Kernels:
+        """A model's."""
         body = model.transformer
-        blocks = [Block.of(block, is_packed) for block in body.h]
-        return cls(body, blocks, norm_of(body.ln_f), product_of(model.lm_head, is_packed))
+        blocks = [Block.of(block, loan) for block in body.h]
+        return cls(body, blocks, norm_of(body.ln_f), product_of(model.lm_head, loan), loan)
 
     def read(self, tokens: Tensor, cache: KVCache, mask: Tensor | None, count: int) -> Tensor:
         """The logits after the last `count` of tokens (R, T), which follow those in a cache: (R, count, V)"""
@@ -122,32 +116,17 @@ class Kernels(NamedTuple):
         return self.head(self.ln_f(x[:, -count:]), None)
 
 
-def are_worthwhile(model: Any, rows: int, room: int) -> bool:
-    """Whether as many steps of so many rows are quicker with packed weights, the packing counted."""
-    if room <= LEAST * (1 + 3 / rows) or sum(x.nbytes for x in model.parameters()) > MOST:
-        return False
-    alone = model.config.quantization is None and model.transformer.h[0].attn.c_attn.weight.is_contiguous()
-    return rows > 1 or bool(alone)
-
-
-def give_back() -> None:
-    """Have memory that was freed go back to the system; of blocks that are not huge, glibc keeps it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 def norm_of(layer: Any) -> Callable[[Tensor], Tensor]:
     """What nn.LayerNorm calls."""
     return lambda x: F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
-def product_of(layer: Any, is_packed: bool, act: Any = None) -> Product:
+def product_of(layer: Any, loan: Loan | None, act: Any = None) -> Product:
     """What a projection calls, with an activation after it: where there is much to do, by oneDNN."""
     if isinstance(layer, QuantizedLinear):
-        return quantized_product_of(layer, is_packed, act)
+        return quantized_product_of(layer, loan, act)
     bias, fused, op = layer.bias, FUSED.get(act), torch.ops.mkldnn._linear_pointwise
-    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, ROWS) if is_packed else layer.weight
+    weight = layer.weight if loan is None else loan.packed(layer)
 
     def product(x: Tensor, added: Tensor | None) -> Tensor:
         if x.numel() * layer.out_features < WORTHWHILE:
@@ -160,9 +139,9 @@ def product_of(layer: Any, is_packed: bool, act: Any = None) -> Product:
     return product
 
 
-def quantized_product_of(layer: QuantizedLinear, is_packed: bool, act: Any) -> Product:
+def quantized_product_of(layer: QuantizedLinear, loan: Loan | None, act: Any) -> Product:
     """The same of a layer in int8."""
-    weight = layer.packed() if is_packed and multiplies_int8() else None
+    weight = None if loan is None or not multiplies_int8() else loan.packed(layer)
 
     def product(x: Tensor, added: Tensor | None) -> Tensor:
         y = layer.multiply(x, weight) if multiplies_int8() else layer.product(x)

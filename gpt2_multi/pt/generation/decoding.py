@@ -27,7 +27,8 @@ from gpt2_multi.generation.rules import window_start
 from gpt2_multi.model import inputs
 from gpt2_multi.pt.attention import Borrowed, KVCache, upcast
 from gpt2_multi.pt.generation import graphs
-from gpt2_multi.pt.generation.cpu_kernels import Kernels, are_worthwhile, give_back, is_own
+from gpt2_multi.pt.generation.cpu_kernels import Kernels, is_own
+from gpt2_multi.pt.generation.packing import borrow
 from gpt2_multi.pt.generation.rules import Kept, choose, ends, guide, process, without
 from gpt2_multi.pt.layers import to_numpy
 from gpt2_multi.pt.model import as_cache
@@ -114,7 +115,6 @@ class State:
     types: Tensor | None = None  # (R, 1), of each token that is made
     encoder: dict[str, Tensor] = field(default_factory=dict)  # its states (R, encoder length, E) and their mask
     reader: Reader | None = None  # of the tokens after the prompt
-    is_packed: bool = False  # whether it has a copy of the weights
     is_watched: bool = False  # whether somebody else's code runs between the steps, and may change the model
 
     @classmethod
@@ -287,8 +287,8 @@ def reader_of(model: Any, state: State, rows: int) -> Reader:
     is_simple = state.types is None and not state.encoder and not any(name in state.records for name in INSIDE)
     is_filled = isinstance(state.cache, KVCache) and state.cache.preallocated and state.cache.length > 0
     if is_simple and is_filled and is_own(model):
-        state.is_packed = not state.is_watched and are_worthwhile(model, rows, state.shown.shape[1] - state.step)
-        return partial(read_by_kernels, Kernels.of(model, state.is_packed))
+        loan = None if state.is_watched else borrow(model, rows, state.shown.shape[1] - state.step)
+        return partial(read_by_kernels, Kernels.of(model, loan))
     return partial(forward, model)
 
 
@@ -458,9 +458,7 @@ def decode(
     finally:
         if state.cache is not None:
             state.cache.trusted = False
-        if state.is_packed:
-            state.reader = None
-            give_back()
+        state.reader = None  # which may use packed weights
 
 
 def is_repeated(model: Any, prompt: Prompt, strategy: Any, state: State) -> bool:

@@ -1,7 +1,11 @@
 """Steps by quicker calls on a CPU: they give what the model gives, only where nobody would see that it is not asked."""
 
+import copy
 import gc
-import weakref
+import os
+import pickle
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2_multi.pt import GPT2DoubleHeadsModel, GPT2LMHeadModel
 from gpt2_multi.pt.attention import Attention
-from gpt2_multi.pt.generation import cpu_kernels
+from gpt2_multi.pt.generation import cpu_kernels, packing
 from gpt2_multi.pt.layers import HAS_ONEDNN, QuantizedLinear
 from tests.pt.generation.test_steering import CONFIG, MODELS, PROMPTS, flipped, generated, logits_of, make
 from tests.support import fixtures
@@ -25,7 +29,7 @@ pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="PyTorch without oneDNN: 
 def steps(monkeypatch):
     """How many tokens were read by each step that did not call the model; every loop packs."""
     seen, read = [], cpu_kernels.Kernels.read
-    monkeypatch.setattr(cpu_kernels, "LEAST", 0)
+    monkeypatch.setattr(packing, "LEAST", 0)
     monkeypatch.setattr(cpu_kernels, "WORTHWHILE", 0)
 
     def counted(self, tokens, *given):
@@ -74,7 +78,7 @@ def test_tokens_are_those_of_the_model(kind, way, tmp_path, steps):
 
 @pytest.mark.parametrize("least", [0, 99])
 def test_tokens_are_the_recorded_packed_and_not(least, steps, monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "LEAST", least)
+    monkeypatch.setattr(packing, "LEAST", least)
     recorded = {name: torch.from_numpy(x.copy()) for name, x in fixtures.reference("lm").items()}
     model = GPT2LMHeadModel.from_pretrained(fixtures.folder("lm"))
     options = {"max_new_tokens": 20, "eos_token_id": None}
@@ -207,10 +211,42 @@ def test_a_model_is_called_where_others_would_see_it(monkeypatch):
     assert cpu_kernels.is_own(model)
 
 
-def test_a_change_of_a_weight_between_two_calls_counts(steps):
+def by_data(model):
+    model.transformer.h[1].mlp.c_fc.weight.data.mul_(-1)  # which no version counts
+
+
+def by_order(model):
+    weight = model.transformer.h[0].attn.c_attn.weight.data
+    weight.copy_(weight.flip(1))  # the sum of each row stays
+
+
+def by_load_state_dict(model):
+    model.load_state_dict({name: -x for name, x in model.state_dict().items()})
+
+
+def by_assignment(model):
+    model.lm_head.weight = model.transformer.wte.weight = nn.Parameter(-model.transformer.wte.weight.detach())
+
+
+def by_layer(model):
+    layer = nn.Linear(16, 48)
+    model.transformer.h[0].attn.c_attn = layer.eval()
+
+
+def by_optimizer(model):
+    loss = model(torch.tensor([PROMPTS[0]]), labels=torch.tensor([PROMPTS[0]])).loss
+    loss.backward()
+    torch.optim.SGD(model.parameters(), 9.0).step()
+
+
+CHANGES = [by_data, by_order, by_load_state_dict, by_assignment, by_layer, by_optimizer]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_change_of_a_weight_between_two_calls_counts(change, steps):
     model = make().float()
     before = generated(model, PROMPTS)
-    model.transformer.h[1].mlp.c_fc.weight.data.mul_(-1)  # which no version counts
+    change(model)
     after = generated(model, PROMPTS)
     assert after.tolist() == plain(logits_of(model), model.config, PROMPTS).tolist() != before.tolist()
     assert len(steps) == 10
@@ -236,46 +272,105 @@ def test_a_change_in_the_middle_of_a_stream_counts(change, steps):
     assert found == list(streamed(make()))
 
 
-def test_packed_weights_are_gone_after_generation(steps, monkeypatch):
-    packed, kept, pack = [], [], torch.ops.mkldnn._reorder_linear_weight
+@pytest.fixture
+def packs(steps, monkeypatch):
+    """The weights that were packed."""
+    found, pack = [], packing.pack
+    monkeypatch.setattr(packing, "pack", lambda weight: found.append(weight) or pack(weight))
+    return found
 
-    def watched(weight, rows):
-        found = pack(weight, rows)
-        packed.append(weakref.ref(found))
-        return found
 
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", watched)
-    trimmed = []
-    monkeypatch.setattr("gpt2_multi.pt.generation.decoding.give_back", lambda: trimmed.append(len(alive())))
-
-    def alive():
-        return [one for one in packed if one() is not None]
-
+def test_packed_weights_serve_the_next_generation(packs):
     model = make().float()
-    kept.append(model.generate(torch.tensor([PROMPTS[0]] * 2), max_new_tokens=4, return_dict_in_generate=True))
+    first = generated(model, PROMPTS)
+    assert len(packs) == 9 and generated(model, PROMPTS).tolist() == first.tolist() and len(packs) == 9
+    by_data(model)
+    generated(model, PROMPTS)
+    assert len(packs) == 10  # the one that is another
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    assert generated(twin, PROMPTS).tolist() == generated(model, PROMPTS).tolist() and len(packs) == 19
+    generated(model.double(), PROMPTS)
+    assert len(packs) == 19
+
+
+def test_packing_pays_the_sooner_the_more_is_asked_for(steps, monkeypatch):
+    monkeypatch.setattr(packing, "LEAST", 32)
+    model = make().float()
+
+    def is_enough(rows, tokens):
+        packing._KEPT.pop(model, None)
+        return packing.borrow(model, rows, tokens) is not None
+
+    least = [next(n for n in range(999) if is_enough(rows, n)) for rows in (1, 2, 64)]
+    assert least == sorted(least, reverse=True) and least[0] > 63 and least[-1] > 32
+    packing._KEPT.pop(model)
+    assert [packing.borrow(model, 1, 20) is not None for _ in range(4)] == [False, False, False, True]
+    monkeypatch.setattr(packing, "IDLE", 0)
+    assert packing.borrow(model, 1, 20) is None
+    monkeypatch.setattr(packing, "MOST", 999)
+    assert packing.borrow(model, 8, 999) is None
+
+
+def test_threads_share_what_is_packed(packs):
+    model, found = make().float(), []
+    before = generated(model, PROMPTS)
+    by_data(model)  # each finds that, and one packs
+    threads = [threading.Thread(target=lambda: found.append(generated(model, PROMPTS))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(x.tolist() == found[0].tolist() != before.tolist() for x in found)
+    assert len(packs) == 10
+
+
+def resident() -> int:
+    """The bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="a system that does not tell its memory there")
+def test_the_memory_of_packed_weights_comes_back(packs, monkeypatch):
+    model = GPT2LMHeadModel(CONFIG.replace(n_embd=1024, n_layer=2, vocab_size=5000, n_head=8)).eval()  # 121 MB
+    size, call = sum(x.nbytes for x in model.parameters()), {"max_new_tokens": 3, "eos_token_id": None}
+    prompts = torch.tensor([[1, 2]] * 2)
+    monkeypatch.setattr(packing, "LEAST", 999)
+    model.generate(prompts, **call)  # whatever else a first call takes
+    before = resident()
+    monkeypatch.setattr(packing, "LEAST", 0)
+    model.generate(prompts, **call)
+    copies = packing._KEPT[model]
+    assert len(packs) == 9 and resident() - before > 0.8 * size
+    monkeypatch.setattr(packing, "IDLE", 0.01)
+    model.generate(prompts, **call)
+    copies.timer.join(60)
+    assert not copies.weights and resident() - before < 0.2 * size
+    model.generate(prompts, **call)
+    packs.clear()
+    del model
     gc.collect()
-    assert len(packed) == 9 and not alive() and trimmed == [0]
-    monkeypatch.setattr(cpu_kernels, "LEAST", 32)
-    kept.append(model.generate(torch.tensor([PROMPTS[0]] * 2), max_new_tokens=4))
-    monkeypatch.setattr(cpu_kernels, "LEAST", 0)
-    model.double().generate(torch.tensor([PROMPTS[0]] * 2), max_new_tokens=4)
-    assert len(packed) == 9  # neither for a few tokens nor in float64
+    copies.timer.join(60)
+    assert resident() - before < -0.8 * size  # the model's own, too
 
 
-def test_packing_pays_the_sooner_the_more_rows_there_are(tmp_path, monkeypatch):
-    model, of_a_file = make().float(), mapped(tmp_path)
-    least = [next(n for n in range(999) if cpu_kernels.are_worthwhile(model, rows, n)) for rows in (1, 2, 8, 64)]
-    assert least == sorted(least, reverse=True) and least[0] > 100 and least[-1] > 32
-    assert [cpu_kernels.are_worthwhile(of_a_file, rows, 999) for rows in (1, 2)] == [False, True]
-    monkeypatch.setattr(cpu_kernels, "MOST", 999)
-    assert not cpu_kernels.are_worthwhile(model, 8, 999)
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="a system without forks")
+def test_a_forked_process_begins_without_copies(packs):
+    model = make().float()
+    generated(model, PROMPTS)
+    assert model in packing._KEPT
+    packing._LOCK.acquire()  # as before a fork
+    packing.forget()
+    assert model not in packing._KEPT and packing._LOCK.acquire(blocking=False)
+    packing._LOCK.release()
 
 
-def test_integers_in_another_order_are_packed_anew():
+def test_integers_in_another_order_are_packed_anew(packs):
     layer = QuantizedLinear(64, 64)
     layer.weight.data.random_(-127, 128)
-    before = layer.packed()
-    assert layer.packed() is before
+    loan = packing.Loan(packing.Copies())
+    before = loan.packed(layer)
+    assert loan.packed(layer) is before
     words = layer.weight.data.view(torch.int64)
     words.copy_(words.flip(1))  # the sum of each row stays
-    assert layer.packed() is not before
+    assert loan.packed(layer) is not before
