@@ -25,6 +25,7 @@ PEERS: dict[str, tuple[str, Peer]] = {
     "flax-msgpack": ("transformers, Flax", TRANSFORMERS_FLAX),
     "openai": ("TensorFlow", TRANSFORMERS_TF),
 }
+SMALL = {"config": folders.TINY, "count": 1}
 
 
 def run(config: GPT2Config | None = None, count: int = 3) -> list[Row]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+from functools import partial
 
 from benchmarks.harness import OURS, Row, compare, rounds
 
+BARE = "bare interpreter"
 PACKAGES = {
     OURS: "import gpt2_multi",
-    "bare interpreter": "pass",
+    BARE: "pass",
     "torch": "import torch",
     "transformers": "import transformers",
 }
@@ -18,24 +20,21 @@ MODELS = {
     OURS: "from gpt2_multi.pt import GPT2LMHeadModel",
     "transformers": "from transformers import GPT2LMHeadModel",
 }
+SMALL = {"count": 1}
 
 
 def run(count: int = 5) -> list[Row]:
     """Import the packages, and then the model classes."""
     rows = []
     for what, statements in (("import the package", PACKAGES), ("import the model class", MODELS)):
-        peers = {who: lambda code=code: _start(code) for who, code in statements.items()}
-        seconds = rounds(what, peers, count)
-        rows += compare(f"{what}, median", seconds, "s")
-        rows += [
-            Row(f"{what}, best", who, min(theirs), "s", {OURS: min(theirs) / min(seconds[OURS])})
-            for who, theirs in seconds.items()
-        ]
-        if "bare interpreter" in seconds:
-            over = [our - bare for our, bare in zip(seconds[OURS], seconds["bare interpreter"], strict=True)]
-            rows.append(Row(f"{what}, median over bare", OURS, statistics.median(over), "s"))
+        seconds = rounds(what, {who: partial(start, code) for who, code in statements.items()}, count)
+        rows += compare(what, seconds, "s")
+        if BARE in seconds:
+            over = [our - bare for our, bare in zip(seconds[OURS], seconds[BARE], strict=True)]
+            rows.append(Row(f"{what}, over a bare interpreter", OURS, statistics.median(over), "s", rounds=len(over)))
     return rows
 
 
-def _start(code: str) -> None:
+def start(code: str) -> None:
+    """A fresh interpreter that runs a line, and ends."""
     subprocess.run([sys.executable, "-c", code], check=True)

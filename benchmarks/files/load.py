@@ -23,6 +23,7 @@ from gpt2_multi.pt import GPT2LMHeadModel
 
 transformers.logging.disable_progress_bar()
 IDS = torch.arange(8)[None]
+SMALL = {"config": folders.TINY, "count": 1}
 
 
 def ours(folder: Path) -> Any:

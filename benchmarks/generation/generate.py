@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.harness import OURS, Row
 from benchmarks.harness.floor import FLOOR, bandwidth, weights
-from benchmarks.harness.folders import plain, written
+from benchmarks.harness.folders import TINY, plain, written
 from benchmarks.harness.measuring import Case, Found, measure
 from benchmarks.harness.rows import ours
 from benchmarks.peers import workers
@@ -32,6 +32,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "4 beams": {"num_beams": 4},
     "prompt lookup": {"prompt_lookup_num_tokens": 8, "max_matching_ngram_size": 2},
 }
+MANY = 32  # rows, of which sampling tells no more
+SMALL = {"config": TINY, "batches": (1, 2), "prompt": 8, "long": 64, "new": 8, "count": 1}
 
 
 def run(
@@ -51,7 +53,7 @@ def run(
         for batch in batches:
             ids = prompts(config, batch, prompt)
             cases = [generating(f"greedy, batch {batch}", ids, new, {})]
-            if batch < 32:
+            if batch < MANY:
                 cases.append(sampling(f"sampled, batch {batch}", ids, new))
             found = measure(cases, running, count)
             rows += found[0].rows(floor=floor) + [row for each in found[1:] for row in each.rows()] + rules(found)
@@ -71,8 +73,7 @@ def prompts(config: GPT2Config, batch: int, length: int) -> list[list[int]]:
 
 def generating(what: str, ids: list[list[int]], new: int, options: dict[str, Any], **more: Any) -> Case:
     """A case of a call of `generate`."""
-    brief = ("generate", ids, min(new, 4), options)
-    return Case(what, ("generate", ids, new, options), len(ids) * new, brief=brief, **more)
+    return Case(what, ("generate", ids, new, options), len(ids) * new, **more)
 
 
 def sampling(what: str, ids: list[list[int]], new: int) -> Case:
@@ -88,7 +89,7 @@ def rules(found: Sequence[Found]) -> list[Row]:
     greedy, sampled = found
     rows = []
     for who in ours(sampled.seconds):
-        pairs = zip(sampled.seconds[who], greedy.seconds[who], strict=True)
-        added = statistics.median(with_rules / without for with_rules, without in pairs) - 1
-        rows.append(Row(f"{sampled.case.what}, its rules", who, 100 * added, "% of a step"))
+        times = [more / less for more, less in zip(sampled.seconds[who], greedy.seconds[who], strict=True)]
+        what, added = f"{sampled.case.what}, its rules", statistics.median(times) - 1
+        rows.append(Row(what, who, 100 * added, "% of a step", rounds=len(times)))
     return rows

@@ -6,6 +6,7 @@ the fixtures that has words of many languages, emoji among them.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ def corpus(data: Path, size: int, seed: int = 0) -> Iterator[bytes]:
 
 def lexicon(data: Path, rng: np.random.Generator) -> Any:
     """The words, the frequent ones first."""
-    known = Counter((data / "text" / "tinyshakespeare.txt").read_text("utf-8").split())
+    known = Counter(english(data).split())
     words = [word for word, _ in known.most_common()]
     first, second = rng.integers(len(words), size=(2, WORDS)).tolist()
     coined = (
@@ -49,3 +50,18 @@ def multilingual(data: Path) -> list[str]:
     """The texts of the fixtures that are made of words of many languages."""
     cases = map(json.loads, (data / "fixtures" / "tokens.jsonl").read_text("utf-8").splitlines())
     return [case["text"].encode("utf-8", "replace").decode() for case in cases if case["kind"] in KINDS]
+
+
+def shared() -> Path:
+    """The folder with texts and vocabularies."""
+    return Path(os.environ.get("GPT2_MULTI_SHARED") or Path(__file__).resolve().parents[3] / "shared")
+
+
+def english(data: Path) -> str:
+    """Shakespeare."""
+    return (data / "text" / "tinyshakespeare.txt").read_text("utf-8")
+
+
+def repeated(text: str, size: int) -> str:
+    """So many characters of a text, which is repeated where it has not enough."""
+    return (text * (size // len(text) + 1))[:size]

@@ -14,6 +14,8 @@ from gpt2_multi.model.checkpoint import write_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import Weight, table
 
+TINY = GPT2Config(vocab_size=512, n_embd=64, n_layer=1, n_head=2)  # to try whether all runs
+
 
 def plain(config: GPT2Config | None = None) -> GPT2Config:
     """GPT-2 124M, or `config`, without dropout and without an end token, so that every run does the same work."""

@@ -13,22 +13,18 @@ from typing import Any
 from benchmarks.harness.rows import PeerError, Row, compare, ours, rounds
 from benchmarks.peers.workers import Worker
 
-PATIENCE = 20.0  # seconds, after which two rounds have to do
+PATIENCE = 10.0  # seconds for each peer, after which no other round begins
 Seconds = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call, the tokens that it makes or reads, and when two results are the same.
-
-    `brief` is a shorter one, which is enough to warm up who does not compile. `of` chooses who has a part in it.
-    """
+    """One call, the tokens that it makes or reads, when two results are the same, and who has a part in it."""
 
     what: str
     call: Sequence[Any]
     tokens: int
     same: Callable[[Any, Any], bool] = operator.eq
-    brief: Sequence[Any] | None = None
     of: Callable[[str], bool] = lambda _: True
 
 
@@ -42,19 +38,20 @@ class Found:
 
     def rows(self, unit: str = "tokens/s", floor: Mapping[str, float] | None = None) -> list[Row]:
         """Tokens a second, or the seconds of a call; `floor` is a peer whose seconds are known."""
-        named = {who + " (DIFFERENT)" * (who in self.different): took for who, took in self.seconds.items()}
-        count = max(map(len, named.values()), default=0)
-        named |= {who: [took] * count for who, took in (floor or {}).items()}
-        return compare(self.case.what, named, unit, self.case.tokens if unit == "tokens/s" else None)
+        count = max(map(len, self.seconds.values()), default=0)
+        seconds = self.seconds | {who: [took] * count for who, took in (floor or {}).items()}
+        rows = compare(self.case.what, seconds, unit, self.case.tokens if unit == "tokens/s" else None)
+        return [replace(row, differs=row.who in self.different) for row in rows]
 
 
 def measure(cases: Sequence[Case], workers: Mapping[str, Worker], count: int) -> list[Found]:
     """Let every peer take its turn in each round, with all cases of a group, so that these can be compared too.
 
-    A first call of each, in which peers compile, does not count, and is what tells who can do it at all.
+    A first call of each, in which peers compile and make what they keep, does not count, and is what tells who can do
+    it at all.
     """
     start, results = time.perf_counter(), {}
-    able = [warm(case, workers) for case in cases]
+    able = [list(first_results(case, workers)) for case in cases]
     warmed = time.perf_counter() - start
 
     def timed(number: int, who: str) -> Any:
@@ -62,7 +59,7 @@ def measure(cases: Sequence[Case], workers: Mapping[str, Worker], count: int) ->
 
     turns = [(number, who) for who in workers for number in range(len(cases)) if who in able[number]]
     what = ", ".join(case.what for case in cases)
-    seconds = rounds(what, {turn: partial(timed, *turn) for turn in turns}, count, before=0, patience=PATIENCE)
+    seconds = rounds(what, {turn: partial(timed, *turn) for turn in turns}, count, 0, patience=PATIENCE * len(workers))
     took = time.perf_counter() - start
     print(f"{what}: {took:.0f} s, of which {warmed:.0f} for the first calls", file=sys.stderr)
     return [
@@ -71,28 +68,20 @@ def measure(cases: Sequence[Case], workers: Mapping[str, Worker], count: int) ->
     ]
 
 
-def warm(case: Case, workers: Mapping[str, Worker]) -> list[str]:
-    """Who can do it, after a call of each."""
-    able: list[str] = []
-    for who, worker in workers.items():
-        if case.of(who):
-            brief = case.call if worker.compiles or case.brief is None else case.brief
-            able += first_calls(replace(case, call=brief), {who: worker})
-    return able
-
-
-def first_calls(case: Case, workers: Mapping[str, Worker]) -> dict[str, tuple[float, Any]]:
-    """The seconds and the result of the first call of each peer that can do it."""
-    found = {}
-    for who, worker in workers.items():
-        start = time.perf_counter()
-        try:
-            result = worker.ask(*case.call)
-        except PeerError as error:
-            print(f"not measured: {who}, {case.what}: {error}")
-        else:
-            found[who] = time.perf_counter() - start, result
-    return found
+def first_results(case: Case, workers: Mapping[str, Worker]) -> dict[str, Any]:
+    """What each peer answers that can do it: those that compile work at the same time, since they do it on one core."""
+    asked = [who for who in workers if case.of(who)]
+    together = [who for who in asked if workers[who].compiles]
+    found: dict[str, Any] = {}
+    for group in (together, *([who] for who in asked if who not in together)):
+        for who in group:
+            workers[who].send(*case.call)
+        for who in group:
+            try:
+                found[who] = workers[who].answer()
+            except PeerError as error:
+                print(f"not measured: {who}, {case.what}: {error}")
+    return {who: found[who] for who in asked if who in found}
 
 
 def others(case: Case, number: int, results: Mapping[tuple[int, str], Any]) -> set[str]:

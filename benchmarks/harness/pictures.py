@@ -1,4 +1,4 @@
-"""Rows as pictures: bars, and curves over the length of a text."""
+"""Rows as pictures: a panel of bars for each thing measured."""
 
 from __future__ import annotations
 
@@ -7,73 +7,76 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.floor import FLOOR
-from benchmarks.harness.rows import Row
+from benchmarks.harness.reports import compared, explanation, figure
+from benchmarks.harness.rows import OURS, Row
 
-LIGHT = range(7, 20, 2)  # of "tab20", after those that belong to ours
+STRONG = ("#d1495b", "#00798c", "#edae49", "#7a4988")  # of ours
+PALE = ("#8d99ae", "#adb5bd", "#c5ccd6", "#9aa5b1", "#b7b7a4", "#cbc0d3")
+COLUMNS = 3
+FAR = 1.6  # times the longest bar, from which on the floor is left out: with many rows of a batch it is far from all
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": OURS,
+    "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans", "Arial"],
+    "font.size": 7,
+    "axes.titlesize": 8,
+    "axes.titleweight": "bold",
+}
 
 
 def bars(rows: Sequence[Row], path: Path, note: str = "") -> None:
-    """Draw the rows as bars into an SVG, PNG or PDF file; each `what` is a group with a scale of its own.
-
-    The floor is left out: with many rows of a batch it is far from all.
-    """
-    shown = [row for row in rows if row.who != FLOOR]
-    groups = list(dict.fromkeys(row.what for row in shown))
-    figure, panel = _figure(0.2 * (len(shown) + len(groups)) + 0.6)
-    colours, place, ticks = _colours(shown), 0.0, []
-    for what in groups:
-        group = [row for row in shown if row.what == what]
-        ticks.append((place + (len(group) - 1) / 2, what))
-        most = max(abs(row.value) for row in group) or 1
-        for row in group:
-            bar = panel.barh(place, max(row.value, 0) / most, 0.9, color=colours[row.who])
-            panel.bar_label(bar, [f" {row.value:.3g} {row.unit}  {row.who}"], fontsize=7)
-            place += 1
-        place += 1
-    panel.set_yticks(*zip(*ticks, strict=True))
-    panel.set(xlim=(0, 1.5), ylim=(place - 1, -1), xticks=[])
-    panel.spines["bottom"].set_visible(False)
-    _save(figure, path, note)
+    """Draw the rows as bars into an SVG, PNG or PDF file; each `what` has a panel with a scale of its own."""
+    keys = dict.fromkeys((row.what, row.unit) for row in rows)
+    groups = [[row for row in rows if (row.what, row.unit) == key] for key in keys]
+    colours, columns, most = _colours(rows), min(COLUMNS, len(groups)), max(map(len, groups))
+    lines = -(-len(groups) // columns)
+    drawn, panels = _figure(4.1 * columns, lines * (0.17 * most + 0.45) + 0.4, lines, columns)
+    for panel, group in zip(panels, groups, strict=False):
+        _bars(panel, group, rows, colours)
+        panel.set_ylim(most - 0.4, -0.6)
+    for panel in panels[len(groups) :]:
+        panel.set_visible(False)
+    _save(drawn, path, f"{explanation(rows)}\n{note}")
 
 
-def curves(rows: Sequence[Row], path: Path, note: str = "") -> None:
-    """Draw a line for each `who` over the number that ends `what`."""
-    figure, panel = _figure(4.5)
-    for who, colour in _colours(rows).items():
-        points = [(int(row.what.rsplit(" ", 1)[1]), row.value) for row in rows if row.who == who]
-        panel.plot(*zip(*points, strict=True), marker="o", color=colour, label=who, ls=":" if who == FLOOR else "-")
-    panel.set(xlabel="tokens before it", ylabel=rows[0].unit, ylim=(0, None))
-    panel.legend(frameon=False, fontsize=8)
-    _save(figure, path, note)
+def _bars(panel: Any, group: Sequence[Row], rows: Sequence[Row], colours: dict[str, str]) -> None:
+    longest = max((abs(row.value) for row in group if row.who != FLOOR), default=0) or 1
+    shown = [row for row in group if row.who != FLOOR or row.value <= FAR * longest]
+    longest = max(longest, *(abs(row.value) for row in shown))
+    names, filled = [row.who.removeprefix(f"{OURS}, ") for row in shown], [colours[row.who] for row in shown]
+    drawn = panel.barh(range(len(shown)), [max(row.value, 0) for row in shown], 0.8, color=filled)
+    panel.bar_label(drawn, [figure(row, rows) for row in shown], padding=2, fontsize=6.5)
+    panel.set_yticks(range(len(shown)), names)
+    panel.set(xlim=(0, 1.75 * longest), xticks=[])
+    panel.set_title(f"{group[0].what}, {group[0].unit}", loc="left")
+    panel.spines[["left", "bottom"]].set_visible(False)
+    panel.tick_params(axis="y", left=False)
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, lines: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "gpt2_multi", "svg.fonttype": "none"})
+    matplotlib.rcParams.update(STYLE)
     from matplotlib import pyplot
 
-    figure, panel = pyplot.subplots(figsize=(9, height), layout="constrained")
-    panel.spines[["top", "right"]].set_visible(False)
-    return figure, panel
+    drawn, panels = pyplot.subplots(lines, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    for panel in panels.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+    return drawn, list(panels.flat)
 
 
-def _colours(rows: Sequence[Row]) -> dict[str, Any]:
-    """Ours in full colours, peers in light ones, the floor in black."""
-    import matplotlib
-
-    names = list(dict.fromkeys(row.who for row in rows))
-    ours = {our for row in rows for our in row.ratios}
-    full, light = matplotlib.colormaps["tab10"].colors, matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    strong, pale = iter(full), (light[at] for at in LIGHT)
-    return {who: "black" if who == FLOOR else next(strong if who in ours else pale, "grey") for who in names}
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """Ours in strong colours, peers in pale ones, the floor in black."""
+    ours, strong, pale = compared(rows), iter(STRONG), iter(PALE)
+    names = dict.fromkeys(row.who for row in rows)
+    return {who: "#333333" if who == FLOOR else next(strong if who in ours else pale, "#bbbbbb") for who in names}
 
 
-def _save(figure: Any, path: Path, note: str) -> None:
+def _save(drawn: Any, path: Path, note: str) -> None:
     from matplotlib import pyplot
 
-    figure.supxlabel(note, fontsize=5, color="grey", wrap=True)
+    drawn.supxlabel(note.strip(), fontsize=6, color="#555555", wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
+    drawn.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+    pyplot.close(drawn)

@@ -6,21 +6,21 @@ import importlib
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.harness.floor import FLOOR
 from benchmarks.harness.rows import OURS, Row
+from benchmarks.peers.calls import threads
 
 PACKAGES = (
     "torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "transformers", "safetensors", "tokenizers", "tiktoken",
     "numpy",
 )  # fmt: skip
+WIDTH = 120
 
 
 def environment() -> dict[str, str]:
@@ -35,12 +35,6 @@ def environment() -> dict[str, str]:
     return found
 
 
-def threads() -> int:
-    """How many threads compute: one on each core that this process may use, unless OpenMP's variable says otherwise."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(os.environ.get("OMP_NUM_THREADS") or cores)
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -49,30 +43,61 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def origin(name: str, arguments: Sequence[str] = ()) -> str:
-    """The command of one benchmark, and the date."""
-    return f"{' '.join(['python -m benchmarks', name, *arguments])}, {time.strftime('%Y-%m-%d')}"
-
-
-def render(rows: Sequence[Row], console: Console, came: str, seconds: float) -> None:
-    """Print the rows as a Markdown table, with a column of ratios for each of ours; then where they came from."""
-    ours = list(dict.fromkeys(our for row in rows for our in row.ratios))
-    table = Table(box=box.MARKDOWN)
-    for header, side in (("what", "left"), ("who", "left"), ("value", "right"), ("unit", "left")):
-        table.add_column(header, justify=side, no_wrap=True)  # type: ignore[arg-type]
-    for our in ours:
-        table.add_column(our.removeprefix(f"{OURS}, ") if our != OURS else "ratio", justify="right", no_wrap=True)
-    for row in rows:
-        ratios = [f"{row.ratios[our]:.2f}" if our in row.ratios else "" for our in ours]
-        table.add_row(row.what, row.who, f"{row.value:.4g}", row.unit, *ratios)
-    console.print(table)
-    console.print("Ratio: more than 1 means that gpt2_multi, in the backend that the column names, is better.")
-    console.print(f"`{'`, '.join(came.rsplit(', ', 1))}, in {seconds:.0f} s: {described()}.\n", soft_wrap=True)
-
-
 def described() -> str:
     """The environment in a line."""
     return ", ".join(f"{name} {value}" for name, value in environment().items())
+
+
+def origin(name: str, arguments: Sequence[str] = ()) -> str:
+    """The command of one benchmark, and the date and time at which it began."""
+    return f"{' '.join(['python -m benchmarks', name, *arguments])}, {time.strftime('%Y-%m-%d %H:%M')}"
+
+
+def report(rows: Sequence[Row], came: str, seconds: float) -> str:
+    """Markdown: where the rows came from, what their ratios are, and a line of a table for each thing measured."""
+    command, date = came.rsplit(", ", 1)
+    said = f"`{command}`, {date}, in {seconds:.0f} s: {described()}. {explanation(rows)}"
+    return "\n".join([*textwrap.wrap(said, WIDTH, break_on_hyphens=False), "", *table(rows)])
+
+
+def explanation(rows: Sequence[Row]) -> str:
+    """What stands in brackets behind a figure."""
+    ours = [our.removeprefix(f"{OURS}, ") for our in compared(rows)]
+    if not ours:
+        return ""
+    compares = f"how many times as good {' · '.join(ours)} {'is' if len(ours) == 1 else 'are'}"
+    return f"In brackets, {compares}: more than 1 means that gpt2_multi is better."
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The lines of a table with a column for each peer, its floor the last of them."""
+    peers = sorted(dict.fromkeys(row.who for row in rows), key=FLOOR.__eq__)
+    cells = [["", *peers, "rounds"]]
+    for what, unit in dict.fromkeys((row.what, row.unit) for row in rows):
+        here = {row.who: row for row in rows if (row.what, row.unit) == (what, unit)}
+        count = str(max(row.rounds for row in here.values()))
+        cells.append([f"{what}, {unit}", *(figure(here[who], rows) if who in here else "" for who in peers), count])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return [f"| {line} |" for line in [lines[0], " | ".join("-" * width for width in widths), *lines[1:]]]
+
+
+def figure(row: Row, rows: Sequence[Row]) -> str:
+    """A value; of a peer with the ratio of each of ours to it, in brackets."""
+    ours, said = compared(rows), number(row.value)
+    if row.ratios and row.who not in ours:
+        said += f" ({' · '.join(f'{row.ratios[our]:.2f}' if our in row.ratios else '-' for our in ours)})"
+    return said + " DIFFERENT" * row.differs
+
+
+def compared(rows: Sequence[Row]) -> list[str]:
+    """Those of ours with whom others are compared."""
+    return list(dict.fromkeys(our for row in rows for our in row.ratios))
+
+
+def number(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def complain(sentence: str) -> None:

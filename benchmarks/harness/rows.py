@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,13 +25,19 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. `ratios` compare each of ours, by its name, with `who`: more than 1 means that ours is better."""
+    """One figure, and of how many rounds it is the median.
+
+    `ratios` compare each of ours, by its name, with `who`: more than 1 means that ours is better. `differs`: what `who`
+    made is not what ours did.
+    """
 
     what: str
     who: str
     value: float
     unit: str
     ratios: Mapping[str, float] = field(default_factory=dict)
+    rounds: int = 1
+    differs: bool = False
 
 
 def elapsed(call: Callable[[], object]) -> float:
@@ -51,12 +57,12 @@ def rounds(
 ) -> dict[Who, list[float]]:
     """The seconds of each peer in each round, after `before` rounds that do not count; progress goes to stderr.
 
-    After `patience` seconds there is no third round that counts, and none after it.
+    After `patience` seconds no other round begins, once one has counted.
     """
     seconds: dict[Who, list[float]] = {who: [] for who in peers}
     start = time.perf_counter()
     for number in track(range(before + count), what, console=Console(stderr=True), transient=True):
-        if number >= before + 2 and time.perf_counter() - start > patience:
+        if number > before and time.perf_counter() - start > patience:
             break
         for who, call in peers.items():
             took = timed(call)
@@ -71,12 +77,13 @@ def compare(what: str, seconds: Mapping[str, list[float]], unit: str, amount: fl
     for who, theirs in seconds.items():
         ratios = {our: ratio(theirs, seconds[our]) for our in ours(seconds)}
         median = statistics.median(theirs)
-        rows.append(Row(what, who, median if amount is None else amount / median, unit, ratios))
+        rows.append(Row(what, who, median if amount is None else amount / median, unit, ratios, len(theirs)))
     return rows
 
 
-def ours(names: Mapping[str, Any]) -> list[str]:
+def ours(names: Iterable[str]) -> list[str]:
     """Which of these names are this library: the one that has no other name, or each of a backend."""
+    names = list(names)
     return [OURS] if OURS in names else [name for name in names if name.startswith(f"{OURS}, ")]
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from benchmarks.peers.calls import ADAMW, Process, as_ids
+from benchmarks.peers.calls import ADAMW, Process, as_ids, threads
 
 
 class KerasHub(Process):
@@ -18,10 +17,10 @@ class KerasHub(Process):
 
     package = "keras-hub"
 
-    def __init__(self, folder: Path, modes: frozenset[str]) -> None:
+    def load(self, folder: Path) -> None:
         from keras_hub.models import GPT2CausalLM
 
-        self.modes = modes
+        modes = self.modes
         self.functions: dict[str, Any] = {}  # that generate, of the options for which they were compiled
         dtype = "mixed_bfloat16" if "autocast" in modes else "bfloat16" if "bfloat16" in modes else "float32"
         self.model = GPT2CausalLM.from_preset(str(folder), preprocessor=None, dtype=dtype)
@@ -74,7 +73,7 @@ class CTranslate2(Process):
     package = "ctranslate2"
     names: ClassVar = {"num_beams": "beam_size", "top_k": "sampling_topk", "top_p": "sampling_topp"}
 
-    def __init__(self, folder: Path, modes: frozenset[str]) -> None:
+    def load(self, folder: Path) -> None:
         import ctranslate2
 
         size = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
@@ -82,10 +81,9 @@ class CTranslate2(Process):
         tokenizer = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(size)}, **special)
         converter = ctranslate2.converters.TransformersConverter(str(folder))
         converter.load_tokenizer = lambda *_: tokenizer
-        dtype = next((mode for mode in ("int8", "bfloat16") if mode in modes), "float32")
+        dtype = next((mode for mode in ("int8", "bfloat16") if mode in self.modes), "float32")
         place = converter.convert(str(folder / f"{self.package}-{dtype}"), quantization=dtype)
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.model = ctranslate2.Generator(place, compute_type=dtype, intra_threads=threads)
+        self.model = ctranslate2.Generator(place, compute_type=dtype, intra_threads=threads())
 
     def generate(self, ids: Any, new: int, options: Any) -> Any:
         if "prompt_lookup_num_tokens" in options:

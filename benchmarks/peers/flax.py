@@ -9,26 +9,45 @@ from typing import Any
 from benchmarks.peers.calls import ADAMW, Process, as_ids, dtype_of
 
 
-class Ours(Process):
+class Plain(Process):
+    """A model that is trained as the examples of transformers do: with all logits at once."""
+
+    model: Any
+    state: Any = None  # parameters and moments, from the first update on
+
+    def train(self, ids: Any) -> Any:
+        import jax
+        import optax
+
+        optimizer = optax.adamw(**ADAMW)
+        if self.state is None:
+            self.step = jax.jit(partial(step, self.model, optimizer), donate_argnums=0)
+            self.state = self.model.params, optimizer.init(self.model.params)
+        self.state, loss = self.step(self.state, as_ids(ids))
+        return loss
+
+
+class Ours(Plain):
     """This library."""
 
     package = "gpt2_multi"
 
-    def __init__(self, folder: Path, modes: frozenset[str]) -> None:
+    def load(self, folder: Path) -> None:
         from gpt2_multi import GPT2Config
         from gpt2_multi.flax import FlaxGPT2LMHeadModel
 
-        options: dict[str, Any] = {"param_dtype": dtype_of(modes)}
-        if "autocast" in modes:
-            options = {"dtype": "bfloat16", "param_dtype": "float32"}
-        if "int8" in modes:
-            options = {"quantization": "int8"}
-        self.model: Any
-        if "new" in modes:
+        if "new" in self.modes:
             self.model = FlaxGPT2LMHeadModel(GPT2Config.from_pretrained(folder))
         else:
-            self.model = FlaxGPT2LMHeadModel.from_pretrained(folder, **options)
-        self.state: Any = None
+            self.model = FlaxGPT2LMHeadModel.from_pretrained(folder, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """How the folder is loaded."""
+        if "int8" in self.modes:
+            return {"quantization": "int8"}
+        if "autocast" in self.modes:
+            return {"dtype": "bfloat16", "param_dtype": "float32"}
+        return {"param_dtype": dtype_of(self.modes)}
 
     def generate(self, ids: Any, new: int, options: Any) -> Any:
         chosen = {"do_sample": False, "eos_token_id": None, **options}
@@ -40,18 +59,20 @@ class Ours(Process):
     def train(self, ids: Any) -> Any:
         from gpt2_multi.flax.training import create_train_state, optimizer, train_step
 
+        if "whole logits" in self.modes:
+            return super().train(ids)
         if self.state is None:
             self.state = create_train_state(self.model, optimizer(**ADAMW, max_norm=None))
         self.state, metrics = train_step(self.state, {"input_ids": as_ids(ids), "labels": as_ids(ids)})
         return metrics["loss"]
 
 
-class Transformers(Process):
+class Transformers(Plain):
     """transformers 4.57.6; its users compile both calls."""
 
     package = "transformers"
 
-    def __init__(self, folder: Path, modes: frozenset[str]) -> None:
+    def load(self, folder: Path) -> None:
         from safetensors.numpy import load_file
         from transformers import FlaxGPT2LMHeadModel, GPT2Config
         from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
@@ -59,7 +80,6 @@ class Transformers(Process):
         self.model = FlaxGPT2LMHeadModel(GPT2Config.from_pretrained(folder))
         self.model.params = convert_pytorch_state_dict_to_flax(load_file(folder / "model.safetensors"), self.model)
         self.generates: dict[str, Any] = {}
-        self.state: Any = None
 
     def generate(self, ids: Any, new: int, options: Any) -> Any:
         import jax
@@ -68,20 +88,9 @@ class Transformers(Process):
         run = self.generates.setdefault(str(chosen), jax.jit(partial(self.model.generate, **chosen)))
         return run(as_ids(ids), params=self.model.params).sequences
 
-    def train(self, ids: Any) -> Any:
-        import jax
-        import optax
-
-        optimizer = optax.adamw(**ADAMW)
-        if self.state is None:
-            self.step = jax.jit(partial(step, self.model, optimizer), donate_argnums=0)
-            self.state = jax.tree.map(jax.numpy.array, (self.model.params, optimizer.init(self.model.params)))
-        self.state, loss = self.step(self.state, as_ids(ids))
-        return loss
-
 
 def step(model: Any, optimizer: Any, state: Any, ids: Any) -> tuple[Any, Any]:
-    """An update of transformers' model, as its examples write it."""
+    """An update, as the examples of transformers write it."""
     import jax
     import optax
 

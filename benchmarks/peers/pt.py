@@ -19,15 +19,8 @@ class PyTorch(Process):
     """A model of PyTorch, and an optimizer from its first update on."""
 
     model: Any
+    step: Step | None = None
     options: ClassVar[dict[str, Any]]  # of every generation
-
-    def __init__(self, folder: Path, modes: frozenset[str]) -> None:
-        self.modes, self.step = modes, None
-        self.load(folder)
-
-    def load(self, folder: Path) -> None:
-        """Make `model`."""
-        raise NotImplementedError
 
     def updater(self, optimizer: torch.optim.Optimizer) -> Step:
         """From a batch to the loss of an update."""
@@ -42,8 +35,8 @@ class PyTorch(Process):
 
     def train(self, ids: Any) -> float:
         if self.step is None:
-            adamw = torch.optim.AdamW(self.model.train().parameters(), ADAMW["learning_rate"])
-            self.step: Step | None = self.updater(adamw)
+            chosen = {"lr": ADAMW["learning_rate"], "weight_decay": ADAMW["weight_decay"]}
+            self.step = self.updater(torch.optim.AdamW(self.model.train().parameters(), **chosen))
         with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in self.modes):
             return float(self.step(batch_of(ids)))
 

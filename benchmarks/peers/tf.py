@@ -15,23 +15,25 @@ class Ours(Process):
 
     package = "gpt2_multi"
 
-    def __init__(self, folder: Path, modes: frozenset[str]) -> None:
+    def load(self, folder: Path) -> None:
         import keras
 
         from gpt2_multi import GPT2Config
         from gpt2_multi.tf import TFGPT2LMHeadModel
 
-        options: dict[str, Any] = {"param_dtype": dtype_of(modes)}
-        if "autocast" in modes:
-            options = {"dtype": "mixed_bfloat16"}
-        if "int8" in modes:
-            options = {"quantization": "int8"}
-        if "new" in modes:
+        if "new" in self.modes:
             self.model = TFGPT2LMHeadModel(GPT2Config.from_pretrained(folder))
         else:
-            self.model = TFGPT2LMHeadModel.from_pretrained(folder, **options)
-        if "int8" not in modes:
-            self.model.compile(keras.optimizers.AdamW(**ADAMW), jit_compile="xla" in modes or "auto")
+            self.model = TFGPT2LMHeadModel.from_pretrained(folder, **self.options())
+        self.whole: Any = None  # the function of a step, where it is not Keras'
+        if "int8" not in self.modes:
+            self.model.compile(keras.optimizers.AdamW(**ADAMW), jit_compile="xla" in self.modes or "auto")
+
+    def options(self) -> dict[str, Any]:
+        """How the folder is loaded."""
+        if "int8" in self.modes:
+            return {"quantization": "int8"}
+        return {"dtype": "mixed_bfloat16"} if "autocast" in self.modes else {"param_dtype": dtype_of(self.modes)}
 
     def generate(self, ids: Any, new: int, options: Any) -> Any:
         chosen = {"do_sample": False, "eos_token_id": None, **options}
@@ -41,7 +43,25 @@ class Ours(Process):
         return self.model({"input_ids": as_ids(ids), "labels": as_ids(ids)}).loss
 
     def train(self, ids: Any) -> Any:
-        return self.model.train_on_batch({"input_ids": as_ids(ids), "labels": as_ids(ids)})
+        if "whole logits" not in self.modes:
+            return self.model.train_on_batch({"input_ids": as_ids(ids), "labels": as_ids(ids)})
+        if self.whole is None:
+            self.whole = whole_step(self.model)
+        return self.whole(as_ids(ids))
+
+
+def whole_step(model: Any) -> Any:
+    """A step that has all logits at once, and computes the loss of them itself."""
+    import tensorflow as tf
+
+    def step(ids: Any) -> Any:
+        with tf.GradientTape() as tape:
+            logits = model({"input_ids": ids}, training=True).logits[:, :-1]
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(ids[:, 1:], logits))
+        model.optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    return tf.function(step, reduce_retracing=True)
 
 
 class Transformers(Process):
@@ -49,7 +69,7 @@ class Transformers(Process):
 
     package = "transformers"
 
-    def __init__(self, folder: Path, modes: frozenset[str]) -> None:
+    def load(self, folder: Path) -> None:
         import tensorflow as tf
         import tf_keras
         from safetensors.numpy import load_file
@@ -58,9 +78,9 @@ class Transformers(Process):
 
         self.model = TFGPT2LMHeadModel(GPT2Config.from_pretrained(folder))
         load_pytorch_state_dict_in_tf2_model(self.model, load_file(folder / "model.safetensors"))
-        self.model.compile(tf_keras.optimizers.AdamW(**ADAMW), jit_compile="xla" in modes or None)
+        self.model.compile(tf_keras.optimizers.AdamW(**ADAMW), jit_compile="xla" in self.modes or None)
         compiled = tf.function(self.model.generate, jit_compile=True)
-        self.run: Any = compiled if "xla" in modes else self.model.generate
+        self.run: Any = compiled if "xla" in self.modes else self.model.generate
 
     def generate(self, ids: Any, new: int, options: Any) -> Any:
         given, chosen = as_ids(ids), {"do_sample": False, **options}

@@ -19,8 +19,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.harness.rows import OURS, PeerError
+from benchmarks.peers.calls import threads
 
 ROOT = Path(__file__).resolve().parents[2]
+ALIKE = {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [peer.interpreter(), "-m", "benchmarks.peers", peer.place, str(folder), *peer.modes, peer.kind],
                 cwd=ROOT,
-                env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"} | peer.environment,
+                env=os.environ | ALIKE | {"OMP_NUM_THREADS": str(threads())} | peer.environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -125,9 +127,13 @@ class Worker:
 
     def ask(self, *call: Any) -> Any:
         """The result of a call of the peer, like `ask("generate", ids, 64, {})`."""
+        self.send(*call)
+        return self.answer()
+
+    def send(self, *call: Any) -> None:
+        """Begin a call; `answer` waits for its end."""
         with suppress(BrokenPipeError):  # of a peer that is gone; what it said last is in its log
             print(json.dumps(call), file=self.process.stdin, flush=True)
-        return self.answer()
 
     def answer(self) -> Any:
         """What the peer answers next; the first is its version."""

@@ -10,13 +10,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import OURS, Row, compare, rounds
-from benchmarks.harness.measuring import Case, first_calls
+from benchmarks.harness.corpus import english, repeated, shared
+from benchmarks.harness.measuring import Case, first_results
+from benchmarks.harness.rows import elapsed
 from benchmarks.peers.workers import Peer, Worker, running
-from benchmarks.tokenizing.tokenizer import english, shared
 
 ONE_CORE = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "KERAS_BACKEND": "tensorflow"}
 KERASHUB = "KerasHub"
@@ -31,11 +33,12 @@ PEERS = [
     )
 ]
 WORD = ["Tokenization"]  # which the text does not have
+SMALL = {"size": 10_000, "documents": 2, "count": 1}
 
 
-def run(size: int = 1_000_000, documents: int = 32, count: int = 5) -> list[Row]:
+def run(size: int = 1_000_000, documents: int = 32, count: int = 3) -> list[Row]:
     """English text of so many characters, in one piece and as a batch of documents, with GPT-2's own vocabulary."""
-    text, length = english(shared(), size), -(-size // documents)
+    text, length = repeated(english(shared()), size), -(-size // documents)
     pieces = [text[at : at + length] for at in range(0, size, length)]
     with vocabulary() as folder, running(PEERS, folder) as workers:
         rows = made(workers)
@@ -56,27 +59,26 @@ def vocabulary() -> Iterator[Path]:
 def made(workers: Mapping[str, Worker]) -> list[Row]:
     """Rows of the seconds until a layer is made, and traced, and has encoded a word."""
     layers = {who: worker for who, worker in workers.items() if who == OURS or who.startswith(KERASHUB)}
-    seconds = {who: [took] for who, (took, _) in first_calls(Case("first call", ("first", WORD), 1), layers).items()}
+    seconds = {who: [elapsed(partial(worker.ask, "first", WORD))] for who, worker in layers.items()}
     return compare("TensorFlow, tokenize, first call", seconds, "s")
 
 
 def measured(what: str, workers: Mapping[str, Worker], texts: Sequence[str], count: int) -> list[Row]:
     """Rows of the speed of every tokenizer; it is marked where its ids are not this library's."""
-    peers: dict[str, Callable[[], float]] = {}
-    found = first_calls(Case(what, ("ids", texts), 1), workers)
-    for who, (_, ids) in found.items():
-        label = who if ids == found[OURS][1] else f"{who} (DIFFERENT)"
-        peers |= calls(label, workers[who], texts)
+    found = first_results(Case(what, ("ids", texts), 1), workers)
+    peers = {label: call for who in found for label, call in calls(who, workers[who], texts).items()}
     seconds = rounds(what, peers, count, timed=lambda call: call())
-    return compare(what, seconds, "MB/s", sum(len(text.encode()) for text in texts) / 1e6)
+    rows = compare(what, seconds, "MB/s", sum(len(text.encode()) for text in texts) / 1e6)
+    others = tuple(who for who, ids in found.items() if ids != found[OURS])
+    return [replace(row, differs=row.who.startswith(others)) for row in rows]
 
 
-def calls(label: str, worker: Worker, texts: Sequence[str]) -> dict[str, Callable[[], float]]:
+def calls(who: str, worker: Worker, texts: Sequence[str]) -> dict[str, Callable[[], float]]:
     """What a round asks of a tokenizer: its seconds; of KerasHub's, those of its first and of its second time."""
     again = partial(worker.ask, "seconds", texts)
-    if not label.startswith(KERASHUB):
-        return {label: again}
-    return {f"{label}, cold": partial(cold, worker, texts), f"{label}, warm": again}
+    if not who.startswith(KERASHUB):
+        return {who: again}
+    return {f"{who}, cold": partial(cold, worker, texts), f"{who}, warm": again}
 
 
 def cold(worker: Worker, texts: Sequence[str]) -> float:

@@ -7,7 +7,6 @@ starts hold for themselves (USS), summed up twenty times a second while it encod
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,14 +21,16 @@ import numpy as np
 import psutil
 
 from benchmarks.harness import OURS, PeerError, Row, compare
-from benchmarks.harness.corpus import corpus
-from benchmarks.tokenizing.tokenizer import shared, tiktoken_encoding, tokenizers_tokenizer
+from benchmarks.harness.corpus import corpus, shared
+from benchmarks.peers.calls import threads
+from benchmarks.tokenizing.tokenizer import gigatoken_tokenizer, tiktoken_encoding, tokenizers_tokenizer
 from gpt2_multi.tokenizer.engine.texts import parts, read
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Encode = Callable[[Path], Iterable[Any]]
 EVERY = 0.05  # seconds
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = threads()
+SMALL = {"size": 1}
 
 
 def run(size: int = 40, who: Sequence[str] = ()) -> list[Row]:
@@ -127,11 +128,7 @@ def tokenizers() -> Encode:
 
 def gigatoken() -> Encode:
     """gigatoken, which gives all ids of the file at once."""
-    from gigatoken import Tokenizer
-
-    from benchmarks.tokenizing.tokenizer import tokenizer_json
-
-    peer = Tokenizer.from_json(tokenizer_json(GPT2Tokenizer.from_pretrained(shared() / "vocab" / "gpt2")))
+    peer = gigatoken_tokenizer(GPT2Tokenizer.from_pretrained(shared() / "vocab" / "gpt2"))
     return lambda path: peer.encode_files([path])
 
 

@@ -15,6 +15,7 @@ from gpt2_multi.flax.training.state import Loss
 from gpt2_multi.model.config import GPT2Config
 
 WAYS = {OURS: False, f"{OURS}, scan_layers": True}
+SMALL = {"config": folders.TINY, "length": 8}
 
 
 def run(config: GPT2Config | None = None, batch: int = 1, length: int = 128, count: int = 1) -> list[Row]:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from benchmarks.generation.generate import prompts
 from benchmarks.harness import PeerError, Row, compare
-from benchmarks.harness.folders import plain, written
+from benchmarks.harness.folders import TINY, plain, written
 from benchmarks.peers import workers
 from gpt2_multi.model.config import GPT2Config
 
-PEERS = (*workers.BACKENDS, workers.PYTORCH("whole logits"), workers.TRANSFORMERS)
+WHOLE = "whole logits"
+PEERS = (*(each for peer in workers.BACKENDS for each in (peer, peer(WHOLE))), workers.TRANSFORMERS)
+SMALL = {"config": TINY, "shapes": ((1, 16),)}
 
 
 def run(

@@ -7,12 +7,13 @@ and by XLA: two groups, since one step of each in memory at once would be too mu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 from benchmarks.generation.generate import prompts
 from benchmarks.harness import Row
-from benchmarks.harness.folders import plain, written
+from benchmarks.harness.folders import TINY, plain, written
 from benchmarks.harness.measuring import Case, measure
 from benchmarks.peers import workers
 from gpt2_multi.model.config import GPT2Config
@@ -28,33 +29,29 @@ GROUPS = (
     ),
 )
 KINDS = {"float32": "", "bfloat16": "autocast"}
+SHAPES = {"float32": ((2, 256), (8, 256)), "bfloat16": ((2, 256),)}
 NEAR = {"float32": 1e-3, "bfloat16": 1e-2}  # losses
+SMALL = {"config": TINY, "shapes": {"float32": ((1, 16),), "bfloat16": ((1, 16),)}, "count": 1}
 
 
 def run(
     config: GPT2Config | None = None,
-    shapes: Sequence[tuple[int, int]] = ((2, 256), (8, 256)),
+    shapes: Mapping[str, Sequence[tuple[int, int]]] = MappingProxyType(SHAPES),
     count: int = 3,
-    kinds: Sequence[str] = tuple(KINDS),
     who: Sequence[str] = (),
 ) -> list[Row]:
     """Updates with random batches of these shapes, in float32 and in bfloat16."""
     config, rows = plain(config), []
     with written(config) as folder:
-        for kind in kinds:
-            cases = [case(config, kind, *shape, shape == shapes[0]) for shape in shapes]
+        for kind, batches in shapes.items():
+            cases = [case(config, kind, *batch) for batch in batches]
             for group in workers.chosen(GROUPS, who):
                 with workers.running([peer.of(KINDS[kind]) for peer in group], folder, who) as running:
                     rows += [row for each in cases for row in measure([each], running, count)[0].rows()]
     return rows
 
 
-def case(config: GPT2Config, kind: str, batch: int, length: int, is_first: bool) -> Case:
-    """Updates with one batch; while it is the first, all have made as many, so that their losses have to be the same.
-
-    Who does not compile is warm from the first batch on.
-    """
-    what, call = f"{kind}, {batch} x {length}", ("train", prompts(config, batch, length))
-    if is_first:
-        return Case(what, call, batch * length, partial(math.isclose, rel_tol=NEAR[kind]))
-    return Case(what, call, batch * length, lambda *_: True, brief=("peak",))
+def case(config: GPT2Config, kind: str, batch: int, length: int) -> Case:
+    """Updates with one batch: all have made as many of them, so that their losses have to be the same."""
+    near = partial(math.isclose, rel_tol=NEAR[kind])
+    return Case(f"{kind}, {batch} x {length}", ("train", prompts(config, batch, length)), batch * length, near)

@@ -1,5 +1,7 @@
 """The benchmarks run, say what they measured, and refuse what they do not know; how fast is not asked here."""
 
+import importlib
+import inspect
 import json
 import sys
 from dataclasses import replace
@@ -10,12 +12,13 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import gpu
+from benchmarks.files import imports
 from benchmarks.generation import generate, growth, quantized
-from benchmarks.harness import OURS, PeerError, Row, compare, floor, pictures, rounds
+from benchmarks.harness import OURS, PeerError, Row, compare, floor, folders, pictures, reports, rounds
 from benchmarks.harness.measuring import Case, Found, measure
 from benchmarks.peers import __main__ as process
 from benchmarks.peers import workers
-from benchmarks.tokenizing import tf_tokenizer
+from benchmarks.tokenizing import tf_tokenizer, tokenizer
 from benchmarks.training import memory, train
 from gpt2_multi.model.config import GPT2Config
 from tests.support.shared_data import shared
@@ -25,7 +28,7 @@ TINY = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2,
 
 @pytest.fixture
 def dummy(monkeypatch):
-    rows = [Row("work", OURS, 2.0, "s", {OURS: 1.0}), Row("work", "peer", 5.0, "s", {OURS: 2.5})]
+    rows = [Row("work", OURS, 2.0, "s", {OURS: 1.0}, 3), Row("work", "peer", 5.0, "s", {OURS: 2.5}, 3)]
     monkeypatch.setitem(sys.modules, "benchmarks.dummy", SimpleNamespace(run=lambda: rows))
     monkeypatch.setattr(command, "MODULES", {"dummy": "benchmarks.dummy"})
 
@@ -44,17 +47,43 @@ def test_every_module_of_the_rooms_is_listed():
 def test_table_and_where_it_comes_from(dummy, capsys, name):
     assert command.main([name]) == 0
     said = capsys.readouterr().out
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()]
-    assert ["what", "who", "value", "unit", "ratio"] in cells
-    assert ["work", "peer", "5", "s", "2.50"] in cells
-    assert "`python -m benchmarks dummy`, 20" in said and ", threads " in said
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    assert cells == [
+        ["", OURS, "peer", "rounds"],
+        [set_off(cell) for cell in cells[1]],
+        ["work, s", "2", "5 (2.50)", "3"],
+    ]
+    assert said.startswith("`python -m benchmarks dummy`, 20") and "threads " in said
+
+
+def set_off(cell):
+    """What Markdown has below the head of a column."""
+    assert len(cell) > 0
+    return "-" * len(cell)
+
+
+def test_brackets_have_the_ratio_of_each_of_ours_and_the_floor_is_last():
+    first, second = f"{OURS}, PyTorch", f"{OURS}, JAX"
+    rows = [
+        Row("a", floor.FLOOR, 1234.5, "s", {first: 0.5, second: 0.25}),
+        Row("a", first, 3.0, "s", {first: 1.0, second: 0.5}),
+        Row("b", second, 0.0123, "s", {second: 1.0}, rounds=2),
+        Row("b", "peer", 7.0, "s", {second: 2.0}, rounds=2, differs=True),
+    ]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in reports.table(rows)]
+    assert cells[0] == ["", first, second, "peer", floor.FLOOR, "rounds"]
+    assert cells[2:] == [
+        ["a, s", "3", "", "", "1,234 (0.50 · 0.25)", "1"],
+        ["b, s", "", "0.0123", "7 (- · 2.00) DIFFERENT", "", "2"],
+    ]
 
 
 def test_json(dummy, tmp_path):
     assert command.main(["dummy", "--json", str(tmp_path / "rows.json")]) == 0
     report = json.loads((tmp_path / "rows.json").read_text())
     found = report["benchmarks"]["dummy"]
-    assert found["rows"][1] == {"what": "work", "who": "peer", "value": 5.0, "unit": "s", "ratios": {OURS: 2.5}}
+    values = {"what": "work", "who": "peer", "value": 5.0, "unit": "s", "ratios": {OURS: 2.5}}
+    assert found["rows"][1] == values | {"rounds": 3, "differs": False}
     assert found["command"].startswith("python -m benchmarks dummy, 20")
     assert {"CPU", "cores", "threads", "Python", OURS, "numpy"} <= report["environment"].keys()
 
@@ -71,9 +100,18 @@ def test_missing_package_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("The benchmark 'load' needs a package that is not")
 
 
+@pytest.mark.parametrize("name", list(command.MODULES))
+def test_small_is_what_a_benchmark_takes(name):
+    try:
+        module = importlib.import_module(command.MODULES[name])
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{name} needs {error.name}")
+    assert module.SMALL and module.SMALL.keys() <= inspect.signature(module.run).parameters.keys()
+
+
 def test_option_that_a_benchmark_has_not_is_one_sentence(dummy, capsys):
     assert command.main(["dummy", "--who", "JAX"]) == 1
-    assert capsys.readouterr().err == "The benchmark 'dummy' cannot be measured: it takes no --who; leave them out\n"
+    assert capsys.readouterr().err == "The benchmark 'dummy' cannot be measured: it takes no --who; leave that out\n"
 
 
 def test_peers_take_turns():
@@ -81,7 +119,7 @@ def test_peers_take_turns():
     peers = {OURS: lambda: calls.append("ours"), "peer": lambda: calls.append("theirs")}
     assert {who: len(seconds) for who, seconds in rounds("work", peers, 3).items()} == {OURS: 3, "peer": 3}
     assert calls == ["ours", "theirs"] * 4
-    assert len(rounds("work", peers, 5, patience=0)[OURS]) == 2
+    assert len(rounds("work", peers, 5, patience=0)[OURS]) == 1
 
 
 def test_ratios_are_taken_within_rounds_for_each_of_ours():
@@ -98,18 +136,20 @@ class Here:
     def __init__(self, peer, folder, log):
         self.compiles = peer.compiles
         self.peer = process.made(peer.place, str(folder), *peer.modes, peer.kind)
+        self.called = {"result": process.version(self.peer.package)}
 
     __enter__ = lambda self: self  # noqa: E731
     __exit__ = lambda self, *_: None  # noqa: E731
 
-    def ask(self, *call):
-        found = process.answered(self.peer, *json.loads(json.dumps(call)))
-        if "error" in found:
-            raise PeerError(found["error"])
-        return found["result"]
+    def send(self, *call):
+        self.called = process.answered(self.peer, *json.loads(json.dumps(call)))
 
     def answer(self):
-        return process.version(self.peer.package)
+        if "error" in self.called:
+            raise PeerError(self.called["error"])
+        return self.called["result"]
+
+    ask = workers.Worker.ask
 
 
 LIBRARIES = {"TensorFlow": "tensorflow", "JAX": "flax", "PyTorch": "torch"}
@@ -138,12 +178,12 @@ def test_generate_measures_equal_tokens_and_the_floor(here):
 @pytest.mark.parametrize("name", ["TensorFlow", "JAX"])
 def test_growth_takes_off_what_the_text_before_costs(here, monkeypatch, tmp_path, name):
     pytest.importorskip(LIBRARIES[name])
-    seconds = {1: 3.0, 3: 7.0}  # of so many tokens
+    seconds = {1: 3.0, 3: 7.0, 5: 15.0}  # of so many tokens
     monkeypatch.setattr(growth, "measure", timed(growth.measure, seconds))
-    rows = growth.run(TINY, lengths=(4,), new=2, count=1, who=[name])
-    who = f"{OURS}, {name}"
-    found = {(row.what, row.who): row.value for row in rows if row.who == who}
-    assert found == {("a token after 4", who): 2000.0, ("from 4 to 4", who): 1.0}
+    rows = growth.run(TINY, lengths=(4, 6), new=2, whole=5, count=1, who=[name])
+    found = {row.what: row.value for row in rows if row.who == f"{OURS}, {name}"}
+    first, last, whole = "a token after 4", "a token after 6", "a token of 5 in one call"
+    assert found == {first: 2000, last: 2000, whole: 3000, f"{last} / {first}": 1, f"{whole} / {first}": 1.5}
 
 
 def timed(measured, seconds):
@@ -170,9 +210,21 @@ def test_rules_are_what_sampling_adds_in_the_same_rounds():
 def test_train_measures_equal_losses(here, who):
     pytest.importorskip(LIBRARIES.get(who[0]))
     pytest.importorskip("transformers" if "transformers" in who else "numpy")
-    rows = train.run(TINY, shapes=((1, 8),), count=1, kinds=["float32"], who=who)
+    rows = train.run(TINY, shapes={"float32": ((1, 8),)}, count=1, who=who)
     assert [row.what for row in rows] == ["float32, 1 x 8"] * (2 if who == ["TensorFlow"] else len(who))  # and XLA
-    assert all(row.value > 0 and "DIFFERENT" not in row.who for row in rows)
+    assert all(row.value > 0 and not row.differs for row in rows)
+
+
+@pytest.mark.parametrize("peer", [workers.TENSORFLOW, workers.JAX])
+def test_whole_logits_train_alike(here, peer):
+    pytest.importorskip(LIBRARIES[peer.name.removeprefix(f"{OURS}, ")])
+    ids = [[1, 2, 3, 4, 5, 6, 7, 8]]
+    with (
+        folders.written(folders.plain(TINY)) as folder,
+        workers.running([peer, peer("whole logits")], folder) as running,
+    ):
+        plain, whole = ([worker.ask("train", ids) for _ in range(3)] for worker in running.values())
+    assert plain == pytest.approx(whole, rel=1e-4) and plain[2] < plain[0]
 
 
 def test_memory_is_that_of_a_process(here):
@@ -185,34 +237,45 @@ def test_memory_is_that_of_a_process(here):
 
 def test_quantized_measures_each_kind_and_the_loss(here):
     pytest.importorskip("torch")
-    rows = quantized.run(TINY, batches=(1,), prompt=4, new=3, count=1, kinds=["float32", "bfloat16"], who=["PyTorch"])
+    shared("text", "tinyshakespeare.txt")
+    few = {"batches": (1,), "prompt": 4, "new": 3, "count": 1, "texts": 1}
+    rows = quantized.run(TINY, **few, kinds=["float32", "bfloat16"], who=["PyTorch"])
     found = {row.what: row for row in rows if row.who == f"{OURS}, PyTorch"}
-    assert found.keys() >= {"float32, batch 1", "bfloat16, batch 1", "bfloat16, loss of random ids"}
-    assert 0 < abs(found["bfloat16, loss of random ids"].value) < 5
+    speeds = {"float32, batch 1", "bfloat16, batch 1", "bfloat16, batch 1, of its float32"}
+    losses = {"bfloat16, loss of random ids", "bfloat16, loss of demo model, Shakespeare"}
+    assert found.keys() == speeds | losses
+    assert all(0 < abs(found[loss].value) < 5 for loss in losses)
 
 
 def test_peer_that_cannot_do_it_is_reported_and_one_that_differs_is_marked(capsys):
-    def worker(answer):
+    def worker(answer, compiles=True):
         def ask(*_):
             if isinstance(answer, Exception):
                 raise answer
             return answer
 
-        return SimpleNamespace(ask=ask, compiles=True)
+        return SimpleNamespace(ask=ask, answer=ask, send=lambda *call: sent.append(answer), compiles=compiles)
 
-    others = {"peer": worker([1, 3]), "same": worker([1, 2]), "lame": worker(PeerError("it has none"))}
+    sent = []
+    others = {"peer": worker([1, 3], False), "same": worker([1, 2]), "lame": worker(PeerError("it has none"))}
     (found,) = measure([Case("work", ("generate",), 2)], {f"{OURS}, JAX": worker([1, 2])} | others, 2)
-    assert [row.who for row in found.rows()] == [f"{OURS}, JAX", "peer (DIFFERENT)", "same"]
+    assert [(row.who, row.differs) for row in found.rows()] == [
+        (f"{OURS}, JAX", False),
+        ("peer", True),
+        ("same", False),
+    ]
     assert capsys.readouterr().out == "not measured: lame, work: it has none\n"
+    assert sent[-1] == [1, 3]  # who does not compile is alone
 
 
-@pytest.mark.parametrize("draw, what", [(pictures.bars, "work"), (growth.draw, "a token after 8")])
-def test_pictures(tmp_path, draw, what):
+@pytest.mark.parametrize("draw", [pictures.bars, quantized.draw])
+def test_pictures(tmp_path, draw):
     pytest.importorskip("matplotlib")
-    rows = [Row(what, who, 3.0, "ms", {f"{OURS}, JAX": 1.0}) for who in (f"{OURS}, JAX", "peer")]
-    draw(rows, tmp_path / "a" / "rows.svg", "where it comes from")
+    rows = [Row("work", who, 3.0, "tokens/s", {f"{OURS}, JAX": 1.0}) for who in (f"{OURS}, JAX", "peer", floor.FLOOR)]
+    draw([*rows, Row("more", "peer", 3.0, "tokens/s")], tmp_path / "a" / "rows.svg", "where it comes from")
     picture = (tmp_path / "a" / "rows.svg").read_text()
-    assert picture.startswith("<?xml") and all(text in picture for text in ("peer", f"{OURS}, JAX", "where it comes"))
+    texts = ("peer", "JAX", "3 (1.00)", "where it comes", "how many times as good")
+    assert picture.startswith("<?xml") and all(text in picture for text in texts)
 
 
 def test_tf_tokenizer_measures_texts_and_documents(monkeypatch):
@@ -230,14 +293,64 @@ def test_tf_tokenizer_measures_texts_and_documents(monkeypatch):
 
 def test_tf_tokenizer_takes_what_peers_say_and_marks_other_ids():
     asked = []
-    ours = SimpleNamespace(ask=lambda what, _: {"ids": [1, -1], "seconds": 2.0}[what])
-    theirs = SimpleNamespace(ask=lambda what, _: asked.append(what) or {"ids": [2, -1], "seconds": 4.0}.get(what))
-    rows = tf_tokenizer.measured("work", {OURS: ours, "KerasHub 1": theirs}, ["a" * 10**6], count=1)
-    who = [OURS, "KerasHub 1 (DIFFERENT), cold", "KerasHub 1 (DIFFERENT), warm"]
-    assert [(row.who, row.value, row.ratios[OURS]) for row in rows] == list(
-        zip(who, (0.5, 0.25, 0.25), (1, 2, 2), strict=True)
-    )
-    assert asked == ["ids", *(["first", "seconds", "seconds"] * 2)]
+
+    def worker(ids, seconds, asked):
+        ask = lambda what, _: asked.append(what) or {"seconds": seconds}.get(what)  # noqa: E731
+        return SimpleNamespace(ask=ask, send=lambda *_: None, answer=lambda: ids, compiles=False)
+
+    both = {OURS: worker([1, -1], 2.0, []), "KerasHub 1": worker([2, -1], 4.0, asked)}
+    rows = tf_tokenizer.measured("work", both, ["a" * 10**6], count=1)
+    assert [(row.who, row.value, row.ratios[OURS], row.differs) for row in rows] == [
+        (OURS, 0.5, 1, False),
+        ("KerasHub 1, cold", 0.25, 2, True),
+        ("KerasHub 1, warm", 0.25, 2, True),
+    ]
+    assert asked == ["first", "seconds", "seconds"] * 2
+
+
+def test_tokenizers_encode_both_texts():
+    pytest.importorskip("tokenizers")
+    shared("vocab", "gpt2")
+    rows = tokenizer.run(size=500, count=1)
+    assert {row.what for row in rows} == {"tokenize, English", "tokenize, multilingual"}
+    assert {f"{OURS}, GPT2Tokenizer", "tokenizers"} <= {row.who for row in rows} and all(row.value > 0 for row in rows)
+
+
+def test_tokenizers_of_a_file_give_the_same_ids(tmp_path):
+    pytest.importorskip("psutil")
+    from benchmarks.tokenizing import tokenize_file
+
+    shared("vocab", "gpt2")
+    (tmp_path / "text").write_text("One café, two cafés.\n\n" * 50, "utf-8")
+    makers = {
+        "python": None,
+        "fast": "gigatoken",
+        "tiktoken": "tiktoken",
+        "tokenizers": "tokenizers",
+        "gigatoken": "gigatoken",
+    }
+    there = [name for name, package in makers.items() if package is None or importlib.util.find_spec(package)]
+    found = [tokenize_file.encoded(getattr(tokenize_file, name)(), tmp_path / "text")["ids"] for name in there]
+    assert found == found[:1] * len(there) and found[0][0] > 100
+
+
+def test_imports_measure_what_is_over_a_bare_interpreter(monkeypatch):
+    monkeypatch.setattr(imports, "PACKAGES", {OURS: "import gpt2_multi", imports.BARE: "pass"})
+    monkeypatch.setattr(imports, "MODELS", {OURS: "pass"})
+    rows = imports.run(count=1)
+    what = ["import the package", "import the package", "import the package, over a bare interpreter"]
+    assert [row.what for row in rows] == [*what, "import the model class"]
+
+
+def test_load_measures_equal_logits(monkeypatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from benchmarks.files import load
+
+    monkeypatch.setattr(load, "_growth", lambda who, folder: {"peak": 2.0, "private": 1.0})  # by four more processes
+    rows = load.run(TINY, count=1)
+    what = ["load", "load and first logits", "peak memory of that", "private memory of that"]
+    assert list(dict.fromkeys(row.what for row in rows)) == what and all(row.value > 0 for row in rows)
 
 
 def test_flax_compile_measures_scanned_layers_beside_the_others():
