@@ -56,8 +56,9 @@ def whole_step(model: Any) -> Any:
 
     def step(ids: Any) -> Any:
         with tf.GradientTape() as tape:
-            logits = model({"input_ids": ids}, training=True).logits[:, :-1]
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(ids[:, 1:], logits))
+            logits = model({"input_ids": ids}, training=True).logits
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.roll(ids, -1, 1), logits)  # (B, T)
+            loss = tf.reduce_mean(losses[:, :-1])
         model.optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
         return loss
 
