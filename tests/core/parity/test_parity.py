@@ -10,6 +10,7 @@ from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
 from tests.support.cases import ALONE
+from tests.support.effort import THOROUGH
 
 ALL = {"output_hidden_states": True, "output_attentions": True}
 BOUND64, BOUND32 = 1e-9, 1e-4
@@ -22,6 +23,13 @@ def run_oracle(name, inputs):
     found = reference.outputs(fixtures.config(name), fixtures.weights(name), fixtures.head(name), inputs)
     no_past = fixtures.head(name) in ("token_classification", "question_answering")
     return {key: value for key, value in found.items() if not (no_past and key.startswith("past."))}
+
+
+def calls(name):
+    """A fixture's calls; of a variant those that meet what it changes, which never is how words become vectors."""
+    every = fixtures.cases(name)
+    met = every if THOROUGH or not name.startswith("variant") else ("plain", "mask_left", "head_mask")
+    return {case: every[case] for case in met}
 
 
 def recorded(name, case):
@@ -49,7 +57,7 @@ def difference(found, expected, keep):
 @pytest.mark.parametrize("name", fixtures.MODELS)
 def test_float64_equals_the_oracle(name, backend):
     worst = 0.0
-    for case, inputs in fixtures.cases(name).items():
+    for case, inputs in calls(name).items():
         expected = run_oracle(name, inputs)
         found = backend(fixtures.head(name), fixtures.folder(name), "float64", inputs, ALL)
         assert expected.keys() <= found.keys(), case
@@ -63,7 +71,7 @@ def test_float64_equals_the_oracle(name, backend):
 @pytest.mark.parametrize("name", fixtures.MODELS)
 def test_float32_is_close_to_the_recording(name, backend):
     worst = 0.0
-    for case, inputs in fixtures.cases(name).items():
+    for case, inputs in calls(name).items():
         found = backend(fixtures.head(name), fixtures.folder(name), "float32", inputs, ALL)
         for key, value in recorded(name, case).items():
             relative = difference(found[key].reshape(value.shape), value, kept(inputs)) / np.abs(value).max()
