@@ -7,6 +7,7 @@ import pytest
 
 from tests.support import adapters
 from tests.support import generation_cases as cases
+from tests.support.effort import THOROUGH
 
 GRAPH = {"tf": {"jit_compile": False}}  # XLA would compile for longer than all of it takes
 
@@ -36,8 +37,9 @@ def run(model, backend, case):
 
 @pytest.mark.parametrize("number", range(cases.MODELS))
 def test_tokens_equal_the_loop_in_numpy(folders, backend, number, record_property):
-    folder, dtypes = folders / str(number), ["float64", "float32"][: 2 if number == 0 else 1]
-    backend, differing = backend.__name__, 0
+    folder, backend, differing = folders / str(number), backend.__name__, 0
+    # What compiles is held to recorded tokens in float32 too, elsewhere; here it would compile all of it again.
+    dtypes = ["float64", "float32"] if number == 0 and (THOROUGH or backend == "pt") else ["float64"]
     for dtype in dtypes:
         model = getattr(adapters, f"{backend}_model")("lm", folder, dtype)
         for seed in range(number * cases.OPTION_SETS, (number + 1) * cases.OPTION_SETS):
