@@ -12,7 +12,8 @@ import pytest
 from tests.support.effort import THOROUGH
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for a second thread
-gc.set_threshold(50_000, 20, 20)  # what is traced and compiled makes many objects that stay
+# What is traced and compiled makes many objects that stay; the fixtures below say when all of them are looked at.
+gc.set_threshold(50_000, 20, 10_000)
 QUICK = [  # to compile: LLVM's optimisations take longer than all that these models compute
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
