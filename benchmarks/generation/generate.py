@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,12 @@ def run(
     with written(config) as folder, workers.running(PEERS, folder, who) as running:
         for batch in batches:
             ids = prompts(config, batch, prompt)
-            cases = [generating(f"greedy, batch {batch}", ids, new, {})]
+            greedy = generating(f"greedy, batch {batch}", ids, new, {})
+            rows += measure([greedy], running, count)[0].rows(floor=floor)
             if batch < MANY:
-                cases.append(sampling(f"sampled, batch {batch}", ids, new))
-            found = measure(cases, running, count)
-            rows += found[0].rows(floor=floor) + [row for each in found[1:] for row in each.rows()] + rules(found)
+                sampled = sampling(f"sampled, batch {batch}", ids, new)
+                found = measure([replace(greedy, of=is_ours), sampled], running, count)
+                rows += found[1].rows() + rules(*found)
         for what, options in WAYS.items():
             case = generating(what, prompts(config, 1, prompt), new, options)
             rows += measure([case], running, count)[0].rows()
@@ -78,15 +80,17 @@ def generating(what: str, ids: list[list[int]], new: int, options: dict[str, Any
 
 def sampling(what: str, ids: list[list[int]], new: int) -> Case:
     """Sampled tokens, which are no one's but their own; of several rows by ours alone, to tell what the rules take."""
-    mine: dict[str, Any] = {"of": lambda who: who.startswith(OURS)} if len(ids) > 1 else {}
+    mine: dict[str, Any] = {"of": is_ours} if len(ids) > 1 else {}
     return generating(what, ids, new, SAMPLED, same=lambda *_: True, **mine)
 
 
-def rules(found: Sequence[Found]) -> list[Row]:
+def is_ours(who: str) -> bool:
+    """Whether this is one of ours."""
+    return who.startswith(OURS)
+
+
+def rules(greedy: Found, sampled: Found) -> list[Row]:
     """What the rules of sampling add to a greedy step of ours, as measured in the same rounds."""
-    if len(found) < 2:
-        return []
-    greedy, sampled = found
     rows = []
     for who in ours(sampled.seconds):
         times = [more / less for more, less in zip(sampled.seconds[who], greedy.seconds[who], strict=True)]

@@ -202,7 +202,7 @@ def test_rules_are_what_sampling_adds_in_the_same_rounds():
         Found(Case(what, (), 1), {who: took, "peer": took}, set())
         for what, took in (("greedy", [1.0, 10.0, 1.0]), ("sampled", [1.1, 11.0, 2.0]))
     )
-    (row,) = generate.rules([greedy, sampled])
+    (row,) = generate.rules(greedy, sampled)
     assert (row.what, row.who, row.unit, round(row.value, 6)) == ("sampled, its rules", who, "% of a step", 10.0)
 
 
