@@ -42,6 +42,7 @@ from gpt2_multi.pt.training import (
     later_logits,
     lm_loss,
     span_loss,
+    trained,
 )
 
 Dtype = torch.dtype | str | None
@@ -406,10 +407,10 @@ def answer(
     can_wait = as_dict and skip_logits is None and not torch.compiler.is_compiling()
     if not ((skip_logits or can_wait) and is_chunked(model, hidden)):
         logits = compute(hidden)
-        return lm_loss(logits, labels, mask, items), None if skip_logits else logits
+        return trained(model, lm_loss(logits, labels, mask, items)), None if skip_logits else logits
     weight, dtype = model.lm_head.weight, head_dtype(model, hidden)
     loss = head_loss(hidden, weight, labels, mask, items, dtype)
-    return loss, None if skip_logits else later_logits(hidden, weight, dtype)
+    return trained(model, loss), None if skip_logits else later_logits(hidden, weight, dtype)
 
 
 def is_chunked(model: Any, hidden: Tensor) -> bool:

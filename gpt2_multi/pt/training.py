@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint.quantized import check_trained
 from gpt2_multi.model.outputs import Later
 from gpt2_multi.pt.attention import upcast
-from gpt2_multi.pt.layers import derived, facts, fingerprint, is_last, linear, multiply
+from gpt2_multi.pt.layers import derived, facts, fingerprint, is_last, is_unchanged, linear, multiply
 
 IGNORED = -100
+ADAPTERS = "train what peft.get_peft_model adds to it"
 # Bytes of logits at a time: of each chunk the gradient of the head is read and written once, and what multiplies more
 # quickly for a byte that it reads needs more rows.
 CHUNK = {"cpu": 2**26, "others": 2**30}
@@ -182,6 +184,28 @@ def is_same(x: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.devi
     return (x.shape, x.dtype, x.device) == (shape, dtype, device) and torch.equal(fingerprint(x), bits)
 
 
+class Untrained(torch.autograd.Function):
+    """A loss that nothing trains by: `apply(loss, a tensor with a gradient)` gives it; its backward pass says so."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, asked: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        check_trained(False, ADAPTERS)
+        return None, None
+
+
+def trained(model: Any, loss: Tensor) -> Tensor:
+    """The loss of a model, by which a model in int8 is not trained in silence."""
+    is_asked = model.training and torch.is_grad_enabled() and not loss.requires_grad
+    if model.config.quantization is None or not (is_asked and is_unchanged(loss)) or torch.compiler.is_compiling():
+        return loss
+    asked = torch.zeros((), device=loss.device, requires_grad=True)
+    return Untrained.apply(loss, asked)  # type: ignore[no-untyped-call]
+
+
 def classification_loss(
     logits: Tensor, labels: Tensor, problem_type: str | None, items: Tensor | int | None = None
 ) -> Tensor:
@@ -248,6 +272,9 @@ def train_step(
 
     Gradients are averaged over the batches and clipped to `max_norm` (Pascanu et al. 2013).
     """
+    found = list(model.parameters())
+    is_frozen = any(x.dtype == torch.int8 for x in found) and not any(x.requires_grad for x in found)
+    check_trained(not is_frozen, ADAPTERS)
     batches = list(batches)
     optimizer.zero_grad(set_to_none=True)
     total = 0.0

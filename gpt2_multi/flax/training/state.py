@@ -32,6 +32,7 @@ from gpt2_multi.flax.parameters.sharding import shard_batch
 from gpt2_multi.flax.parameters.tree import Tree, check_alive
 from gpt2_multi.flax.training.losses import IGNORED, shifted
 from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint.quantized import check_trained
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
@@ -161,6 +162,8 @@ def update(state: TrainState, batch: Batch, micro: bool = False) -> tuple[TrainS
 
 def accumulated(state: TrainState, batches: Batch, key: Array) -> tuple[Array, Tree]:
     """The loss and gradients of micro-batches that are stacked, one after the other: those of one batch of all rows."""
+    is_integer = any(x.dtype == jnp.int8 for x in jax.tree.leaves(state.params))
+    check_trained(not is_integer, "take gradients of the floats alone, with jax.grad")
     gradients = jax.value_and_grad(state.apply_fn, has_aux=True)
 
     def one(total: Tree, numbered: Any) -> tuple[Tree, Any]:

@@ -42,6 +42,15 @@ def check_not_quantized(config: GPT2Config, model: str, what: str) -> None:
         raise CheckpointError(f"{model}: a quantized model cannot be {what}; do that before")
 
 
+def check_trained(is_trained: bool, otherwise: str) -> None:
+    """Of a model in int8 that is trained something has to train: integers have no gradient, the floats are frozen."""
+    if not is_trained:
+        raise InputError(
+            "quantization: expected a model of which something trains, found one in int8, whose weights are frozen; "
+            f"train it without quantization, and quantize what comes out, or {otherwise}"
+        )
+
+
 def with_method(config: GPT2Config, quantization: str | None) -> GPT2Config:
     """A configuration that says this of its weights, as config.json has it."""
     rest = {name: value for name, value in config.extra.items() if name != "quantization_config"}

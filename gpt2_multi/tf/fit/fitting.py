@@ -23,6 +23,7 @@ import tensorflow as tf
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint.quantized import check_trained
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.tf.fit import metrics
 from gpt2_multi.tf.fit.arguments import as_keywords, by_labels, plain
@@ -181,6 +182,8 @@ def named(model: Any, y: Any) -> dict[str, Any]:
 
 def train_step(self: Any, data: Any) -> dict[str, Any]:
     """One update: Keras' own, on what `labelled` made of the batch."""
+    is_frozen = self.config.quantization is not None and not self.trainable_variables
+    check_trained(not is_frozen, 'call quantize("int8") and enable_lora(rank) of a model in floats')
     return reducible(self, keras.Model.train_step(self, labelled(self, data)))
 
 

@@ -266,6 +266,9 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "training": ["head_loss", "total_loss", "_derived", "walk", "turn", "chunk_count"],
         },
     },
+    "PyTorch has no training loop of its own that could tell who trains a model in int8": {
+        "pt": {"training": ["trained", "Untrained", "Untrained.forward", "Untrained.backward"]},
+    },
     "XLA writes in place what it need not reshape: in TensorFlow's loop a cache is flat": {
         "tf": {
             "attention": ["KVCache.flat", "KVCache.of_rows", "KVCache.is_flat", "flat", "of_rows", "with_cached"],

@@ -86,6 +86,50 @@ def test_what_is_saved_is_what_convert_writes_and_each_row_is_as_alone(
         again.save_pretrained(tmp_path / "pickle", safe_serialization=False)
 
 
+def test_who_trains_a_model_in_int8_is_told_where_nothing_trains(backend: Any, folder: Path) -> None:
+    sentence = "quantization: expected a model of which something trains, found one in int8"
+    if backend.__name__ == "pt":
+        import torch
+
+        from gpt2_multi.pt import GPT2LMHeadModel
+        from gpt2_multi.pt.training import train_step
+
+        model, ids = GPT2LMHeadModel.from_pretrained(folder, quantization="int8").train(), torch.from_numpy(IDS)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for update in (model(ids, labels=ids).loss.backward, lambda: train_step(model, optimizer, [])):
+            with pytest.raises(InputError, match=sentence):
+                update()
+        model.transformer.ln_f.requires_grad_(True)
+        train_step(model, optimizer, [{"input_ids": ids, "labels": ids}])
+        assert model.transformer.ln_f.weight.grad.abs().sum() > 0
+        model.transformer.ln_f.requires_grad_(False)
+        assert not model.eval()(ids, labels=ids).loss.requires_grad  # as that of another model's reference
+    elif backend.__name__ == "tf":
+        from gpt2_multi.tf import TFGPT2LMHeadModel
+
+        model, batch = TFGPT2LMHeadModel.from_pretrained(folder, quantization="int8"), {"input_ids": IDS, "labels": IDS}
+        model.compile("sgd", run_eagerly=True)
+        with pytest.raises(InputError, match=sentence):
+            model.fit(batch, verbose=0)
+        norm = model.transformer.ln_f
+        norm.gamma.trainable = True
+        model.compile("sgd", run_eagerly=True)
+        before = norm.gamma.numpy()
+        model.fit(batch, verbose=0)
+        assert (norm.gamma.numpy() != before).any()
+    else:
+        import optax
+
+        from gpt2_multi.flax import FlaxGPT2LMHeadModel
+        from gpt2_multi.flax.training import create_train_state, eval_step, train_step
+
+        model = FlaxGPT2LMHeadModel.from_pretrained(folder, quantization="int8")
+        state, batch = create_train_state(model, optax.sgd(0.1)), {"input_ids": IDS, "labels": IDS}
+        assert np.isfinite(eval_step(state, batch)[0])
+        with pytest.raises(InputError, match=sentence):
+            train_step(state, batch)
+
+
 def test_int8_becomes_floats_where_a_format_has_no_room_for_it(folder: Path, quantized: Path, tmp_path: Path) -> None:
     for to, dtype in (("pytorch", None), ("safetensors", "float32")):
         report = convert(quantized, tmp_path / to, to, dtype=dtype)
