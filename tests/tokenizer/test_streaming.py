@@ -110,6 +110,9 @@ def test_files_of_every_kind(tmp_path):
     with path.open("rb") as raw, path.open(encoding="utf-8", newline="") as as_text:
         for source in (path, raw, [as_text], [text], (part for part in [text])):
             assert whole(tokenizer.encode_stream(source)) == ids
+    halves = "ab\ud83d\ude00c\ud83d"  # as files open with surrogates that pass have them
+    with patch.object(reading, "CHUNK", 3):
+        assert whole(tokenizer.encode_stream(io.StringIO(halves))) == tokenizer.encode(halves)
     (found,) = tokenizer.encode_stream([path, "", path], add_special_tokens=False)
     assert found.tolist() == ids * 2 and found.dtype == np.uint16
     assert list(tokenizer.encode_stream([])) == [] and next(tokenizer.encode_stream([""])).tolist() == []

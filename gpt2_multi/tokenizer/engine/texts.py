@@ -34,6 +34,8 @@ def _decoded(file: Any, name: str) -> Iterator[str]:
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     while chunk := file.read(CHUNK):
         if isinstance(chunk, str):  # of a file that is open as text
+            while "\ud800" <= chunk[-1] <= "\udbff" and (more := file.read(1)):  # the other half of a pair
+                chunk += more
             yield repair(chunk)
         else:
             yield _text(decoder, chunk, name, done)
