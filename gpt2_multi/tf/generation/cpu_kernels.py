@@ -31,7 +31,7 @@ def multiplied_in_parts(*models: keras.Model | None) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del vars(layer)["call"]
+            vars(layer).pop("call", None)  # of one that two models share, or two threads compile, it may be gone
 
 
 def are_worthwhile() -> bool:
@@ -54,7 +54,8 @@ def multiply(layer: keras.layers.Dense, x: tf.Tensor, training: bool | None = No
     """What Keras' `Dense.call` makes of x (..., K)."""
     width = x.shape[-1]
     parts = next(count for count in range(min(threads(), MOST), 0, -1) if width % count == 0)
-    if x.shape.num_elements() != width or parts == 1:
+    is_wide = x.dtype.size >= 4  # others would be rounded once for each part
+    if x.shape.num_elements() != width or parts == 1 or not is_wide:
         return _CALL(layer, x, training)
     kernel = tf.reshape(tf.convert_to_tensor(layer.kernel), (parts, width // parts, -1))
     products = tf.matmul(tf.reshape(x, (parts, 1, -1)), kernel)  # (parts, 1, N)

@@ -12,11 +12,15 @@ import tensorflow as tf
 
 from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.request import NO_CALLBACKS
-from gpt2_multi.tf.attention import Attention
 from gpt2_multi.tf.generation.decoding import Prompt, begin, decode, decode_in_place, prefill
 from gpt2_multi.tf.generation.lookup import Assisted
 from gpt2_multi.tf.layers import traced_for_xla
 
+PACKAGE = __name__.partition(".")[0] + "."
+OTHERS = {  # attributes of a model that no step reads: Keras' of training, and what each call hands over anew
+    "compiled", "generation_config", "history", "loss", "optimizer", "predict_function", "stop_evaluating",
+    "stop_predicting", "stop_training", "test_function", "train_function",
+}  # fmt: skip
 KEPT = 4  # sets of a model's functions with what callers bring: another one takes the oldest one's place
 
 
@@ -40,7 +44,7 @@ class Decoders:
         kept = model.__dict__.setdefault("_decoders", {})  # Keras would look into an attribute
         is_plain = callbacks == NO_CALLBACKS and assistant is None
         found: Decoders | None = kept.pop((jit, callbacks, id(assistant)), None)
-        if found is None or list(map(id, found.parts)) != list(map(id, parts)):
+        if found is None or not are_same(found.parts, parts):
             reading = compiled(partial(prefill, model), jit) if is_plain else cls.of(model, jit).prefill
             going = decode_in_place if jit and has_own_attention(model, assistant) else decode
             starting, going = (compiled(partial(function, model), jit) for function in (begin, going))
@@ -59,19 +63,37 @@ def helper_of(strategy: Assisted, prompt: Prompt, jit: bool) -> tuple[Any, ...]:
 
 
 def parts_of(model: keras.Model) -> list[Any]:
-    """What a compiled function holds fast of a model: variables, layers, what each of them computes and in which dtype.
+    """What a compiled function holds fast of a model: variables, layers, their settings, methods and dtypes.
 
-    So quantization, LoRA, another layer, and another `call` of a class or of one layer are seen.
+    So quantization, LoRA, another layer, activation or setting, and another method of a class or of one layer are seen.
     """
     layers = list(model._flatten_layers())
-    calls = [part for layer in layers for part in (type(layer).__call__, type(layer).call, vars(layer).get("call"))]
-    return [*model.weights, *layers, *calls, *(layer.dtype_policy for layer in layers)]
+    named = [pair for layer in layers for pair in vars(layer).items()]
+    settings = [value for name, value in named if name[0] != "_" and name not in OTHERS]
+    classes = dict.fromkeys(cls for layer in layers for cls in type(layer).__mro__)
+    methods = [value for cls in classes for value in vars(cls).values() if callable(value) or type(value) is property]
+    policies = [layer.dtype_policy for layer in layers]
+    return [*model.weights, *layers, *settings, *methods, *policies, repr(model.config)]
+
+
+def are_same(kept: Sequence[Any], parts: Sequence[Any]) -> bool:
+    """Whether these are the same objects; of configurations, which are changed in place, the same texts."""
+    return list(map(id, kept[:-1])) == list(map(id, parts[:-1])) and kept[-1:] == parts[-1:]
 
 
 def has_own_attention(*models: keras.Model | None) -> bool:
     """Whether nobody but our own code looks into a cache."""
-    layers = [layer for model in models if model is not None for layer in model.body().attentions()]
-    return all(type(layer) is Attention and "call" not in vars(layer) for layer in layers)
+    found = [(model, model.body()) for model in models if model is not None]
+    return all(is_own(layer) for model, body in found for layer in (model, body, *body.h, *body.attentions()))
+
+
+def is_own(layer: keras.layers.Layer) -> bool:
+    """Whether all methods of ours are what we wrote, in a layer of ours: in itself, its class and any subclass."""
+    own = [vars(cls) for cls in type(layer).__mro__ if cls.__module__.startswith(PACKAGE)]
+    names = [name for each in own for name, value in each.items() if callable(value) and name[:2] != "__"]
+    found = [vars(layer).get(name, getattr(type(layer), name)) for name in (*names, "__call__")]
+    modules = [getattr(value, "__globals__", {}).get("__name__", "") for value in found if type(value) is not type]
+    return bool(own) and all(module.startswith((PACKAGE, "keras.")) for module in modules)  # Keras wraps a few
 
 
 def compiled(function: Callable[..., Any], jit: bool) -> Any:

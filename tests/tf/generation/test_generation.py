@@ -124,6 +124,9 @@ def test_parts_of_a_kernel_make_its_product(width, monkeypatch):
             assert np.allclose(layer(x), expected, rtol=0, atol=1e-14)
         assert np.array_equal(layer(x), expected)
     assert len(multiplied) == 2
+    layer.dtype_policy, x = "bfloat16", tf.cast(x[:1], tf.bfloat16)
+    with cpu_kernels.multiplied_in_parts(layer, layer):  # of a narrow sum each part would be rounded
+        assert np.array_equal(cpu_kernels.multiply(layer, x), layer(x))
 
 
 def test_layers_that_do_more_than_keras_dense_ones_are_no_plain_ones(monkeypatch):

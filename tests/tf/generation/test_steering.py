@@ -1,5 +1,6 @@
 """Generation calls the model as everybody does: what changes a call changes every text, also after the first one."""
 
+import functools
 import inspect
 
 import numpy as np
@@ -11,6 +12,8 @@ keras = pytest.importorskip("keras")
 from gpt2_multi.generation.rules import gumbel, window_start
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.tf import TFGPT2LMHeadModel, TFGPT2Model
+from gpt2_multi.tf.attention import Attention
+from gpt2_multi.tf.generation.decoders import Decoders, has_own_attention
 from tests.support import generation_cases as cases
 from tests.support.effort import THOROUGH
 
@@ -192,6 +195,40 @@ def test_a_class_that_is_changed_is_seen(monkeypatch):
     monkeypatch.setattr(TFGPT2LMHeadModel, "call", liking)
     found = model.generate(IDS, **GRAPH).numpy()
     assert found.tolist() == expected(model, "greedy") and not np.array_equal(found, before)
+
+
+def test_settings_and_methods_that_are_changed_are_seen():
+    model = new()
+    block, layer = model.transformer.h[0], model.transformer.h[1].mlp.c_fc
+    attend, before = block.attn.attend, model.generate(IDS, **GRAPH).numpy()
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(tf.ones_like(layer.lora_kernel_b))
+    kept = Decoders.of(model, False)
+    for change in (
+        lambda: setattr(layer, "lora_alpha", 32.0),
+        lambda: setattr(block.mlp, "act", tf.nn.relu),
+        lambda: setattr(block.ln_1, "epsilon", 3.0),
+        lambda: setattr(block.attn, "attend", lambda q, *given: attend(q * -4.0, *given)),
+        lambda: setattr(model.config, "reorder_and_upcast_attn", True),
+    ):
+        assert Decoders.of(model, False) is kept
+        change()
+        kept, stale = Decoders.of(model, False), kept
+        assert kept is not stale
+    found = model.generate(IDS, **GRAPH).numpy()
+    assert found.tolist() == [greedy(model, row) for row in IDS] and not np.array_equal(found, before)
+
+
+def test_caches_are_flat_where_none_but_our_code_sees_them(monkeypatch):
+    assert has_own_attention(new(), None) and has_own_attention(type("Named", (TFGPT2LMHeadModel,), {})(SMALL))
+    assert not has_own_attention(new(Liking))
+    replaced, turned = new(), new()
+    replaces(replaced)
+    turned.transformer.h[0].attn.attend = lambda *given: None
+    assert not any(map(has_own_attention, (replaced, turned)))
+    other = functools.wraps(Attention.call)(lambda self, *given, **named: None)
+    monkeypatch.setattr(Attention, "call", other)
+    assert not has_own_attention(new())
 
 
 def test_a_stream_of_text_is_steered(tmp_path):
