@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gpt2_multi.flax.attention import KVCache
-from gpt2_multi.flax.layers import dense, interceptors, is_traced
+from gpt2_multi.flax.layers import are_stock, dense, interceptors, is_traced
 from gpt2_multi.flax.model import ACTIVATIONS, GPT2Module
 from gpt2_multi.flax.parameters import axes
 from gpt2_multi.flax.training.losses import (
@@ -73,10 +73,10 @@ class Headed(nn.Module):
     def is_chunked(self, body: GPT2Module, hidden: Array, skip_logits: bool | None) -> bool:
         """Whether the loss computes logits by itself: many, of a head that is ours, on one device."""
         is_own = type(self).logits is Headed.logits and type(body).logits is GPT2Module.logits and not interceptors()
+        is_own = is_own and type(body.wte) is nn.Embed and are_stock()
         is_compiled = skip_logits or is_traced(hidden)  # where logits that nobody reads are left out
         is_alone = jax.sharding.get_abstract_mesh().size <= 1
-        is_plain = self.config.quantization is None
-        return is_own and is_plain and is_compiled and is_alone and chunk_count(hidden, self.weight(body)) > 1
+        return is_own and is_compiled and is_alone and chunk_count(hidden, self.weight(body)) > 1
 
     def weight(self, body: GPT2Module) -> Array:
         """The head's weight, (V, E), of which `logits` has been called."""

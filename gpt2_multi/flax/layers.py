@@ -23,6 +23,7 @@ from gpt2_multi.model.weights import table
 
 MOST_PARTS = 8  # of a kernel that one row is multiplied by, however many threads there are
 ROW_AXES = ("data", "fsdp")  # of a mesh, over which the rows of a batch are cut
+_STOCK = nn.DenseGeneral.__call__, nn.Embed.attend
 POLICIES = (  # of jax.checkpoint_policies
     "everything_saveable",
     "nothing_saveable",
@@ -89,6 +90,16 @@ def dense(
         dot_general=of_matrices,
         name=name,
     )
+
+
+def stock() -> tuple[Any, ...]:
+    """What linen's layers multiply by now."""
+    return nn.DenseGeneral.__call__, nn.Embed.attend
+
+
+def are_stock() -> bool:
+    """Whether it is what linen wrote: otherwise nothing of ours may stand in its place."""
+    return stock() == _STOCK
 
 
 def of_matrices(x: Array, kernel: Array, dimensions: Any, **options: Any) -> Array:

@@ -32,6 +32,7 @@ from gpt2_multi.flax.layers import (
     interceptors,
     is_concrete,
     is_traced,
+    stock,
 )
 from gpt2_multi.flax.parameters import casting
 from gpt2_multi.flax.parameters.axes import automatic
@@ -111,7 +112,8 @@ class FlaxGPT2PreTrainedModel:
 
     def settings(self) -> tuple[Any, ...]:
         """What compiled functions depend on besides their arguments: they are made anew where it is not the same."""
-        return repr(self.config), self.module, type(self.module).__call__, type(self).__call__, *interceptors()
+        calls = type(self.module).__call__, type(self).__call__, *stock(), *interceptors()
+        return repr(self.config), self.module, *calls
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is compiled, which belongs to this object: a copy compiles its own."""

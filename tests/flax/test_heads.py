@@ -143,6 +143,14 @@ def test_a_compiled_loss_never_has_all_logits_of_a_head_that_is_ours(chunked):
         model(IDS, skip_logits=True)
 
 
+def test_a_loss_is_that_of_the_head_as_it_is_now(chunked, monkeypatch):
+    model, labels = chunked()
+    before, attend = model(IDS, labels=labels, skip_logits=True).loss, flax_linen.Embed.attend
+    monkeypatch.setattr(flax_linen.Embed, "attend", lambda self, x: -attend(self, x))
+    found, whole = (model(IDS, labels=labels, skip_logits=skip).loss for skip in (True, False))
+    assert np.isclose(found, whole, rtol=0, atol=1e-12) and not np.isclose(found, before)
+
+
 def test_token_labels_under_padding_do_not_count(both):
     inputs = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS % 3}
     assert_same(*both("token_classification", inputs), ["loss"])

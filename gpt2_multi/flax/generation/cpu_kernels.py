@@ -19,6 +19,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.traverse_util import flatten_dict
 from jax import Array, lax
 
+from gpt2_multi.flax.layers import are_stock
 from gpt2_multi.flax.parameters.tree import Tree
 
 Kernels = Mapping[str, Array]  # (out, in) each, by the path of its layer
@@ -29,7 +30,7 @@ LEAST = 16  # tokens to come, above which it is worth the time to transpose
 def are_worthwhile(model: Any, rows: int, room: int) -> bool:
     """Whether a loop over so many rows and tokens is quicker so, and reads no other kernels than its parameters'."""
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    alone = alone and model.config.quantization is None  # integers are (out, in) as they are
+    alone = alone and are_stock() and model.config.quantization is None  # integers are (out, in) as they are
     return alone and model.is_plain and not model.scan_layers and rows in ROWS and room > LEAST
 
 
@@ -52,7 +53,7 @@ def multiplied_first(kernels: Kernels) -> AbstractContextManager[None]:
 def kernel_first(kernels: Kernels, call: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:
     """Linen's interceptor: dense layers and the tied head by `product`."""
     layer = context.module
-    if isinstance(layer, nn.DenseGeneral) and context.method_name == "__call__":
+    if type(layer) is nn.DenseGeneral and context.method_name == "__call__":
         features = (layer.features,) if isinstance(layer.features, int) else layer.features
         axes = 1 if isinstance(layer.axis, int) else len(layer.axis)
         bias: Any = layer.get_variable("params", "bias")
@@ -60,7 +61,7 @@ def kernel_first(kernels: Kernels, call: Callable[..., Any], args: Any, options:
         x = product(x.reshape(*x.shape[: x.ndim - axes], -1), kernel)
         x = x.reshape(*x.shape[:-1], *features)
         return x if bias is None else x + bias.reshape(*[1] * (x.ndim - bias.ndim), *features)
-    if isinstance(layer, nn.Embed) and context.method_name == "attend":
+    if type(layer) is nn.Embed and context.method_name == "attend":
         return product(*promote_dtype(args[0], layer.embedding, dtype=layer.dtype))
     return call(*args, **options)
 

@@ -328,3 +328,5 @@ def test_kernels_are_transposed_where_it_pays(monkeypatch):
     assert found == [False, True, True, False] and not cpu_kernels.are_worthwhile(model, 8, 16)
     with nn.intercept_methods(lambda call, args, inputs, context: call(*args, **inputs)):
         assert not cpu_kernels.are_worthwhile(model, 8, 64)
+    monkeypatch.setattr(nn.DenseGeneral, "__call__", lambda self, x: x)
+    assert not cpu_kernels.are_worthwhile(model, 8, 64)
