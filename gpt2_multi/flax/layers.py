@@ -166,12 +166,12 @@ def product(x: Array, kernel: Array, kernel_scale: Array) -> Array:
 
     On a CPU, XLA multiplies one row of integers by a loop that is slow, and two by a kernel that is quick.
     """
-    rows, scale = quantize_rows(x.reshape(math.prod(x.shape[:-1]), -1))
+    rows, scale = quantize_rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # of no row -1 would say nothing
     several = jnp.concatenate([rows, jnp.zeros_like(rows)]) if len(rows) == 1 else rows
     several = lax.optimization_barrier(several.astype(jnp.int8))
     y = lax.dot_general(several, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
     y = lax.optimization_barrier(y)[: len(rows)].astype(x.dtype) * kernel_scale.astype(x.dtype)[None, :] * scale
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], len(kernel))
 
 
 @product.defjvp
@@ -229,7 +229,7 @@ class QuantizedEmbedding(nn.Module):
 
 def widened(dtype: Any) -> Any:
     """What rows are rounded in: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.promote_types(jnp.dtype(dtype), np.float32)
 
 
 class LayerNorm(nn.LayerNorm):

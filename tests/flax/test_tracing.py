@@ -8,6 +8,7 @@ import numpy as np
 from jax import export
 
 from gpt2_multi import flax
+from gpt2_multi.model.checkpoint.quantized import with_method
 from gpt2_multi.model.config import GPT2Config
 from tests.support.effort import THOROUGH
 
@@ -130,6 +131,13 @@ def test_generation_promotes_nothing(rule, dtype, strict):
     jax.eval_shape(
         lambda params: model.generate(IDS, MASK, params=params, max_new_tokens=3, **RULES[rule]), model.params
     )
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_integers_promote_nothing(rows, strict):
+    model = flax.FlaxGPT2LMHeadModel(with_method(STRICT, "int8"), dtype="bfloat16")
+    found = jax.eval_shape(lambda params: model(IDS[:rows], params=params).logits, model.params)
+    assert found.shape == (rows, 6, STRICT.vocab_size) and found.dtype == "bfloat16"
 
 
 def test_what_cannot_be_traced_promotes_nothing(strict):
