@@ -8,9 +8,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.effort import THOROUGH
 
+settings.register_profile("untimed", deadline=None)  # how long an example takes is asked nowhere
+settings.load_profile("untimed")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for a second thread
 # What is traced and compiled makes many objects that stay; the fixtures below say when all of them are looked at.
 gc.set_threshold(50_000, 20, 10_000)

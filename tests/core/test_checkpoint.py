@@ -119,7 +119,7 @@ def test_a_pointer_of_git_lfs_is_told(tmp_path, name):
         GPT2Config.from_pretrained(tmp_path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(position=st.integers(0, 200), byte=st.integers(0, 255))
 def test_a_damaged_header_never_crashes(tmp_path_factory, position, byte):
     path = tmp_path_factory.mktemp("damaged") / "x"

@@ -3,7 +3,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_multi.errors import TokenizerError
@@ -196,7 +196,6 @@ def test_words_follow_the_rule(text):
     assert split_words(text) == regex.findall(rule, text)
 
 
-@settings(deadline=None)  # the first compiles the pattern
 @given(st.lists(st.sampled_from(["a", " ", "\n", "\t", "word", "'s", "\u3000", "😀"]), max_size=30), st.integers(1, 9))
 def test_windows_never_cut_a_word(parts, size):
     text = "".join(parts)

@@ -86,7 +86,7 @@ def whole(found):
 
 
 @pytest.mark.parametrize("name", ALL, ids=str)
-@settings(deadline=None, max_examples=some(2000, 60))
+@settings(max_examples=some(2000, 60))
 @given(st.lists(st.sampled_from(PIECES), max_size=24), st.integers(1, 9), st.integers(1, 9))
 def test_ids_are_those_of_the_whole_text(name, pieces, size, chunk):
     tokenizer, text = ALL[name], "".join(pieces)
