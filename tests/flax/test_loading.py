@@ -184,8 +184,7 @@ def test_generation_settings_and_the_tokenizer_stay_with_the_model(tmp_path):
     assert again.generation_config == model.generation_config and (tmp_path / "m" / "vocab.json").exists()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize(("tied", "scanned"), pairs([True, False], [False, True]))
 def test_new_embeddings_are_the_mean_of_the_old_ones(tied, scanned, tmp_path):
     model = random_model(LM, SMALL.replace(tie_word_embeddings=tied), scan_layers=scanned)
     old, before = model.params, np.asarray(model(IDS).logits)
