@@ -269,8 +269,8 @@ def embedding(config: GPT2Config) -> nn.Embedding:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The integers from -127 to 127 that the numbers of each row are nearest to, as floats, and the row's scale."""
-    scale = (x.abs().amax(-1, keepdim=True) / GREATEST).clamp_min(LEAST)
-    return torch.round(x / scale), scale
+    scale = x.abs().amax(-1, keepdim=True).div_(GREATEST).clamp_min_(LEAST)
+    return (x / scale).round_(), scale
 
 
 @cache

@@ -1,7 +1,7 @@
 """Steps of few tokens on a CPU: a block in a dozen calls, by oneDNN's products, with weights packed where that pays.
 
 Only where nobody would see the difference: every module is one of ours or PyTorch's, as it was made, without hooks, in
-float32. oneDNN is quicker at weights in an order of its own, into which `packing` copies them.
+float32, int8 or bfloat16. oneDNN is quicker at weights in an order of its own, into which `packing` copies them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from gpt2_multi.pt.attention import Attention, CrossAttention, KVCache, positions
 from gpt2_multi.pt.generation.packing import Loan
-from gpt2_multi.pt.layers import WORTHWHILE, QuantizedEmbedding, QuantizedLinear, is_plain, multiplies_int8
+from gpt2_multi.pt.layers import (
+    HAS_ONEDNN,
+    WORTHWHILE,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    is_plain,
+    is_unchanged,
+    multiplies_int8,
+)
 from gpt2_multi.pt.model import ACTIVATIONS, MLP, GPT2Block, GPT2Model
 
 Product = Callable[[Tensor, Tensor | None], Tensor]  # (..., in) and what is added to the product, (..., out)
@@ -151,18 +159,27 @@ def quantized_product_of(layer: QuantizedLinear, loan: Loan | None, act: Any) ->
     return product
 
 
+def is_read(x: Tensor) -> bool:
+    """Whether numbers on a CPU are computed with as they are, and oneDNN is there for them."""
+    if x.dtype != torch.bfloat16:
+        return is_plain(x)
+    if not (HAS_ONEDNN and x.is_cpu and torch.backends.mkldnn.enabled) or torch.is_autocast_enabled("cpu"):
+        return False
+    return is_unchanged(x) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def is_ordinary(x: Any) -> bool:
-    """Whether a parameter is in float32, or in int8, on a CPU, in the order of rows or of columns, or none at all."""
+    """Whether a parameter is of a dtype for oneDNN, on a CPU, in the order of rows or of columns, or is none."""
     if x is None:
         return True
-    is_read = type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided
-    if not is_read or x.dtype not in (torch.float32, torch.int8) or not x.numel():
+    is_there = type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided
+    if not is_there or x.dtype not in (torch.float32, torch.bfloat16, torch.int8) or not x.numel():
         return False
     return x.is_contiguous() or x.mT.is_contiguous()
 
 
 def is_own(
-    model: Any, is_plain: Callable[[Any], bool] = is_plain, is_ordinary: Callable[[Any], bool] = is_ordinary
+    model: Any, is_read: Callable[[Any], bool] = is_read, is_ordinary: Callable[[Any], bool] = is_ordinary
 ) -> bool:
     """Whether nothing but code of this package and of PyTorch would run in a call, so that it may run in another way.
 
@@ -172,7 +189,7 @@ def is_own(
     body = getattr(model, "transformer", None)
     if torch.is_grad_enabled() or type(body) is not GPT2Model or type(body.wpe) is not nn.Embedding:
         return False
-    if not is_plain(body.wpe.weight.detach()):
+    if not is_read(body.wpe.weight.detach()):
         return False
     if body.attn_implementation != "sdpa" or body.config.reorder_and_upcast_attn:
         return False
@@ -203,7 +220,8 @@ def is_as_made(module: nn.Module, is_ordinary: Callable[[Any], bool], dtype: tor
         return False  # a weight that is computed, or changed by each call
     if not all(isinstance(part, _PLACES.get(name, object)) for name, part in own["_modules"].items()):
         return False
-    return all(map(is_ordinary, own["_parameters"].values()))
+    found = own["_parameters"].values()
+    return all(is_ordinary(x) and (x is None or x.dtype in (dtype, torch.int8)) for x in found)
 
 
 def are_in_order(body: Any) -> bool:

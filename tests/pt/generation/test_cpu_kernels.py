@@ -172,6 +172,43 @@ def test_a_model_that_is_loaded_in_a_dtype_is_as_it_was_made():
         assert cpu_kernels.is_own(loaded) and not cpu_kernels.is_own(wider)
 
 
+HAS_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="oneDNN without bfloat16 here: the model is called")
+
+
+@bfloat16
+@torch.no_grad()
+def test_bfloat16_is_as_near_to_float32_as_by_the_model(steps, monkeypatch):
+    exact, model = (GPT2LMHeadModel.from_pretrained("demo", param_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    ids = torch.arange(5, 53).view(4, 12)
+    options = {"max_new_tokens": 24, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    quick = model.generate(ids, **options)
+    assert len(steps) == 23 and quick.logits[-1].dtype == torch.bfloat16
+    monkeypatch.setattr("gpt2_multi.pt.generation.decoding.is_own", lambda model: False)
+    ordinary = model.generate(ids, **options)
+    assert len(steps) == 23
+    errors = []
+    for found in (quick, ordinary):
+        whole = exact(found.sequences).logits[:, 11:-1]
+        errors.append((torch.stack(found.logits, 1).float() - whole).abs())
+    assert errors[0].mean() < 1.1 * errors[1].mean() and errors[0].max() < 1.5 * errors[1].max()
+    assert quick.sequences.equal(ordinary.sequences)
+
+
+@bfloat16
+@torch.no_grad()
+def test_bfloat16_is_for_whole_models_of_it():
+    model = make().bfloat16()
+    assert cpu_kernels.is_own(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not cpu_kernels.is_own(model)
+    model.transformer.ln_f.float()
+    assert not cpu_kernels.is_own(model)
+    integers = GPT2LMHeadModel.from_pretrained("demo", quantization="int8")
+    assert cpu_kernels.is_own(integers) and not cpu_kernels.is_own(integers.bfloat16())
+    assert not cpu_kernels.is_own(make().half())
+
+
 @torch.no_grad()
 def test_a_model_is_as_it_was_made_after_something_was_compiled(monkeypatch):
     torch.compile(nn.Linear(2, 2), backend="eager")(torch.zeros(1, 2))
