@@ -30,7 +30,7 @@ from gpt2_multi.tf.layers import QuantizedEmbedding, dense, dropout, facts, made
 from gpt2_multi.tf.loading import TFGPT2PreTrainedModel
 from gpt2_multi.tf.model import ACTIVATIONS, TFGPT2Model, give
 from gpt2_multi.tf.serve import export
-from gpt2_multi.tf.training import classification_loss, cross_entropy, lm_loss, span_loss
+from gpt2_multi.tf.training import chunk_count, classification_loss, cross_entropy, head_loss, lm_loss, span_loss
 
 
 @keras.saving.register_keras_serializable("gpt2_multi")
@@ -83,10 +83,13 @@ class TFGPT2LMHeadModel(TFGPT2PreTrainedModel):
         labels: tf.Tensor | None = None,
         training: bool = False,
         logits_to_keep: int = 0,
+        skip_logits: bool | None = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Logits (B, T, V) of the next token; with labels (B, T), shifted here, their loss.
 
-        `logits_to_keep` n computes those of the last n positions only (0: of all).
+        The loss of many logits in training has them in chunks within a function that is traced, which leaves out
+        `logits` that nobody reads. `skip_logits` True gives none, False has the loss computed from them, as where its
+        second derivative is wanted. `logits_to_keep` n computes those of the last n positions only (0: of all).
         """
         outputs = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
@@ -94,10 +97,9 @@ class TFGPT2LMHeadModel(TFGPT2PreTrainedModel):
             training,
         )  # fmt: skip
         inputs.check_kept(logits_to_keep)
-        logits = self.logits(outputs.last_hidden_state[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            loss = lm_loss(logits, labels, present(attention_mask, labels))
+        hidden = outputs.last_hidden_state[:, -logits_to_keep:]
+        mask = None if labels is None else present(attention_mask, labels)
+        loss, logits = answer(self, hidden, labels, mask, skip_logits, training)
         output = CausalLMOutputWithCrossAttentions(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions, outputs.cross_attentions
         )
@@ -185,11 +187,12 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         labels: tf.Tensor | None = None,
         mc_labels: tf.Tensor | None = None,
         training: bool = False,
+        skip_logits: bool | None = None,
     ) -> GPT2DoubleHeadsModelOutput | tuple[Any, ...]:
         """Logits (B, C, T, V) and scores (B, C) of C choices, given as (B, C, T) ids, mask, types and positions.
 
         mc_token_ids: (B, C), the token that is scored, by default the last one that the mask keeps. labels: (B, C, T),
-        shifted here. mc_labels: (B,), the right choice.
+        shifted here. mc_labels: (B,), the right choice. `skip_logits` is as in `TFGPT2LMHeadModel.call`.
         """
         source: Any = input_ids if input_ids is not None else inputs_embeds
         inputs.check_given(input_ids, inputs_embeds)
@@ -203,12 +206,11 @@ class TFGPT2DoubleHeadsModel(TFGPT2PreTrainedModel):
         mask = tf.ones(choices, tf.int32) if attention_mask is None else attention_mask[..., -choices[2] :]
         if mc_token_ids is not None:
             inputs.check_choice_tokens(facts("mc_token_ids", mc_token_ids), source.shape[:3])
-        logits = lm_logits(self, hidden)
+        loss, logits = answer(self, hidden, labels, mask, skip_logits, training)
         scores = self.multiple_choice_head(hidden, keep=mask, mc_token_ids=mc_token_ids)
         scores = tf.squeeze(scores, -1) if scores.shape[-1] == 1 else scores
         output = GPT2DoubleHeadsModelOutput(
-            None if labels is None else lm_loss(logits, labels, mask),
-            None if mc_labels is None else cross_entropy(scores, mc_labels),
+            loss, None if mc_labels is None else cross_entropy(scores, mc_labels),
             logits, scores, outputs.past_key_values, outputs.hidden_states, outputs.attentions,
         )  # fmt: skip
         return give(self.config, output, return_dict)
@@ -369,6 +371,59 @@ def lm_logits(model: TFGPT2PreTrainedModel, hidden: tf.Tensor) -> tf.Tensor:
     if wte.quantization_mode is not None:
         return wte(hidden, reverse=True)
     return tf.matmul(hidden, tf.cast(wte.embeddings, hidden.dtype), transpose_b=True)  # Keras would transpose a copy
+
+
+def answer(
+    model: Any, hidden: tf.Tensor, labels: tf.Tensor | None, mask: tf.Tensor | None, skip_logits: bool | None,
+    training: bool,
+) -> tuple[tf.Tensor | None, tf.Tensor | None]:  # fmt: skip
+    """The loss of labels, if there are any, and the logits; see `TFGPT2LMHeadModel.call`."""
+    compute = getattr(model, "logits", partial(lm_logits, model))
+    if labels is None:
+        inputs.check_skipped(skip_logits)
+        return None, compute(hidden)
+    is_left_out = skip_logits or (training and not tf.executing_eagerly() and skip_logits is None)
+    if not (is_left_out and is_chunked(model, hidden)):
+        logits = compute(hidden)
+        return lm_loss(logits, labels, mask), None if skip_logits else logits
+    loss = head_loss(hidden, head_weight(model), labels, mask, trained(model), training)
+    return loss, None if skip_logits else compute(hidden)
+
+
+def is_chunked(model: Any, hidden: tf.Tensor) -> bool:
+    """Whether the loss computes logits by itself: many, of a head that nobody has replaced, adapted or quantized."""
+    own, head = TFGPT2LMHeadModel.logits, head_of(model)
+    if getattr(getattr(model, "logits", None), "__func__", own) is not own or not is_plain(head, hidden):
+        return False
+    count = chunk_count(hidden, head_weight(model))
+    return tf.is_tensor(count) or count > 1
+
+
+def is_plain(head: Any, hidden: tf.Tensor) -> bool:
+    """Whether a head multiplies by its weight and does nothing else."""
+    if head.quantization_mode is not None or head.compute_dtype != hidden.dtype.name or "call" in vars(head):
+        return False
+    if type(head) is keras.layers.Dense:
+        return head.bias is None and head.activation is keras.activations.linear and head.activity_regularizer is None
+    return type(head) is keras.layers.ReversibleEmbedding
+
+
+def head_of(model: Any) -> Any:
+    """The layer that has the head's weight."""
+    return model.transformer.wte if model.config.tie_word_embeddings else model.lm_head
+
+
+def head_weight(model: Any) -> tf.Tensor:
+    """The head's weight, (V, E)."""
+    head = head_of(model)
+    return tf.convert_to_tensor(head.embeddings) if model.config.tie_word_embeddings else tf.transpose(head.kernel)
+
+
+def trained(model: Any) -> tuple[bool, bool]:
+    """Whether what is below the head trains, and the head itself: eagerly, where nothing is left out, both may."""
+    parts = model.transformer, head_of(model)
+    below, head = (tf.executing_eagerly() or bool(part.trainable_variables) for part in parts)
+    return below, head
 
 
 def present(mask: tf.Tensor | None, labels: tf.Tensor) -> tf.Tensor | None:

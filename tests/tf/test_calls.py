@@ -139,8 +139,8 @@ BAD = {
     "twice": (lambda m: m(IDS, input_ids=IDS), TypeError, r"TFGPT2LMHeadModel\(\): input_ids is given twice"),
     "twice in a dict": (lambda m: m({"input_ids": IDS}, input_ids=IDS), TypeError, "input_ids is given twice"),
     "twice in a list": (lambda m: m([IDS, None, MASK], None, MASK), TypeError, "attention_mask is given twice"),
-    "too many": (lambda m: m(*[None] * 17), TypeError, r"GPT2LMHeadModel\(\): expected at most 16 arguments"),
-    "too many in a list": (lambda m: m([IDS] * 17), TypeError, "expected at most 16 arguments in order, found 17"),
+    "too many": (lambda m: m(*[None] * 18), TypeError, r"GPT2LMHeadModel\(\): expected at most 17 arguments"),
+    "too many in a list": (lambda m: m([IDS] * 18), TypeError, "expected at most 17 arguments in order, found 18"),
 }
 
 

@@ -64,6 +64,91 @@ def test_no_counted_label_is_a_loss_of_zero(both):
     assert float(both("lm", {"input_ids": IDS, "labels": np.full_like(IDS, -100)})[0].loss) == 0
 
 
+@pytest.fixture
+def chunked(monkeypatch):
+    """A function that gives a model whose loss has chunks of 7 rows, with its inputs, of which some labels are -100."""
+    monkeypatch.setattr("gpt2_multi.tf.training.CHUNK", (7 * 31 * 8,) * 2)
+    labels = np.where(RNG.random(IDS.shape) < 0.3, -100, IDS)
+
+    def run(head="lm", tied=True):
+        keras.utils.set_random_seed(0)
+        off = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop", "summary_first_dropout"), 0.0)
+        model = CLASSES[head](SMALL.replace(tie_word_embeddings=tied, **off), param_dtype="float64")
+        given = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
+        return model, {name: x[None] if head == "double_heads" else x for name, x in given.items()}
+
+    return run
+
+
+def derivatives(model, inputs, **options):
+    """The loss, and its gradients, times 3; None where there is none."""
+    with tf.GradientTape() as tape:
+        loss = 3 * model(inputs, **options).loss
+    return [loss, *tape.gradient(loss, [variable.value for variable in model.trainable_variables])]
+
+
+def assert_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            one, other = map(tf.convert_to_tensor, (one, other))
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("head", "tied"), [("lm", True), ("lm", False), ("double_heads", True)])
+def test_a_loss_in_chunks_is_that_of_all_logits(head, tied, chunked):
+    model, inputs = chunked(head, tied)
+    for change in ({}, {"attention_mask": np.ones_like(inputs["input_ids"])}, {"labels": inputs["labels"] * 0 - 100}):
+        given = inputs | change
+        expected = derivatives(model, given, skip_logits=False)
+        for training in (True, False):  # whose gradients are made beside the loss, or when they are asked for
+            assert_close(derivatives(model, given, skip_logits=True, training=training), expected)
+
+
+def test_a_compiled_loss_never_has_all_logits_of_a_head_that_is_ours(chunked):
+    model, inputs = chunked()
+
+    def step(inputs):
+        return [x for x in derivatives(model, inputs, training=True) if x is not None]
+
+    inputs = {name: tf.constant(x) for name, x in inputs.items()}
+    text = tf.function(step, jit_compile=True).experimental_get_compiler_ir(inputs)(stage="optimized_hlo")
+    assert not any(f"f64[{shape},31]" in text for shape in ("3,9", "27"))
+    model.transformer.wte.trainable = False  # then the head's gradient is not made beside the loss
+    expected = derivatives(model, inputs, skip_logits=False)
+    sizes = [{name: tf.TensorSpec((None, None), tf.int64) for name in inputs}]
+    found = tf.function(step, input_signature=sizes)(inputs)
+    assert_close(found, [x for x in expected if x is not None])
+
+
+def test_logits_beside_a_loss_in_chunks(chunked):
+    model, inputs = chunked()
+    whole = model(inputs)
+    found = tf.function(lambda inputs: model(inputs, training=True, use_cache=False))(inputs)
+    assert_close([found.loss, found.logits], [whole.loss, whole.logits])
+    assert model(inputs, skip_logits=True).logits is None
+    empty = {name: x[:0] for name, x in inputs.items()}
+    assert model(empty, skip_logits=True).loss == 0
+    with pytest.raises(InputError, match="skip_logits: expected labels"):
+        model(IDS, skip_logits=True)
+    with tf.GradientTape(persistent=True) as tape:
+        loss = model(inputs, skip_logits=True, training=True).loss
+        first = tape.gradient(loss, model.transformer.ln_f.gamma.value)
+    np.testing.assert_array_equal(tape.gradient(loss, model.transformer.ln_f.gamma.value), first)
+    with pytest.raises(InputError, match="loss: it was computed in chunks, which have no second derivative"):
+        tape.gradient(first, model.transformer.ln_f.gamma.value)
+
+    class Capped(tfm.TFGPT2LMHeadModel):
+        def logits(self, hidden):
+            return super().logits(hidden) * 0
+
+    assert np.isclose(Capped(SMALL)(inputs, skip_logits=True).loss, np.log(31))
+    head = keras.layers.Dense(31, use_bias=False, activation="relu", dtype="float64")
+    head.build((None, 12))
+    model.set_output_embeddings(head)
+    assert_close([model(inputs, skip_logits=True).loss], [model(inputs).loss])
+
+
 def test_token_labels_under_padding_do_not_count(both):
     inputs = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS % 3}
     assert_same(*both("token_classification", inputs), ["loss"])

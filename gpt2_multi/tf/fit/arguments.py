@@ -15,7 +15,7 @@ from gpt2_multi.model import inputs
 
 NO_TENSORS = (
     "past_key_values", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "training",
-    "logits_to_keep",
+    "logits_to_keep", "skip_logits",
 )  # fmt: skip
 
 

@@ -166,8 +166,17 @@ def labelled(model: Any, data: Any) -> tuple[dict[str, Any], Any, Any]:
         weight = by_labels(model, "sample_weight", weight)
         weight = weight if len(model.label_names) > 1 else next(iter(weight.values()), None)
     if model._compile_loss is None and weight is None:
-        inputs |= labels
+        inputs |= labels | skipped(model, labels)
     return inputs, labels if len(model.label_names) > 1 else next(iter(labels.values()), y), weight
+
+
+def skipped(model: Any, labels: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether metrics read the logits of a language model, as far as no code but our own does."""
+    names = ("call", "__call__", "compute_loss", "compute_metrics")
+    is_own = all(metrics.is_known(getattr(type(model), name)) and name not in vars(model) for name in names)
+    if model.head not in ("lm", "double_heads") or "labels" not in labels or not is_own:
+        return {}
+    return {"skip_logits": model._compile_metrics is None}
 
 
 def named(model: Any, y: Any) -> dict[str, Any]:
@@ -275,10 +284,12 @@ def what_fit_needs(names: tuple[str, ...]) -> str:
 
 def compute_metrics(self: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
     """Keras' metrics, which see labels and logits: with the model's own loss, those that it counts."""
+    if self._compile_metrics is None:
+        return keras.Model.compute_metrics(self, x, y, y_pred, sample_weight)
     logits = logits_of(self, y, y_pred)
     if self._compile_loss is not None:
         sample_weight = metrics.beside(logits, sample_weight)
-    elif self._compile_metrics is not None:
+    else:
         labels = metrics.targets(self, x, y, y_pred)
         weights = None if sample_weight is None else metrics.weights_of(self, labels, sample_weight)
         y = of_head(self, labels)

@@ -258,12 +258,16 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "heads": ["answer", "is_chunked", "head_dtype"],
             "training": [
                 *(f"HeadLoss{name}" for name in ("", ".forward", ".backward")),
-                *("head_loss", "whole_loss", "walk", "turn", "chunk_rows", "later_logits", "is_same"),
+                *("whole_loss", "chunk_rows", "later_logits", "is_same"),
             ],
+        },
+        "tf": {
+            "heads": ["answer", "is_chunked", "is_plain", "head_of", "head_weight", "trained"],
+            "training": ["total_loss", "once", "chunk_count"],
         },
         "flax": {
             "heads": ["Headed.answer", "Headed.is_chunked", "Headed.weight"],
-            "training": ["head_loss", "total_loss", "_derived", "walk", "turn", "chunk_count"],
+            "training": ["total_loss", "_derived", "chunk_count"],
         },
     },
     "PyTorch has no training loop of its own that could tell who trains a model in int8": {

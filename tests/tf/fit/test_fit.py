@@ -13,6 +13,7 @@ keras = pytest.importorskip("keras")
 from gpt2_multi import tf as tfm
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.tf import heads
 from gpt2_multi.tf.fit.optimizers import AdamW, CosineSchedule
 from gpt2_multi.tf.training import cosine_schedule
 from tests.support.effort import THOROUGH
@@ -76,6 +77,27 @@ def test_every_mode_trains_as_a_loop_does(mode):
     expected, loss = trained_by_a_loop()
     assert fit(model, LABELLED) == pytest.approx([loss], rel=1e-6)
     np.testing.assert_allclose(model.predict(IDS, verbose=0).logits, expected(IDS).logits, atol=1e-5)
+
+
+def test_logits_that_nobody_reads_are_never_there_as_a_whole(monkeypatch):
+    calls, lm_logits = [], heads.lm_logits
+    monkeypatch.setattr(heads, "lm_logits", lambda *given: calls.append(1) or lm_logits(*given))
+    monkeypatch.setattr("gpt2_multi.tf.training.CHUNK", (5 * 50 * 4,) * 2)
+
+    class Penalised(tfm.TFGPT2LMHeadModel):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return super().compute_loss(x, y, y_pred, sample_weight, training) + 0 * tf.reduce_mean(y_pred["logits"])
+
+    expected = pytest.approx([float(new()(IDS, labels=IDS).loss)], rel=1e-6)
+    for mode in ("graph", "eager"):
+        calls.clear()
+        model = compiled(mode=MODES[mode])
+        assert fit(model, LABELLED, batch_size=7) == expected
+        model.evaluate(IDS, IDS, verbose=0)
+        assert not calls
+    for cls, options in ((tfm.TFGPT2LMHeadModel, {"metrics": ["accuracy"]}), (Penalised, {})):
+        calls.clear()
+        assert fit(compiled(cls=cls, **options), LABELLED, batch_size=7) == expected and calls
 
 
 def test_the_first_loss_is_the_model_s_own():
