@@ -370,7 +370,9 @@ def lm_logits(model: TFGPT2PreTrainedModel, hidden: tf.Tensor) -> tf.Tensor:
         return wte.attend(hidden)
     if wte.quantization_mode is not None:
         return wte(hidden, reverse=True)
-    return tf.matmul(hidden, tf.cast(wte.embeddings, hidden.dtype), transpose_b=True)  # Keras would transpose a copy
+    kernel = tf.cast(wte.embeddings, hidden.dtype)  # Keras would transpose a copy
+    tokens = tf.reshape(hidden, (-1, kernel.shape[1]))  # or each row of a batch would have a gradient (V, E) of its own
+    return tf.reshape(tf.matmul(tokens, kernel, transpose_b=True), (*sizes(hidden)[:-1], kernel.shape[0]))
 
 
 def answer(
