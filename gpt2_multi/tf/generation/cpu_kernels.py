@@ -2,7 +2,8 @@
 
 XLA multiplies one row by a kernel on a single thread, which does not read as fast as memory gives. Several products at
 once it spreads over the threads: so a kernel is read as parts, each with some of the inputs, and what they make is
-added up. Nothing is copied. With two threads of GPT-2 124M all kernels of the blocks take 6 ms so, and 11 otherwise.
+added up. Nothing is copied. More parts than there are threads are quicker still: a token of GPT-2 124M takes two
+threads 12.9 ms in two parts, and 10.6 in eight.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-MOST = 8  # parts, however many threads there are
+MOST = 8  # parts of a kernel, however many threads there are
 _CALL = keras.layers.Dense.call  # another one that takes its place is nothing of ours
 
 
@@ -53,7 +54,7 @@ def threads() -> int:
 def multiply(layer: keras.layers.Dense, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
     """What Keras' `Dense.call` makes of x (..., K)."""
     width = x.shape[-1]
-    parts = next(count for count in range(min(threads(), MOST), 0, -1) if width % count == 0)
+    parts = next(count for count in range(MOST, 0, -1) if width % count == 0)
     is_wide = x.dtype.size >= 4  # others would be rounded once for each part
     if x.shape.num_elements() != width or parts == 1 or not is_wide:
         return _CALL(layer, x, training)
