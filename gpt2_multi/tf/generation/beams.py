@@ -5,6 +5,7 @@ B prompts, K beams of each, C candidates of each, V vocabulary, N new tokens (ro
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import keras
@@ -13,7 +14,7 @@ import tensorflow as tf
 from gpt2_multi.generation.callbacks import Callbacks
 from gpt2_multi.generation.options import Options
 from gpt2_multi.generation.request import NO_CALLBACKS
-from gpt2_multi.tf.attention import KVCache, flat, of_rows, upcast
+from gpt2_multi.tf.attention import KVCache, Pair, flat, of_rows, upcast
 from gpt2_multi.tf.generation.decoding import (
     Prompt,
     Proposed,
@@ -29,6 +30,8 @@ from gpt2_multi.tf.generation.decoding import (
 )
 from gpt2_multi.tf.generation.rules import ends, gumbel, process, without
 from gpt2_multi.tf.layers import sizes
+
+PIECE = 8  # columns of a cache that are moved at once
 
 
 class Paths(NamedTuple):
@@ -211,12 +214,28 @@ def reorder(state: BeamState, beam: tf.Tensor, token: tf.Tensor, is_guided: bool
     def moved(buffer: tf.Tensor) -> tf.Tensor:
         return tf.concat([buffer[:, :, :prompt], tf.gather(buffer[:, :, prompt:], moving)], 2)
 
-    def moved_in_place(buffer: tf.Tensor) -> tf.Tensor:
-        after = of_rows(buffer[:, prompt:], sizes(moving)[0])
-        return keras.ops.slice_update(buffer, (0, prompt, 0), flat(tf.gather(after, moving)))
-
-    change = moved_in_place if state.cache.is_flat else moved
-    layers = tuple((change(key), change(value)) for key, value in state.cache.layers)
+    if state.cache.is_flat:
+        layers = moved_in_place(state.cache, moving, prompt, room)
+    else:
+        layers = tuple((moved(key), moved(value)) for key, value in state.cache.layers)
     ids = put(tf.gather(state.ids, rows), tf.reshape(token, [-1]), state.length)
     cache = KVCache(layers, state.cache.cross, state.cache.filled)
     return state._replace(step=state.step + 1, length=state.length + 1, ids=ids, cache=cache)
+
+
+def moved_in_place(cache: KVCache, rows: tf.Tensor, first: int, room: int) -> tuple[Pair, ...]:
+    """The layers of a flat cache with these rows (R,) of the columns from `first` on, as far as they are filled.
+
+    A few columns at a time: they stay in the processor's caches between being read and being written.
+    """
+    width = math.gcd(room, PIECE)
+
+    def move(buffer: tf.Tensor, at: tf.Tensor) -> tf.Tensor:
+        every, _, size = sizes(buffer)
+        piece = of_rows(tf.slice(buffer, (0, at, 0), (every, width, size)), sizes(rows)[0])
+        return keras.ops.slice_update(buffer, (0, at, 0), flat(tf.gather(piece, rows)))
+
+    def once(at: tf.Tensor, layers: tuple[Pair, ...]) -> tuple[Any, ...]:
+        return at + width, tuple((move(key, at), move(value, at)) for key, value in layers)
+
+    return tf.while_loop(lambda at, _: at < cache.filled, once, (tf.constant(first), cache.layers))[1]

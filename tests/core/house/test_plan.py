@@ -230,6 +230,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "put",
                 "align",
             ],
+            "generation/beams": ["moved_in_place"],
             "generation/rules": ["when", "likeliest", "ordered", "greatest", "every", "first_few", "four_rounds"],
         },
         "flax": {
