@@ -263,8 +263,12 @@ def projection(config: GPT2Config, inputs: int, outputs: int, bias: bool = True)
 
 def embedding(config: GPT2Config) -> nn.Embedding:
     """The embedding of tokens: in int8 where the configuration says so."""
-    made = nn.Embedding if config.quantization is None else QuantizedEmbedding
-    return made(config.vocab_size, config.n_embd)
+    return (bare_embedding if config.quantization is None else QuantizedEmbedding)(config.vocab_size, config.n_embd)
+
+
+def bare_embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding without first values: to have those on "meta", PyTorch would import its compiler for seconds."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,7 +378,7 @@ class QuantizedEmbedding(nn.Embedding):
     """nn.Embedding with its rows in int8, each with a scale; a tied head is of the same integers."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        super().__init__(num_embeddings, embedding_dim)
+        super().__init__(num_embeddings, embedding_dim, _weight=torch.empty(num_embeddings, embedding_dim))
         self.weight, self.weight_scale = integers(num_embeddings, embedding_dim)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -166,8 +166,8 @@ class GPT2PreTrainedModel(nn.Module):
         for module in self.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_meta:  # `to` and `to_empty` cannot change a fake one
-                    kept = parameter.dtype if name not in castable(module) else dtype
-                    replace_parameter(module, name, torch.empty_like(parameter, dtype=kept, device=device))
+                    kept = dtype if dtype is not None and name in castable(module) else parameter.dtype
+                    replace_parameter(module, name, torch.empty(parameter.shape, dtype=kept, device=device))
         if device.type != "meta":
             self._initialise()
 

@@ -32,7 +32,17 @@ from gpt2_multi.pt.attention import (
     positions,
     score_dtype,
 )
-from gpt2_multi.pt.layers import castable, embedding, facts, gelu, is_at_hand, perceptron, project, projection
+from gpt2_multi.pt.layers import (
+    bare_embedding,
+    castable,
+    embedding,
+    facts,
+    gelu,
+    is_at_hand,
+    perceptron,
+    project,
+    projection,
+)
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 
 
@@ -202,7 +212,7 @@ class GPT2Model(GPT2PreTrainedModel):
         self.set_attn_implementation(attn_implementation)
         with self.building(param_dtype):
             self.wte = embedding(config)
-            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+            self.wpe = bare_embedding(config.n_positions, config.n_embd)
             self.drop = nn.Dropout(config.embd_pdrop)
             self.h = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.n_layer))
             self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)

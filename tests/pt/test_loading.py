@@ -1,5 +1,7 @@
 """PyTorch models to and from files: transformers and back, resizing, pruning, fresh heads, damage."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -250,3 +252,13 @@ def test_openai_s_checkpoints_load_by_the_old_function(path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
     with pytest.raises(CheckpointError, match="not a checkpoint of this configuration"):
         pt.load_tf_weights_in_gpt2(pt.GPT2LMHeadModel(config.replace(n_layer=4)), folder)
+
+
+def test_to_load_and_to_generate_imports_no_compiler():
+    code = (
+        "import sys, torch; from gpt2_multi.pt import GPT2LMHeadModel as M; m = M.from_pretrained('demo'); "
+        "m.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2); M(m.config); "
+        "M.from_pretrained('demo', quantization='int8'); print({'torch._dynamo', 'sympy'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"

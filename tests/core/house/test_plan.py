@@ -271,6 +271,9 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             "training": ["total_loss", "_derived", "chunk_count"],
         },
     },
+    'an embedding of PyTorch has first values of its own, which on the device "meta" cost an import': {
+        "pt": {"layers": ["bare_embedding"]},
+    },
     "PyTorch has no training loop of its own that could tell who trains a model in int8": {
         "pt": {"training": ["trained", "Untrained", "Untrained.forward", "Untrained.backward"]},
     },
