@@ -163,7 +163,7 @@ def test_a_streamer_prints_whole_characters(capsys):
 
 
 def test_another_thread_iterates_over_the_pieces():
-    streamer = gpt2_multi.TextIteratorStreamer(_Bytes(), timeout=5)
+    streamer = gpt2_multi.TextIteratorStreamer(_Bytes(), timeout=600)
 
     def write():
         for part in ([[97]], [0xC3], [0xA9], [0xC3]):

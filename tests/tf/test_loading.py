@@ -388,7 +388,7 @@ def test_wrong_arguments_are_one_sentence(tmp_path):
 def test_another_backend_of_keras_is_one_sentence():
     options = {**os.environ, "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
     run = [sys.executable, "-c", "import gpt2_multi.tf"]
-    done = subprocess.run(run, env=options, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(run, env=options, capture_output=True, text=True, check=False)
     if "No module named 'jax'" in done.stderr:
         pytest.skip("jax is not installed")
     last = done.stderr.strip().splitlines()[-1]

@@ -123,7 +123,7 @@ def test_streamers_give_the_text_and_another_thread_its_end(demo, capsys):
     ids = torch.tensor([tokenizer("ROMEO:").input_ids])
     text = tokenizer.decode(model.generate(ids, max_new_tokens=12, streamer=TextStreamer(tokenizer))[0])
     assert capsys.readouterr().out == text + "\n"
-    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=600)
     call = {"max_new_tokens": 12, "streamer": pieces}
     threading.Thread(target=model.generate, args=(ids,), kwargs=call).start()
     assert "ROMEO:" + "".join(pieces) == text
