@@ -6,8 +6,9 @@ B prompts, K beams of each, C candidates of each, V vocabulary, N new tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from gpt2_multi.generation.request import NO_CALLBACKS
 from gpt2_multi.pt.attention import KVCache, upcast
 from gpt2_multi.pt.generation.decoding import Prompt, State, guided, own_ends, own_rules, record
 from gpt2_multi.pt.generation.rules import ends, gumbel, likeliest, process
-from gpt2_multi.pt.layers import is_at_hand
+from gpt2_multi.pt.layers import is_at_hand, to_numpy
 
 
 class Paths(NamedTuple):
@@ -175,13 +176,34 @@ def can_improve(score: Tensor, found: Hypotheses, made: int, room: int, options:
 def reorder(state: BeamState) -> None:
     """Go on with the rows of the running beams, each of which shares its prompt with the one that it replaces."""
     rows, chosen = (x[..., state.step].flatten() for x in (state.running.beams, state.running.tokens))
+    texts = state.ids[:, state.length - state.step : state.length]
     state.ids = state.ids[rows]
     state.ids[:, state.length] = chosen
     made = slice(state.extra + state.length - state.step, state.extra + state.length)
-    moving = torch.cat([rows, rows + len(rows)]) if state.is_guided else rows
-    if not (is_at_hand(moving) and moving.equal(torch.arange(len(moving)))):
-        for pair in cast(KVCache, state.cache).layers:
-            for buffer in pair:
-                part = buffer[:, :, made]
-                part.copy_(part.index_select(0, moving))
+    if state.is_guided:
+        rows, texts = torch.cat([rows, rows + len(rows)]), texts.repeat(2, 1)
+    parts = [buffer[:, :, made] for pair in cast(KVCache, state.cache).layers for buffer in pair]
+    if is_at_hand(rows):
+        move(parts, rows.tolist(), to_numpy(texts))
+    else:
+        for part in parts:
+            part.copy_(part.index_select(0, rows))
     state.step, state.length = state.step + 1, state.length + 1
+
+
+def move(parts: list[Tensor], rows: list[int], texts: np.ndarray[Any, Any]) -> None:
+    """Let each row of tensors (R, H, N, D) be the one that `rows` names, from where their texts (R, N) part.
+
+    No two beams have one text, so that what they have in common was read once and copied.
+    """
+    left, order = {into: of for into, of in enumerate(rows) if into != of}, []
+    starts = {into: int((texts[into] != texts[of]).argmax()) if texts.size else 0 for into, of in left.items()}
+    while free := set(left).difference(left.values()):  # what nobody will read any more
+        order += [(into, left.pop(into), starts[into]) for into in free]
+    into, of = torch.tensor([*left]), torch.tensor([*left.values()])  # rows that go round in circles
+    least = min((starts[row] for row in left), default=0)
+    for part in parts:
+        for row, other, start in order:
+            part[row, :, start:] = part[other, :, start:]
+        if left:
+            part[into, :, least:] = part[of, :, least:]

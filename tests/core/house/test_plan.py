@@ -249,7 +249,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
         },
         "pt": {
             "generation/rules": ["Kept", "Kept.whole", "likeliest", "bits"],
-            "generation/beams": ["greatest"],
+            "generation/beams": ["greatest", "move"],
             "generation/decoding": ["State.made", "is_repeated"],
             "generation/generate": ["stride_of"],
         },

@@ -1,5 +1,7 @@
 """Generation in PyTorch: the recorded tokens, the specification's rules, padding, counts of compilations, bad input."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.request import options_of
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt import GPT2LMHeadModel
-from gpt2_multi.pt.generation import rules
+from gpt2_multi.pt.generation import beams, rules
 from tests.support import fixtures
 from tests.support.cases import SAMPLING
 
@@ -81,6 +83,16 @@ def test_beams_equal_the_recorded(model):
     assert torch.equal(model.generate(*prompts, eos_token_id=None, **given), RECORDED["gen.beam4"])
     given |= {"eos_token_id": int(RECORDED["gen.eos"]), "num_return_sequences": 2, "length_penalty": 0.8}
     assert torch.equal(model.generate(*prompts, **given), RECORDED["gen.beam4_eos"])
+
+
+def test_beams_move_as_they_are_chosen():
+    """What they have in common is the same in the cache, and stays."""
+    texts = np.array([[7, 1, 1], [7, 1, 2], [7, 3, 1], [8, 3, 1]])
+    history = torch.tensor([[7, 71, 711], [7, 71, 712], [7, 73, 731], [8, 83, 831]])
+    for rows in itertools.product(range(4), repeat=4):
+        parts = [history[:, None, :, None].clone() for _ in range(2)]
+        beams.move(parts, list(rows), texts)
+        assert all(part[:, 0, :, 0].equal(history[list(rows)]) for part in parts), rows
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
