@@ -21,7 +21,7 @@ SMALL = {"config": TINY, "shapes": ((1, 16),)}
 
 def run(
     config: GPT2Config | None = None,
-    shapes: Sequence[tuple[int, int]] = ((2, 256), (8, 1024)),
+    shapes: Sequence[tuple[int, int]] = ((2, 256), (8, 256), (8, 1024)),
     who: Sequence[str] = (),
 ) -> list[Row]:
     """One update with a batch of each shape, after one of a few tokens, for which AdamW makes its moments."""
