@@ -35,7 +35,8 @@ class PyTorch(Process):
 
     def train(self, ids: Any) -> float:
         if self.step is None:
-            chosen = {"lr": ADAMW["learning_rate"], "weight_decay": ADAMW["weight_decay"]}
+            # fused as Trainer's default: the other one holds the greatest parameter twice more in its step
+            chosen = {"lr": ADAMW["learning_rate"], "weight_decay": ADAMW["weight_decay"], "fused": True}
             self.step = self.updater(torch.optim.AdamW(self.model.train().parameters(), **chosen))
         with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in self.modes):
             return float(self.step(batch_of(ids)))
