@@ -14,7 +14,7 @@ from gpt2_multi.tf.attention import upcast
 from gpt2_multi.tf.layers import facts, mean, sizes
 
 IGNORED = -100
-CHUNK = 2**26, 2**30  # bytes of logits at a time, on a CPU and elsewhere: see gpt2_multi.pt.training
+CHUNK = 2**27, 2**30  # bytes of logits at a time, on a CPU and elsewhere; each costs a sum of gradients (V, E)
 
 
 def cross_entropy(
