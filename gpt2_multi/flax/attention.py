@@ -114,7 +114,9 @@ def write(buffer: Array, new: Array, start: Array | int) -> Array:
         return lax.dynamic_update_slice_in_dim(buffer, new, start, axis=2)
 
     is_merged = not is_concrete(start) and jax.default_backend() == "cpu"
-    return lax.cond(start >= 0, written, lambda x: x, buffer) if is_merged else written(buffer)
+    if not is_merged or jax.make_jaxpr(written)(buffer).out_avals != [jax.typeof(buffer)]:  # in the axes of shard_map
+        return written(buffer)
+    return lax.cond(start >= 0, written, lambda x: x, buffer)
 
 
 class Context(NamedTuple):

@@ -140,6 +140,20 @@ def test_integers_promote_nothing(rows, strict):
     assert found.shape == (rows, 6, STRICT.vocab_size) and found.dtype == "bfloat16"
 
 
+def test_a_cache_is_made_and_filled_by_each_shard():
+    model = flax.FlaxGPT2LMHeadModel(CONFIG)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def step(params, ids):
+        cache = model.init_cache(len(ids), 8)
+        cache = model(ids[:, :4], past_key_values=cache, params=params).past_key_values
+        return model(ids[:, 4:], past_key_values=cache, params=params).logits
+
+    specs = (jax.P(), jax.P("data")), jax.P("data")
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs[0], out_specs=specs[1])
+    assert jax.eval_shape(mapped, model.params, IDS).shape == (3, 2, 50)
+
+
 def test_what_cannot_be_traced_promotes_nothing(strict):
     model = flax.FlaxGPT2LMHeadModel(STRICT)
     assert model.generate(IDS[:1], max_new_tokens=3, prompt_lookup_num_tokens=2).shape == (1, 9)
