@@ -20,6 +20,8 @@ from gpt2_multi.flax.generation.decoding import Prompt, Sampling, State, guided,
 from gpt2_multi.flax.generation.rules import ends, gumbel, process
 from gpt2_multi.generation.options import Options
 
+COLUMNS = 8  # of a cache, which move at once; of which a bucket is a multiple
+
 
 class Paths(NamedTuple):
     """How texts came about, token by token; X is K or more."""
@@ -82,7 +84,7 @@ class BeamSearch(Sampling):
         beams, step = state.beams, state.step
         log_probs = jax.nn.log_softmax(upcast(logits[:, 0])).astype(beams.scores.dtype)
         log_probs, own = guided(state, log_probs, options), own_rules(self, state)
-        processed = process(log_probs, state.ids, state.mask, state.length, step, options, own)
+        processed = process(log_probs, state.ids, state.mask, state.length, step, options, own).logits
         values, beam, token = candidates(processed, beams.scores, step, options)  # (B, C)
         stop = jnp.take_along_axis(state.stop.reshape(beams.scores.shape), beam, 1)
         over, stop = ends(token, stop, options)
@@ -168,13 +170,22 @@ def can_improve(score: Array, found: Hypotheses, made: Any, new: Any, options: O
 def reorder(cache: KVCache, rows: Array, start: int) -> KVCache:
     """The cache of these rows (R,), each of which shares what is before `start` with the one that it replaces.
 
-    Guided rows have as many after them, which move with them.
+    Only columns that hold a token move, and none where every row keeps its own. Guided rows have as many after them,
+    which move with them.
     """
     every = (cache.layers if cache.stacked else cache.layers[0])[0].shape[-4]
+    are_kept = (rows == jnp.arange(len(rows), dtype=rows.dtype)).all()
     rows = jnp.concatenate([rows + first for first in range(0, every, len(rows))])
+    count = jnp.where(are_kept, 0, -((start - cache.length) // COLUMNS))
 
-    def moved(x: Array) -> Array:
-        made = jnp.take(x[..., start:, :], rows, axis=x.ndim - 4, mode="clip")
-        return lax.dynamic_update_slice_in_dim(x, made, start, axis=x.ndim - 2)
+    def moved(number: Array, layers: Any) -> Any:
+        place = start + number * COLUMNS
 
-    return KVCache(jax.tree.map(moved, cache.layers), cache.cross, cache.length)
+        def one(x: Array) -> Array:
+            made = lax.dynamic_slice_in_dim(x, place, COLUMNS, axis=x.ndim - 2)
+            made = jnp.take(made, rows, axis=x.ndim - 4, mode="clip")
+            return lax.dynamic_update_slice_in_dim(x, made, place, axis=x.ndim - 2)
+
+        return jax.tree.map(one, layers)
+
+    return KVCache(lax.fori_loop(0, count, moved, cache.layers), cache.cross, cache.length)

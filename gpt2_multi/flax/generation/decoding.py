@@ -171,8 +171,8 @@ class Sampling:
         """The state one token further, by the logits (R, 1, V) after the last one; of guided rows (2 R, 1, V)."""
         raw, own = upcast(logits[:, 0]), own_rules(self, state)
         raw = guided(state, raw, options)
-        processed = process(raw, state.ids, state.mask, state.length, state.step, options, own)
-        chosen = choose(processed, state.step, options)
+        kept = process(raw, state.ids, state.mask, state.length, state.step, options, own)
+        processed, chosen = kept.logits, choose(kept, state.step, options)
         is_word = options.fill < processed.shape[1]  # then what the cache holds is what the caller sees
         chosen = jnp.where(state.finished & is_word, options.fill, chosen)
         state = accept(record(state, logits[:, 0], processed, chosen), chosen, options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,16 @@ from gpt2_multi.generation.rules import PARITY, ROTATIONS
 from gpt2_multi.generation.stopping import FOUND
 
 FEW = 64  # tokens that are put in order, which is quick; what keeps more looks for its limit, bit by bit
+
+
+class Kept(NamedTuple):
+    """What a token is chosen among: all logits, -inf where ruled out, and the likeliest tokens in their order.
+
+    All rules look at these first, so that nothing is put in order twice; where nothing is sampled, they are any.
+    """
+
+    logits: Array  # (R, V)
+    tokens: Array  # (R, K)
 
 
 def as_tensors(options: Options) -> Options:
@@ -35,7 +45,7 @@ def process(
     step: Any,
     options: Options,
     own: Callable[[Array], Array] | None = None,
-) -> Array:
+) -> Kept:
     """What the tokens after the first `length` ids are chosen by, from the model's logits, or beams' log-probabilities.
 
     logits: (R, V). ids: (R, S), of which those count that `keep` (R, S) marks. step: how many tokens were made. own:
@@ -49,15 +59,16 @@ def process(
     short = (keep.sum(-1, keepdims=True) < options.min_length) | (step < options.min_new_tokens)  # (R, 1)
     logits = when(short.any(), lambda x: without(x, short & is_end(x, options)[None]), logits)
     logits = logits if own is None else own(logits)
-    return when(options.do_sample, lambda x: warp(x, options), logits)
+    blank = jnp.zeros((len(logits), few(logits)), jnp.int32)
+    return lax.cond(options.do_sample, lambda x: warp(x, options), lambda x: Kept(x, blank), logits)
 
 
-def choose(processed: Array, step: Any, options: Options) -> Array:
+def choose(processed: Kept, step: Any, options: Options) -> Array:
     """The next token of each row, (R,)"""
     return lax.cond(
         options.do_sample,
         lambda: sample(processed, options.streams, step),
-        lambda: likeliest(processed, every(processed)),
+        lambda: likeliest(processed.logits, every(processed.logits)),
     )
 
 
@@ -130,44 +141,48 @@ def ban_repeats(logits: Array, ids: Array, keep: Array, length: Any, size: Any) 
     return without(logits, mark(logits, ids, lax.fori_loop(1, longest, narrowed, keep)))
 
 
-def warp(logits: Array, options: Options) -> Array:
+def warp(logits: Array, options: Options) -> Kept:
     """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
     logits = kept = logits / jnp.asarray(options.temperature, logits.dtype)
-    least = options.least_kept
-    kept = when(options.top_k > 0, lambda x: keep_top_k(x, jnp.maximum(options.top_k, least)), kept)
-    kept = when(options.top_p < 1, lambda x: keep_top_p(x, options.top_p), kept)
+    tokens, least = first_few(logits), options.least_kept
+    kept = when(options.top_k > 0, lambda x: keep_top_k(x, tokens, jnp.maximum(options.top_k, least)), kept)
+    kept = when(options.top_p < 1, lambda x: keep_top_p(x, tokens, options.top_p), kept)
     kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
     kept = when(options.typical_p < 1, lambda x: keep_typical(x, options.typical_p), kept)
-    return when(least > 1, lambda x: jnp.where(keep_top_k(logits, least) > -jnp.inf, logits, x), kept)
+    kept = when(least > 1, lambda x: jnp.where(keep_top_k(logits, tokens, least) > -jnp.inf, logits, x), kept)
+    return Kept(kept, lax.cond(options.typical_p < 1, lambda: first_few(kept), lambda: tokens))  # others may be left
 
 
-def keep_top_k(logits: Array, k: Any) -> Array:
-    """Keep the k greatest logits, and what ties with the k-th."""
+def keep_top_k(logits: Array, tokens: Array, k: Any) -> Array:
+    """Keep the k greatest logits, and what ties with the k-th. tokens: (R, K), those of the greatest in order."""
 
     def of_few() -> Array:
-        values, _ = first_few(logits)
-        return without(logits, logits < lax.dynamic_slice_in_dim(values, k - 1, 1, axis=1))
+        last = lax.dynamic_slice_in_dim(tokens, k - 1, 1, axis=1)
+        return without(logits, logits < at(logits, last))
 
     def of_all() -> Array:
         keys = ordered(logits)
         return without(logits, keys < greatest(keys, lambda key: (keys >= key).sum(-1, keepdims=True) >= k))
 
-    return lax.cond(k <= min(FEW, logits.shape[1]), of_few, of_all)
+    return lax.cond(k <= tokens.shape[1], of_few, of_all)
 
 
-def keep_top_p(logits: Array, p: Any) -> Array:
-    """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first."""
-    probs, p = jax.nn.softmax(logits), jnp.asarray(p, logits.dtype)
-    values, tokens = first_few(logits)
-    reached = jnp.cumsum(jnp.take_along_axis(probs, tokens, 1), -1)
+def keep_top_p(logits: Array, tokens: Array, p: Any) -> Array:
+    """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first.
+
+    tokens: (R, K), those of the greatest logits in order.
+    """
+    p, most = jnp.asarray(p, logits.dtype), logits.max(-1, keepdims=True)
+    powers = jnp.exp(at(logits, tokens) - most)  # (R, K)
+    reached = jnp.cumsum(powers / jnp.exp(logits - most).sum(-1, keepdims=True), -1)
 
     def of_few() -> Array:
-        last = (reached < p).sum(-1, keepdims=True)  # the place of what reaches p
-        least, token = jnp.take_along_axis(values, last, 1), jnp.take_along_axis(tokens, last, 1)
+        token = at(tokens, (reached < p).sum(-1, keepdims=True))  # what reaches p
+        least = at(logits, token)
         return without(logits, (logits < least) | ((logits == least) & (every(logits)[None] > token)))
 
     def of_all() -> Array:
-        keys = ordered(logits)
+        keys, probs = ordered(logits), jax.nn.softmax(logits)
 
         def mass(where: Array) -> Array:
             return jnp.where(where, probs, 0).sum(-1, keepdims=True)
@@ -226,17 +241,24 @@ def greatest(keys: Array, holds: Callable[[Array], Array]) -> Array:
     return lax.fori_loop(0, width, lower, jnp.zeros((len(keys), 1), keys.dtype))
 
 
-def sample(logits: Array, streams: Any, step: Any) -> Array:
-    """Draw from softmax(logits) by the Gumbel noise (Maddison et al. 2014) of each row's stream: (R, V) -> (R,)
+def sample(kept: Kept, streams: Any, step: Any) -> Array:
+    """Draw from the softmax of logits by the Gumbel noise (Maddison et al. 2014) of each row's stream: (R,)
 
     Where all but a few tokens are ruled out, there is no noise for them.
     """
+    logits, tokens = kept
 
     def among(logits: Array, tokens: Array) -> Array:
         return likeliest(logits + gumbel(streams, step, tokens, logits.dtype), tokens)
 
-    are_few = ((logits > -jnp.inf).sum(-1) <= min(FEW, logits.shape[1])).all()
-    return lax.cond(are_few, lambda: among(*first_few(logits)), lambda: among(logits, every(logits)))
+    values = at(logits, tokens)
+    are_all = ((logits > -jnp.inf).sum(-1) == (values > -jnp.inf).sum(-1)).all()
+    return lax.cond(are_all, lambda: among(values, tokens), lambda: among(logits, every(logits)))
+
+
+def at(x: Array, index: Array) -> Array:
+    """What stands at these places of each row: (R, V), (R, K) -> (R, K)"""
+    return jnp.take_along_axis(x, index, 1, mode="clip")
 
 
 def every(logits: Array) -> Array:
@@ -244,10 +266,15 @@ def every(logits: Array) -> Array:
     return jnp.arange(logits.shape[1], dtype=jnp.int32)
 
 
-def first_few(logits: Array) -> tuple[Array, Array]:
-    """The greatest logits of each row, in order, and their tokens: (R, K) each, of equal ones the lower token first."""
+def few(logits: Array) -> int:
+    """How many tokens of (R, V) logits are put in order."""
+    return min(FEW, logits.shape[1])
+
+
+def first_few(logits: Array) -> Array:
+    """The tokens of the greatest logits of each row, in order, of equal ones the lower first: (R, V) -> (R, K)"""
     zeros_as_one = jnp.where(logits != 0, logits, 0)  # XLA puts -0 after 0
-    return lax.top_k(zeros_as_one, min(FEW, logits.shape[1]))  # type: ignore[return-value]
+    return lax.top_k(zeros_as_one, few(logits))[1]
 
 
 def gumbel(streams: Any, step: Any, tokens: Array, dtype: Any) -> Array:

@@ -124,7 +124,7 @@ class BeamSearch(NamedTuple):
         """Go on by one token, from the logits (B * K, 1, V) of the next."""
         (logits, led), made = guided(logits[:, 0], options, self.is_guided), state.step + 1
         log_probs, own = led if self.is_guided else tf.nn.log_softmax(led), own_rules(self, state)
-        processed = process(log_probs, state.ids, written(state), state.length, state.step, options, own)
+        processed = process(log_probs, state.ids, written(state), state.length, state.step, options, own).logits
         values, beam, token = candidates(processed, state, options)  # (B, C)
         stop = tf.gather(tf.reshape(state.stop, tf.shape(state.scores)), beam, batch_dims=1)
         ended, stop = ends(token, stop, options)

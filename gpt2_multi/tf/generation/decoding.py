@@ -161,8 +161,8 @@ class Sampling(NamedTuple):
     ) -> State:
         """Go on by one token, from the logits (B, 1, V) of the next, or (2 B, 1, V) where rows are guided."""
         logits, led = guided(logits[:, 0], options, self.is_guided)
-        processed = process(led, state.ids, written(state), state.length, state.step, options, own_rules(self, state))
-        chosen = choose(processed, state.step, options)  # (B,)
+        kept = process(led, state.ids, written(state), state.length, state.step, options, own_rules(self, state))
+        processed, chosen = kept.logits, choose(kept, state.step, options)  # (B,)
         state = accept(state._replace(records=record(state, logits, processed, chosen)), chosen, options)
         over = own_ends(self.callbacks, state.ids, processed, state)
         return state._replace(finished=state.finished | over)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -17,6 +18,16 @@ from gpt2_multi.generation.stopping import FOUND
 from gpt2_multi.tf.layers import sizes
 
 FEW = 64  # tokens that are put in order, which is quick; what keeps more looks for its limit, bit by bit
+
+
+class Kept(NamedTuple):
+    """What a token is chosen among: all logits, -inf where ruled out, and the likeliest tokens in their order.
+
+    All rules look at these first, so that nothing is put in order twice; where nothing is sampled, they are any.
+    """
+
+    logits: tf.Tensor  # (B, V)
+    tokens: tf.Tensor  # (B, K)
 
 
 def as_tensors(options: Options) -> Options:
@@ -33,8 +44,8 @@ def process(
     step: tf.Tensor,
     options: Options,
     own: Callable[[tf.Tensor], tf.Tensor] | None = None,
-) -> tf.Tensor:
-    """What the next token, which will stand at `place`, is chosen by: -> (B, V)
+) -> Kept:
+    """What the next token, which will stand at `place`, is chosen among.
 
     logits: (B, V), the model's, or a beam's log-probabilities. ids: (B, S), of which those count that `keep` (B, S)
     marks. step: how many tokens were made. own: the caller's rules.
@@ -48,15 +59,16 @@ def process(
     short = (lengths < options.min_length) | (step < options.min_new_tokens)
     logits = when(tf.reduce_any(short), lambda x: without(x, short & is_end(x, options)), logits)
     logits = logits if own is None else own(logits)
-    return when(options.do_sample, lambda x: warp(x, options), logits)
+    blank = tf.zeros((sizes(logits)[0], few(logits)), tf.int32)
+    return Kept(*tf.cond(options.do_sample, lambda: tuple(warp(logits, options)), lambda: (logits, blank)))
 
 
-def choose(processed: tf.Tensor, step: tf.Tensor, options: Options) -> tf.Tensor:
-    """The next token of each row: (B, V) -> (B,)"""
+def choose(processed: Kept, step: tf.Tensor, options: Options) -> tf.Tensor:
+    """The next token of each row, (B,)"""
     return tf.cond(
         options.do_sample,
         lambda: sample(processed, options.streams, step),
-        lambda: likeliest(processed, every(processed)),
+        lambda: likeliest(processed.logits, every(processed.logits)),
     )
 
 
@@ -134,45 +146,50 @@ def ban_repeats(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, length: tf.T
     return without(logits, mark(logits, ids, repeats))
 
 
-def warp(logits: tf.Tensor, options: Options) -> tf.Tensor:
+def warp(logits: tf.Tensor, options: Options) -> Kept:
     """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
     logits = logits / tf.cast(options.temperature, logits.dtype)
-    least = options.least_kept
-    kept = when(options.top_k > 0, lambda x: keep_top_k(x, tf.maximum(options.top_k, least)), logits)
-    kept = when(options.top_p < 1, lambda x: keep_top_p(x, options.top_p), kept)
+    tokens, least = first_few(logits), options.least_kept
+    kept = when(options.top_k > 0, lambda x: keep_top_k(x, tokens, tf.maximum(options.top_k, least)), logits)
+    kept = when(options.top_p < 1, lambda x: keep_top_p(x, tokens, options.top_p), kept)
     kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
     kept = when(options.typical_p < 1, lambda x: keep_typical(x, options.typical_p), kept)
-    return when(least > 1, lambda x: tf.maximum(keep_top_k(logits, least), x), kept)
+    kept = when(least > 1, lambda x: tf.maximum(keep_top_k(logits, tokens, least), x), kept)
+    return Kept(kept, tf.cond(options.typical_p < 1, lambda: first_few(kept), lambda: tokens))  # others may be left
 
 
-def keep_top_k(logits: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
-    """Keep the k greatest logits, and what ties with the k-th."""
+def keep_top_k(logits: tf.Tensor, tokens: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
+    """Keep the k greatest logits, and what ties with the k-th. tokens: (B, K), those of the greatest in order."""
 
     def of_few() -> tf.Tensor:
-        values, _ = first_few(logits)
-        return without(logits, logits < tf.gather(values, [k - 1], axis=1))
+        last = tf.gather(tokens, [k - 1], axis=1)
+        return without(logits, logits < at(logits, last))
 
     def of_all() -> tf.Tensor:
         keys = ordered(logits)
         least = greatest(keys, lambda key: tf.math.count_nonzero(keys >= key, -1, keepdims=True, dtype=tf.int32) >= k)
         return without(logits, keys < least)
 
-    return tf.cond(k <= min(FEW, sizes(logits)[1]), of_few, of_all)
+    return tf.cond(k <= few(logits), of_few, of_all)
 
 
-def keep_top_p(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
-    """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first."""
-    probs, p = tf.nn.softmax(logits), tf.cast(p, logits.dtype)
-    values, tokens = first_few(logits)
-    reached = tf.cumsum(tf.gather(probs, tokens, batch_dims=1), -1)
+def keep_top_p(logits: tf.Tensor, tokens: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
+    """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first.
+
+    tokens: (B, K), those of the greatest logits in order.
+    """
+    p, most = tf.cast(p, logits.dtype), tf.reduce_max(logits, -1, keepdims=True)
+    powers = tf.exp(at(logits, tokens) - most)  # (B, K)
+    reached = tf.cumsum(powers / tf.reduce_sum(tf.exp(logits - most), -1, keepdims=True), -1)
 
     def of_few() -> tf.Tensor:
         last = tf.math.count_nonzero(reached < p, -1, keepdims=True, dtype=tf.int32)  # the place of what reaches p
-        least, token = tf.gather(values, last, batch_dims=1), tf.gather(tokens, last, batch_dims=1)
+        token = at(tokens, last)
+        least = at(logits, token)
         return without(logits, (logits < least) | ((logits == least) & (every(logits) > token)))
 
     def of_all() -> tf.Tensor:
-        keys = ordered(logits)
+        keys, probs = ordered(logits), tf.nn.softmax(logits)
 
         def mass(where: tf.Tensor) -> tf.Tensor:
             return tf.reduce_sum(tf.where(where, probs, 0), -1, keepdims=True)
@@ -231,18 +248,27 @@ def greatest(keys: tf.Tensor, holds: Callable[[tf.Tensor], tf.Tensor]) -> tf.Ten
     return tf.while_loop(lambda bit, _: bit >= 0, lower, (tf.constant(width - 1), start))[1]
 
 
-def sample(logits: tf.Tensor, streams: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-    """Draw from softmax(logits) by Gumbel noise (Maddison et al. 2014): (B, V) -> (B,)
+def sample(kept: Kept, streams: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+    """Draw from the softmax of logits by Gumbel noise (Maddison et al. 2014): (B,)
 
     Where all but a few tokens are ruled out, there is no noise for them.
     """
+    logits, tokens = kept
 
     def among(logits: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
         return likeliest(logits + gumbel(streams, step, tokens, logits.dtype), tokens)
 
-    kept = tf.math.count_nonzero(logits > -float("inf"), -1, dtype=tf.int32)
-    are_few = tf.reduce_all(kept <= min(FEW, sizes(logits)[1]))
-    return tf.cond(are_few, lambda: among(*first_few(logits)), lambda: among(logits, every(logits)))
+    def count(logits: tf.Tensor) -> tf.Tensor:
+        return tf.math.count_nonzero(logits > -float("inf"), -1, dtype=tf.int32)
+
+    values = at(logits, tokens)
+    are_all = tf.reduce_all(count(logits) == count(values))
+    return tf.cond(are_all, lambda: among(values, tokens), lambda: among(logits, every(logits)))
+
+
+def at(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """What stands at these places of each row: (B, V), (B, K) -> (B, K)"""
+    return tf.gather(x, index, batch_dims=1)
 
 
 def every(logits: tf.Tensor) -> tf.Tensor:
@@ -250,10 +276,15 @@ def every(logits: tf.Tensor) -> tf.Tensor:
     return tf.range(sizes(logits)[1])
 
 
-def first_few(logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The greatest logits of each row, in order, and their tokens: (B, K) each, of equal ones the lower token first."""
+def few(logits: tf.Tensor) -> int:
+    """How many tokens of (B, V) logits are put in order."""
+    return min(FEW, sizes(logits)[1])
+
+
+def first_few(logits: tf.Tensor) -> tf.Tensor:
+    """The tokens of the greatest logits of each row, in order, of equal ones the lower first: (B, V) -> (B, K)"""
     zeros_as_one = tf.where(logits != 0, logits, 0)  # XLA puts -0 after 0
-    return tf.math.top_k(zeros_as_one, min(FEW, sizes(logits)[1]))
+    return tf.math.top_k(zeros_as_one, few(logits)).indices
 
 
 def gumbel(streams: tf.Tensor, step: tf.Tensor, tokens: tf.Tensor, dtype: tf.DType) -> tf.Tensor:

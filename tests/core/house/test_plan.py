@@ -231,7 +231,9 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "align",
             ],
             "generation/beams": ["moved_in_place"],
-            "generation/rules": ["when", "likeliest", "ordered", "greatest", "every", "first_few", "four_rounds"],
+            "generation/rules": [
+                *("when", "likeliest", "ordered", "greatest", "at", "every", "few", "first_few", "four_rounds"),
+            ],
         },
         "flax": {
             "attention": ["write", "hiding"],
@@ -245,10 +247,12 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "put",
                 "align",
             ],
-            "generation/rules": ["when", "likeliest", "ordered", "greatest", "every", "first_few", "four_rounds"],
+            "generation/rules": [
+                *("when", "likeliest", "ordered", "greatest", "at", "every", "few", "first_few", "four_rounds"),
+            ],
         },
         "pt": {
-            "generation/rules": ["Kept", "Kept.whole", "likeliest", "bits"],
+            "generation/rules": ["Kept.whole", "likeliest", "bits"],
             "generation/beams": ["greatest", "move"],
             "generation/decoding": ["State.made", "is_repeated"],
             "generation/generate": ["stride_of"],

@@ -161,7 +161,8 @@ def test_a_row_in_which_every_token_is_banned_is_what_pytorch_makes_of_it():
 
     logits = np.full((2, 9), -np.inf)
     logits[1, 4:7] = 1.0
-    ours = rules.sample(tf.constant(logits), tf.constant([[3, 0], [4, 0]], tf.uint32), tf.constant(0))
+    kept = rules.Kept(tf.constant(logits), rules.first_few(tf.constant(logits)))
+    ours = rules.sample(kept, tf.constant([[3, 0], [4, 0]], tf.uint32), tf.constant(0))
     streams = torch.tensor([[3, 0], [4, 0]], dtype=torch.int32)
     theirs = pt_rules.sample(pt_rules.Kept(torch.tensor(logits)), streams, 0)
     assert ours.numpy().tolist() == theirs.tolist() and ours[0] == 0

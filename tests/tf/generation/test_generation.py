@@ -229,6 +229,11 @@ def test_cross_attention_generates_with_an_encoder(jit):
         assert (step == found[:, length]).all()
 
 
+def top(rule, logits, limit):
+    """Logits after a rule that looks at the greatest ones first."""
+    return rule(logits, rules.first_few(logits), limit)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rule", ["top_k", "top_p", "penalty", "repeats"])
 def test_rules_equal_the_specification(rule, dtype):
@@ -242,10 +247,10 @@ def test_rules_equal_the_specification(rule, dtype):
         rows = list(zip(logits, ids, mask, strict=True))
         if rule == "top_k":
             k = int(rng.integers(1, 100))
-            found, expected = rules.keep_top_k(tf.constant(logits), k), spec.keep_top_k(logits, k)
+            found, expected = top(rules.keep_top_k, tf.constant(logits), k), spec.keep_top_k(logits, k)
         elif rule == "top_p":
             p = float(rng.uniform(0.01, 0.99))
-            found, expected = rules.keep_top_p(tf.constant(logits), p), spec.keep_top_p(logits, p)
+            found, expected = top(rules.keep_top_p, tf.constant(logits), p), spec.keep_top_p(logits, p)
         elif rule == "penalty":
             found = rules.penalise(*map(tf.constant, (logits, ids, mask)), 1.7)
             expected = [spec.penalise(a, b[m], 1.7) for a, b, m in rows]
@@ -271,7 +276,7 @@ def test_noise_equals_the_specification(seed):
 def test_compiled_rules_take_both_zeros_as_one():
     """XLA puts -0 after 0, and folds the addition of 0 away."""
     logits = np.array([[-1, 0, -0.0, 0, -0.0, -2, -0.0, 0]], np.float32)  # of which top-p keeps the first three zeros
-    found = tf.function(rules.keep_top_p, jit_compile=True, autograph=False)(logits, tf.constant(0.4))
+    found = tf.function(top, jit_compile=True, autograph=False)(rules.keep_top_p, logits, tf.constant(0.4))
     assert (np.isfinite(found) == [[False, True, True, True, False, False, False, False]]).all()
     keys = tf.function(rules.ordered, jit_compile=True, autograph=False)(logits)
     assert (keys == rules.ordered(logits + np.float32(0))).numpy().all()
@@ -280,9 +285,10 @@ def test_compiled_rules_take_both_zeros_as_one():
 def test_samples_of_a_few_words_are_those_of_all():
     """Noise for a few words alone chooses what noise for all of them would have."""
     logits = np.random.default_rng(3).normal(size=(4, 200)).astype(np.float32)
-    noise, kept = counted(tf.constant(5, tf.uint64), 4), rules.keep_top_k(tf.constant(logits), 50)
+    noise, logits = counted(tf.constant(5, tf.uint64), 4), top(rules.keep_top_k, tf.constant(logits), 50)
+    kept = rules.Kept(logits, rules.first_few(logits))
     for step in range(20):
-        whole = kept + rules.gumbel(noise, step, tf.range(200), tf.float32)
+        whole = logits + rules.gumbel(noise, step, tf.range(200), tf.float32)
         assert (rules.sample(kept, noise, step) == tf.argmax(whole, -1, output_type=tf.int32)).numpy().all()
 
 
@@ -290,8 +296,11 @@ def test_xla_compiles_samples_from_a_multiple_of_eight_words():
     """As one expression, the rounds of the noise kept it busy without an end there."""
     logits = tf.constant(np.random.default_rng(0).normal(size=(2, 64)))
     noise, step = tf.constant([[5, 0], [6, 0]], tf.uint32), tf.constant(3)
-    compiled = tf.function(rules.sample, jit_compile=True, autograph=False)
-    assert (compiled(logits, noise, step) == rules.sample(logits, noise, step)).numpy().all()
+    kept, compiled = (
+        rules.Kept(logits, rules.first_few(logits)),
+        tf.function(rules.sample, jit_compile=True, autograph=False),
+    )
+    assert (compiled(kept, noise, step) == rules.sample(kept, noise, step)).numpy().all()
 
 
 BAD = {
