@@ -64,22 +64,24 @@ class Headed(nn.Module):
         if labels is None:
             inputs.check_skipped(skip_logits)
             return None, self.logits(body, hidden)
+        if skip_logits is not False and self.is_chunked(body, hidden, skip_logits):
+            loss = head_loss(hidden, self.weight(body), labels, mask, self.dtype)
+            return loss, None if skip_logits else self.logits(body, hidden)
         logits = self.logits(body, hidden)
-        if skip_logits is False or not self.is_chunked(body, hidden, skip_logits):
-            return lm_loss(logits, labels, mask), None if skip_logits else logits
-        loss = head_loss(hidden, self.weight(body), labels, mask, self.dtype)
-        return loss, None if skip_logits else logits
+        return lm_loss(logits, labels, mask), None if skip_logits else logits
 
     def is_chunked(self, body: GPT2Module, hidden: Array, skip_logits: bool | None) -> bool:
-        """Whether the loss computes logits by itself: many, of a head that is ours, on one device."""
+        """Whether the loss computes logits by itself: many, of a head that is ours and there, on one device."""
         is_own = type(self).logits is Headed.logits and type(body).logits is GPT2Module.logits and not interceptors()
         is_own = is_own and type(body.wte) is nn.Embed and are_stock()
         is_compiled = skip_logits or is_traced(hidden)  # where logits that nobody reads are left out
         is_alone = jax.sharding.get_abstract_mesh().size <= 1
-        return is_own and is_compiled and is_alone and chunk_count(hidden, self.weight(body)) > 1
+        is_there = self.config.tie_word_embeddings or self.has_variable("params", "lm_head")  # it may yet be made
+        can_be = is_own and is_compiled and is_alone and is_there
+        return can_be and chunk_count(hidden, self.weight(body)) > 1
 
     def weight(self, body: GPT2Module) -> Array:
-        """The head's weight, (V, E), of which `logits` has been called."""
+        """The head's weight, (V, E)."""
         if self.config.tie_word_embeddings:
             return body.wte.embedding
         return self.get_variable("params", "lm_head")["kernel"].T

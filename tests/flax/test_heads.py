@@ -137,6 +137,10 @@ def test_a_compiled_loss_never_has_all_logits_of_a_head_that_is_ours(chunked):
     with flax_linen.intercept_methods(lambda call, args, kwargs, context: call(*args, **kwargs)):
         assert has_all(jax.jit(lambda params: step(params)).lower(model.params).compile().as_text())
     assert np.isclose(jax.jit(step)(model.params)[0], model(IDS, labels=labels).loss, rtol=0, atol=1e-12)
+    for tied in (True, False):  # not even before `jit` leaves out what nobody reads
+        model, labels = chunked(tie_word_embeddings=tied)
+        skipping = jax.make_jaxpr(partial(model, labels=labels, skip_logits=True))(jax.numpy.asarray(IDS))
+        assert "f64[3,2,31]" in str(skipping) and not has_all(str(skipping))
     found, whole = model(IDS, labels=labels), model(IDS, labels=labels, skip_logits=True)
     assert found.logits.shape == (3, 9, 31) and whole.logits is None and np.isclose(found.loss, whole.loss)
     with pytest.raises(InputError, match="skip_logits: expected labels"):
