@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.generation.generate import prompts
-from benchmarks.harness import PeerError, Row, compare
+from benchmarks.harness import OURS, PeerError, Row, compare
 from benchmarks.harness.folders import TINY, plain, written
 from benchmarks.peers import workers
 from gpt2_multi.model.config import GPT2Config
@@ -37,7 +37,8 @@ def compared(config: GPT2Config, folder: Path, batch: int, length: int, who: Seq
         with workers.running([peer.of("new")], folder, who) as running:
             for name, worker in running.items():
                 try:
-                    most[name] = [peak(worker, prompts(config, 1, 8), prompts(config, batch, length))]
+                    took = peak(worker, prompts(config, 1, 8), prompts(config, batch, length))
+                    most[name.removeprefix(f"{OURS}, ") if WHOLE in name else name] = [took]  # a peer of its own
                 except PeerError as error:
                     print(f"not measured: {name}, {batch} x {length}: {error}")
     return compare(f"peak, {batch} x {length}", most, "MB")

@@ -230,7 +230,7 @@ def test_whole_logits_train_alike(here, peer):
 def test_memory_is_that_of_a_process(here):
     pytest.importorskip("torch")
     rows = memory.run(TINY, shapes=((1, 8),), who=["PyTorch"])
-    who = [f"{OURS}, PyTorch", f"{OURS}, PyTorch, whole logits"]
+    who = [f"{OURS}, PyTorch", "PyTorch, whole logits"]
     assert [(row.what, row.who, row.unit) for row in rows] == [("peak, 1 x 8", name, "MB") for name in who]
     assert all(row.value > 50 for row in rows)
 
