@@ -18,7 +18,7 @@ from gpt2_multi.flax.layers import facts
 from gpt2_multi.model import inputs
 
 IGNORED = -100
-CHUNK = 2**26, 2**30  # bytes of logits at a time, on a CPU and elsewhere: see gpt2_multi.pt.training
+CHUNK = 2**27, 2**30  # bytes of logits at a time, on a CPU and elsewhere; each costs a sum of gradients (V, E)
 
 
 def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> Array:
