@@ -26,7 +26,7 @@ class Ours(Process):
         else:
             self.model = TFGPT2LMHeadModel.from_pretrained(folder, **self.options())
         self.whole: Any = None  # the function of a step, where it is not Keras'
-        if "int8" not in self.modes:
+        if not {"int8", "bfloat16"}.intersection(self.modes):  # which only generate
             self.model.compile(keras.optimizers.AdamW(**ADAMW), jit_compile="xla" in self.modes or "auto")
 
     def options(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A training step on the CPU, in float32 and in bfloat16 where it serves: forward, backward and AdamW, no dropout.
 
-PyTorch and JAX are beside transformers and nanoGPT, TensorFlow is beside KerasHub, each as Keras compiles it by default
-and by XLA: two groups, since one step of each in memory at once would be too much for a small machine.
+PyTorch and JAX are beside transformers and nanoGPT, TensorFlow is beside KerasHub, as Keras compiles both by default
+and by XLA: three groups, since one step of each in memory at once would be too much for a small machine.
 """
 
 from __future__ import annotations
@@ -20,13 +20,8 @@ from gpt2_multi.model.config import GPT2Config
 
 GROUPS = (
     (workers.PYTORCH, workers.JAX, workers.TRANSFORMERS, workers.NANOGPT, workers.TRANSFORMERS_FLAX),
-    (
-        workers.TENSORFLOW,
-        workers.TENSORFLOW("xla"),
-        workers.KERASHUB,
-        workers.KERASHUB("xla"),
-        workers.TRANSFORMERS_TF("xla"),
-    ),
+    (workers.TENSORFLOW, workers.KERASHUB),
+    (workers.TENSORFLOW("xla"), workers.KERASHUB("xla"), workers.TRANSFORMERS_TF("xla")),
 )
 KINDS = {"float32": "", "bfloat16": "autocast"}
 SHAPES = {"float32": ((2, 256), (8, 256)), "bfloat16": ((2, 256),)}
