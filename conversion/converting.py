@@ -23,7 +23,7 @@ from gpt2_multi.model.checkpoint.quantized import (
     DTYPE,
     Quantized,
     check_method,
-    is_quantized,
+    in_int8,
     with_method,
 )
 from gpt2_multi.model.checkpoint.quantized import (
@@ -213,7 +213,7 @@ def _made(
         for number, part in enumerate(parts):
             make = partial(_part, old, kind, row, source, number, watch)
             made[part] = (stored, kind.spelling.shape(row), make)
-        if config.quantization is not None and is_quantized(row):
+        if in_int8(config, row):
             stored = DTYPE
             made |= spelled([(row, stored, partial(_integers, old, row, source, watch))], old.head, kind.spelling)
         _note(report, old, source, list(parts), row, stored)

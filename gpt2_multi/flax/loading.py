@@ -51,7 +51,7 @@ from gpt2_multi.flax.parameters.tree import (
 )
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model import inputs
-from gpt2_multi.model.checkpoint.quantized import check_not_quantized, is_quantized, quantize
+from gpt2_multi.model.checkpoint.quantized import check_not_quantized, in_int8, quantize
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.weights import table
 
@@ -329,8 +329,7 @@ class FlaxGPT2PreTrainedModel:
         for row in table(self.config, self.head):
             if row.name not in arrays:
                 first = rng.normal(row.constant if not row.std else 0, row.std, row.shape)
-                whole = self.config.quantization is not None and is_quantized(row)
-                arrays[row.name] = quantize(row, first) if whole else first
+                arrays[row.name] = quantize(row, first) if in_int8(self.config, row) else first
         shape: dict[str, Any] = {"head": self.head, "scan_layers": self.scan_layers}
         shardings = {} if mesh is None else flatten_dict(param_shardings(self.config, mesh, rules, **shape))
         return unflatten_dict(

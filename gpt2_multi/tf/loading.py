@@ -18,7 +18,7 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.files import arguments
 from gpt2_multi.generation.config import GenerationConfig, as_generation_config
 from gpt2_multi.model import inputs
-from gpt2_multi.model.checkpoint.quantized import DTYPE, is_quantized
+from gpt2_multi.model.checkpoint.quantized import DTYPE, in_int8
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
 from gpt2_multi.model.spelling import KERAS
@@ -230,7 +230,7 @@ class TFGPT2PreTrainedModel(keras.Model):
 
     def _give(self, weight: Weight, found: Any) -> None:
         """Assign a row, in the table's layout or in int8, or its first value."""
-        if self.config.quantization is not None and is_quantized(weight):
+        if in_int8(self.config, weight):
             assign_quantized(self.owner(weight), weight, found or integers(weight))
         elif found is None:
             self.parameter(weight).assign(initial(weight, self.variable_dtype))
@@ -286,7 +286,7 @@ class TFGPT2PreTrainedModel(keras.Model):
 
     def _source(self, weight: Weight) -> Any:
         value = self.parameter(weight)
-        if self.config.quantization is not None and is_quantized(weight):
+        if in_int8(self.config, weight):
             return weight, DTYPE, lambda: quantized_of(self.owner(weight), weight)
         dtype = tf.as_dtype(keras.backend.standardize_dtype(value.dtype)).as_numpy_dtype
         return weight, np.dtype(dtype), lambda: KERAS.layout(weight, tf.convert_to_tensor(value).numpy())

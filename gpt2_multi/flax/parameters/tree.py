@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_multi.errors import ConfigError, InputError
 from gpt2_multi.flax.layers import integers, is_concrete
-from gpt2_multi.model.checkpoint.quantized import SCALE, UNIFORM, Quantized, is_quantized, scale_shape
+from gpt2_multi.model.checkpoint.quantized import SCALE, UNIFORM, Quantized, in_int8, scale_shape
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import FLAX
 from gpt2_multi.model.weights import Weight, sizes, table
@@ -98,7 +98,7 @@ def _out_first(row: Weight, values: Any) -> Any:
 
 def _leaves(config: GPT2Config, row: Weight, stacked: bool) -> dict[str, Leaf]:
     """The leaves that a row has, by the end of their names: one, or integers and their scales."""
-    if config.quantization is None or not is_quantized(row):
+    if not in_int8(config, row):
         return {"": _leaf(config, row, stacked)}
     axes, before = ("layer",) if stacked else (), (config.n_layer,) if stacked else ()
     shape = row.shape[::-1] if row.kind == "kernel" else row.shape

@@ -15,7 +15,7 @@ from gpt2_multi.files.folders import PathLike
 from gpt2_multi.files.hub import SETTINGS, WEIGHTS, resolve
 from gpt2_multi.model.checkpoint.checkpoint import Checkpoint, Own
 from gpt2_multi.model.checkpoint.names import named
-from gpt2_multi.model.checkpoint.quantized import Quantized, check_method, is_quantized, quantize, with_method
+from gpt2_multi.model.checkpoint.quantized import Quantized, check_method, in_int8, quantize, with_method
 from gpt2_multi.model.checkpoint.source import Source, find
 from gpt2_multi.model.config import SETTINGS as KEYS
 from gpt2_multi.model.config import TOKENS, GPT2Config, as_config
@@ -137,7 +137,7 @@ def _wanted(
 def _loaded(folder: Path | None, found: Checkpoint, stored: GPT2Config, given: Mapping[str, Any]) -> Loaded:
     warn_of_fresh(found, stacklevel=5)
     chosen = _chosen(found.config, stored, given)
-    whole = {name for name, row in found.weights.items() if found.config.quantization and is_quantized(row)}
+    whole = {name for name, row in found.weights.items() if in_int8(found.config, row)}
     arrays = {name: found[name] for name in found if name not in whole}
     quantized = {name: found.quantized(name) or quantize(found.weights[name], found[name]) for name in whole}
     return Loaded(folder, found.config, arrays, chosen, _info(found), found.beside, quantized)

@@ -64,6 +64,11 @@ def is_quantized(weight: Weight) -> bool:
     return weight.kind == "kernel" or weight.path in ("wte", "lm_head")
 
 
+def in_int8(config: GPT2Config, weight: Weight) -> bool:
+    """Whether a model of this configuration has this row in int8."""
+    return config.quantization is not None and is_quantized(weight)
+
+
 def summed(weight: Weight) -> int:
     """The axis that a product sums over, in the table's layout: a scale is for all that is on it."""
     return 0 if weight.kind == "kernel" else 1
