@@ -78,7 +78,7 @@ class Headed(nn.Module):
         is_alone = jax.sharding.get_abstract_mesh().size <= 1
         is_there = self.config.tie_word_embeddings or self.has_variable("params", "lm_head")  # it may yet be made
         can_be = is_own and is_compiled and is_alone and is_there
-        return can_be and chunk_count(hidden, self.weight(body)) > 1
+        return can_be and chunk_count(hidden, self.config.vocab_size) > 1
 
     def weight(self, body: GPT2Module) -> Array:
         """The head's weight, (V, E)."""

@@ -397,7 +397,7 @@ def is_chunked(model: Any, hidden: tf.Tensor) -> bool:
     own, head = TFGPT2LMHeadModel.logits, head_of(model)
     if getattr(getattr(model, "logits", None), "__func__", own) is not own or not is_plain(head, hidden):
         return False
-    count = chunk_count(hidden, head_weight(model))
+    count = chunk_count(hidden, model.config.vocab_size)
     return tf.is_tensor(count) or count > 1
 
 

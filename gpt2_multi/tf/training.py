@@ -113,7 +113,7 @@ def once(hidden: tf.Tensor, weight: tf.Tensor, of_hidden: tf.Tensor, of_weight: 
 def walk(hidden: tf.Tensor, weight: tf.Tensor, targets: tf.Tensor, wanted: Sequence[bool]) -> list[tf.Tensor | None]:
     """The sum that is `total_loss`, and its gradients of hidden states and weight, None where they are not wanted."""
     cast = tf.cast(weight, hidden.dtype)  # (V, E)
-    count, kept = chunk_count(hidden, weight), tf.cast(targets != IGNORED, hidden.dtype)[:, None]
+    count, kept = chunk_count(hidden, weight.shape[0]), tf.cast(targets != IGNORED, hidden.dtype)[:, None]
     rows = -(-sizes(hidden)[0] // count)
     room = [0, count * rows - sizes(hidden)[0]]  # chunks have one length
     x = tf.reshape(tf.pad(hidden * kept, [room, [0, 0]]), [count, rows, hidden.shape[-1]])
@@ -148,10 +148,10 @@ def turn(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.reduce_sum(each * tf.cast(counted, each.dtype)), gradient
 
 
-def chunk_count(hidden: tf.Tensor, weight: tf.Tensor) -> Any:
-    """In how many chunks (..., E) hidden states have their logits; a tensor where their sizes are not known."""
+def chunk_count(hidden: tf.Tensor, words: int) -> Any:
+    """In how many chunks (..., E) hidden states have logits (..., words); a tensor where sizes are not known."""
     room = CHUNK[bool(tf.config.list_logical_devices("GPU"))]
-    most = max(1, room // (weight.shape[0] * max(hidden.dtype.size, 4)))
+    most = max(1, room // (words * max(hidden.dtype.size, 4)))
     count = -(-math.prod(sizes(hidden)[:-1]) // most)
     return tf.maximum(count, 1) if tf.is_tensor(count) else max(count, 1)
 

@@ -62,7 +62,7 @@ def head_loss(hidden: Array, weight: Array, labels: Array, mask: Array | None = 
     """
     inputs.check_labels(facts(labels), (*hidden.shape[:-1], len(weight)))
     targets = shifted(labels, mask)
-    count, length = chunk_count(hidden, weight), hidden.shape[-2]
+    count, length = chunk_count(hidden, len(weight)), hidden.shape[-2]
     x, t = hidden.reshape(-1, *hidden.shape[-2:]), targets.reshape(-1, length)  # (B, T, E), (B, T)
     room = -length % count  # chunks have one length
     x = jnp.pad(x, ((0, 0), (0, room), (0, 0)))
@@ -120,11 +120,11 @@ def turn(logits: Array, targets: Array) -> tuple[Array, Array]:
     return loss, kept * (powers / sums - is_target.astype(logits.dtype))
 
 
-def chunk_count(hidden: Array, weight: Array) -> int:
-    """In how many chunks (..., T, E) hidden states have their logits."""
+def chunk_count(hidden: Array, words: int) -> int:
+    """In how many chunks (..., T, E) hidden states have logits (..., T, words)."""
     if not all(isinstance(size, int) for size in hidden.shape):  # it is exported for any sizes
         return 1
-    logits = hidden.size // hidden.shape[-1] * len(weight) * max(hidden.dtype.itemsize, 4)
+    logits = hidden.size // hidden.shape[-1] * words * max(hidden.dtype.itemsize, 4)
     return max(1, min(hidden.shape[-2], math.ceil(logits / CHUNK[jax.default_backend() != "cpu"])))
 
 

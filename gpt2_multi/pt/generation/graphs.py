@@ -331,8 +331,8 @@ def is_served(model: Any, ids: Tensor) -> bool:
     first = model.transformer.wte.weight
 
     def is_alike(x: Any) -> bool:
-        is_alike = type(x) is nn.Parameter and (x.dtype, x.device) == (first.dtype, ids.device)
-        return x is None or (is_alike and x.layout is torch.strided)
+        is_there = type(x) is nn.Parameter and (x.dtype, x.device) == (first.dtype, ids.device)
+        return x is None or (is_there and x.layout is torch.strided)
 
     has_more = model.config.add_cross_attention or model.lm_head.bias is not None
     return not has_more and is_own(model, is_quiet, is_alike) and is_configured(model)

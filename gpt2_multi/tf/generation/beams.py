@@ -31,7 +31,7 @@ from gpt2_multi.tf.generation.decoding import (
 from gpt2_multi.tf.generation.rules import ends, gumbel, process, without
 from gpt2_multi.tf.layers import sizes
 
-PIECE = 8  # columns of a cache that are moved at once
+COLUMNS = 8  # of a cache, which move at once
 
 
 class Paths(NamedTuple):
@@ -228,7 +228,7 @@ def moved_in_place(cache: KVCache, rows: tf.Tensor, first: int, room: int) -> tu
 
     A few columns at a time: they stay in the processor's caches between being read and being written.
     """
-    width = math.gcd(room, PIECE)
+    width = math.gcd(room, COLUMNS)
 
     def move(buffer: tf.Tensor, at: tf.Tensor) -> tf.Tensor:
         every, _, size = sizes(buffer)
