@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from gpt2_multi.app.comparison import table
+from gpt2_multi.app.doctor.comparison import table
 from gpt2_multi.app.terminal import Commands, console
 from gpt2_multi.model.formats.table import FORMATS
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.app.backends import installed, resolve
-from gpt2_multi.app.comparison import BOUNDS, Comparison, compare
+from gpt2_multi.app.doctor.comparison import BOUNDS, Comparison, compare
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.arrays import Array, same
 from gpt2_multi.files.folders import PathLike

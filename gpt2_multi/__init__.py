@@ -11,8 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers read; `as` says that a name is given on
-    from gpt2_multi.app.pipeline import TextGenerationPipeline as TextGenerationPipeline
-    from gpt2_multi.app.pipeline import pipeline as pipeline
+    from gpt2_multi.app.pipeline.pipeline import TextGenerationPipeline as TextGenerationPipeline
+    from gpt2_multi.app.pipeline.pipeline import pipeline as pipeline
     from gpt2_multi.errors import CheckpointError as CheckpointError
     from gpt2_multi.errors import ConfigError as ConfigError
     from gpt2_multi.errors import GPT2Error as GPT2Error
@@ -111,7 +111,7 @@ if TYPE_CHECKING:  # what type checkers read; `as` says that a name is given on
 
 __version__ = "0.1.0"
 _ROOMS = {  # what each shows here; the packages of the frameworks show more
-    "app.pipeline": ("TextGenerationPipeline", "pipeline"),
+    "app.pipeline.pipeline": ("TextGenerationPipeline", "pipeline"),
     "errors": ("CheckpointError", "ConfigError", "GPT2Error", "InputError", "LostError", "TokenizerError"),
     "files.hub": (
         "GPT2_PRETRAINED_CONFIG_ARCHIVE_MAP",

@@ -1,4 +1,7 @@
-"""What every command of this library shares: a failure is one sentence on standard error and an exit code."""
+"""What the commands share: options, texts in and out, and that a failure is one sentence and an exit code.
+
+Text goes to standard output, all else to standard error.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,31 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gpt2_multi.errors import GPT2Error
+from gpt2_multi.app.backends import BACKENDS
+from gpt2_multi.errors import GPT2Error, InputError
+from gpt2_multi.files.hub import DEMO
+from gpt2_multi.model.fields import DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+
+MODEL = click.option(
+    "--model",
+    default=str(DEMO),
+    show_default="demo",
+    help="The built-in demo model, a folder, or a name on the Hugging Face hub such as gpt2.",
+)
+BACKEND = click.option("--backend", type=click.Choice(list(BACKENDS)), help="Default: the first that is installed.")
+DTYPE = click.option(
+    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="What it computes in."
+)
 
 
 class Commands(click.Group):
@@ -64,3 +84,36 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def text_of(given: str | None, name: str) -> str:
+    """An argument, or else what standard input holds; it has to be UTF-8."""
+    if given is not None and given != "-":
+        data, source = given.encode(errors="surrogateescape"), name
+    elif sys.stdin is None:
+        raise click.UsageError(f"expected {name}, found standard input closed; give {name} as an argument")
+    elif given is None and sys.stdin.isatty():
+        raise click.UsageError(f"expected {name}, found none; give it, or pipe it in")
+    else:
+        data, source = sys.stdin.buffer.read(), "standard input"
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source}: expected UTF-8, found the byte 0x{data[error.start]:02x} at {error.start}; convert it first"
+        ) from None
+
+
+def tokenizer_of(model: str) -> GPT2Tokenizer:
+    """The tokenizer of a model, in which no text becomes a control token."""
+    from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer  # after the options are known to be right
+
+    return GPT2Tokenizer.from_pretrained(model, split_special_tokens=True)  # what is typed or piped in is text
+
+
+def print_pieces(*parts: Iterable[str]) -> None:
+    """Print pieces of a text as they come, and a line end after each text."""
+    for part in (*parts, ["\n"]):
+        for piece in part:
+            sys.stdout.write(piece)
+            sys.stdout.flush()

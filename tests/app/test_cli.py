@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gpt2_multi import __version__
-from gpt2_multi.app import backends, cli, comparison
+from gpt2_multi.app import backends, cli
+from gpt2_multi.app.doctor import comparison
 from gpt2_multi.files import hub
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
@@ -330,7 +331,7 @@ def test_no_framework(tiny: Path, monkeypatch: pytest.MonkeyPatch, demo: None) -
 
 
 def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
-    monkeypatch.setattr(cli, "_tokenizer", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(cli, "tokenizer_of", raising(KeyboardInterrupt()))
     result = run("tokenize", "Hello", "--model", tiny)
     assert (result.exit_code, result.stderr.strip()) == (130, "gpt2-multi: interrupted")
 
@@ -343,12 +344,12 @@ def raising(error: BaseException) -> Any:
 
 
 def test_an_error_of_the_system(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
-    monkeypatch.setattr(cli, "_tokenizer", raising(PermissionError(13, "Permission denied", "/x/vocab.json")))
+    monkeypatch.setattr(cli, "tokenizer_of", raising(PermissionError(13, "Permission denied", "/x/vocab.json")))
     assert refusal("tokenize", "Hello", "--model", tiny) == "/x/vocab.json: Permission denied"
 
 
 def test_a_bug_is_one_sentence_and_a_traceback_where_asked_for(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
-    monkeypatch.setattr(cli, "_tokenizer", raising(ZeroDivisionError("oh\nno")))
+    monkeypatch.setattr(cli, "tokenizer_of", raising(ZeroDivisionError("oh\nno")))
     message = refusal("tokenize", "Hello", "--model", tiny)
     assert message == "a bug, ZeroDivisionError: oh no; please report it, with GPT2_MULTI_DEBUG=1 set"
     monkeypatch.setenv("GPT2_MULTI_DEBUG", "1")

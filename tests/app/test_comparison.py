@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gpt2_multi.app.comparison import Comparison, compare, failure, table
+from gpt2_multi.app.doctor.comparison import Comparison, compare, failure, table
 
 RIGHT = np.array([1.0, -4.0, 2.0])
 LABELS = {"backend": "pt", "dtype": "float32"}

@@ -10,7 +10,7 @@ import pytest
 
 from gpt2_multi import GPT2Tokenizer, TextStreamer, pipeline, set_seed
 from gpt2_multi.app import backends
-from gpt2_multi.app import pipeline as pipelines
+from gpt2_multi.app.pipeline import pipeline as pipelines
 from gpt2_multi.errors import InputError, TokenizerError
 from gpt2_multi.files.hub import DEMO
 

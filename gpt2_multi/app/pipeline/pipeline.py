@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from gpt2_multi.app import backends
-from gpt2_multi.app.prompts import READING, Reading, check_prompt, is_chat, items, reading_of
+from gpt2_multi.app.pipeline.prompts import READING, Reading, check_prompt, is_chat, items, reading_of
 from gpt2_multi.errors import InputError, described
 from gpt2_multi.files.hub import DEMO, resolve
 from gpt2_multi.files.progress import watched

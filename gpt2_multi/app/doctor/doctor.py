@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.app import backends
-from gpt2_multi.app.comparison import BOUNDS, Array, Comparison, compare, failure, table
+from gpt2_multi.app.doctor.comparison import BOUNDS, Array, Comparison, compare, failure, table
 from gpt2_multi.app.terminal import console
 from gpt2_multi.files import hub
 from gpt2_multi.model import checkpoint

@@ -1,0 +1,1 @@
+"""The pipeline that transformers has: texts and chats to texts."""
