@@ -95,6 +95,15 @@ def add_biases(logits: Array, ids: Array, biases: Sequence[Bias]) -> Array:
     return out
 
 
+def discourage(logits: Array, made: Array, presence: float, frequency: float) -> Array:
+    """Take from the logit of each token that was made `presence`, and `frequency` as often as it was: (V,), (N,) ids.
+
+    As OpenAI's API has it; before all other rules.
+    """
+    counts = np.bincount(made, minlength=len(logits))
+    return np.asarray(logits - frequency * counts - presence * (counts > 0))
+
+
 def penalise(logits: Array, ids: Array, penalty: float) -> Array:
     """Make each distinct id of a row less likely (Keskar et al. 2019, section 4.1): (V,) logits, (T,) unmasked ids."""
     out, seen = logits.copy(), np.unique(ids)

@@ -12,6 +12,7 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.generation import rules
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.config.table import OF_CALLS
+from gpt2_multi.generation.options import Options, Row
 from gpt2_multi.generation.request import Given
 from gpt2_multi.model.config import GPT2Config
 from tests.support import fixtures
@@ -222,3 +223,32 @@ def test_buckets_waste_less_than_half_and_are_few():
     found = [rules.bucket(length) for length in range(1, 1025)]
     assert found == sorted(found) and len(set(found)) == 20
     assert all(length <= size < max(length + 16, 1.25 * length + 1) for length, size in enumerate(found, 1))
+
+
+def test_rows_with_options_of_their_own_are_stacked():
+    sampled = GenerationConfig(do_sample=True, temperature=0.5, top_k=7, bad_words_ids=[[1] * 9, [3]], eos_token_id=4)
+    greedy = GenerationConfig(temperature=0.5, repetition_penalty=1.5, eos_token_id=list(range(40)))
+    rows = [Row(sampled, stream=2**40 + 3), Row(greedy, bias={5: 2.0, 6: -1.0}, presence=0.5, frequency=0.25)]
+    found = Options.stacked(rows, 31)
+    assert found.do_sample.tolist() == [[True], [False]]
+    assert found.temperature.tolist() == [[0.5], [1]] and found.top_k.tolist() == [[7], [1]]  # the likeliest alone
+    assert found.repetition_penalty.tolist() == [[1], [1.5]] and found.streams.tolist() == [[3, 256], [0, 0]]
+    assert found.presence.tolist() == [[0], [0.5]] and found.frequency.tolist() == [[0], [0.25]]
+    assert [set(row) - {-1} for row in found.ends.tolist()] == [{4}, set(range(40))]
+    listed = [
+        {(*phrase[phrase >= 0].tolist(), bias) for phrase, bias in zip(*row, strict=True) if bias}
+        for row in zip(found.phrases, found.biases.tolist(), strict=True)
+    ]
+    assert listed == [{(*[1] * 9, -math.inf), (3, -math.inf)}, {(5, 2.0), (6, -1.0)}]
+    assert found.stops.shape[1] == 31 and not found.stops.any()
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"stop_strings": "a"}, {"sliding_window": True}])
+def test_what_a_row_among_others_cannot_have_is_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        Row(GenerationConfig(**options))
+
+
+def test_tokens_that_were_made_are_discouraged():
+    found = rules.discourage(np.zeros(4), np.array([2, 1, 2]), presence=0.5, frequency=0.25)
+    assert found.tolist() == [0, -0.75, -1, 0]
