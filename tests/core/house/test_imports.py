@@ -18,6 +18,7 @@ MAY_LOAD = {
     "gpt2_multi.pt": {"torch"},
     "gpt2_multi.tf": {"tensorflow", "keras"},
     "gpt2_multi.flax": {"jax", "flax"},
+    "gpt2_multi.app.train.engines.pt": {"torch"},
 }
 
 

@@ -1,0 +1,1 @@
+"""What computes a plan: an engine of each framework, behind one protocol."""
