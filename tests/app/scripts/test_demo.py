@@ -24,7 +24,7 @@ from tests.support.shared_data import shared
 torch = pytest.importorskip("torch")
 pt = pytest.importorskip("gpt2_multi.pt")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "examples" / "train_demo.py"
 FILES = {
     "README.md", "config.json", "curve.svg", "generation_config.json", "merges.txt", "model.safetensors",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("setuptools", minversion="77")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LOCAL = (".git", ".nox", ".venv", ".*_cache", ".hypothesis", "__pycache__", "_build", "runs")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 

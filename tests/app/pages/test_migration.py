@@ -10,7 +10,7 @@ from gpt2_multi import GenerationConfig, GPT2Config, GPT2Tokenizer, pipeline
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation.config.table import UNSUPPORTED
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "migration.md").read_text("utf-8")
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "migration.md").read_text("utf-8")
 ROW = re.compile(r"^\| (.+) \| (.+) \|$", re.MULTILINE)
 
 
