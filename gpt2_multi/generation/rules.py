@@ -1,4 +1,4 @@
-"""The specification of generation: its noise, and its rules on logits, in NumPy.
+"""The specification of generation: its noise, and its rules on logits, in NumPy; and of the order of training data.
 
 Each backend carries these rules out on its own tensors and is held to the functions here. A sample is the argmax of
 logits + Gumbel noise (Maddison et al. 2014), and the noise comes from a counter: threefry2x32 with 20 rounds (Salmon
@@ -8,6 +8,7 @@ text depends neither on the other rows nor on how they are batched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -197,3 +198,57 @@ def warp(logits: Array, config: GenerationConfig) -> Array:
     if config.least_kept == 1:
         return kept
     return np.where(np.isfinite(keep_top_k(logits, config.least_kept)), logits, kept)
+
+
+# --- the order of a training run's data -------------------------------------------------------------------------------
+
+ROUNDS = 8  # of the network; twice what makes it look random to whoever sees a part of it
+
+
+def batches_per_epoch(tokens: int, length: int, batch_size: int) -> int:
+    """How many whole batches there are of the windows that every cut of the tokens has; InputError if there is none."""
+    if (count := (tokens // length - 1) // batch_size) < 1:
+        raise InputError(
+            f"ids: expected at least {(batch_size + 1) * length}, a batch of {batch_size} windows of {length} and "
+            f"one to spare, found {tokens}; give a longer text, shorter windows or a smaller batch"
+        )
+    return count
+
+
+def window_starts(tokens: int, length: int, batch_size: int, seed: int, step: int) -> Array:
+    """Where in the tokens the windows of a step's batch begin, (B,): this follows from the step and the seed alone.
+
+    Each epoch cuts the tokens elsewhere, and takes its windows once, but for those that fill no whole batch.
+    """
+    epoch, number = divmod(step, batches_per_epoch(tokens, length, batch_size))
+    places = number * batch_size + np.arange(batch_size)
+    offset = int(_words(seed, epoch, ROUNDS, np.zeros(1, np.int64))[0]) % length
+    return offset + length * shuffled(places, tokens // length - 1, seed, epoch)
+
+
+def shuffled(numbers: Array, count: int, seed: int, epoch: int) -> Array:
+    """Where a permutation of the numbers below `count` takes these, in int64; each seed and epoch has one of its own.
+
+    It needs no memory: the numbers go through a Feistel network of threefry, and what leaves it beyond the count goes
+    through it again (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    sides = (side := math.isqrt(count - 1) + 1), -(-count // side)
+    found = _network(np.asarray(numbers, np.int64), sides, seed, epoch)
+    while (beyond := found >= count).any():
+        found[beyond] = _network(found[beyond], sides, seed, epoch)
+    return found
+
+
+def _network(numbers: Array, sides: tuple[int, int], seed: int, epoch: int) -> Array:
+    """A permutation of the numbers below the product of the sides, as which they are divided into two."""
+    left, right = np.divmod(numbers, sides[1])
+    for step in range(0, ROUNDS, 2):
+        left = (left + _words(seed, epoch, step, right)) % sides[0]
+        right = (right + _words(seed, epoch, step + 1, left)) % sides[1]
+    return np.asarray(left * sides[1] + right)
+
+
+def _words(seed: int, epoch: int, step: int, numbers: Array) -> Array:
+    """32 random bits for each number in a step of an epoch, in int64."""
+    key = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    return threefry2x32(key, (np.uint32((epoch * 16 + step) & 0xFFFFFFFF), numbers))[0].astype(np.int64)
