@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gpt2_multi.flax.training.adapters import load_adapters, save_adapters
+from gpt2_multi.flax.training.lora import LoraConfig, init_adapters, merge
 from gpt2_multi.flax.training.losses import classification_loss, cosine_schedule, cross_entropy, lm_loss, span_loss
 from gpt2_multi.flax.training.optimizers import cosine_rate, decay_mask, optimizer
 from gpt2_multi.flax.training.state import TrainState, create_train_state, eval_step, train_step, update
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from gpt2_multi.flax.training.resuming import restore_state, save_state, saved_steps
 
 __all__ = [
+    "LoraConfig",
     "TrainState",
     "Windows",
     "classification_loss",
@@ -22,9 +25,13 @@ __all__ = [
     "cross_entropy",
     "decay_mask",
     "eval_step",
+    "init_adapters",
     "lm_loss",
+    "load_adapters",
+    "merge",
     "optimizer",
     "restore_state",
+    "save_adapters",
     "save_state",
     "saved_steps",
     "span_loss",

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import optax
 
+from gpt2_multi.flax.training.lora import A, B
 from gpt2_multi.flax.training.losses import cosine_schedule
 from gpt2_multi.model.spelling import FLAX
 
-DECAYED = {FLAX.leaves[kind] for kind in ("embedding", "kernel", "linear")}  # of the table's kinds
+DECAYED = {A, B, *(FLAX.leaves[kind] for kind in ("embedding", "kernel", "linear"))}  # of the table's kinds
 
 
 def decay_mask(params: Any) -> Any:

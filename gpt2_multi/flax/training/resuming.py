@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import lax
 
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.flax.parameters.tree import check_alive
@@ -59,9 +61,13 @@ def restore_state(folder: str | os.PathLike[str], state: TrainState, step: int |
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{what} is damaged ({_line(error)}); delete it to go on from the one before") from error
-    impl, structure = jax.random.key_impl(state.dropout_key), jax.tree.structure(state)
-    state = jax.tree.unflatten(structure, [found[name] for name in wanted])
-    return state.replace(dropout_key=jax.random.wrap_key_data(state.dropout_key, impl=impl))
+    if state.base is not None and int(found["base"]) != int(wanted["base"]):
+        raise CheckpointError(
+            f"{what} has adapters of other parameters than the model's; make the model as it was when it was saved"
+        )
+    impl, structure = jax.random.key_impl(state.dropout_key), jax.tree.structure(_kept(state))
+    kept = jax.tree.unflatten(structure, [found[name] for name in wanted])
+    return kept.replace(dropout_key=jax.random.wrap_key_data(kept.dropout_key, impl=impl), base=state.base)
 
 
 def saved_steps(folder: str | os.PathLike[str]) -> list[int]:
@@ -87,9 +93,26 @@ def _manager(folder: str | os.PathLike[str], keep: int | None) -> ocp.Checkpoint
     )
 
 
+def _kept(state: TrainState) -> TrainState:
+    """What is saved of a state: of parameters that adapters change a number alone, by which they are known again."""
+    base = None if state.base is None else fingerprint(state.base)
+    return state.replace(dropout_key=jax.random.key_data(state.dropout_key), base=base)
+
+
+@jax.jit
+def fingerprint(params: Any) -> jax.Array:
+    """A number that follows from all bits of a tree of parameters, wherever they lie: uint32, ()."""
+    total = jnp.uint32(len(jax.tree.leaves(params)))
+    for x in jax.tree.leaves(params):
+        bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32).ravel()
+        places = lax.iota(jnp.uint32, bits.size)
+        total = 31 * total + ((bits ^ places) * (2 * places + 1)).sum(dtype=jnp.uint32)
+    return total
+
+
 def _arrays(state: TrainState) -> dict[str, Any]:
     """Every array by its path, such as params.transformer.wte.embedding, in the order of the leaves."""
-    flat, _ = jax.tree.flatten_with_path(state.replace(dropout_key=jax.random.key_data(state.dropout_key)))
+    flat, _ = jax.tree.flatten_with_path(_kept(state))
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
 
 

@@ -30,10 +30,12 @@ from gpt2_multi.flax.layers import input_names, on_host
 from gpt2_multi.flax.parameters.axes import automatic
 from gpt2_multi.flax.parameters.sharding import shard_batch
 from gpt2_multi.flax.parameters.tree import Tree, check_alive
+from gpt2_multi.flax.training.lora import LoraConfig, check_adapters, init_adapters, merge, shapes
 from gpt2_multi.flax.training.losses import IGNORED, shifted
 from gpt2_multi.model import inputs
 from gpt2_multi.model.checkpoint.quantized import check_trained
 
+LORA = 0x4C6F5241  # folded into a seed's key for the first adapters, which dropout, folding in steps, never meets
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
 NO_INPUTS = (
@@ -48,12 +50,19 @@ class Loss:
     module: nn.Module
     head: str
     check: Callable[[Batch], None] = field(repr=False)  # of the model
+    lora: LoraConfig | None = None
 
-    def __call__(self, params: Tree, batch: Batch, dropout_key: Array | None = None) -> tuple[Array, Array]:
-        """The loss, (), and how many labels it is the mean of, (); without a key there is no dropout."""
-        return automatic(self._mean, None, params, dict(batch), dropout_key)  # type: ignore[no-any-return]
+    def __call__(
+        self, params: Tree, batch: Batch, dropout_key: Array | None = None, base: Tree | None = None
+    ) -> tuple[Array, Array]:
+        """The loss, (), and how many labels it is the mean of, (); without a key there is no dropout.
 
-    def _mean(self, params: Tree, batch: Batch, dropout_key: Array | None) -> tuple[Array, Array]:
+        With LoRA `params` are adapters, and `base` is what they change.
+        """
+        return automatic(self._mean, None, params, dict(batch), dropout_key, base)  # type: ignore[no-any-return]
+
+    def _mean(self, params: Tree, batch: Batch, dropout_key: Array | None, base: Tree | None) -> tuple[Array, Array]:
+        params = self.whole(params, base)
         train, rngs = dropout_key is not None, {} if dropout_key is None else {"dropout": dropout_key}
         output: Any = self.module.apply({"params": params}, **batch, train=train, rngs=rngs)
         losses = [loss for loss in (getattr(output, name, None) for name in ("loss", "mc_loss")) if loss is not None]
@@ -61,8 +70,12 @@ class Loss:
             raise InputError(f"batch: expected labels for the loss, found {', '.join(batch)}; give them by their name")
         return sum(losses), label_count(self.head, batch)
 
+    def whole(self, params: Tree, base: Tree | None) -> Tree:
+        """The parameters of the module."""
+        return params if self.lora is None or base is None else merge(base, params, self.lora)
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Loss) and self.module is other.module
+        return isinstance(other, Loss) and self.module is other.module and self.lora == other.lora
 
     def __hash__(self) -> int:
         return id(self.module)
@@ -82,11 +95,23 @@ def label_count(head: str, batch: Batch) -> Array:
 
 
 class TrainState(train_state.TrainState):
-    """Step, parameters, the optimizer's state, and the key from which each step's dropout follows: a pytree."""
+    """Step, parameters, the optimizer's state, and the key from which each step's dropout follows: a pytree.
+
+    With LoRA `params` are the adapters, and `base` the parameters that they change, which stay as they are.
+    """
 
     apply_fn: Loss = struct.field(pytree_node=False)
     params: Any = struct.field(pytree_node=True)
     dropout_key: Array
+    base: Any = None
+
+    def merged(self) -> Tree:
+        """The parameters of the model, with LoRA's updates in them; without LoRA they are `params` themselves."""
+        if self.base is None:
+            return self.params
+        shardings = jax.tree.map(lambda x: x.sharding, self.base)
+        whole = partial(automatic, self.apply_fn.whole, None)
+        return jax.jit(whole, out_shardings=shardings)(self.params, self.base)  # type: ignore[no-any-return]
 
 
 def create_train_state(
@@ -95,54 +120,90 @@ def create_train_state(
     params: Tree | None = None,
     *,
     seed: int = 0,
+    lora: LoraConfig | None = None,
+    adapters: Tree | None = None,
 ) -> TrainState:
     """The state before the first step, with a copy of the model's parameters, or with `params` themselves.
 
     It lies where the parameters lie: the optimizer's state is sharded as they are. `seed` decides the dropout. `params`
-    are used up; with a model made by `_do_init=False` nothing is held twice. Raises InputError for parameters that do
-    not fit the model, and for what is no optimizer.
+    are used up; with a model made by `_do_init=False` nothing is held twice. With `lora` only adapters are trained, new
+    ones that `seed` decides, or those given, and lie whole on each device. Raises InputError for parameters that do not
+    fit the model, and for what is no optimizer.
     """
     given: object = optimizer
     if not isinstance(given, optax.GradientTransformation):
         raise InputError(
             f"optimizer: expected one of optax, found {type(given).__name__}; training.optimizer(5e-5) makes one"
         )
+    if adapters is not None:
+        check_adapters(model, _needed(lora), adapters)
     source = jax.tree.map(lambda x: x if isinstance(x, Array) else jnp.array(x), model.fitting(params))
-    first = partial(_first, loss_of(model), optimizer, seed)
+    first = partial(_first, loss_of(model, lora), optimizer, seed, _adapters_of(model, lora, adapters))
     shardings, used = _shardings(jax.eval_shape(first, source), source), params is not None
     return jax.jit(first, out_shardings=shardings, donate_argnums=0 if used else ())(source)
 
 
-def loss_of(model: Any) -> Loss:
+def loss_of(model: Any, lora: LoraConfig | None = None) -> Loss:
     """The loss of a model, without its parameters."""
     bare = copy(model)
     bare._params = None
-    return Loss(model.module, model.head, bare.check)
+    return Loss(model.module, model.head, bare.check, lora)
 
 
-def _first(loss: Loss, optimizer: optax.GradientTransformation, seed: int, params: Tree) -> TrainState:
+def loss_on(base: Tree | None, loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss as a function of what is trained."""
+    return loss if base is None else partial(loss, base=base)
+
+
+def _needed(lora: LoraConfig | None) -> LoraConfig:
+    if lora is None:
+        raise InputError("adapters: expected lora beside them, found none; load_adapters gives both")
+    return lora
+
+
+def _adapters_of(model: Any, lora: LoraConfig | None, adapters: Tree | None) -> Callable[[Array, Tree], Tree] | None:
+    """A function of a key and the parameters that gives the adapters, new ones or those that there are already."""
+    if lora is None:
+        return None
+    if lora.lora_dropout:
+        raise InputError(
+            f"lora_dropout: expected 0, found {lora.lora_dropout}: an update is merged into its kernel, and drops "
+            "nothing; dataclasses.replace(lora, lora_dropout=0.0) trains on without, the model's own dropout stays"
+        )
+    if adapters is not None:
+        return lambda key, params: jax.tree.map(jnp.array, adapters)
+    shapes(model, lora)  # what it refuses is refused before anything is traced
+    return partial(init_adapters, model, lora)
+
+
+def _first(loss: Loss, optimizer: optax.GradientTransformation, seed: int, adapters: Any, params: Tree) -> TrainState:
     params = jax.tree.map(jnp.copy, params)  # otherwise they would share memory that the first step gives away
-    return TrainState(jnp.int32(0), loss, params, optimizer, optimizer.init(params), jax.random.key(seed))
+    key, base = jax.random.key(seed), None
+    if adapters is not None:
+        params, base = adapters(jax.random.fold_in(key, LORA), params), params
+    return TrainState(jnp.int32(0), loss, params, optimizer, optimizer.init(params), key, base)
 
 
 def _shardings(state: TrainState, params: Tree) -> TrainState:
-    """The sharding of each array of a state whose parameters lie as `params` do.
+    """The sharding of each array of a state whose parameters lie as `params` do; adapters are whole on each device.
 
     What has not the shape of a parameter is replicated; what an optimizer leaves out stays out.
     """
     by_leaf = jax.tree.map(lambda x: x.sharding, params)
     whole = replicated(jax.tree.leaves(params)[0].sharding)
+    trained = by_leaf if state.base is None else jax.tree.map(lambda _: whole, state.params)
 
-    def beside(moment: Any, param: Any) -> Any:
+    def beside(moment: Any, param: Any, sharding: Sharding) -> Any:
         if isinstance(moment, optax.MaskedNode):
             return moment
-        return param.sharding if moment.shape == param.shape else whole
+        return sharding if moment.shape == param.shape else whole
 
     moments = optax.tree_map_params(
-        state.tx, beside, state.opt_state, params,
+        state.tx, beside, state.opt_state, state.params, trained,
         transform_non_params=lambda _: whole, is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )  # fmt: skip
-    return state.replace(step=whole, params=by_leaf, opt_state=moments, dropout_key=whole)
+    base = None if state.base is None else by_leaf
+    return state.replace(step=whole, params=trained, opt_state=moments, dropout_key=whole, base=base)
 
 
 def replicated(sharding: Sharding) -> Sharding:
@@ -164,7 +225,7 @@ def accumulated(state: TrainState, batches: Batch, key: Array) -> tuple[Array, T
     """The loss and gradients of micro-batches that are stacked, one after the other: those of one batch of all rows."""
     is_integer = any(x.dtype == jnp.int8 for x in jax.tree.leaves(state.params))
     check_trained(not is_integer, "take gradients of the floats alone, with jax.grad")
-    gradients = jax.value_and_grad(state.apply_fn, has_aux=True)
+    gradients = jax.value_and_grad(loss_on(state.base, state.apply_fn), has_aux=True)
 
     def one(total: Tree, numbered: Any) -> tuple[Tree, Any]:
         number, batch = numbered
@@ -210,7 +271,7 @@ def _compiled(tree: Any, shardings: tuple[Sharding, ...], micro: bool) -> Callab
 
 @jax.jit
 def _evaluated(state: TrainState, batch: Batch) -> tuple[Array, Array]:
-    return state.apply_fn(state.params, batch)
+    return loss_on(state.base, state.apply_fn)(state.params, batch)
 
 
 def eval_step(state: TrainState, batch: Batch) -> tuple[Array, Array]:

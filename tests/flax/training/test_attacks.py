@@ -117,7 +117,7 @@ def test_gradients_of_many_labels_stay_within_float16():
     def loss(params, batch, key):
         return (params["w"] * 100).sum(), jnp.float32(10_000)
 
-    state = SimpleNamespace(params={"w": jnp.ones(2, jnp.float16)}, apply_fn=jax.jit(loss))
+    state = SimpleNamespace(params={"w": jnp.ones(2, jnp.float16)}, apply_fn=jax.jit(loss), base=None)
     grads = accumulated(state, {"x": jnp.zeros((4, 1))}, jax.random.key(0))[1]["w"]
     assert grads.dtype == jnp.float16 and grads.tolist() == [100, 100]
 
