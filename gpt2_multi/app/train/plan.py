@@ -13,6 +13,7 @@ BETAS, EPSILON = (0.9, 0.95), 1e-8  # of AdamW, as those who trained GPT-3 had t
 LEAST_RATE = 0.1  # of the learning rate, at the end of the cosine
 LORA_SCALE = 2  # what the product of two adapters is multiplied by: alpha / rank
 LORA_LAYERS = ("c_attn", "c_proj", "c_fc")  # the kernels that get adapters
+DROPOUTS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 PLACE = ("device", "mesh")  # where it is computed, which may be elsewhere when a run goes on
 
 
@@ -33,6 +34,7 @@ class Plan:
     max_norm: float  # 0: gradients are not clipped
     lora: int  # the rank of the adapters, 0 for none: then all weights are trained
     seed: int
+    dropout: float | None = None  # None: that of the model
     device: str = ""  # as the backend names it; its fastest kind where it is empty
     mesh: str = ""  # such as data=2,fsdp=4
 
@@ -42,6 +44,11 @@ class Plan:
             return self.learning_rate * (step + 1) / self.warmup
         done = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
         return self.learning_rate * (LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of the model's configuration the plan says."""
+        return {} if self.dropout is None else dict.fromkeys(DROPOUTS, self.dropout)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -10,9 +10,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpt2_multi.app.train.plan import Plan
+from gpt2_multi.errors import CheckpointError
+from gpt2_multi.files.arrays import Made
+from gpt2_multi.files.containers import read_safetensors, write_safetensors
 
 Array = np.ndarray[Any, Any]
 Batch = Mapping[str, Array]  # input_ids and labels, whose -100 do not count
+STATE = "state.safetensors"
 
 
 class Update(NamedTuple):
@@ -22,6 +26,19 @@ class Update(NamedTuple):
     norm: Any  # of all gradients together, before they are clipped
 
 
+class Team(Protocol):
+    """The processes that train together: the first one, 0, reads the sources and writes."""
+
+    process: int
+    processes: int
+
+    def agreed(self, flag: bool) -> bool:
+        """Whether any process says yes; all of them wait for each other."""
+
+    def close(self) -> None:
+        """Let the others go."""
+
+
 class Engine(Protocol):
     """A model that is trained. Each process has one, and calls the same in the same order.
 
@@ -29,8 +46,6 @@ class Engine(Protocol):
     follows from the seed, the step, the process and the part of the batch, so that no generator is saved.
     """
 
-    process: int  # from 0; the first one writes
-    processes: int
     device: str  # what it computes on, for people, such as "NVIDIA H100 80GB HBM3" or "cpu"
     devices: int  # how many of these, in all processes together
 
@@ -44,22 +59,42 @@ class Engine(Protocol):
         """Write a model folder, adapters merged into it; all processes call it, and the first alone has a folder."""
 
     def save_state(self, folder: Path | None) -> None:
-        """Write what `load_state` needs into an empty folder; called as `save_model` is."""
+        """Write what `load_state` needs into an empty folder, by `write_state`; called as `save_model` is."""
 
     def load_state(self, folder: Path) -> None:
         """Be what was saved, bit by bit; all processes see the folder."""
 
-    def agreed(self, flag: bool) -> bool:
-        """Whether any process says yes; all of them wait for each other."""
-
     def product(self, size: int) -> float:
         """The seconds that one device needs for a product of two (size, size) matrices in the plan's dtype."""
 
-    def close(self) -> None:
-        """Let the other processes go."""
+
+def join(backend: str, device: str) -> Team:
+    """The processes of a run, as the environment says, on a device or the fastest kind; before anything is computed."""
+    team: Team = _module(backend).join(device)
+    return team
 
 
-def build(plan: Plan, folder: Path) -> Engine:
-    """The engine of a plan, whose model is that of a folder, with the dropout of its config.json."""
-    engine: Engine = importlib.import_module(f"gpt2_multi.app.train.engines.{plan.backend}").build(plan, folder)
+def build(plan: Plan, folder: Path, team: Team) -> Engine:
+    """The engine of a plan, whose model is that of a folder, with the plan's settings of the configuration."""
+    engine: Engine = _module(plan.backend).build(plan, folder, team)
     return engine
+
+
+def _module(backend: str) -> Any:
+    return importlib.import_module(f"gpt2_multi.app.train.engines.{backend}")
+
+
+def write_state(folder: Path, tensors: Mapping[str, Made]) -> None:
+    """Write a state, one tensor in memory at a time."""
+    write_safetensors(folder / STATE, tensors)
+
+
+def read_state(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """The tensors of a state, mapped; CheckpointError where it is damaged, or has not these names and shapes."""
+    path = folder / STATE
+    found = read_safetensors(path)
+    for name in {**expected, **found}:
+        old, new = found[name].shape if name in found else "absent", expected.get(name, "absent")
+        if old != new:
+            raise CheckpointError(f"{path}: expected {name} to be {new}, found {old}; the state is of another model")
+    return found

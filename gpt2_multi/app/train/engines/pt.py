@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,44 +12,64 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_multi.app.train.engines.engine import Batch, Update
+from gpt2_multi.app.train.engines.engine import Batch, Update, read_state, write_state
 from gpt2_multi.app.train.plan import BETAS, EPSILON, LORA_LAYERS, LORA_SCALE, Plan
-from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.errors import InputError
+from gpt2_multi.files.arrays import Made
 from gpt2_multi.pt.heads import GPT2LMHeadModel
-from gpt2_multi.pt.layers import to_torch
+from gpt2_multi.pt.layers import NUMPY, to_numpy, to_torch
 from gpt2_multi.pt.loading import device_of, devices, dtypes
 from gpt2_multi.pt.training import IGNORED, parameter_groups
 
-STATE = "state.safetensors"
-PARAMETER, MOMENTS = "parameter", ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
+PARAMETER, UPDATES, MOMENTS = "parameter", "updates", ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
+
+
+class PTTeam:
+    """The processes that torchrun started, or this one alone. See `Team`."""
+
+    def __init__(self, device: str) -> None:
+        self.process, self.processes, self._group = 0, 1, None
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+            self.process, self.processes = dist.get_rank(), dist.get_world_size()
+        self.place = place_of(device)
+
+    def agreed(self, flag: bool) -> bool:
+        """See `Team.agreed`; on the CPU, so that no accelerator is waited for."""
+        said = torch.tensor(int(flag))
+        if self.processes > 1:
+            dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return bool(said)
+
+    def close(self) -> None:
+        """See `Team.close`."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class PTEngine:
     """See `Engine`."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan = plan
-        self.process, self.processes, self._group = join()
-        self._place = place_of(plan, self.process)
+    def __init__(self, plan: Plan, folder: Path, team: PTTeam) -> None:
+        self.plan, self._team, self._place = plan, team, team.place
         self.device = torch.cuda.get_device_name(self._place) if self._place.type == "cuda" else self._place.type
-        self.devices = self.processes
+        self.devices = team.processes
         stored = "float64" if plan.dtype == "float64" else "float32"
-        self._model = GPT2LMHeadModel.from_pretrained(folder, dtype=plan.dtype, param_dtype=stored).to(self._place)
+        dtypes: Any = {"dtype": plan.dtype, "param_dtype": stored}
+        self._model = GPT2LMHeadModel.from_pretrained(folder, **dtypes, **plan.settings).to(self._place)
         self._trained: nn.Module = adapted(self._model, plan) if plan.lora else self._model
         self._trained.train()
         self._named = {name: p for name, p in self._trained.named_parameters() if p.requires_grad}
-        self._call = DistributedDataParallel(self._trained) if self._group else self._trained
+        self._call = DistributedDataParallel(self._trained) if team.processes > 1 else self._trained
         groups = parameter_groups(self._trained, plan.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=True)
 
     def train(self, batch: Batch, step: int, rate: float) -> Update:
         """See `Engine.train`."""
-        torch.manual_seed(seed_of(self.plan.seed, step, self.process))
+        torch.manual_seed(seed_of(self.plan.seed, step, self._team.process))
         self._optimizer.zero_grad(set_to_none=True)
         parts = batch["input_ids"].shape[0]
         items = max(int((batch["labels"][..., 1:] != IGNORED).sum()), 1)
@@ -63,7 +83,7 @@ class PTEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
-        return Update(self._summed(total).div_(self.processes), norm)
+        return Update(self._summed(total).div_(self._team.processes), norm)
 
     def _unreduced(self) -> AbstractContextManager[Any]:
         return self._call.no_sync() if isinstance(self._call, DistributedDataParallel) else nullcontext()
@@ -82,7 +102,7 @@ class PTEngine:
         return norm
 
     def _summed(self, x: Tensor) -> Tensor:
-        if self._group:
+        if self._team.processes > 1:
             dist.all_reduce(x)
         return x
 
@@ -109,43 +129,29 @@ class PTEngine:
     def save_state(self, folder: Path | None) -> None:
         """See `Engine.save_state`."""
         if folder is not None:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._state()}
-            save_file(tensors, folder / STATE, {"steps": str(self._steps())})
+            write_state(folder, {name: made(tensor) for name, tensor in self._state()})
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """Each trained parameter with its moments, and how many updates they are the mean of."""
+        states = self._optimizer.state
         for name, parameter in self._named.items():
-            yield f"{PARAMETER}.{name}", parameter
+            yield f"{PARAMETER}.{name}", parameter.detach()
             for moment in MOMENTS:
-                there = self._optimizer.state.get(parameter, {}).get(moment)
+                there = states.get(parameter, {}).get(moment)
                 yield f"{moment}.{name}", torch.zeros_like(parameter) if there is None else there
-
-    def _steps(self) -> int:
-        states = list(self._optimizer.state.values())
-        return int(states[0]["step"]) if states else 0
+        yield UPDATES, next((state["step"] for state in states.values()), torch.zeros(()))
 
     @torch.no_grad()
     def load_state(self, folder: Path) -> None:
         """See `Engine.load_state`."""
-        path = folder / STATE
-        try:
-            with safe_open(path, "pt", device=str(self._place)) as file:
-                check_state(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, self._named)
-                step = torch.tensor(float(file.metadata()["steps"]), device=self._place)
-                for name, parameter in self._named.items():
-                    parameter.copy_(file.get_tensor(f"{PARAMETER}.{name}"))
-                    moments = {moment: file.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
-                    self._optimizer.state[parameter] = {"step": step.clone(), **moments}
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            what = f"{path}: is damaged ({error})"
-            raise CheckpointError(f"{what}; delete its folder to go on from the one before") from error
-
-    def agreed(self, flag: bool) -> bool:
-        """See `Engine.agreed`."""
-        if self._group is None:
-            return flag
-        said = torch.tensor(int(flag))
-        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(said)
+        kinds = (PARAMETER, *MOMENTS)
+        shapes = {f"{kind}.{name}": tuple(p.shape) for name, p in self._named.items() for kind in kinds}
+        found = read_state(folder, {**shapes, UPDATES: ()})
+        for name, parameter in self._named.items():
+            parameter.copy_(to_torch(found[f"{PARAMETER}.{name}"]))
+            sources = {moment: found[f"{moment}.{name}"] for moment in MOMENTS} | {"step": found[UPDATES]}
+            state = {kind: to_torch(array).to(self._place, copy=True) for kind, array in sources.items()}
+            self._optimizer.state[parameter] = state
 
     def product(self, size: int) -> float:
         """See `Engine.product`."""
@@ -157,43 +163,34 @@ class PTEngine:
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    def close(self) -> None:
-        """See `Engine.close`."""
-        if self._group is not None:
-            dist.destroy_process_group()
+
+def join(device: str) -> PTTeam:
+    """See `engine.join`."""
+    return PTTeam(device)
 
 
-def build(plan: Plan, folder: Path) -> PTEngine:
+def build(plan: Plan, folder: Path, team: PTTeam) -> PTEngine:
     """See `engine.build`."""
     if plan.mesh:
         raise InputError(f"--mesh {plan.mesh}: PyTorch has the whole model in each process; use --backend flax")
-    return PTEngine(plan, folder)
+    if plan.dtype not in (known := dtypes(str(team.place))):
+        raise InputError(f"--dtype: {team.place} does not compute in {plan.dtype}; choose one of {', '.join(known)}")
+    return PTEngine(plan, folder, team)
 
 
-def join() -> tuple[int, int, Any]:
-    """This process, the number of processes, and what they agree by on the CPU: as torchrun says, or this one alone."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, None
-    if not dist.is_initialized():
-        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo")
-
-
-def place_of(plan: Plan, process: int) -> torch.device:
-    """Where a process computes: with several, each on an accelerator of its own."""
-    if plan.device:
-        place = device_of(plan.device)
-    else:
-        known = devices()
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        place = torch.device(known[local % max(len(known) - 1, 1)])
-    if plan.dtype not in dtypes(str(place)):
-        raise InputError(
-            f"--dtype: {place} does not compute in {plan.dtype}; choose one of {', '.join(dtypes(str(place)))}"
-        )
+def place_of(device: str) -> torch.device:
+    """Where a process computes: several of one machine each on an accelerator of its own."""
+    known = devices()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    place = device_of(device or known[local % max(len(known) - 1, 1)])
     if place.type == "cuda":
         torch.cuda.set_device(place)
     return place
+
+
+def made(tensor: Tensor) -> Made:
+    """A tensor to write, which comes to the CPU when its turn is."""
+    return NUMPY[tensor.dtype], tuple(tensor.shape), lambda: to_numpy(tensor)
 
 
 def seed_of(*numbers: int) -> int:
@@ -210,8 +207,8 @@ def adapted(model: GPT2LMHeadModel, plan: Plan) -> nn.Module:
         raise InputError("--lora: needs PEFT: pip install peft") from None
     torch.manual_seed(seed_of(plan.seed))
     options: Any = {"lora_alpha": LORA_SCALE * plan.lora, "target_modules": list(LORA_LAYERS)}
-    made: nn.Module = get_peft_model(model, LoraConfig(r=plan.lora, **options))  # type: ignore[arg-type,unused-ignore]
-    return made
+    wrapped: nn.Module = get_peft_model(model, LoraConfig(r=plan.lora, **options))  # type: ignore[arg-type,unused-ignore]
+    return wrapped
 
 
 @torch.no_grad()
@@ -228,14 +225,3 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
             parameter = parameter + layer.get_delta_weight("default") if leaf == "weight" else parameter
         merged[f"{path}.{leaf}"] = parameter
     return merged
-
-
-def check_state(path: Path, found: Mapping[str, tuple[int, ...]], named: Mapping[str, Tensor]) -> None:
-    """CheckpointError where the shapes of a saved state are not those of these parameters."""
-    expected = {f"{kind}.{name}": tuple(x.shape) for name, x in named.items() for kind in (PARAMETER, *MOMENTS)}
-    for name in {**expected, **found}:
-        if found.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{path}: expected {name} to be {expected.get(name, 'absent')}, found {found.get(name, 'none')}; the "
-                "state is of another model"
-            )
