@@ -17,6 +17,8 @@ import numpy as np
 from gpt2_multi.errors import InputError
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.rules import phrase_table
+from gpt2_multi.model import inputs
+from gpt2_multi.model.config import GPT2Config
 
 Array = np.ndarray[Any, Any]
 PHRASES, STOPS, ENDS = 128, 16, 32  # the least numbers of rows that tables have
@@ -134,6 +136,18 @@ class Row:
         for name, off in REFUSED.items():
             if (found := getattr(self.config, name)) not in (None, off):
                 raise InputError(f"{name}: expected {off!r} for one text among others, found {found!r}; leave it out")
+
+    def check(self, ids: Array, model: GPT2Config, free: int) -> None:
+        """InputError where a model has no slot free, or cannot continue a prompt (T,) by it."""
+        if free < 1:
+            raise InputError("slots: all are taken; wait until a text leaves, or make more of them")
+        inputs.check_shape("ids", ids.shape, (None,))
+        inputs.check_prompts(len(ids))
+        inputs.check_ids("ids", inputs.Facts.of(ids), model.vocab_size)
+        inputs.check_context(len(ids), 1, model.n_positions)
+        self.config.check_vocabulary(model.vocab_size)
+        if self.bias:
+            inputs.check_vocabulary("bias", min(self.bias), max(self.bias), model.vocab_size)
 
     @cached_property
     def options(self) -> Options:

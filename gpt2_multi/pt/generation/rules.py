@@ -1,14 +1,14 @@
 """The rules that turn logits into the next token, in PyTorch: those of `gpt2_multi.generation.rules`, on batches.
 
-Options are Python's numbers, so that what is off costs nothing. R rows, T ids of each so far, V vocabulary, K kept
-tokens.
+Options are Python's numbers, so that what is off costs nothing, or (R, 1) where rows have their own. R rows, T ids of
+each so far, V vocabulary, K kept tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_multi.generation import rules as numpy_rules
-from gpt2_multi.generation.options import Options
+from gpt2_multi.generation.options import PER_ROW, TABLES, Options
 from gpt2_multi.generation.rules import PARITY, ROTATIONS
 from gpt2_multi.generation.stopping import FOUND
 from gpt2_multi.pt.layers import is_at_hand, to_numpy
@@ -36,18 +36,39 @@ class Kept(NamedTuple):
         return none.scatter_(1, self.tokens, self.logits)
 
 
-def as_tensors(options: Options, device: torch.device) -> Options:
-    """Options with tensors for arrays, without what fills these up; `stops` is None where no token begins any."""
+def as_tensors(options: Options, device: torch.device, dtype: torch.dtype = torch.float32) -> Options:
+    """Options with tensors for arrays, without what fills these up; `stops` is None where no token begins any.
+
+    dtype: of numbers that rows have of their own.
+    """
+    options = agreed(options) if options.ends.ndim == 2 else options
+    numbers = {name: x for name in PER_ROW if isinstance(x := getattr(options, name), np.ndarray)}
     vocab_size, there = options.stops.shape[1], options.biases != 0
-    phrases = options.phrases[there]
-    arrays = {
-        "ends": options.ends[(options.ends >= 0) & (options.ends < vocab_size)].astype(np.int64),
-        "phrases": phrases[:, (phrases >= 0).any(0)].astype(np.int64),
-        "biases": options.biases[there],
+    there = there.any(0) if there.ndim == 2 else there
+    ends = np.where((options.ends >= 0) & (options.ends < vocab_size), options.ends, vocab_size)
+    phrases = options.phrases[..., there, :]
+    arrays = numbers | {
+        "ends": (ends if ends.ndim == 2 else ends[ends < vocab_size]).astype(np.int64),
+        "phrases": phrases[..., (phrases >= 0).reshape(-1, phrases.shape[-1]).any(0)].astype(np.int64),
+        "biases": options.biases[..., there],
         "streams": options.streams.view(np.int32),
     }
-    stops = torch.from_numpy(options.stops).to(device) if options.stops[0].any() else None
-    return options._replace(stops=stops, **{name: torch.from_numpy(x).to(device) for name, x in arrays.items()})
+    tensors = {name: torch.from_numpy(x).to(device) for name, x in arrays.items()}
+    tensors |= {name: tensors[name].to(dtype) for name, x in numbers.items() if x.dtype == np.float64}
+    return options._replace(
+        stops=torch.from_numpy(options.stops).to(device) if options.stops[0].any() else None, **tensors
+    )
+
+
+def agreed(options: Options) -> Options:
+    """Options of rows, with one number or table where all have the same; else what is off keeps every token."""
+    found = {name: getattr(options, name) for name in (*PER_ROW, *TABLES)}
+    off = {"top_k": (found["top_k"] > 0, options.stops.shape[1]), "top_p": (found["top_p"] < 1, 2)}
+    off["typical_p"] = (found["typical_p"] < 1, 2)  # as sums of probabilities may be 1 too early
+    kept = {name: np.where(is_there, found[name], whole) for name, (is_there, whole) in off.items()}
+    same = {name: x[0] for name, x in found.items() if (x == x[:1]).all()}
+    numbers = {name: x.item() for name, x in same.items() if name in PER_ROW}
+    return options._replace(**(kept | same | numbers))
 
 
 def process(
@@ -61,26 +82,35 @@ def process(
     """What the next token is chosen among, from the model's logits, or a beam's log-probabilities, (R, V).
 
     ids: (R, T), of which those count that `keep` (R, T) marks. step: how many tokens were made, a number or
-    (1,). own: the caller's.
+    (1,), or (R, 1). own: the caller's.
     """
+    if is_on(options.presence, 0) or is_on(options.frequency, 0):
+        logits = discourage(logits, ids, keep, step, options.presence, options.frequency)
     if len(options.phrases):
         logits = add_biases(logits, ids, keep, options.phrases, options.biases)
-    if options.repetition_penalty != 1:
+    if is_on(options.repetition_penalty, 1):
         logits = penalise(logits, ids, keep, options.repetition_penalty)
-    if options.no_repeat_ngram_size:
+    if is_on(options.no_repeat_ngram_size, 0):
         logits = ban_repeats(logits, ids, keep, options.no_repeat_ngram_size)
-    least = max(options.min_length, options.min_new_tokens)
-    if least and (isinstance(step, Tensor) or step < least):
+    least = [option for option in (options.min_length, options.min_new_tokens) if is_on(option, 0)]
+    if least and (isinstance(step, Tensor) or step < max(least)):
         short = (keep.sum(-1, keepdim=True) < options.min_length) | (step < options.min_new_tokens)
         logits = without(logits, short & is_end(logits, options))
     if own is not None:
         logits = own(logits)
-    return warp(logits, options) if options.do_sample else Kept(logits)
+    return warp(logits, options) if is_on(options.do_sample, False) else Kept(logits)
 
 
 def choose(processed: Kept, step: int | Tensor, options: Options) -> Tensor:
     """The next token of each row, (R,)."""
-    return sample(processed, options.streams, step) if options.do_sample else processed.logits.argmax(-1)
+    if not is_on(options.do_sample, False):
+        return processed.logits.argmax(-1)
+    drawn = sample(processed, options.streams, step)
+    if not isinstance(options.do_sample, Tensor):
+        return drawn
+    best = processed.logits.argmax(-1, keepdim=True)
+    best = best if processed.tokens is None else processed.tokens.gather(-1, best)
+    return torch.where(options.do_sample, drawn[:, None], best).squeeze(-1)
 
 
 def ends(chosen: Tensor, stop: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -92,24 +122,47 @@ def ends(chosen: Tensor, stop: Tensor, options: Options) -> tuple[Tensor, Tensor
     return ended | (stop == FOUND), stop.clamp(min=0)
 
 
+def is_on(option: Any, off: Any) -> bool:
+    """Whether an option does anything, as one does that rows have of their own."""
+    return isinstance(option, Tensor) or option != off
+
+
 def without(logits: Tensor, gone: Tensor) -> Tensor:
     """The logits with some tokens ruled out."""
     return logits.masked_fill(gone, -torch.inf)
 
 
 def is_end(logits: Tensor, options: Options) -> Tensor:
-    """Which ids of the vocabulary are end tokens, (V,)."""
-    return logits.new_zeros(logits.shape[1], dtype=torch.bool).index_fill(0, options.ends, True)
+    """Which ids of the vocabulary are end tokens, (V,), or of each row, (R, V)."""
+    rows, vocab_size = logits.shape
+    if options.ends.dim() == 1:
+        return logits.new_zeros(vocab_size, dtype=torch.bool).index_fill(0, options.ends, True)
+    return options.ends.new_zeros(rows, vocab_size + 1, dtype=torch.bool).scatter_(1, options.ends, True)[:, :-1]
 
 
 def add_biases(logits: Tensor, ids: Tensor, keep: Tensor, phrases: Tensor, biases: Tensor) -> Tensor:
-    """Add to the last id of each phrase (P, L), whose others a row's ids (R, T) end with; padding begins none."""
-    back = phrases.shape[1] - 1
+    """Add to the last id of each phrase (P, L), whose others a row's ids (R, T) end with; padding begins none.
+
+    Rows may have phrases (R, P, L) of their own.
+    """
+    back = phrases.shape[-1] - 1
     ids, keep = (F.pad(x, (back, 0))[:, x.shape[1] :] for x in (ids, keep))  # (R, back), the last ones
-    same = (ids[:, None] == phrases[:, :-1]) & keep[:, None]  # (R, P, back)
-    begun = (same | (phrases[:, :-1] < 0)).all(-1)
+    same = (ids[:, None] == phrases[..., :-1]) & keep[:, None]  # (R, P, back)
+    begun = (same | (phrases[..., :-1] < 0)).all(-1)
     added = torch.where(begun, biases.to(logits.dtype), 0)
-    return logits.scatter_add(1, phrases[:, -1].expand_as(added), added)
+    return logits.scatter_add(1, phrases[..., -1].expand_as(added), added)
+
+
+def discourage(
+    logits: Tensor, ids: Tensor, keep: Tensor, step: int | Tensor, presence: float | Tensor, frequency: float | Tensor
+) -> Tensor:
+    """Make each token less likely that was made, as the last `step` of a row's ids (R, T) were."""
+    rows, vocab_size = logits.shape
+    made = keep & (torch.arange(ids.shape[1], 0, -1, device=ids.device) <= step)
+    counts = logits.new_zeros(rows, vocab_size + 1)
+    counts.scatter_add_(1, ids.masked_fill(~made, vocab_size), made.to(logits.dtype))
+    counts = counts[:, :vocab_size]
+    return logits - frequency * counts - presence * (counts > 0)
 
 
 def mark(logits: Tensor, ids: Tensor, marked: Tensor) -> Tensor:
@@ -119,13 +172,17 @@ def mark(logits: Tensor, ids: Tensor, marked: Tensor) -> Tensor:
     return found.scatter_(1, ids.masked_fill(~marked, vocab_size), True)[:, :vocab_size]
 
 
-def penalise(logits: Tensor, ids: Tensor, keep: Tensor, penalty: float) -> Tensor:
+def penalise(logits: Tensor, ids: Tensor, keep: Tensor, penalty: float | Tensor) -> Tensor:
     """Make each token that a row has seen less likely (Keskar et al. 2019, section 4.1)."""
     return torch.where(mark(logits, ids, keep), torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def ban_repeats(logits: Tensor, ids: Tensor, keep: Tensor, size: int) -> Tensor:
+def ban_repeats(logits: Tensor, ids: Tensor, keep: Tensor, size: int | Tensor) -> Tensor:
     """Rule out every token that would repeat an n-gram of its row's ids (R, T); windows over padding do not count."""
+    if isinstance(size, Tensor):
+        for one in torch.unique(size[size > 0]).tolist():
+            logits = torch.where(size == one, ban_repeats(logits, ids, keep, one), logits)
+        return logits
     if ids.shape[1] < size:
         return logits
     windows = ids.unfold(1, size, 1)  # (R, windows, size)
@@ -139,19 +196,21 @@ def warp(logits: Tensor, options: Options) -> Kept:
 
     A CPU looks at those alone that the first rule may keep, if it is top-k.
     """
-    logits = logits if options.temperature == 1 else logits / options.temperature
-    top_k, tokens = max(options.top_k, options.least_kept) if options.top_k else 0, None
-    if top_k and is_at_hand(logits) and len(logits):
-        tokens = likeliest(logits, top_k)
+    logits = logits / options.temperature if is_on(options.temperature, 1) else logits
+    top_k, tokens = options.top_k, None
+    if isinstance(top_k, int) and top_k:
+        top_k = max(top_k, options.least_kept)
+    if is_on(top_k, 0) and is_at_hand(logits) and len(logits):
+        tokens = likeliest(logits, greatest(top_k))
         logits = logits.gather(1, tokens)
     kept = logits
-    if top_k:
+    if is_on(top_k, 0):
         kept = keep_top_k(kept, top_k)
-    if options.top_p < 1:
+    if is_on(options.top_p, 1):
         kept = keep_top_p(kept, options.top_p)
-    if options.min_p:
+    if is_on(options.min_p, 0):
         kept = keep_min_p(kept, options.min_p)
-    if options.typical_p < 1:
+    if is_on(options.typical_p, 1):
         kept = keep_typical(kept, options.typical_p)
     return Kept(
         kept if options.least_kept == 1 else torch.maximum(keep_top_k(logits, options.least_kept), kept), tokens
@@ -172,13 +231,20 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
     return index[:, :count].sort(-1).values
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
+def greatest(option: int | Tensor) -> int:
+    """The greatest number that a row has."""
+    return option if isinstance(option, int) else int(option.max())
+
+
+def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
     """Keep the k greatest logits, and what ties with the k-th."""
-    least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    vocab_size = logits.shape[-1]
+    best = logits.topk(min(greatest(k), vocab_size)).values
+    least = best[..., -1:] if isinstance(k, int) else best.gather(-1, (k - 1).long().clamp(max=vocab_size - 1))
     return without(logits, logits < least)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
+def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
     """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first."""
     ordered, order = logits.sort(stable=True, dim=-1, descending=True)
     probs = ordered.softmax(-1)
@@ -186,12 +252,13 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return without(logits, dropped.scatter(-1, order, dropped))
 
 
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
+def keep_min_p(logits: Tensor, p: float | Tensor) -> Tensor:
     """Keep what is at least p times as likely as the likeliest token."""
-    return without(logits, logits < logits.amax(-1, keepdim=True) + math.log(p))
+    below = p.log() if isinstance(p, Tensor) else math.log(p)
+    return without(logits, logits < logits.amax(-1, keepdim=True) + below)
 
 
-def keep_typical(logits: Tensor, p: float) -> Tensor:
+def keep_typical(logits: Tensor, p: float | Tensor) -> Tensor:
     """Keep the tokens whose surprise is nearest to the entropy, until they reach p, and what ties with the last."""
     surprise = -logits.log_softmax(-1)
     probs = (-surprise).exp()
@@ -235,7 +302,8 @@ def bits(streams: Tensor, step: int | Tensor, tokens: Tensor) -> Tensor:
     """The first of the two words of `threefry2x32` for tokens (R, K); NumPy makes those of a few tokens sooner."""
     if is_at_hand(tokens):
         low, high = to_numpy(streams).view(np.uint32).T[..., None]  # (R, 1) each
-        x0, _ = numpy_rules.threefry2x32((low, high), (np.uint32(int(step)), to_numpy(tokens).astype(np.uint32)))
+        made = to_numpy(step).astype(np.uint32) if isinstance(step, Tensor) else np.uint32(step)
+        x0, _ = numpy_rules.threefry2x32((low, high), (made, to_numpy(tokens).astype(np.uint32)))
         return torch.from_numpy(x0.view(np.int32))
     low, high = streams[:, :1], streams[:, 1:]
     return threefry2x32((low, high), ((torch.zeros_like(low) + step).to(torch.int32), tokens.to(torch.int32)))[0]
