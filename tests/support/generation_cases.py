@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpt2_multi.generation import rules
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.generation.options import Row
 from gpt2_multi.generation.reference import generate
 from gpt2_multi.generation.rules import noise_streams
 from gpt2_multi.generation.stopping import stop_table
@@ -30,6 +32,19 @@ class Case(NamedTuple):
     ids: Any  # (B, T)
     mask: Any
     options: dict[str, Any]
+
+
+class RowsCase(NamedTuple):
+    """Logits of rows that each have their own options, and what these make of them; padded on the left."""
+
+    rows: list[Row]
+    logits: Any  # (R, V) float64
+    ids: Any  # (R, S) int32
+    mask: Any  # (R, S) bool, which of the first `length` count
+    length: int
+    made: Any  # (R, 1) int32, how many of those were made
+    processed: Any  # (R, V)
+    chosen: Any  # (R,)
 
 
 @functools.cache
@@ -114,6 +129,45 @@ def sampling(rng: random.Random, rows: int) -> dict[str, Any]:
         "seed": rng.choice([rng.getrandbits(64), [rng.getrandbits(64) for _ in range(rows)]]),
     }
     return {name: value for name, value in every.items() if rng.random() < 0.5} | {"top_k": rng.choice([0, 1, 5, 50])}
+
+
+def row(rng: random.Random, vocab_size: int) -> Row:
+    """Options of one row among others, of which it has about a third."""
+    every: dict[str, Any] = {
+        "temperature": rng.choice([0.5, 1.0, 2.0]), "top_k": rng.choice([1, 5, 100]), "top_p": rng.choice([0.3, 0.9]),
+        "min_p": rng.choice([0.01, 0.3]), "typical_p": rng.choice([0.3, 0.9]),
+        "repetition_penalty": rng.choice([0.8, 1.3]), "no_repeat_ngram_size": rng.choice([1, 2, 3]),
+        "min_length": rng.choice([5, 12]), "min_new_tokens": rng.choice([2, 6]), "do_sample": True,
+        "logit_bias": {rng.randrange(vocab_size): 2.0, (3, 4): -3.0, (1,): -float("inf")},
+    }  # fmt: skip
+    options = {name: value for name, value in every.items() if rng.random() < 0.4}
+    ends = rng.sample(range(vocab_size), rng.choice([0, 1, 3])) or None
+    config = GenerationConfig(**{"top_k": 0, "eos_token_id": ends, **options})
+    bias = {rng.randrange(vocab_size): rng.choice([-100.0, 2.0]) for _ in range(rng.choice([0, 0, 3]))}
+    return Row(config, rng.getrandbits(64), bias, rng.choice([0.0, 0.5, -1.0]), rng.choice([0.0, 0.0, 0.7]))
+
+
+def rows_case(seed: int, count: int = 5, vocab_size: int = 160, length: int = 11, room: int = 14) -> RowsCase:
+    """Rows with options of their own, and what the specification makes of each alone."""
+    rng, numbers = random.Random(seed), np.random.default_rng(seed)
+    rows = [row(rng, vocab_size) for _ in range(count)]
+    logits = np.round(numbers.normal(0, 3, (count, vocab_size)), 1)  # rounded, so that there are ties and zeros
+    ids = numbers.integers(0, 6, (count, room)).astype(np.int32)
+    mask = np.arange(room) >= numbers.integers(0, length - 1, (count, 1))
+    mask[:, length:] = False
+    made = np.minimum(numbers.integers(0, 7, (count, 1)), mask.sum(-1, keepdims=True)).astype(np.int32)
+    texts = [each[:length][keep[:length]] for each, keep in zip(ids, mask, strict=True)]
+    found = [alone(*given) for given in zip(rows, logits, texts, made[:, 0].tolist(), strict=True)]
+    return RowsCase(rows, logits, ids, mask, length, made, *map(np.stack, zip(*found, strict=True)))
+
+
+def alone(row: Row, logits: Any, ids: Any, made: int) -> tuple[Any, Any]:
+    """What a row's options make of logits (V,) after its ids (T,), of which the last were made; and its token."""
+    logits = rules.discourage(logits, ids[len(ids) - made :], row.presence, row.frequency)
+    logits = rules.add_biases(logits, ids, [((token,), bias) for token, bias in row.bias.items()])
+    logits = rules.process(logits, ids, made, row.config)
+    noise = rules.gumbel(row.stream, 0, made, np.arange(len(logits))) if row.config.do_sample else 0
+    return logits, np.argmax(logits + noise)
 
 
 @functools.cache

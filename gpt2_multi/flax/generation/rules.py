@@ -1,7 +1,8 @@
 """The rules that turn logits into the next token, in JAX: those of `gpt2_multi.generation.rules`, on batches.
 
-Every option is traced, so that another value compiles nothing. R rows, S ids (prompt and room), V vocabulary, K
-tokens, P phrases of L ids.
+Every option is traced, so that another value compiles nothing; it is one for all rows, (), or one for each, (R, 1).
+What a row does not want changes nothing in it; what no row wants is not computed. R rows, S ids (prompt and room), V
+vocabulary, K tokens, P phrases of L ids, E end tokens.
 """
 
 from __future__ import annotations
@@ -48,26 +49,32 @@ def process(
 ) -> Kept:
     """What the tokens after the first `length` ids are chosen by, from the model's logits, or beams' log-probabilities.
 
-    logits: (R, V). ids: (R, S), of which those count that `keep` (R, S) marks. step: how many tokens were made. own:
-    the caller's rules.
+    logits: (R, V). ids: (R, S), of which those count that `keep` (R, S) marks. step: how many tokens were made, () or
+    (R, 1). own: the caller's rules.
     """
     penalty, size, phrases = options.repetition_penalty, options.no_repeat_ngram_size, options.phrases
-    biases = jnp.asarray(options.biases)
+    presence, frequency, biases = options.presence, options.frequency, jnp.asarray(options.biases)
+    made = is_made(ids, length, step)
+    logits = when(
+        some(presence != 0) | some(frequency != 0),
+        lambda x: discourage(x, ids, keep & made, presence, frequency),
+        logits,
+    )
     logits = when((biases != 0).any(), lambda x: add_biases(x, ids, keep, length, phrases, biases), logits)
-    logits = when(penalty != 1, lambda x: penalise(x, ids, keep, penalty), logits)
-    logits = when(size > 0, lambda x: ban_repeats(x, ids, keep, length, size), logits)
+    logits = when(some(penalty != 1), lambda x: penalise(x, ids, keep, penalty), logits)
+    logits = when(some(size > 0), lambda x: ban_repeats(x, ids, keep, length, size), logits)
     short = (keep.sum(-1, keepdims=True) < options.min_length) | (step < options.min_new_tokens)  # (R, 1)
-    logits = when(short.any(), lambda x: without(x, short & is_end(x, options)[None]), logits)
+    logits = when(short.any(), lambda x: without(x, short & is_end(x, options)), logits)
     logits = logits if own is None else own(logits)
     blank = jnp.zeros((len(logits), few(logits)), jnp.int32)
-    return lax.cond(options.do_sample, lambda x: warp(x, options), lambda x: Kept(x, blank), logits)
+    return lax.cond(some(options.do_sample), lambda x: warp(x, options), lambda x: Kept(x, blank), logits)
 
 
 def choose(processed: Kept, step: Any, options: Options) -> Array:
     """The next token of each row, (R,)"""
     return lax.cond(
-        options.do_sample,
-        lambda: sample(processed, options.streams, step),
+        some(options.do_sample),
+        lambda: sample(processed, options.streams, step, options.do_sample),
         lambda: likeliest(processed.logits, every(processed.logits)),
     )
 
@@ -85,9 +92,15 @@ def likeliest(logits: Array, tokens: Array) -> Array:
 def ends(chosen: Array, stop: Array, options: Options) -> tuple[Array, Array]:
     """Which tokens end their rows, and the states of the stop strings after them; all of one shape."""
     stop = jnp.asarray(options.stops)[stop, chosen]
-    each = jnp.asarray(options.ends, chosen.dtype).reshape(*[1] * chosen.ndim, -1)
+    each = jnp.asarray(options.ends, chosen.dtype)  # (E,), or (R, E) of rows
+    each = each.reshape(*each.shape[:-1], *[1] * (chosen.ndim - each.ndim + 1), each.shape[-1])
     is_over = (chosen[..., None] == each).any(-1) | (stop == FOUND)
     return is_over, jnp.maximum(stop, 0)
+
+
+def some(condition: Any) -> Array:
+    """Whether a condition holds for any row, ()"""
+    return jnp.any(condition)
 
 
 def when(condition: Any, change: Callable[[Array], Array], logits: Array) -> Array:
@@ -101,19 +114,37 @@ def without(logits: Array, gone: Array) -> Array:
 
 
 def is_end(logits: Array, options: Options) -> Array:
-    """Which ids of the vocabulary are end tokens, (V,)."""
-    return (every(logits)[:, None] == jnp.asarray(options.ends, jnp.int32)[None]).any(-1)
+    """Which ids of the vocabulary are end tokens, (1, V) or of each row (R, V)."""
+    ends = jnp.atleast_2d(jnp.asarray(options.ends, jnp.int32))
+    return mark(logits[: len(ends)], jnp.maximum(ends, 0), ends >= 0)
 
 
 def add_biases(logits: Array, ids: Array, keep: Array, length: Any, phrases: Any, biases: Array) -> Array:
-    """Add to the last id of each phrase (P, L) that the first `length` ids of a row have begun."""
+    """Add to the last id of each phrase, (P, L) or (R, P, L), that the first `length` ids of a row have begun."""
     phrases = jnp.asarray(phrases)
-    before = length - jnp.arange(phrases.shape[1] - 1, 0, -1, dtype=jnp.int32)  # (L - 1,)
+    before = length - jnp.arange(phrases.shape[-1] - 1, 0, -1, dtype=jnp.int32)  # (L - 1,)
     there = jnp.maximum(before, 0)
     said = jnp.where(keep[:, there] & (before >= 0)[None], ids[:, there], -2)  # (R, L - 1)
-    starts = phrases[None, :, :-1]
+    starts = phrases[..., :-1]
     begun = ((starts == said[:, None]) | (starts < 0)).all(-1)  # (R, P)
-    return logits.at[:, phrases[:, -1]].add(jnp.where(begun, biases, 0).astype(logits.dtype))
+    added = jnp.where(begun, biases, 0).astype(logits.dtype)
+    if phrases.ndim == 2:
+        return logits.at[:, phrases[:, -1]].add(added)
+    return logits.at[jnp.arange(len(logits), dtype=jnp.int32)[:, None], phrases[..., -1]].add(added)
+
+
+def is_made(ids: Array, length: Any, step: Any) -> Array:
+    """Which of the ids (R, S) were made, the last `step` of the first `length`: (1, S) or (R, S)"""
+    place = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    return (place >= length - step) & (place < length)
+
+
+def discourage(logits: Array, ids: Array, counts: Array, presence: Any, frequency: Any) -> Array:
+    """Make less likely what was made: the ids (R, S) that count."""
+    row = jnp.arange(len(ids), dtype=jnp.int32)[:, None]
+    found = jnp.zeros_like(logits).at[row, ids].add(counts.astype(logits.dtype))
+    presence, frequency = jnp.asarray(presence, logits.dtype), jnp.asarray(frequency, logits.dtype)
+    return logits - frequency * found - presence * (found > 0).astype(logits.dtype)
 
 
 def mark(logits: Array, ids: Array, marked: Array) -> Array:
@@ -135,40 +166,58 @@ def ban_repeats(logits: Array, ids: Array, keep: Array, length: Any, size: Any) 
     def narrowed(back: Array, repeats: Array) -> Array:
         before = jnp.maximum(place - back, 0)
         equal = ids[:, before] == ids[:, length - back][:, None]
-        return repeats & equal & keep[:, before] & (place >= back)[None]
+        return repeats & (equal & keep[:, before] & (place >= back)[None] | (back >= size))
 
-    longest = jnp.minimum(size, ids.shape[1] + 1)  # a longer one repeats nothing either
-    return without(logits, mark(logits, ids, lax.fori_loop(1, longest, narrowed, keep)))
+    longest = jnp.minimum(jnp.max(size), ids.shape[1] + 1)  # a longer one repeats nothing either
+    return without(logits, mark(logits, ids, lax.fori_loop(1, longest, narrowed, keep & (size > 0))))
 
 
 def warp(logits: Array, options: Options) -> Kept:
     """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
-    logits = kept = logits / jnp.asarray(options.temperature, logits.dtype)
-    tokens, least = first_few(logits), options.least_kept
-    kept = when(options.top_k > 0, lambda x: keep_top_k(x, tokens, jnp.maximum(options.top_k, least)), kept)
-    kept = when(options.top_p < 1, lambda x: keep_top_p(x, tokens, options.top_p), kept)
-    kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
-    kept = when(options.typical_p < 1, lambda x: keep_typical(x, options.typical_p), kept)
-    kept = when(least > 1, lambda x: jnp.where(keep_top_k(logits, tokens, least) > -jnp.inf, logits, x), kept)
-    return Kept(kept, lax.cond(options.typical_p < 1, lambda: first_few(kept), lambda: tokens))  # others may be left
+    least, top_k, top_p, min_p, typical_p, temperature = (
+        jnp.where(options.do_sample, x, off)
+        for x, off in (
+            (options.least_kept, 1),
+            (options.top_k, 0),
+            (options.top_p, 1),
+            (options.min_p, 0),
+            (options.typical_p, 1),
+            (options.temperature, 1),
+        )
+    )
+    logits = kept = logits / temperature.astype(logits.dtype)
+    tokens, typical = first_few(logits), some(typical_p < 1)
+    top_k = jnp.where(top_k > 0, jnp.maximum(top_k, least), 0)
+    kept = when(some(top_k > 0), lambda x: keep_top_k(x, tokens, top_k), kept)
+    kept = when(some(top_p < 1), lambda x: keep_top_p(x, tokens, top_p), kept)
+    kept = when(some(min_p > 0), lambda x: keep_min_p(x, min_p), kept)
+    kept = when(typical, lambda x: keep_typical(x, typical_p), kept)
+    kept = when(some(least > 1), lambda x: jnp.where(keep_top_k(logits, tokens, least) > -jnp.inf, logits, x), kept)
+    return Kept(kept, lax.cond(typical, lambda: first_few(kept), lambda: tokens))  # others may be left
 
 
 def keep_top_k(logits: Array, tokens: Array, k: Any) -> Array:
-    """Keep the k greatest logits, and what ties with the k-th. tokens: (R, K), those of the greatest in order."""
+    """Keep the k greatest logits, and what ties with the k-th; all where k is 0.
+
+    tokens: (R, K), those of the greatest in order.
+    """
+    k = jnp.asarray(k, jnp.int32)
 
     def of_few() -> Array:
-        last = lax.dynamic_slice_in_dim(tokens, k - 1, 1, axis=1)
-        return without(logits, logits < at(logits, last))
+        last = jnp.broadcast_to(jnp.maximum(k - 1, 0), (len(logits), 1))
+        least = at(logits, at(tokens, last))
+        return without(logits, (logits < least) & (k > 0))
 
     def of_all() -> Array:
         keys = ordered(logits)
-        return without(logits, keys < greatest(keys, lambda key: (keys >= key).sum(-1, keepdims=True) >= k))
+        last = greatest(keys, lambda key: (keys >= key).sum(-1, keepdims=True) >= k)
+        return without(logits, (keys < last) & (k > 0))
 
-    return lax.cond(k <= tokens.shape[1], of_few, of_all)
+    return lax.cond((k <= tokens.shape[1]).all(), of_few, of_all)
 
 
 def keep_top_p(logits: Array, tokens: Array, p: Any) -> Array:
-    """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first.
+    """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first; all where p is 1.
 
     tokens: (R, K), those of the greatest logits in order.
     """
@@ -179,7 +228,8 @@ def keep_top_p(logits: Array, tokens: Array, p: Any) -> Array:
     def of_few() -> Array:
         token = at(tokens, (reached < p).sum(-1, keepdims=True))  # what reaches p
         least = at(logits, token)
-        return without(logits, (logits < least) | ((logits == least) & (every(logits)[None] > token)))
+        gone = (logits < least) | ((logits == least) & (every(logits)[None] > token))
+        return without(logits, gone & (p < 1))
 
     def of_all() -> Array:
         keys, probs = ordered(logits), jax.nn.softmax(logits)
@@ -191,9 +241,9 @@ def keep_top_p(logits: Array, tokens: Array, p: Any) -> Array:
         tied = keys == last
         among = jnp.where(tied, probs, 0)
         before = mass(keys > last) + jnp.cumsum(among, -1) - among
-        return without(logits, (keys < last) | (tied & (before >= p)))
+        return without(logits, ((keys < last) | (tied & (before >= p))) & (p < 1))
 
-    return lax.cond((reached[:, -1] >= p).all(), of_few, of_all)
+    return lax.cond(((reached[:, -1:] >= p) | (p >= 1)).all(), of_few, of_all)
 
 
 def keep_min_p(logits: Array, p: Any) -> Array:
@@ -203,13 +253,16 @@ def keep_min_p(logits: Array, p: Any) -> Array:
 
 
 def keep_typical(logits: Array, p: Any) -> Array:
-    """Keep the tokens whose surprise is nearest to the entropy, until they reach p, and what ties with the last."""
+    """Keep the tokens whose surprise is nearest to the entropy, until they reach p, and what ties with the last.
+
+    All where p is 1.
+    """
     log_probs, p = jax.nn.log_softmax(logits), jnp.asarray(p, logits.dtype)
     probs = jnp.exp(log_probs)
     entropy = -jnp.where(probs > 0, probs * log_probs, 0).sum(-1, keepdims=True)
     keys = ordered(-jnp.abs(log_probs + entropy))
     last = greatest(keys, lambda key: jnp.where(keys >= key, probs, 0).sum(-1, keepdims=True) >= p)
-    return without(logits, keys < last)
+    return without(logits, (keys < last) & (p < 1))
 
 
 def guide(logits: Array, others: Array, scale: Any) -> Array:
@@ -241,18 +294,20 @@ def greatest(keys: Array, holds: Callable[[Array], Array]) -> Array:
     return lax.fori_loop(0, width, lower, jnp.zeros((len(keys), 1), keys.dtype))
 
 
-def sample(kept: Kept, streams: Any, step: Any) -> Array:
+def sample(kept: Kept, streams: Any, step: Any, do_sample: Any = True) -> Array:
     """Draw from the softmax of logits by the Gumbel noise (Maddison et al. 2014) of each row's stream: (R,)
 
-    Where all but a few tokens are ruled out, there is no noise for them.
+    Where all but a few tokens are ruled out, there is no noise for them, nor in a row that is not sampled.
     """
     logits, tokens = kept
 
     def among(logits: Array, tokens: Array) -> Array:
-        return likeliest(logits + gumbel(streams, step, tokens, logits.dtype), tokens)
+        noise = jnp.where(do_sample, gumbel(streams, step, tokens, logits.dtype), 0)
+        return likeliest(logits + noise, tokens)
 
     values = at(logits, tokens)
-    are_all = ((logits > -jnp.inf).sum(-1) == (values > -jnp.inf).sum(-1)).all()
+    are_all = (logits > -jnp.inf).sum(-1, keepdims=True) == (values > -jnp.inf).sum(-1, keepdims=True)
+    are_all = (are_all | ~jnp.asarray(do_sample)).all()
     return lax.cond(are_all, lambda: among(values, tokens), lambda: among(logits, every(logits)))
 
 
@@ -278,7 +333,7 @@ def first_few(logits: Array) -> Array:
 
 
 def gumbel(streams: Any, step: Any, tokens: Array, dtype: Any) -> Array:
-    """The Gumbel noise of these tokens, (K,) or (R, K), at a step, for streams (R, 2) uint32: (R, K)"""
+    """The Gumbel noise of these tokens, (K,) or (R, K), at a step, () or (R, 1), for streams (R, 2) uint32: (R, K)"""
     low, high = jnp.split(jnp.asarray(streams, jnp.uint32), 2, -1)  # (R, 1) each
     x0, _ = threefry2x32((low, high), (jnp.asarray(step, jnp.uint32), tokens.astype(jnp.uint32)))
     uniform = ((x0 >> 9).astype(dtype) + 0.5) * 2.0**-23

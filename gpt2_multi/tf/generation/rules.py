@@ -1,7 +1,8 @@
 """The rules that turn logits into the next token, in TensorFlow: those of `gpt2_multi.generation.rules`, on batches.
 
-Every option is a tensor, so that another value traces and compiles nothing. B rows, S keys (prompt and room), V
-vocabulary, K tokens.
+Every option is a tensor, so that another value traces and compiles nothing; it is one for all rows, (), or one for
+each, (B, 1). What a row does not want changes nothing in it; what no row wants is not computed. B rows, S keys (prompt
+and room), V vocabulary, K tokens, P phrases of L ids, E end tokens.
 """
 
 from __future__ import annotations
@@ -48,26 +49,30 @@ def process(
     """What the next token, which will stand at `place`, is chosen among.
 
     logits: (B, V), the model's, or a beam's log-probabilities. ids: (B, S), of which those count that `keep` (B, S)
-    marks. step: how many tokens were made. own: the caller's rules.
+    marks. step: how many tokens were made, () or (B, 1). own: the caller's rules.
     """
     lengths = tf.math.count_nonzero(keep, -1, keepdims=True, dtype=tf.int32)  # (B, 1); padding does not count
+    presence, frequency, made = options.presence, options.frequency, keep & is_made(ids, place, step)
     penalty, size = options.repetition_penalty, options.no_repeat_ngram_size
-    biased = tf.reduce_any(options.biases != 0)
-    logits = when(biased, lambda x: add_biases(x, ids, keep, place, options.phrases, options.biases), logits)
-    logits = when(penalty != 1, lambda x: penalise(x, ids, keep, penalty), logits)
-    logits = when(size > 0, lambda x: ban_repeats(x, ids, keep, place, size), logits)
+    is_wanted = some(presence != 0) | some(frequency != 0)
+    logits = when(is_wanted, lambda x: discourage(x, ids, made, presence, frequency), logits)
+    logits = when(
+        some(options.biases != 0), lambda x: add_biases(x, ids, keep, place, options.phrases, options.biases), logits
+    )
+    logits = when(some(penalty != 1), lambda x: penalise(x, ids, keep, penalty), logits)
+    logits = when(some(size > 0), lambda x: ban_repeats(x, ids, keep, place, size), logits)
     short = (lengths < options.min_length) | (step < options.min_new_tokens)
-    logits = when(tf.reduce_any(short), lambda x: without(x, short & is_end(x, options)), logits)
+    logits = when(some(short), lambda x: without(x, short & is_end(x, options)), logits)
     logits = logits if own is None else own(logits)
     blank = tf.zeros((sizes(logits)[0], few(logits)), tf.int32)
-    return Kept(*tf.cond(options.do_sample, lambda: tuple(warp(logits, options)), lambda: (logits, blank)))
+    return Kept(*tf.cond(some(options.do_sample), lambda: tuple(warp(logits, options)), lambda: (logits, blank)))
 
 
 def choose(processed: Kept, step: tf.Tensor, options: Options) -> tf.Tensor:
     """The next token of each row, (B,)"""
     return tf.cond(
-        options.do_sample,
-        lambda: sample(processed, options.streams, step),
+        some(options.do_sample),
+        lambda: sample(processed, options.streams, step, options.do_sample),
         lambda: likeliest(processed.logits, every(processed.logits)),
     )
 
@@ -84,8 +89,16 @@ def likeliest(logits: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
 def ends(chosen: tf.Tensor, state: tf.Tensor, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
     """Which tokens end their rows, and the states of the stop strings after them; all of one shape."""
     state = tf.gather_nd(options.stops, tf.stack([state, chosen], -1))
-    ended = tf.reduce_any(chosen[..., None] == options.ends, -1)
+    ends = options.ends  # (E,), or (B, E) of rows
+    for _ in range(chosen.shape.rank + 1 - ends.shape.rank if ends.shape.rank > 1 else 0):
+        ends = tf.expand_dims(ends, 1)
+    ended = tf.reduce_any(chosen[..., None] == ends, -1)
     return ended | (state == FOUND), tf.maximum(state, 0)
+
+
+def some(condition: tf.Tensor) -> tf.Tensor:
+    """Whether a condition holds for any row, ()"""
+    return tf.reduce_any(condition)
 
 
 def when(condition: tf.Tensor, change: Callable[[tf.Tensor], tf.Tensor], logits: tf.Tensor) -> tf.Tensor:
@@ -99,31 +112,57 @@ def without(logits: tf.Tensor, gone: tf.Tensor) -> tf.Tensor:
 
 
 def is_end(logits: tf.Tensor, options: Options) -> tf.Tensor:
-    """Which ids of the vocabulary are end tokens, (V,)."""
-    return tf.reduce_any(every(logits)[:, None] == options.ends, -1)
+    """Which ids of the vocabulary are end tokens, (1, V) or of each row (B, V)."""
+    ends = tf.reshape(options.ends, (-1, sizes(options.ends)[-1]))
+    are_words = (ends >= 0) & (ends < sizes(logits)[1])
+    return mark(logits, tf.where(are_words, ends, sizes(logits)[1]), are_words)
 
 
 def add_biases(
     logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, place: tf.Tensor, phrases: tf.Tensor, biases: tf.Tensor
 ) -> tf.Tensor:
-    """Add to the last id of each phrase that a row's ids (B, S) before `place` have begun; padding begins none."""
-    (batch, vocab), length = sizes(logits), sizes(phrases)[1]
+    """Add to the last id of each phrase, (P, L) or (B, P, L), that a row's ids (B, S) before `place` have begun."""
+    (batch, vocab), length = sizes(logits), sizes(phrases)[-1]
     back = place - length + 1 + tf.range(length - 1)  # (L - 1,)
     before = tf.maximum(back, 0)
-    counts = tf.gather(keep, before, axis=1) & (back >= 0)
-    same = (tf.gather(ids, before, axis=1) == phrases[:, None, :-1]) & counts  # (N, B, L - 1)
-    begun = tf.reduce_all(same | (phrases[:, None, :-1] == -1), -1)  # (N, B)
-    added = tf.where(begun, tf.cast(biases, logits.dtype)[:, None], 0)
-    return logits + tf.transpose(tf.scatter_nd(phrases[:, -1:], added, (vocab, batch)))
+    counts = tf.gather(keep, before, axis=1) & (back >= 0)  # of padding, which begins none
+    starts = phrases[..., :-1]
+    same = (tf.gather(ids, before, axis=1)[:, None] == starts) & counts[:, None]  # (B, P, L - 1)
+    begun = tf.reduce_all(same | (starts == -1), -1)
+    added = tf.where(begun, tf.cast(biases, logits.dtype), 0)  # (B, P)
+    if phrases.shape.rank == 2:
+        return logits + tf.transpose(tf.scatter_nd(phrases[:, -1:], tf.transpose(added), (vocab, batch)))
+    rows = tf.broadcast_to(tf.range(batch)[:, None], tf.shape(added))
+    return tf.tensor_scatter_nd_add(logits, tf.stack([rows, phrases[..., -1]], -1), added)
+
+
+def is_made(ids: tf.Tensor, place: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+    """Which of the ids (B, S) were made, the last `step` before `place`: (S,) or (B, S)"""
+    places = tf.range(sizes(ids)[1])
+    return (places >= place - step) & (places < place)
+
+
+def discourage(
+    logits: tf.Tensor, ids: tf.Tensor, counts: tf.Tensor, presence: tf.Tensor, frequency: tf.Tensor
+) -> tf.Tensor:
+    """Make less likely what was made: the ids (B, S) that count."""
+    found = tf.cast(tally(logits, ids, counts), logits.dtype)
+    there = tf.cast(found > 0, logits.dtype)
+    return logits - tf.cast(frequency, logits.dtype) * found - tf.cast(presence, logits.dtype) * there
 
 
 def mark(logits: tf.Tensor, ids: tf.Tensor, marked: tf.Tensor) -> tf.Tensor:
     """Which tokens (B, V) are marked somewhere in a row: ids (B, S), marked (B, S) -> booleans."""
+    return tally(logits, ids, marked) > 0
+
+
+def tally(logits: tf.Tensor, ids: tf.Tensor, marked: tf.Tensor) -> tf.Tensor:
+    """How often each token is marked in a row, (B, V) int32: ids (B, S), marked (B, S)."""
     (batch, length), vocab = sizes(ids), sizes(logits)[1]
     row = tf.repeat(tf.range(batch), length)
     index = tf.stack([row, tf.reshape(ids, [-1])], -1)
     marks = tf.scatter_nd(index, tf.cast(tf.reshape(marked, [-1]), tf.int32), (batch, vocab + 1))
-    return marks[:, :vocab] > 0  # without what stands for embeddings
+    return marks[:, :vocab]  # without what stands for embeddings
 
 
 def penalise(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, penalty: tf.Tensor) -> tf.Tensor:
@@ -135,46 +174,62 @@ def penalise(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, penalty: tf.Ten
 def ban_repeats(logits: tf.Tensor, ids: tf.Tensor, keep: tf.Tensor, length: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     """Rule out every token that would repeat an n-gram of its row's ids (B, S); windows over padding do not count."""
     place = tf.range(sizes(ids)[1])
-    size = tf.minimum(size, length + 1)  # which repeats nothing, as no longer one does
+    longest = tf.minimum(tf.reduce_max(size), length + 1)  # which repeats nothing, as no longer one does
 
     def narrowed(back: tf.Tensor, repeats: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         before = tf.maximum(place - back, 0)
         equal = tf.gather(ids, before, axis=1) == tf.gather(ids, length - back, axis=1)[:, None]
-        return back + 1, repeats & equal & tf.gather(keep, before, axis=1) & (place >= back)
+        equal &= tf.gather(keep, before, axis=1) & (place >= back)
+        return back + 1, repeats & (equal | (back >= size))
 
-    _, repeats = tf.while_loop(lambda back, _: back < size, narrowed, (tf.constant(1), keep))
+    _, repeats = tf.while_loop(lambda back, _: back < longest, narrowed, (tf.constant(1), keep & (size > 0)))
     return without(logits, mark(logits, ids, repeats))
 
 
 def warp(logits: tf.Tensor, options: Options) -> Kept:
     """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least."""
-    logits = logits / tf.cast(options.temperature, logits.dtype)
-    tokens, least = first_few(logits), options.least_kept
-    kept = when(options.top_k > 0, lambda x: keep_top_k(x, tokens, tf.maximum(options.top_k, least)), logits)
-    kept = when(options.top_p < 1, lambda x: keep_top_p(x, tokens, options.top_p), kept)
-    kept = when(options.min_p > 0, lambda x: keep_min_p(x, options.min_p), kept)
-    kept = when(options.typical_p < 1, lambda x: keep_typical(x, options.typical_p), kept)
-    kept = when(least > 1, lambda x: tf.maximum(keep_top_k(logits, tokens, least), x), kept)
-    return Kept(kept, tf.cond(options.typical_p < 1, lambda: first_few(kept), lambda: tokens))  # others may be left
+    least, top_k, top_p, min_p, typical_p, temperature = (
+        tf.where(options.do_sample, x, tf.constant(off, x.dtype))
+        for x, off in (
+            (options.least_kept, 1),
+            (options.top_k, 0),
+            (options.top_p, 1),
+            (options.min_p, 0),
+            (options.typical_p, 1),
+            (options.temperature, 1),
+        )
+    )
+    logits = logits / tf.cast(temperature, logits.dtype)
+    tokens, typical = first_few(logits), some(typical_p < 1)
+    top_k = tf.where(top_k > 0, tf.maximum(top_k, least), 0)
+    kept = when(some(top_k > 0), lambda x: keep_top_k(x, tokens, top_k), logits)
+    kept = when(some(top_p < 1), lambda x: keep_top_p(x, tokens, top_p), kept)
+    kept = when(some(min_p > 0), lambda x: keep_min_p(x, min_p), kept)
+    kept = when(typical, lambda x: keep_typical(x, typical_p), kept)
+    kept = when(some(least > 1), lambda x: tf.maximum(keep_top_k(logits, tokens, least), x), kept)
+    return Kept(kept, tf.cond(typical, lambda: first_few(kept), lambda: tokens))  # others may be left
 
 
 def keep_top_k(logits: tf.Tensor, tokens: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
-    """Keep the k greatest logits, and what ties with the k-th. tokens: (B, K), those of the greatest in order."""
+    """Keep the k greatest logits, and what ties with the k-th; all where k is 0.
+
+    tokens: (B, K), those of the greatest in order.
+    """
 
     def of_few() -> tf.Tensor:
-        last = tf.gather(tokens, [k - 1], axis=1)
-        return without(logits, logits < at(logits, last))
+        last = tf.broadcast_to(tf.maximum(k - 1, 0), (sizes(logits)[0], 1))
+        return without(logits, (logits < at(logits, at(tokens, last))) & (k > 0))
 
     def of_all() -> tf.Tensor:
         keys = ordered(logits)
         least = greatest(keys, lambda key: tf.math.count_nonzero(keys >= key, -1, keepdims=True, dtype=tf.int32) >= k)
-        return without(logits, keys < least)
+        return without(logits, (keys < least) & (k > 0))
 
-    return tf.cond(k <= few(logits), of_few, of_all)
+    return tf.cond(tf.reduce_all(k <= few(logits)), of_few, of_all)
 
 
 def keep_top_p(logits: tf.Tensor, tokens: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
-    """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first.
+    """Keep the fewest most likely tokens whose probability reaches p, at least one; lower ids first; all where p is 1.
 
     tokens: (B, K), those of the greatest logits in order.
     """
@@ -184,9 +239,10 @@ def keep_top_p(logits: tf.Tensor, tokens: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
 
     def of_few() -> tf.Tensor:
         last = tf.math.count_nonzero(reached < p, -1, keepdims=True, dtype=tf.int32)  # the place of what reaches p
-        token = at(tokens, last)
+        token = at(tokens, tf.minimum(last, sizes(tokens)[1] - 1))  # where p is 1 nothing need reach it
         least = at(logits, token)
-        return without(logits, (logits < least) | ((logits == least) & (every(logits) > token)))
+        gone = (logits < least) | ((logits == least) & (every(logits) > token))
+        return without(logits, gone & (p < 1))
 
     def of_all() -> tf.Tensor:
         keys, probs = ordered(logits), tf.nn.softmax(logits)
@@ -197,9 +253,9 @@ def keep_top_p(logits: tf.Tensor, tokens: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
         last = greatest(keys, lambda key: mass(keys >= key) >= p)  # what reaches p
         tied = keys == last
         before = mass(keys > last) + tf.cumsum(tf.where(tied, probs, 0), axis=-1, exclusive=True)
-        return without(logits, (keys < last) | (tied & (before >= p)))
+        return without(logits, ((keys < last) | (tied & (before >= p))) & (p < 1))
 
-    return tf.cond(tf.reduce_all(reached[:, -1] >= p), of_few, of_all)
+    return tf.cond(tf.reduce_all((reached[:, -1:] >= p) | (p >= 1)), of_few, of_all)
 
 
 def keep_min_p(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
@@ -209,13 +265,16 @@ def keep_min_p(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
 
 
 def keep_typical(logits: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
-    """Keep the tokens whose surprise is nearest to the entropy, until they reach probability p; and ties."""
+    """Keep the tokens whose surprise is nearest to the entropy, until they reach probability p; and ties.
+
+    All where p is 1.
+    """
     surprise, p = -tf.nn.log_softmax(logits), tf.cast(p, logits.dtype)
     probs = tf.exp(-surprise)
     entropy = tf.reduce_sum(tf.math.multiply_no_nan(surprise, probs), -1, keepdims=True)
     nearness = ordered(-tf.abs(surprise - entropy))
     last = greatest(nearness, lambda key: tf.reduce_sum(tf.where(nearness >= key, probs, 0), -1, keepdims=True) >= p)
-    return without(logits, nearness < last)
+    return without(logits, (nearness < last) & (p < 1))
 
 
 def guide(logits: tf.Tensor, others: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
@@ -248,21 +307,22 @@ def greatest(keys: tf.Tensor, holds: Callable[[tf.Tensor], tf.Tensor]) -> tf.Ten
     return tf.while_loop(lambda bit, _: bit >= 0, lower, (tf.constant(width - 1), start))[1]
 
 
-def sample(kept: Kept, streams: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+def sample(kept: Kept, streams: tf.Tensor, step: tf.Tensor, do_sample: tf.Tensor | bool = True) -> tf.Tensor:
     """Draw from the softmax of logits by Gumbel noise (Maddison et al. 2014): (B,)
 
-    Where all but a few tokens are ruled out, there is no noise for them.
+    Where all but a few tokens are ruled out, there is no noise for them, nor in a row that is not sampled.
     """
     logits, tokens = kept
 
     def among(logits: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
-        return likeliest(logits + gumbel(streams, step, tokens, logits.dtype), tokens)
+        noise = tf.where(do_sample, gumbel(streams, step, tokens, logits.dtype), 0)
+        return likeliest(logits + noise, tokens)
 
     def count(logits: tf.Tensor) -> tf.Tensor:
-        return tf.math.count_nonzero(logits > -float("inf"), -1, dtype=tf.int32)
+        return tf.math.count_nonzero(logits > -float("inf"), -1, keepdims=True, dtype=tf.int32)
 
     values = at(logits, tokens)
-    are_all = tf.reduce_all(count(logits) == count(values))
+    are_all = tf.reduce_all((count(logits) == count(values)) | tf.logical_not(do_sample))
     return tf.cond(are_all, lambda: among(values, tokens), lambda: among(logits, every(logits)))
 
 
@@ -288,7 +348,7 @@ def first_few(logits: tf.Tensor) -> tf.Tensor:
 
 
 def gumbel(streams: tf.Tensor, step: tf.Tensor, tokens: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """The Gumbel noise of these tokens, (K,) or (B, K), at a step, for rows with these streams (B, 2): (B, K)"""
+    """The Gumbel noise of these tokens, (K,) or (B, K), at a step, () or (B, 1), for rows of streams (B, 2): (B, K)"""
     low, high = tf.unstack(streams[:, None], axis=-1)
     x0, _ = threefry2x32((low, high), (tf.cast(step, tf.uint32), tf.cast(tokens, tf.uint32)))
     uniform = (tf.cast(tf.bitwise.right_shift(x0, tf.constant(9, tf.uint32)), dtype) + 0.5) * 2.0**-23
