@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.errors import GPT2Error
+from gpt2_multi.errors import GPT2Error, InputError
 
 Array = np.ndarray[Any, Any]
 
@@ -54,9 +54,19 @@ class Backend:
         model_class = getattr(importlib.import_module(self.package), self.language_model)
         return self.loading.load_on(device, model_class, folder, param_dtype=dtype, **options)
 
-    def slots(self, model: Any, count: int) -> Any:
-        """Places for `count` texts that come and go, see `pt.generation.slots.Slots`."""
-        return importlib.import_module(f"{self.package}.generation.slots").Slots(model, count)
+    def device(self, name: str | None = None) -> str:
+        """A device by its name, or the first of its kind, or the fastest; InputError for one that is not there."""
+        there = self.devices()
+        found = [device for device in there if name in (None, device, device.partition(":")[0])]
+        if not found:
+            raise InputError(f"device: {self.title} has {', '.join(there)} here, found {name!r}; choose one of these")
+        return found[0]
+
+    def log_probs(self, model: Any, ids: Array, mask: Array) -> tuple[Array, Array]:
+        """Of each id but the first its log-probability, and whether none is likelier: (B, T) -> (B, T - 1) of both."""
+        generate = importlib.import_module(f"{self.package}.generation.generate")
+        found: tuple[Array, Array] = generate.log_probs(model, ids, mask)
+        return found
 
     def layers(self, model: Any, ids: Array) -> list[Array]:
         """What `reference.oracle` gives, of a model: what goes into each layer, what the last norm gives, the logits.
@@ -98,15 +108,6 @@ def version(name: str) -> str:
     return importlib.metadata.version(BACKENDS[name].framework)
 
 
-def of(model: Any) -> Backend:
-    """The backend of a model; GPT2Error for what is none of ours."""
-    modules = [base.__module__ for base in type(model).__mro__]
-    for row in BACKENDS.values():
-        if any(module.startswith(f"{row.package}.") for module in modules):
-            return row
-    raise GPT2Error(f"model: expected one of this library, found {type(model).__name__}; load it by from_pretrained")
-
-
 def resolve(name: str | None = None) -> Backend:
     """The backend of a name, by default the first that is installed; GPT2Error where its framework is missing."""
     there = installed()
@@ -119,3 +120,8 @@ def resolve(name: str | None = None) -> Backend:
     if name not in there:
         raise GPT2Error(f'{BACKENDS[name].title} is not installed: pip install "gpt2-multi[{name}]"')
     return BACKENDS[name]
+
+
+def name_of(backend: Backend) -> str:
+    """The name of a backend."""
+    return next(name for name, row in BACKENDS.items() if row is backend)

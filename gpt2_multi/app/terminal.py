@@ -34,6 +34,7 @@ BACKEND = click.option("--backend", type=click.Choice(list(BACKENDS)), help="Def
 DTYPE = click.option(
     "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="What it computes in."
 )
+DEVICE = click.option("--device", help="Where it computes, such as cpu, cuda or cuda:1. Default: the fastest there is.")
 
 
 class Commands(click.Group):

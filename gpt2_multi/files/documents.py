@@ -189,6 +189,12 @@ def _not_utf8(name: str, line: int, data: bytes, error: UnicodeDecodeError) -> s
 
 
 def _lines(file: File, field: str, seen: Seen) -> Iterator[str]:
+    for where, row in objects(file, seen):
+        yield _text_of(row, field, where)
+
+
+def objects(file: File, seen: Seen = int) -> Iterator[tuple[str, Any]]:
+    """The value on each line of a .jsonl, and the words for where it stands."""
     opened = file.open()
     try:
         number = 0
@@ -199,7 +205,7 @@ def _lines(file: File, field: str, seen: Seen) -> Iterator[str]:
                 raise InputError(f"{file.name}, line {number}: is longer than {LONGEST} bytes; is it a .jsonl?")
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.isspace():
-                yield _text_of(_object(line, file.name, number), field, f"{file.name}, line {number}")
+                yield f"{file.name}, line {number}", _object(line, file.name, number)
     finally:
         if file.path is not None:
             opened.close()

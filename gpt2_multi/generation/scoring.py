@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Array = np.ndarray[Any, Any]
-# From ids and mask (B, T) the log-probability of each id but the first, (B, T - 1).
-LogProbsOf = Callable[[Array, Array], Array]
+# From ids and mask (B, T), of each id but the first its log-probability, and whether none is likelier: (B, T - 1).
+LogProbsOf = Callable[[Array, Array], tuple[Array, Array]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Window(NamedTuple):
     """A part of a text that the model reads at once; what stands at `first` and after it is scored."""
 
     text: int
-    ids: Sequence[int]
+    ids: Sequence[int] | Array
     first: int
 
 
@@ -79,11 +79,18 @@ def score(
     parts: list[list[Array]] = [[] for _ in rows]
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
     for batch in watched(batches, "Scoring", len(batches)):
-        log_probs = log_probs_of(*texts.pad([window.ids for window in batch], side="right"))
-        for window, found in zip(batch, log_probs, strict=True):
-            parts[window.text].append(found[window.first - 1 : len(window.ids) - 1])
+        for window, (found, _) in zip(batch, scored(log_probs_of, batch), strict=True):
+            parts[window.text].append(found)
     scores = [TextScore(tuple(row[1:]), concatenated(found)) for row, found in zip(rows, parts, strict=True)]
     return scores[0] if isinstance(given, str) else scores
+
+
+def scored(log_probs_of: LogProbsOf, batch: Sequence[Window]) -> Iterator[tuple[Array, Array]]:
+    """Of each id that windows score: its log-probability, and whether none is likelier. They are read at once."""
+    log_probs, likeliest = log_probs_of(*texts.pad([window.ids for window in batch], side="right"))
+    for row, window in enumerate(batch):
+        place = slice(window.first - 1, len(window.ids) - 1)
+        yield log_probs[row, place], likeliest[row, place]
 
 
 def started(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]:
@@ -92,7 +99,7 @@ def started(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config) -> list[int]
     return ids if start is None or not 0 <= start < model.vocab_size or ids[:1] == [start] else [start, *ids]
 
 
-def windows_of(text: int, row: Sequence[int], size: int, stride: int) -> Iterator[Window]:
+def windows_of(text: int, row: Sequence[int] | Array, size: int, stride: int) -> Iterator[Window]:
     """The windows of a text; its first token is not scored, and where it is alone there is none."""
     done = 1
     for start in range(0, len(row), stride):

@@ -38,7 +38,7 @@ def encode(text: str, tokenizer: GPT2Tokenizer, model: GPT2Config, **options: An
     return [cast(int, model.bos_token_id)]
 
 
-def pad(rows: Sequence[Sequence[int]], side: str = "left") -> tuple[Array, Array]:
+def pad(rows: Sequence[Sequence[int] | Array], side: str = "left") -> tuple[Array, Array]:
     """Rows as ids and mask, (B, T) int64; what the mask hides is 0."""
     ids, mask = np.zeros((2, len(rows), max(map(len, rows), default=0)), np.int64)
     width = ids.shape[1]

@@ -137,7 +137,7 @@ def states_of(
 
 
 @jax.jit
-def log_probs_of(logits: Array, ids: Array) -> Array:
-    """The log-probability of each id (B, T) by its logits (B, T, V)."""
-    logits = upcast(logits)
-    return jnp.take_along_axis(logits, ids[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
+def log_probs_of(logits: Array, ids: Array) -> tuple[Array, Array]:
+    """The log-probability of each id (B, T) by its logits (B, T, V), and whether none is likelier."""
+    likeliest, logits = logits.argmax(-1) == ids, upcast(logits)
+    return jnp.take_along_axis(logits, ids[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1), likeliest

@@ -142,19 +142,23 @@ def score(
     """
     from gpt2_multi.generation import scoring  # which few programs need
 
-    return scoring.score(partial(log_probs, self, params), texts, tokenizer, self.config, stride, batch_size)
+    return scoring.score(partial(log_probs, self, params=params), texts, tokenizer, self.config, stride, batch_size)
 
 
-def log_probs(model: Any, params: Tree | None, ids: NumPyArray, mask: NumPyArray) -> NumPyArray:
-    """The log-probability of each id but the first, given those before it: (B, T) -> (B, T - 1)
+def log_probs(
+    model: Any, ids: NumPyArray, mask: NumPyArray, params: Tree | None = None
+) -> tuple[NumPyArray, NumPyArray]:
+    """Of each id but the first its log-probability, given those before it, and whether none is likelier.
 
-    Lengths are filled up to a bucket, so that few are compiled.
+    (B, T) -> (B, T - 1) of both. The last id is not read, so that there may be one more than the model has positions.
+    Rows and lengths are filled up to a bucket, so that few are compiled.
     """
-    length = ids.shape[1]
-    more = [(0, 0), (0, min(bucket(length), model.config.n_positions) - length)]
-    ids, mask = np.pad(ids, more), np.pad(mask, more)
-    logits = forward(model, ids, attention_mask=mask, params=params).logits[:, :-1]
-    return np.asarray(log_probs_of(logits, ids[:, 1:]))[:, : length - 1]
+    rows, length = ids.shape[0], ids.shape[1] - 1
+    more = [(0, (1 << (rows - 1).bit_length()) - rows), (0, min(bucket(length), model.config.n_positions) - length)]
+    given, keep, wanted = (np.pad(x, more) for x in (ids[:, :-1], mask[:, :-1], ids[:, 1:]))
+    logits = forward(model, given, attention_mask=keep, params=params).logits
+    found, likeliest = log_probs_of(logits, wanted)
+    return np.asarray(found)[:rows, :length], np.asarray(likeliest)[:rows, :length]
 
 
 def request_of(model: Any, config: GenerationConfig, given: Given, source: Source) -> tuple[Request, Prompt]:

@@ -121,12 +121,16 @@ def score(
 
 
 @torch.no_grad()
-def log_probs(model: Any, ids: Array, mask: Array) -> Array:
-    """The log-probability of each id but the first, given those before it: (B, T) -> (B, T - 1)"""
+def log_probs(model: Any, ids: Array, mask: Array) -> tuple[Array, Array]:
+    """Of each id but the first its log-probability, given those before it, and whether none is likelier.
+
+    (B, T) -> (B, T - 1) of both. The last id is not read, so that there may be one more than the model has positions.
+    """
     given, keep = (torch.from_numpy(x).to(model.device) for x in (ids, mask))
-    logits = model(given, attention_mask=keep, use_cache=False, return_dict=True).logits[:, :-1]
+    logits = model(given[:, :-1], attention_mask=keep[:, :-1], use_cache=False, return_dict=True).logits
     chosen = logits.gather(-1, given[:, 1:, None]).squeeze(-1)
-    return to_numpy(upcast(chosen) - upcast(logits).logsumexp(-1))
+    found = upcast(chosen) - upcast(logits).logsumexp(-1)
+    return to_numpy(found), to_numpy(logits.argmax(-1) == given[:, 1:])
 
 
 def request_of(model: Any, config: GenerationConfig, given: Given) -> tuple[Request, Prompt]:

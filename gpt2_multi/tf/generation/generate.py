@@ -132,11 +132,15 @@ def score(
     return scoring.score(partial(log_probs, self), texts, tokenizer, self.config, stride, batch_size)
 
 
-def log_probs(model: keras.Model, ids: Array, mask: Array) -> Array:
-    """The log-probability of each id but the first, given those before it: (B, T) -> (B, T - 1)"""
-    logits = upcast(model(ids, attention_mask=mask, use_cache=False, return_dict=True).logits[:, :-1])
+def log_probs(model: keras.Model, ids: Array, mask: Array) -> tuple[Array, Array]:
+    """Of each id but the first its log-probability, given those before it, and whether none is likelier.
+
+    (B, T) -> (B, T - 1) of both. The last id is not read, so that there may be one more than the model has positions.
+    """
+    logits = upcast(model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False, return_dict=True).logits)
     chosen = tf.gather(logits, tf.constant(ids[:, 1:]), batch_dims=2)
-    return np.asarray(chosen - tf.reduce_logsumexp(logits, -1))
+    found = chosen - tf.reduce_logsumexp(logits, -1)
+    return np.asarray(found), np.asarray(tf.argmax(logits, -1)) == ids[:, 1:]
 
 
 def request_of(model: keras.Model, config: GenerationConfig, given: Given) -> tuple[Request, Prompt]:
