@@ -54,6 +54,10 @@ class Backend:
         model_class = getattr(importlib.import_module(self.package), self.language_model)
         return self.loading.load_on(device, model_class, folder, param_dtype=dtype, **options)
 
+    def slots(self, model: Any, count: int) -> Any:
+        """Places for `count` texts that come and go, see `pt.generation.slots.Slots`."""
+        return importlib.import_module(f"{self.package}.generation.slots").Slots(model, count)
+
     def device(self, name: str | None = None) -> str:
         """A device by its name, or the first of its kind, or the fastest; InputError for one that is not there."""
         there = self.devices()
@@ -106,6 +110,15 @@ def installed() -> list[str]:
 def version(name: str) -> str:
     """The version of a backend's framework, which has to be installed."""
     return importlib.metadata.version(BACKENDS[name].framework)
+
+
+def of(model: Any) -> Backend:
+    """The backend of a model; GPT2Error for what is none of ours."""
+    modules = [base.__module__ for base in type(model).__mro__]
+    for row in BACKENDS.values():
+        if any(module.startswith(f"{row.package}.") for module in modules):
+            return row
+    raise GPT2Error(f"model: expected one of this library, found {type(model).__name__}; load it by from_pretrained")
 
 
 def resolve(name: str | None = None) -> Backend:
