@@ -116,6 +116,11 @@ def table(config: GPT2Config, head: str = "lm") -> list[Weight]:
     return rows + head_rows(config, head)
 
 
+def parameter_count(config: GPT2Config, head: str = "lm") -> int:
+    """How many numbers the tensors of the table hold."""
+    return sum(math.prod(weight.shape) for weight in table(config, head))
+
+
 def head_rows(config: GPT2Config, head: str) -> list[Weight]:
     """The rows of a head alone."""
     return [weight_of(param, config, None) for param in HEADS[head] if _stored(param, config)]

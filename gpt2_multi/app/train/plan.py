@@ -14,7 +14,6 @@ LEAST_RATE = 0.1  # of the learning rate, at the end of the cosine
 LORA_SCALE = 2  # what the product of two adapters is multiplied by: alpha / rank
 LORA_LAYERS = ("c_attn", "c_proj", "c_fc")  # the kernels that get adapters
 DROPOUTS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
-PLACE = ("device", "mesh")  # where it is computed, which may be elsewhere when a run goes on
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,3 @@ class Plan:
             wrong = ", ".join(sorted(names ^ values.keys()))
             raise CheckpointError(f"plan: expected the fields of this version, found others ({wrong}); start anew")
         return cls(**values)
-
-    def check_same(self, other: Plan) -> None:
-        """CheckpointError where another plan would give other losses."""
-        wrong = [
-            f"{field.name} was {old!r} and is {new!r}"
-            for field in fields(self)
-            if field.name not in PLACE and (old := getattr(self, field.name)) != (new := getattr(other, field.name))
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"--resume: a run goes on as it began, but {'; '.join(wrong)}; leave these out, or start another run"
-            )

@@ -79,11 +79,8 @@ def test_what_pytorch_cannot_do_is_a_sentence() -> None:
         build(replace(PLAN, mesh="data=2"), DEMO)
 
 
-def test_a_plan_names_the_fields_that_differ() -> None:
+def test_a_plan_of_another_version_is_refused() -> None:
     assert Plan.from_dict(PLAN.to_dict()) == PLAN
-    PLAN.check_same(replace(PLAN, device="cuda:0"))
-    with pytest.raises(CheckpointError, match="steps was 6 and is 7; seed was 3 and is 4"):
-        PLAN.check_same(replace(PLAN, steps=7, seed=4))
     with pytest.raises(CheckpointError, match="found others \\(seed\\)"):
         Plan.from_dict({name: value for name, value in PLAN.to_dict().items() if name != "seed"})
 

@@ -61,7 +61,7 @@ def prepare(
     """
     files, size = find(sources, field).files, len(tokenizer) if vocab_size is None else vocab_size
     if any(file.kind == "tokens" for file in files):
-        tokens = Tokens([open_tokens(_of_tokens(file)) for file in files])
+        tokens = open_files(files)
         check_vocabulary(tokens, size)
         return tokens
     if tokenizer.eos_token_id is None:
@@ -81,6 +81,11 @@ def prepare(
 def reopen(folder: str | os.PathLike[str]) -> Tokens:
     """The tokens that `prepare` left in a folder, whatever became of its sources."""
     return _tokens(Path(folder), _index(Path(folder)))
+
+
+def open_files(files: Iterable[File]) -> Tokens:
+    """The tokens of files of tokens, mapped where they are."""
+    return Tokens([open_tokens(_of_tokens(file)) for file in files])
 
 
 def _of_tokens(file: File) -> Path:

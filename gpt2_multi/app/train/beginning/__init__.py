@@ -1,0 +1,1 @@
+"""What a run begins from, or goes on from."""

@@ -1,0 +1,163 @@
+"""What a command line leaves open: the plan that fits a model and its data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from gpt2_multi.app.train.data.windows import Windows
+from gpt2_multi.app.train.plan import Plan
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.weights import parameter_count
+
+LENGTH = 1024  # tokens of a window, if the model reads as many
+TOKENS, ROWS = 2048, 4  # of a batch at least
+EPOCHS, MOST = 3, 600  # epochs, but no more steps than these
+EVALUATIONS = 10
+HELD_OUT = 0.05
+NAMED = ("model", "tokenizer", "val")  # options that may be paths
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command, under their names; what is None was not given."""
+
+    data: tuple[str, ...] = ()
+    model: str | None = None
+    tokenizer: str | None = None
+    field: str | None = None
+    backend: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    mesh: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    length: int | None = None
+    accumulate: int | None = None
+    lr: float | None = None
+    warmup: int | None = None
+    weight_decay: float | None = None
+    max_norm: float | None = None
+    dropout: float | None = None
+    lora: int | None = None
+    val: str | None = None
+    val_fraction: float | None = None
+    eval_every: int | None = None
+    save_every: int | None = None
+    seed: int | None = None
+    log: str | None = None
+
+    def located(self) -> Asked:
+        """The same with whole paths of what is there, so that a run goes on from any folder."""
+        names: dict[str, Any] = {
+            name: _located(found) for name in ("model", "tokenizer", "val") if (found := getattr(self, name))
+        }
+        return replace(self, data=tuple(map(_located, self.data)), **names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**asdict(self), "data": list(self.data)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Asked:
+        """From what `to_dict` made."""
+        return cls(**{**values, "data": tuple(values["data"])})
+
+
+def _located(name: str) -> str:
+    return str(Path(name).resolve()) if name != "-" and Path(name).exists() else name
+
+
+MAY_CHANGE = ("device", "mesh", "eval_every", "save_every", "log")  # of a run that goes on
+IN_PLAN = {"lr": "learning_rate"} | {field.name: field.name for field in fields(Plan) if field.name != "data"}
+
+
+def going_on(asked: Asked, saved: Asked, plan: Plan) -> tuple[Asked, Plan]:
+    """What a run goes on with: what it began with, but for what may change; CheckpointError names what may not."""
+    given = {name: value for name, value in vars(asked).items() if value not in (None, ())}
+    changed = replace(saved, **{name: value for name, value in given.items() if name in MAY_CHANGE})
+    there = vars(saved) | {name: getattr(plan, field) for name, field in IN_PLAN.items() if name in vars(saved)}
+    wrong = [
+        f"{option(name)} was {there[name]!r} and is {value!r}"
+        for name, value in given.items()
+        if name not in MAY_CHANGE and value != there[name]
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"--resume: a run goes on as it began, but {'; '.join(wrong)}; leave them out, or start another run, from "
+            "the model of this one"
+        )
+    places = {name: getattr(asked, name) or getattr(plan, name) for name in ("device", "mesh")}
+    return changed, replace(plan, **places)
+
+
+def option(name: str) -> str:
+    """How the command line calls a field."""
+    return "DATA" if name == "data" else f"--{name.replace('_', '-')}"
+
+
+def plan_of(asked: Asked, backend: str, config: GPT2Config, is_new: bool, tokens: int, data: str) -> Plan:
+    """The plan of a run: of `tokens` to learn from, whose content `data` names."""
+    length, batch_size = sizes(asked, config, tokens)
+    epoch = len(Windows(range(tokens), length, batch_size))
+    epochs = EPOCHS if asked.epochs is None else asked.epochs
+    steps = asked.steps or max(1, round(epoch * epochs))
+    steps = steps if asked.steps or asked.epochs else min(steps, MOST)
+    return Plan(
+        backend=backend,
+        dtype=asked.dtype or "float32",
+        data=data,
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=asked.accumulate or 1,
+        length=length,
+        learning_rate=asked.lr or rate(config, is_new or bool(asked.lora)),
+        warmup=min(asked.warmup if asked.warmup is not None else -(-steps // 20), steps),
+        weight_decay=0.1 if asked.weight_decay is None else asked.weight_decay,
+        max_norm=1.0 if asked.max_norm is None else asked.max_norm,
+        lora=asked.lora or 0,
+        seed=asked.seed or 0,
+        dropout=asked.dropout,
+        device=asked.device or "",
+        mesh=asked.mesh or "",
+    )
+
+
+def sizes(asked: Asked, config: GPT2Config, tokens: int) -> tuple[int, int]:
+    """The length of a window and the windows of a batch; a short text has few and short ones."""
+    if asked.length and asked.length > config.n_positions:
+        raise InputError(f"--length: the model reads {config.n_positions} tokens, found {asked.length}; choose fewer")
+    length = asked.length or min(config.n_positions, LENGTH)
+    parts = asked.accumulate or 1
+    rows = -(-max(ROWS, TOKENS // length) // parts)  # of a part
+    while not asked.batch_size and rows > 1 and (rows * parts + 1) * length > tokens:
+        rows //= 2
+    batch_size = asked.batch_size or rows * parts
+    while not asked.length and length > 8 and (batch_size + 1) * length > tokens:
+        length //= 2
+    return length, batch_size
+
+
+def rate(config: GPT2Config, is_new: bool) -> float:
+    """A learning rate: of random weights, Kaplan et al. 2020, equation D.1; a tenth of it of trained ones."""
+    best = 0.003239 - 0.0001395 * math.log(parameter_count(config))
+    return float(f"{best * (1 if is_new else 0.1):.2g}")
+
+
+def check_parts(plan: Plan, processes: int) -> None:
+    """InputError where a batch has no equal parts."""
+    if plan.batch_size % (parts := plan.accumulate * processes):
+        what = f"{plan.accumulate} parts" + (f" of each of {processes} processes" if processes > 1 else "")
+        raise InputError(
+            f"--batch-size: expected a multiple of {parts}, for {what}, found {plan.batch_size}; choose another"
+        )
+
+
+def every(given: int | None, steps: int) -> int:
+    """How many steps lie between two evaluations, or two saves."""
+    return given or max(1, -(-steps // EVALUATIONS))

@@ -1,0 +1,111 @@
+"""The folder of a run: a model folder, with what the run goes on from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2_multi.errors import InputError
+from gpt2_multi.files.folders import replaced
+from gpt2_multi.files.json_files import read_json, write_whole
+
+KEPT = 2  # states of earlier steps, the last among them
+STAGE = r"\.{}\.[a-z0-9_]{{8}}"  # how `folders.replaced` calls a folder until it is whole
+
+
+class Folder:
+    """The places in the folder of a run.
+
+    state/run.json says what the run is; state/00000100 is that of step 100. The model itself lies at the top.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.states, self.tokens = path, path / "state", path / "data"
+        self.begun, self.start = self.states / "run.json", self.states / "start"
+        self.metrics, self.curve, self.card = path / "metrics.jsonl", path / "curve.svg", path / "README.md"
+        self.events = path / "logs"
+        self._lock: Any = None
+
+    def claim(self, resume: bool) -> None:
+        """Take the folder for a run; InputError where it has something else, or another run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out {self.path}: expected a folder, found a file; name another")
+        steps, ours = self.steps(), self.begun.exists()
+        if resume and not steps:
+            raise InputError(f"--out {self.path}: has no run that could go on; leave out --resume")
+        if steps and not resume:
+            raise InputError(f"--out {self.path}: has a run, of {steps[-1]:,} steps; add --resume, or name another")
+        if not ours and self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"--out {self.path}: expected an empty folder, found other things in it; name another")
+        self.states.mkdir(parents=True, exist_ok=True)
+        if not ours:
+            self.begin({})
+        self._lock = locked(self.states / "lock")
+        if self._lock is None:
+            raise InputError(f"--out {self.path}: another process trains in it; wait for it, or name another")
+        self._clear()
+
+    def release(self) -> None:
+        """Let another process take the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _clear(self) -> None:
+        """Take away what a process that was killed had not finished."""
+        for place in (self.path.parent, self.states):
+            stem = f"[0-9]+|{re.escape(self.start.name)}" if place == self.states else re.escape(self.path.name[:20])
+            for found in place.iterdir():
+                if re.fullmatch(STAGE.format(f"(?:{stem})"), found.name) and found.is_dir():
+                    shutil.rmtree(found, ignore_errors=True)
+        for found in self.path.glob(".replaced-*"):
+            shutil.rmtree(found, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """The steps whose states are there."""
+        return sorted(int(path.name) for path in self.states.glob("[0-9]*") if path.is_dir() and path.name.isdigit())
+
+    def state(self, step: int) -> Path:
+        """The place of a state."""
+        return self.states / f"{step:08}"
+
+    def begin(self, values: Mapping[str, Any]) -> None:
+        """Write what the run is."""
+        write_whole(self.begun, json.dumps(dict(values), indent=2))
+
+    def read(self) -> dict[str, Any]:
+        """What the run is."""
+        return read_json(self.begun)
+
+    def backend(self) -> str | None:
+        """The backend that a run there has, if there is one."""
+        found = self.read().get("plan") if self.begun.exists() else None
+        return None if found is None else str(found["backend"])
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Write a state: whole, or not at all."""
+        with replaced(self.state(step), lambda _: True) as stage:
+            write(stage)
+
+    def prune(self) -> None:
+        """Take away the states before the last ones, and the first weights, which no state needs."""
+        for path in [*map(self.state, self.steps()[:-KEPT]), self.start]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def locked(path: Path) -> Any:
+    """An open file that no other process can lock until this one ends; None where one has it."""
+    file = path.open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ModuleNotFoundError:  # not every system has locks
+        pass
+    except OSError:
+        file.close()
+        return None
+    return file
