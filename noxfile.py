@@ -190,7 +190,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, ".[pt]", "mypy")
+    install(session, ".[pt,serve]", "mypy")
     session.run("mypy")
 
 

@@ -13,6 +13,7 @@ from gpt2_multi import __version__
 from gpt2_multi.app import backends
 from gpt2_multi.app.evaluate.command import evaluate, lm_eval
 from gpt2_multi.app.generate.command import generate
+from gpt2_multi.app.serve.command import serve
 from gpt2_multi.app.terminal import MODEL, Commands, print_pieces, text_of, tokenizer_of
 from gpt2_multi.app.train.command import train
 from gpt2_multi.files.hub import resolve
@@ -44,6 +45,7 @@ main.add_command(evaluate)
 main.add_command(lm_eval)
 main.add_command(generate)
 main.add_command(train)
+main.add_command(serve)
 
 
 @main.command()
