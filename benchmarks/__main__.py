@@ -17,7 +17,7 @@ from benchmarks.harness import PeerError, Row, pictures, reports
 from benchmarks.harness.reports import complain
 
 ROOMS = {
-    "generation": ["generate", "growth", "quantized"],
+    "generation": ["generate", "growth", "quantized", "serve"],
     "training": ["flax_compile", "memory", "train"],
     "files": ["convert", "imports", "load"],
     "tokenizing": ["tf_tokenizer", "tokenize_file", "tokenizer"],

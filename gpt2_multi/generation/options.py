@@ -88,9 +88,8 @@ class Options(NamedTuple):
         A greedy row is one that keeps its likeliest token alone, and is to get no noise; there are no stop strings.
         """
         each = [row.options for row in rows]
-        numbers: dict[str, Any] = {
-            name: np.array([[getattr(one, name)] for one in each], kind) for name, kind in PER_ROW.items()
-        }
+        table = np.array([[getattr(one, name) for name in PER_ROW] for one in each], np.float64)
+        numbers: dict[str, Any] = {name: table[:, [at]].astype(kind) for at, (name, kind) in enumerate(PER_ROW.items())}
         tables = {name: stack([getattr(one, name) for one in each], none) for name, none in TABLES.items()}
         streams = np.concatenate([one.streams for one in each])
         return each[0]._replace(**numbers, **tables, streams=streams, fill=0, stops=no_stops(vocab_size))

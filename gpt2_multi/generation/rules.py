@@ -19,6 +19,7 @@ from gpt2_multi.generation.config import Bias, GenerationConfig
 
 Array = np.ndarray[Any, Any]
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+TURNS = [[(np.uint32(turn), np.uint32(32 - turn)) for turn in group] for group in ROTATIONS]
 PARITY = 0x1BD11BDA
 
 
@@ -61,17 +62,22 @@ def phrase_table(biases: Sequence[Bias]) -> tuple[Array, Array]:
     return phrases, values
 
 
-def threefry2x32(key: tuple[int, int], counter: tuple[Any, Any]) -> tuple[Array, Array]:
+def threefry2x32(key: tuple[Any, Any], counter: tuple[Any, Any]) -> tuple[Array, Array]:
     """The 20-round threefry2x32 of Salmon et al. 2011: two 32-bit words from a two-word key and a two-word counter."""
-    keys = [np.uint32(word) for word in (key[0], key[1], key[0] ^ key[1] ^ PARITY)]
+    keys = [np.asarray(word, np.uint32) for word in (key[0], key[1], key[0] ^ key[1] ^ PARITY)]
     with np.errstate(over="ignore"):
-        x0, x1 = (np.asarray(word, np.uint32) + keys[i] for i, word in enumerate(counter))
+        words = [np.asarray(word, np.uint32) + keys[i] for i, word in enumerate(counter)]
+        x0, x1 = (np.array(word) for word in np.broadcast_arrays(*words))
+        left = np.empty_like(x1)
         for group in range(5):
-            for rotation in ROTATIONS[group % 2]:
-                x0 = x0 + x1
-                x1 = x0 ^ (x1 << np.uint32(rotation) | x1 >> np.uint32(32 - rotation))
-            x0 = x0 + keys[(group + 1) % 3]
-            x1 = x1 + keys[(group + 2) % 3] + np.uint32(group + 1)
+            for rotation, rest in TURNS[group % 2]:  # in place: they are a hundred passes over the numbers
+                np.add(x0, x1, out=x0)
+                np.left_shift(x1, rotation, out=left)
+                np.right_shift(x1, rest, out=x1)
+                np.bitwise_or(x1, left, out=x1)
+                np.bitwise_xor(x1, x0, out=x1)
+            x0 += keys[(group + 1) % 3]
+            x1 += keys[(group + 2) % 3] + np.uint32(group + 1)
     return x0, x1
 
 

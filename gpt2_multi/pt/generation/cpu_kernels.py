@@ -118,10 +118,18 @@ class Kernels(NamedTuple):
         """The logits after the last `count` of tokens (R, T), which follow those in a cache: (R, count, V)"""
         x = self.body.embed(tokens, positions(tokens, mask, cache.length))
         bias = self.body._context(x, cache, mask, None, None).bias
+        return self.head(self.ln_f(self.store(x, cache, bias)[:, -count:]), None)
+
+    def store(self, x: Tensor, cache: KVCache, bias: Tensor | None) -> Tensor:
+        """What the blocks make of the first one's input, whose keys and values are in a cache from now on: (R, T, E)"""
         for layer, block in enumerate(self.blocks):
             x = block.read(x, layer, cache, bias)
-        cache.length += tokens.shape[1]
-        return self.head(self.ln_f(x[:, -count:]), None)
+        cache.length += x.shape[1]
+        return x
+
+    def step(self, tokens: Tensor, places: Tensor, cache: KVCache, bias: Tensor | None) -> Tensor:
+        """`read` of one token of each row, whose positions (R, 1) and bias of scores (R, 1, 1, S) are known: (R, V)"""
+        return self.head(self.ln_f(self.store(self.body.embed(tokens, places), cache, bias)[:, -1]), None)
 
 
 def norm_of(layer: Any) -> Callable[[Tensor], Tensor]:

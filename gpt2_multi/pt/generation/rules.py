@@ -21,6 +21,8 @@ from gpt2_multi.generation.rules import PARITY, ROTATIONS
 from gpt2_multi.generation.stopping import FOUND
 from gpt2_multi.pt.layers import is_at_hand, to_numpy
 
+FEW = 128  # tokens, among which those are that top-p and min-p keep, where they keep few
+
 
 class Kept(NamedTuple):
     """What a token is chosen among, in the order of ids: which tokens, and their logits, -inf where ruled out."""
@@ -194,9 +196,11 @@ def ban_repeats(logits: Tensor, ids: Tensor, keep: Tensor, size: int | Tensor) -
 def warp(logits: Tensor, options: Options) -> Kept:
     """The rules for sampling: temperature, then which tokens are kept, of which there are `least_kept` at least.
 
-    A CPU looks at those alone that the first rule may keep, if it is top-k.
+    A CPU looks at those alone that may be kept, where they are few.
     """
     logits = logits / options.temperature if is_on(options.temperature, 1) else logits
+    if is_at_hand(logits) and is_narrow(options, *logits.shape) and (found := shortlist(logits, options)):
+        return found
     top_k, tokens = options.top_k, None
     if isinstance(top_k, int) and top_k:
         top_k = max(top_k, options.least_kept)
@@ -215,6 +219,45 @@ def warp(logits: Tensor, options: Options) -> Kept:
     return Kept(
         kept if options.least_kept == 1 else torch.maximum(keep_top_k(logits, options.least_kept), kept), tokens
     )
+
+
+def is_narrow(options: Options, rows: int, vocab_size: int) -> bool:
+    """Whether rows may keep few tokens, of those first in the order of logits, without one number for how many."""
+    is_one = isinstance(options.top_k, int) and options.top_k
+    is_any = is_on(options.top_k, 0) or is_on(options.top_p, 1) or is_on(options.min_p, 0)
+    is_plain = options.least_kept == 1 and not is_on(options.typical_p, 1)
+    return bool(is_any and is_plain and not is_one and rows and vocab_size > 2 * FEW)
+
+
+def shortlist(logits: Tensor, options: Options) -> Kept | None:
+    """What top-k, top-p and min-p keep, the likeliest first; None where that is more than `FEW`, or has equals.
+
+    In NumPy, whose calls cost less where there is little to do.
+    """
+    found, tokens = logits.topk(FEW)
+    best = to_numpy(found)
+    if (best[:, 1:] == best[:, :-1]).any():
+        return None
+    top_k, top_p, min_p = (as_numpy(option) for option in (options.top_k, options.top_p, options.min_p))
+    keep = best > -np.inf
+    if is_on(options.top_k, 0):
+        keep &= np.arange(FEW) < top_k
+    if is_on(options.top_p, 1):
+        probs = np.exp(best - to_numpy(logits.logsumexp(-1, keepdim=True)))
+        share = np.where(keep[:, -1:], 1, (probs * keep).sum(-1, keepdims=True))  # of what top-k leaves
+        keep &= probs.cumsum(-1) - probs < top_p * share
+    if is_on(options.min_p, 0):
+        with np.errstate(divide="ignore"):  # where it is off
+            keep &= best >= best[:, :1] + np.log(min_p, dtype=best.dtype)
+    count = int(keep.sum(-1).max())
+    if count == FEW:
+        return None
+    return Kept(torch.from_numpy(np.where(keep, best, -np.inf)[:, :count]), tokens[:, :count])
+
+
+def as_numpy(option: Any) -> Any:
+    """An option of rows as an array, or the number that it is."""
+    return to_numpy(option) if isinstance(option, Tensor) else option
 
 
 def likeliest(logits: Tensor, count: int) -> Tensor:
@@ -293,20 +336,22 @@ def sample(kept: Kept, streams: Tensor, step: int | Tensor) -> Tensor:
 
 def gumbel(streams: Tensor, step: int | Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """The Gumbel noise of these tokens (R, K) at a step, for rows with these streams (R, 2): (R, K)"""
-    x0 = bits(streams, step, tokens)
+    if is_at_hand(tokens):
+        return torch.from_numpy(few_gumbel(streams, step, tokens, to_numpy(torch.empty(0, dtype=dtype)).dtype))
+    low, high = streams[:, :1], streams[:, 1:]
+    counter = (torch.zeros_like(low) + step).to(torch.int32), tokens.to(torch.int32)
+    x0, _ = threefry2x32((low, high), counter)
     uniform = ((x0 >> 9 & 0x7FFFFF).to(dtype) + 0.5) * 2.0**-23
     return -(-uniform.log()).log()
 
 
-def bits(streams: Tensor, step: int | Tensor, tokens: Tensor) -> Tensor:
-    """The first of the two words of `threefry2x32` for tokens (R, K); NumPy makes those of a few tokens sooner."""
-    if is_at_hand(tokens):
-        low, high = to_numpy(streams).view(np.uint32).T[..., None]  # (R, 1) each
-        made = to_numpy(step).astype(np.uint32) if isinstance(step, Tensor) else np.uint32(step)
-        x0, _ = numpy_rules.threefry2x32((low, high), (made, to_numpy(tokens).astype(np.uint32)))
-        return torch.from_numpy(x0.view(np.int32))
-    low, high = streams[:, :1], streams[:, 1:]
-    return threefry2x32((low, high), ((torch.zeros_like(low) + step).to(torch.int32), tokens.to(torch.int32)))[0]
+def few_gumbel(streams: Tensor, step: int | Tensor, tokens: Tensor, dtype: Any) -> np.ndarray[Any, Any]:
+    """The same in NumPy, which makes it of a few tokens sooner."""
+    low, high = to_numpy(streams).view(np.uint32).T[..., None]  # (R, 1) each
+    made = to_numpy(step).astype(np.uint32) if isinstance(step, Tensor) else np.uint32(step)
+    x0, _ = numpy_rules.threefry2x32((low, high), (made, to_numpy(tokens).astype(np.uint32)))
+    uniform = ((x0 >> np.uint32(9)).astype(dtype) + dtype.type(0.5)) * dtype.type(2.0**-23)
+    return np.asarray(-np.log(-np.log(uniform)))
 
 
 def threefry2x32(keys: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

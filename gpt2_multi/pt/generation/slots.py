@@ -9,18 +9,17 @@ R rows, T prompt length, C columns with room, N those that are filled, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import count as counter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpt2_multi.generation.options import Options, PromptScore, Row, Step
-from gpt2_multi.pt.attention import KVCache, upcast
+from gpt2_multi.pt.attention import KVCache, causal_bias, key_bias, upcast
 from gpt2_multi.pt.generation.cpu_kernels import Kernels, is_own
 from gpt2_multi.pt.generation.packing import borrow
 from gpt2_multi.pt.generation.rules import as_tensors, choose, process
@@ -58,6 +57,40 @@ class Group(NamedTuple):
     options: Options
 
 
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """What reads tokens into a cache: the model, or where nobody would see that, quicker calls."""
+
+    model: Any
+    kernels: Kernels | None
+
+    @classmethod
+    def of(cls, model: Any, rows: int) -> Self:
+        """That of a model, for so many rows."""
+        return cls(model, Kernels.of(model, borrow(model, rows, model.config.n_positions)) if is_own(model) else None)
+
+    def read(self, tokens: Tensor, cache: KVCache) -> None:
+        """Read a part of a prompt, (1, T)."""
+        if self.kernels is None:
+            self.model.transformer(tokens, past_key_values=cache, return_dict=True)
+            cache.length += tokens.shape[1]
+            return
+        body, past, end = self.model.transformer, cache.length, cache.length + tokens.shape[1]
+        x = body.embed(tokens, torch.arange(past, end)[None])
+        self.kernels.store(x, cache, causal_bias(end - past, end, None, x.dtype, x.device))
+
+    def next(self, tokens: Tensor, places: Tensor, cache: KVCache, keep: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Read the newest token of each row, (R, 1), at its place: the logits of the next (R, V)
+
+        keep: (R, N + 1), which keys count, and bias (R, 1, 1, N + 1), that of the scores; None where all do.
+        """
+        if self.kernels is not None:
+            return self.kernels.step(tokens, places, cache, bias)
+        logits = self.model(tokens, past_key_values=cache, attention_mask=keep, return_dict=True).logits[:, -1]
+        cache.length += 1
+        return logits
+
+
 class Slots:
     """Rows of a model, at most `count`, that join and leave between steps; the model is not to change meanwhile.
 
@@ -76,7 +109,7 @@ class Slots:
         self.most = model.config.n_positions + model.config.n_positions // 2  # columns
         self.room = KVCache([(k[:0], v[:0]) for k, v in model.init_cache(1, 1).layers])
         self.ids = torch.zeros(0, 2, dtype=torch.long, device=model.device)  # (R, C + 1), the next token to read too
-        self.reader: Callable[..., Tensor] | None = None
+        self.reader: Reader | None = None
         self._arrange()
 
     @property
@@ -102,6 +135,10 @@ class Slots:
     @torch.no_grad()
     def step(self) -> Step:
         """Read what is new, up to `CHUNK` tokens of prompts and one of each row that is there: its next token."""
+        if not (self.readings or self.places):
+            self.reader = None
+        elif self.reader is None:
+            self.reader = Reader.of(self.model, self.count)
         ready = self._read_prompts()
         if ready or self.gone:
             self._settle(ready)
@@ -138,18 +175,16 @@ class Slots:
             reading.cache = cache = self._begun(reading.ids) if reading.cache is None else reading.cache
             chunk = reading.ids[cache.length : min(cache.length + budget, len(reading.ids) - 1)]
             if len(chunk):
-                read = torch.from_numpy(chunk[None]).to(self.model.device)
-                reading.cache = self.model.transformer(read, past_key_values=cache, return_dict=True).past_key_values
+                cast(Reader, self.reader).read(torch.from_numpy(chunk[None]).to(self.model.device), cache)
             budget -= len(chunk)
-            if reading.cache.length == len(reading.ids) - 1:
+            if cache.length == len(reading.ids) - 1:
                 self.known = reading
                 ready.append(self.readings.pop(0))
         return ready
 
     def _begun(self, ids: Array) -> KVCache:
         """A cache for a prompt, with what it begins with like the last one that was read."""
-        cache = self.model.init_cache(1, max(len(ids) - 1, 1))
-        cache.trusted = True
+        cache = self._empty(1, len(ids) - 1)
         if self.known is not None:
             cache.length = shared(self.known.ids[:-1], ids[:-1])
             for pair, known in zip(cache.layers, cast(KVCache, self.known.cache).layers, strict=True):
@@ -197,12 +232,18 @@ class Slots:
             return
         rows = max(have, min(1 << (rows - 1).bit_length(), self.count))
         columns = max(room, min(1 << (max(columns, LEAST) - 1).bit_length(), self.most))
-        shapes = [(rows, k.shape[1], columns, k.shape[3]) for k, _ in self.room.layers]
-        old, devices = self._tensors(), [k.device for k, _ in self.room.layers]
-        self.room = KVCache.empty(shapes, self.room.layers[0][0].dtype, devices)
+        old, self.room = self._tensors(), self._empty(rows, columns)
         self.ids = self.ids.new_zeros(rows, columns + 1)
         for x, had in zip(self._tensors(), old, strict=True):
             x[tuple(slice(size) for size in had.shape)] = had
+
+    def _empty(self, rows: int, columns: int) -> KVCache:
+        """A cache that the model can read into."""
+        keys = [k for k, _ in self.room.layers]
+        shapes = [(rows, k.shape[1], columns, k.shape[3]) for k in keys]
+        cache = KVCache.empty(shapes, keys[0].dtype, [k.device for k in keys])
+        cache.trusted = True
+        return cache
 
     def _shift(self, by: int) -> None:
         """Move all rows to later columns, or to earlier ones."""
@@ -232,18 +273,17 @@ class Slots:
         self.tokens = self.ids[:rows, first:]  # (R, N + 1)
         columns = torch.arange(first, self.ids.shape[1] - 1, device=device)
         self.keep = columns >= torch.tensor(starts, dtype=torch.long, device=device)[:, None]  # (R, N)
-        self.is_even = not any(start > first for start in starts)
+        is_even = all(start == first for start in starts)
+        self.bias = None if is_even else key_bias(self.keep, self.model.dtype)
+        self.ends = torch.tensor([[self.length - start] for start in starts], device=device)  # (R, 1), the next places
         self.made = torch.tensor([[self.steps - place.came] for place in self.places], device=device)  # (R, 1)
         self.groups = list(self._grouped())
-        if not rows:
-            self.reader = None
-        elif self.reader is None:
-            self.reader = reader_of(self.model, rows)
 
     def _grouped(self) -> Iterator[Group]:
         """Those who choose among few tokens, and those who choose among all."""
         dtype = torch.promote_types(self.model.dtype, torch.float32)
-        wide = [place.row.config.do_sample and not place.row.config.top_k for place in self.places]
+        configs = [place.row.config for place in self.places]
+        wide = [one.do_sample and not (one.top_k or one.top_p < 1 or one.min_p) for one in configs]
         for kind in sorted(set(wide)):
             chosen = [row for row, is_wide in enumerate(wide) if is_wide == kind]
             options = Options.stacked([self.places[row].row for row in chosen], self.model.config.vocab_size)
@@ -252,11 +292,11 @@ class Slots:
 
     def _read(self) -> Tensor:
         """Read the newest tokens: the logits of the next (R, V)."""
-        cache, length = self.cache, self.cache.length
-        mask = None if self.is_even else self.keep[:, : length + 1]
-        logits = cast(Callable[..., Tensor], self.reader)(self.tokens[:, length : length + 1], cache, mask)
-        cache.length = length + 1
-        return logits[:, -1]
+        cache, end = self.cache, self.cache.length + 1
+        keep, bias = (None, None) if self.bias is None else (self.keep[:, :end], self.bias[..., :end])
+        logits = cast(Reader, self.reader).next(self.tokens[:, end - 1 : end], self.ends, cache, keep, bias)
+        self.ends += 1
+        return logits
 
     def _choose(self, logits: Tensor) -> Tensor:
         """The next tokens (R,), by logits (R, V)."""
@@ -272,15 +312,6 @@ class Slots:
 def chosen_by(options: Options, logits: Tensor, ids: Tensor, keep: Tensor, made: Tensor) -> Tensor:
     """The next tokens (R,) of rows with these options."""
     return choose(process(logits, ids, keep, made, options), made, options)
-
-
-def reader_of(model: Any, rows: int) -> Callable[..., Tensor]:
-    """What reads a token of each row, by tokens (R, 1), a cache and a mask (R, N + 1): logits (R, 1, V)"""
-    if is_own(model):
-        return partial(Kernels.of(model, borrow(model, rows, model.config.n_positions)).read, count=1)
-    return lambda tokens, cache, mask: (
-        model(tokens, past_key_values=cache, attention_mask=mask, return_dict=True).logits
-    )
 
 
 def shared(a: Array, b: Array) -> int:

@@ -252,7 +252,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             ],
         },
         "pt": {
-            "generation/rules": ["Kept.whole", "likeliest", "bits"],
+            "generation/rules": ["Kept.whole", "likeliest", "few_gumbel", "is_narrow", "shortlist", "as_numpy"],
             "generation/beams": ["greatest", "move"],
             "generation/decoding": ["State.made", "is_repeated"],
             "generation/generate": ["stride_of"],
