@@ -1,6 +1,7 @@
 """Every check of this project, each in an environment of its own: `python3 -m nox -l` lists them."""
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -37,6 +38,7 @@ CLIENTS = [  # whose programs run on our classes
     "trl",
     "xgrammar",
 ]
+AXE = "axe-core@4.14.1"  # whose rules say whether everybody can use the page of `serve`
 BENCH_PEERS = {  # of the benchmarks: each in an environment of its own, which stays until its packages change
     "ctranslate2": ["ctranslate2==4.8.5", "transformers==4.57.6", "torch==2.13.0"],  # the others for its converter
     "tf_kerashub": ["keras-hub==0.32.0", "safetensors", "tensorflow==2.21.0"],  # as in constraints.txt
@@ -168,6 +170,23 @@ def passes(session: nox.Session, script: Path) -> bool:
         return bool(session.run("python", str(script), env=QUIET))
     except nox.command.CommandFailed:
         return False
+
+
+@nox.session
+def page(session: nox.Session) -> None:
+    """Try the page of `serve` in Chromium; `nox -s page -- pictures` draws those of the documentation instead."""
+    install(session, ".[pt,serve]", *TOOLS, "playwright")
+    chromium = os.environ.get("GPT2_MULTI_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        session.error("install Chromium, or say in GPT2_MULTI_CHROMIUM where it is")
+    if session.posargs == ["pictures"]:
+        session.run("python", "-m", "tests.app.serve.browser.pictures", chromium, "docs/images", env=QUIET)
+        return
+    place = session.create_tmp()
+    session.run("npm", "install", "--silent", "--prefix", place, AXE, external=True)
+    axe = str(Path(place, "node_modules", "axe-core", "axe.min.js"))
+    env = QUIET | {"GPT2_MULTI_CHROMIUM": chromium, "GPT2_MULTI_AXE": axe}
+    session.run("python", "-m", "pytest", "--no-skips", "tests/app/serve/browser", *session.posargs, env=env)
 
 
 @nox.session

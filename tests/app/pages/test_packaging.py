@@ -44,7 +44,7 @@ def test_the_page_of_the_package_links_to_the_repository(package):
     page = email.message_from_string((package / "PKG-INFO").read_text("utf-8"))
     address = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]["Repository"]
     links = LINK.findall(page.get_payload())
-    inside = [link.removeprefix(f"{address}/blob/main/").partition("#")[0] for link in links if address in link]
+    inside = [re.sub(f"{address}/(blob|raw)/main/", "", link).partition("#")[0] for link in links if address in link]
     assert page["Description-Content-Type"] == "text/markdown"
     assert all(link.startswith("https://") for link in links) and len(inside) > 10
     assert all((ROOT / path).is_file() for path in inside)

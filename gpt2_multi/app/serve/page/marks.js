@@ -55,7 +55,7 @@ export function endOfRun(marks, mark) {
 export function fitting(marks, text) {
   let end = 0;
   return marks.filter((mark) => {
-    const fits = mark.start >= end && mark.text !== "" && text.slice(mark.start, mark.end) === mark.text;
+    const fits = mark.start >= end && mark.end > mark.start && text.slice(mark.start, mark.end) === mark.text;
     if (fits) end = mark.end;
     return fits;
   });

@@ -225,12 +225,24 @@ function askForKey() {
 
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  server.key = $("key").value.trim();
-  keep(sessionStorage, "key", server.key);
+  useKey($("key").value.trim());
   $("key").value = "";
   $("ask-key").close();
   meet();
 });
+
+function useKey(key) {
+  server.key = key;
+  keep(sessionStorage, "key", key);
+}
+
+// A link may bring the key behind "#key=", which no browser sends to any server.
+function takeKey() {
+  const [, key] = /^#key=(.+)$/u.exec(location.hash) ?? [];
+  if (!key) return;
+  useKey(decodeURIComponent(key));
+  history.replaceState(null, "", location.pathname);
+}
 
 async function meet() {
   try {
@@ -246,12 +258,17 @@ async function meet() {
   }
 }
 
+function isMark(kept) {
+  return Array.isArray(kept?.top);
+}
+
 function begin() {
-  const { text = "", marks = [] } = stored(localStorage, "text", {});
-  editor.restore(String(text), marks);
+  const { text, marks } = stored(localStorage, "text", {});
+  editor.restore(typeof text === "string" ? text : "", Array.isArray(marks) ? marks.filter(isMark) : []);
   area.setSelectionRange(editor.text.length, editor.text.length);
   showSettings(stored(localStorage, "tune", innerWidth >= 1000));
   showCounts();
+  takeKey();
   meet();
 }
 

@@ -49,6 +49,7 @@ export class Popup {
     this.active = -1;
     this.hint.textContent = "";
     this.list.replaceChildren();
+    this.root.parentElement.style.minHeight = "";
     this.area.removeAttribute("aria-activedescendant");
   }
 
@@ -59,14 +60,18 @@ export class Popup {
     this.#activate();
   }
 
+  // Below the place, and above the lowest line: the text is given room where it ends before.
   #show(rect, isWide) {
-    const sheet = this.root.offsetParent ?? this.root.parentElement;
-    const around = this.root.parentElement.getBoundingClientRect();
+    const sheet = this.root.parentElement;
+    const around = sheet.getBoundingClientRect();
     this.root.classList.toggle("wide", isWide);
     this.root.hidden = false;
-    const room = around.width - this.root.offsetWidth;
-    this.root.style.left = `${Math.max(0, Math.min(rect.left - around.left - 12, room))}px`;
-    this.root.style.top = `${rect.bottom - around.top + sheet.scrollTop + 6}px`;
+    const left = Math.min(rect.left - around.left - 12, around.width - this.root.offsetWidth);
+    const top = rect.bottom - around.top + 6;
+    this.root.style.left = `${Math.max(0, left)}px`;
+    this.root.style.top = `${top}px`;
+    sheet.style.minHeight = `${top + this.root.offsetHeight}px`;
+    this.root.style.scrollMarginBottom = `${document.querySelector("footer").offsetHeight + 4}px`;
     this.root.scrollIntoView({ block: "nearest" });
   }
 

@@ -5,6 +5,8 @@ const ALTERNATIVES = 5;
 const TRIES = 6; // with less and less text, until the server takes it
 const LETTERS = 4; // of a token of English, before the server has counted any
 const MARGIN = 0.97; // of what should just fit
+const GONE = "The server does not answer. Is gpt2-multi serve still running? Your text is kept here.";
+const UNREADABLE = "The server's answer is no completion.";
 
 export class Refused extends Error {
   constructor(status, sentence, code) {
@@ -37,6 +39,7 @@ export class Server {
       const prompt = ending(text, most);
       try {
         const answer = await this.#call("v1/completions", { ...asked, prompt }, signal);
+        if (!answer?.choices?.every?.((choice) => typeof choice.text === "string")) throw new Refused(0, UNREADABLE);
         this.#count(prompt.length, answer.usage?.prompt_tokens);
         return { ...answer, read: prompt.length };
       } catch (error) {
@@ -74,10 +77,10 @@ export class Server {
     try {
       const response = await fetch(path, { ...how, headers, signal, cache: "no-store" });
       if (!response.ok) throw await refusal(response);
-      return await response.json();
+      return await response.json().catch(unreadable);
     } catch (error) {
       if (error instanceof Refused || error.name === "AbortError") throw error;
-      throw new Refused(0, "The server does not answer. Is gpt2-multi serve still running? Your text is kept here.");
+      throw new Refused(0, GONE);
     }
   }
 }
@@ -89,6 +92,10 @@ export function ending(text, most) {
   const border = /\s/u.exec(text.slice(start, start + Math.min(80, most / 2)));
   if (border) return text.slice(start + border.index + (border[0] === "\n" ? 1 : 0));
   return text.slice(/[\udc00-\udfff]/u.test(text[start]) ? start + 1 : start);
+}
+
+function unreadable(error) {
+  throw error.name === "SyntaxError" ? new Refused(0, UNREADABLE) : error;
 }
 
 async function refusal(response) {

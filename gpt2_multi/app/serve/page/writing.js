@@ -2,6 +2,8 @@
 
 import { endOfRun, marksOf } from "./marks.js";
 
+const END = "<|endoftext|>"; // the token that says so; it is no text
+
 const isTouched = matchMedia("(pointer: coarse)").matches;
 const KEYS = isTouched ? "Touch one to take it." : "↑ ↓ choose · Enter takes · Esc drops";
 
@@ -30,8 +32,8 @@ export class Writing extends EventTarget {
     const place = this.editor.place();
     const aborter = new AbortController();
     [this.place, this.aborter] = [place, aborter];
-    this.popup.wait(this.editor.rect(place.end));
     this.#say("Asking the model …");
+    this.popup.wait(this.editor.rect(place.end));
     try {
       const answer = await this.server.complete(place.before, this.settings.values, aborter.signal);
       if (this.aborter !== aborter) return;
@@ -70,19 +72,19 @@ export class Writing extends EventTarget {
     this.place = byPointer ? null : { selectionStart, end: selectionEnd };
     this.pointed = mark;
     const options = mark.top.map(([text, logProb]) => ({
-      text,
+      text: text === END ? "(the text ends)" : text,
       percent: 100 * Math.exp(logProb),
       isNow: text === mark.text,
       take: () => this.#exchange(mark, text),
     }));
     const now = options.findIndex((option) => option.isNow);
+    if (!byPointer) this.#say(`${options.length} alternatives. ${KEYS}`);
     popup.open(options, editor.rect(mark.start), {
       label: `Alternatives to ${mark.text.trim() || "a line end"}`,
       active: byPointer ? -1 : Math.max(now, 0),
       isWide: false,
     });
     editor.point(mark);
-    if (!byPointer) this.#say(`${options.length} alternatives. ${KEYS}`);
   }
 
   // Whether something is offered of which keys choose.
@@ -108,9 +110,8 @@ export class Writing extends EventTarget {
     const label = options.length === 1 ? "1 suggestion" : `${options.length} suggestions`;
     const part = read < place.before.length ? ` from the last ${words(place.before.slice(-read))} words` : "";
     const active = byPause ? -1 : 0;
-    this.popup.open(options, this.editor.rect(place.end), { label, hint: KEYS, active });
     this.#say(`${label}${part}. ${KEYS}`);
-    this.dispatchEvent(new Event("state"));
+    this.popup.open(options, this.editor.rect(place.end), { label, hint: KEYS, active });
   }
 
   #take(choice, place) {
@@ -123,6 +124,7 @@ export class Writing extends EventTarget {
     const end = endOfRun(this.editor.marks, mark);
     this.drop();
     if (text === mark.text) return;
+    if (text === END) return this.editor.replace(mark.start, end, "");
     this.editor.replace(mark.start, end, text, [{ ...mark, end: mark.start + text.length, text }]);
     this.ask();
   }
