@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 
 NEEDED = ("starlette", "uvicorn")
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses that listen, and where that is reached from here
-READY = """A page to write in: {address}/
+PROBED = {"0.0.0.0": "192.0.2.1", "::": "2001:db8::1"}  # addresses of documentation, far from here
+READY = """A page to write in: {address}/{elsewhere}
 
 curl {address}/v1/completions -H 'Content-Type: application/json'{key} \\
   -d '{{"prompt": "Once upon a time", "max_tokens": 40}}'"""
+ELSEWHERE = """
+From other machines: http://{host}:{port}/#key=KEY, with the API key for KEY"""
 KEY = ' -H "Authorization: Bearer $GPT2_MULTI_API_KEY"'
 
 
@@ -114,7 +117,7 @@ def _run(plan: Plan, listener: socket.socket, key: str | None) -> None:
             with busy("Loading"):
                 served = plan.load()
             service.ready(served)
-            click.echo(READY.format(address=_address(listener), key=KEY if key else ""))
+            click.echo(READY.format(address=_address(listener), elsewhere=_elsewhere(listener), key=KEY if key else ""))
         except Exception as error:
             failures.append(error)
             server.should_exit = True
@@ -163,3 +166,18 @@ def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = ANYWHERE.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _elsewhere(listener: socket.socket) -> str:
+    """How it is reached from other machines, as far as this one knows: a link that brings the key to the page."""
+    host, port = listener.getsockname()[:2]
+    if _is_local(host):
+        return ""
+    if host in ANYWHERE:
+        try:
+            with socket.socket(listener.family, socket.SOCK_DGRAM) as probe:
+                probe.connect((PROBED[host], 9))  # which sends nothing, and finds the address that would
+                host = probe.getsockname()[0]
+        except OSError:  # no network
+            return ""
+    return ELSEWHERE.format(host=f"[{host}]" if ":" in host else host, port=port)

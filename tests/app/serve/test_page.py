@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gpt2_multi.app.serve import command
+
 PAGE = Path(__file__).resolve().parents[3] / "gpt2_multi" / "app" / "serve" / "page"
 FILES = sorted(PAGE.iterdir())
 SCRIPTS = [path for path in FILES if path.suffix == ".js"]
@@ -82,3 +84,14 @@ def test_each_name_of_an_element_is_there_once(elements: Elements) -> None:
     asked = set(re.findall(r'\$\("([^"]+)"\)', (PAGE / "page.js").read_text("utf-8")))
     assert len(names) == len(set(names))
     assert pointed | asked <= set(names)
+
+
+def test_only_who_listens_for_others_is_told_their_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    with command._listener("127.0.0.1", 0) as listener:
+        assert command._elsewhere(listener) == ""
+    monkeypatch.setitem(command.PROBED, "0.0.0.0", "127.0.0.9")  # as if that was the way out
+    with command._listener("0.0.0.0", 0) as listener:
+        assert f"http://127.0.0.1:{listener.getsockname()[1]}/#key=KEY" in command._elsewhere(listener)
+    monkeypatch.setitem(command.PROBED, "0.0.0.0", "::1")  # no way
+    with command._listener("0.0.0.0", 0) as listener:
+        assert command._elsewhere(listener) == ""
