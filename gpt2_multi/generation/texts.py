@@ -86,3 +86,19 @@ def spelled(
 ) -> str:
     """The text of ids up to an end token, after those before; `options` are of a foreign tokenizer's `decode`."""
     return text_of(tokenizer, before, list(takewhile(lambda token: token not in config.eos_token_ids, ids)), **options)
+
+
+def before_stops(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text up to the first stop string in it; what may begin one waits for what follows."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        if found := [at for at in map(text.find, stops) if at >= 0]:
+            text = text[: min(found)]
+            break
+        begun = max((n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        if ready := text[: len(text) - begun]:
+            yield ready
+            text = text[len(ready) :]
+    if text:
+        yield text

@@ -1,0 +1,195 @@
+"""Writing by turns at a prompt: what is typed is a part of the text, and the model goes on with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from gpt2_multi.app.generate.writer import NEW_TOKENS, Writer
+from gpt2_multi.errors import GPT2Error, InputError, nearest
+from gpt2_multi.files.json_files import write_whole
+from gpt2_multi.generation import texts
+
+OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # which have no meaning for a greedy choice
+HELP = """\
+What you type becomes a part of the text, and the model goes on with it; an empty line lets it go on alone.
+A backslash at the end of a line takes another line. Begin with // for a text that begins with /.
+Ctrl-C stops the text that is being made, Ctrl-D ends.
+
+/retry          make the last continuation anew
+/undo           take back the last turn
+/text           show the whole text
+/new            begin a new text
+/save FILE      write the text to a file
+/greedy         always take the likeliest token; any option of sampling samples again
+/quit           end
+/NAME [VALUE]   show or set an option: {}
+"""
+
+
+class Turn(NamedTuple):
+    """What was typed, and what the model made of it."""
+
+    typed: str
+    written: str
+
+
+@dataclass
+class Session:
+    """A text that grows by turns. The noise of a turn is of its own seed: the first one's, and one more each time."""
+
+    writer: Writer
+    start: str
+    turns: list[Turn]
+    made: int = 0  # how many continuations, those that were taken back too
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.start + "".join(turn.typed + turn.written for turn in self.turns)
+
+    def go_on(self, typed: str) -> None:
+        """Add what was typed, and let the model write; what it has written is kept when it is stopped."""
+        prompt, written = self.text + typed, ""
+        try:
+            for piece in self._ready(prompt).stream(prompt, self._count()):
+                _print(piece)
+                written += piece
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.made += 1
+        self.turns.append(Turn(typed, written))
+        _print("\n")
+
+    def _count(self) -> int:
+        return NEW_TOKENS if self.writer.new_tokens is None else self.writer.new_tokens
+
+    def _ready(self, prompt: str) -> Writer:
+        """The writer of a turn: of its seed, and reading the end of a text that has outgrown the model."""
+        writer, most = self.writer, self.writer.model.config.n_positions
+        length = len(texts.encode(prompt, writer.tokenizer, writer.model.config))
+        options: dict[str, int | bool] = {"seed": (writer.seed + self.made) % 2**64} if writer.config.do_sample else {}
+        options |= {"sliding_window": True} if length + self._count() > most else {}
+        return replace(writer, config=writer.config.with_options(options))
+
+    def obey(self, line: str) -> None:
+        """Carry out a command: its name without the slash, and what stands behind it."""
+        said, _, value = line.partition(" ")
+        name, value = said.replace("-", "_"), value.strip()
+        commands: dict[str, Callable[[str], None]] = {
+            "retry": self._retry, "undo": self._undo, "text": lambda _: _print(self.text + "\n"), "new": self._new,
+            "save": self._save, "greedy": self._greedy, "help": _help,
+        }  # fmt: skip
+        if name in commands:
+            commands[name](value)
+        elif name in OPTIONS:
+            self._set(name, value)
+        else:
+            near = nearest(name, [*commands, *OPTIONS, "quit"], 0.5)
+            raise InputError(f"/{said}: no such command{near or '; /help shows all'}")
+
+    def _retry(self, _: str) -> None:
+        self._check_turns("retry")
+        turn = self.turns.pop()
+        try:
+            self.go_on(turn.typed)
+        except GPT2Error:
+            self.turns.append(turn)
+            raise
+
+    def _undo(self, _: str) -> None:
+        self._check_turns("undo")
+        self.turns.pop()
+        _print(self.text + "\n")
+
+    def _check_turns(self, name: str) -> None:
+        if not self.turns:
+            raise InputError(f"/{name}: there is no turn yet; type the beginning of a text")
+
+    def _new(self, _: str) -> None:
+        self.start, self.turns = "", []
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise InputError("/save: expected the name of a file; give one")
+        try:
+            write_whole(Path(name), self.text)
+        except (OSError, UnicodeEncodeError) as error:
+            raise InputError(f"/save: {name} cannot be written ({getattr(error, 'strerror', error)})") from None
+        _say(f"{name}: {len(self.text)} characters")
+
+    def _greedy(self, _: str) -> None:
+        self._give({"do_sample": False})
+
+    def _set(self, name: str, value: str) -> None:
+        if value:
+            self._give({name: _number(value)} | ({"do_sample": True} if name in SAMPLING else {}))
+        shown = self._count() if name == "max_new_tokens" else getattr(self.writer.config, name)
+        _say(f"{name.replace('_', '-')} {shown}")
+
+    def _give(self, options: dict[str, float | bool]) -> None:
+        config = self.writer.config.with_options(options)
+        count = self.writer.new_tokens if config.max_new_tokens is None else config.max_new_tokens
+        self.writer = replace(self.writer, config=config, new_tokens=count)
+
+
+def interact(writer: Writer, start: str) -> None:
+    """Take turns until the end of the input, or /quit. What the model writes goes to standard output."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - `input` has a history then, which is not where there is no such library
+    session = Session(writer, start, [])
+    if sys.stdin.isatty():
+        _say("What you type is a part of the text, and the model goes on with it. /help shows what else there is.")
+    _print(start)
+    while (line := _line()) not in (None, "/quit"):
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                session.obey(line[1:])
+            else:
+                session.go_on(line.removeprefix("/") if line.startswith("//") else line)
+        except GPT2Error as error:
+            _say(str(error))
+
+
+def _line() -> str | None:
+    """What is typed, with lines that are joined by a backslash at their end; None at the end of the input."""
+    lines: list[str] = []
+    while not lines or lines[-1].endswith("\\"):
+        try:
+            lines.append(input(("> " if not lines else "| ") if sys.stdin.isatty() else ""))
+        except KeyboardInterrupt:  # of a line, not of the program
+            _print("\n")
+            lines = []
+        except EOFError:
+            if sys.stdin.isatty():
+                _print("\n")
+            return None
+    return "\n".join(line.removesuffix("\\") for line in lines)
+
+
+def _help(_: str) -> None:
+    _say(HELP.format(", ".join(name.replace("_", "-") for name in OPTIONS)).rstrip())
+
+
+def _number(value: str) -> float:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(value)
+    raise InputError(f"expected a number, found {value!r}; /help shows the commands")
+
+
+def _print(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _say(sentence: str) -> None:
+    """To whoever is there; no part of the text."""
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
