@@ -34,6 +34,7 @@ CLIENTS = [  # whose programs run on our classes
     "onnxscript",
     "outlines",
     "peft",
+    "ray[data]",
     "transformers",
     "trl",
     "xgrammar",

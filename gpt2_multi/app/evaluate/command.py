@@ -40,6 +40,10 @@ OF_TEXTS = ("field", "stride", "length", "no_start")
 @DTYPE
 @click.option("--quantize", type=click.Choice(["int8"]), help="Multiply integers: less memory, and on a CPU faster.")
 @click.option("--output", type=click.Path(path_type=Path), help="A .jsonl for the result of each document.")
+@click.option(
+    "--ray", metavar="ADDRESS", help='Compute on the machines of a Ray cluster, or of one begun here: "local".'
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Of the cluster. Default: one for each GPU or machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print one object.")
 def evaluate(
     model: str,
@@ -47,6 +51,8 @@ def evaluate(
     task: str | None,
     limit: int | None,
     output: Path | None,
+    ray: str | None,
+    workers: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -57,10 +63,13 @@ def evaluate(
     published. With --output, the same command goes on where it was stopped, and gives the same results.
     """
     from gpt2_multi.app.evaluate import running  # after the options are known to be right
+    from gpt2_multi.app.evaluate.cluster import on_ray
     from gpt2_multi.app.evaluate.scorer import Source
     from gpt2_multi.files.documents import find
     from gpt2_multi.model.checkpoint import read_config
 
+    if workers is not None and ray is None:
+        raise click.UsageError("--workers are those of a cluster; give --ray too")
     settings = {name: options.pop(name) for name in OF_TEXTS}
     field = settings.pop("field")
     chosen = _measure(task, field, settings)
@@ -68,12 +77,15 @@ def evaluate(
     options["backend"] = backends.name_of(backends.resolve(options["backend"]))
     folder = resolve(model)
     chosen = chosen.settled(read_config(folder))
-    source = Source(str(folder), **options)
+    source = Source(str(folder.resolve()) if Path(model).exists() else model, **options)
     sizes = [file.size for file in files]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     with measured("Scoring", total) as advance, _records(output, folder, source, chosen) as records:
         items = running.texts(files, field) if task is None else running.questions(files, chosen)
-        found = running.results(items, limit, running.in_process(source, chosen, advance), records)
+        compute = running.in_process(source, chosen, advance)
+        if ray is not None:
+            compute = on_ray(ray, workers, source, chosen, advance)
+        found = running.results(items, limit, compute, records)
         figures = chosen.summary(found)
         if records is not None:
             records.finish(figures, figures["documents"])

@@ -6,6 +6,7 @@ version with it. What lm_eval lacks, or has otherwise, is as in its own class fo
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.scoring import Window
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
+LOGGER = logging.getLogger(__name__)
+DEVICE = "cuda:0"  # what lm_eval's command line says where nobody names a device: the fastest there is
 Pair = tuple[Any, list[int], list[int]]  # of a request: its key, the ids before, and those that are scored
 
 
@@ -52,8 +55,9 @@ class GPT2MultiLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.batch_size = size_of(batch_size, max_batch_size)
-        source = Source(str(pretrained), backend, device, dtype, quantize, self.batch_size)
-        self.scorer: Scorer = source.load()
+        device = None if device == DEVICE else device
+        self.scorer: Scorer = Source(str(pretrained), backend, device, dtype, quantize, self.batch_size).load()
+        LOGGER.info("%s computes on %s", self.scorer.row.title, self.scorer.device)
         self.tokenizer = GPT2Tokenizer.from_pretrained(pretrained)  # in which a control token is one, as in lm_eval's
         most = self.scorer.config.n_positions
         if max_length is not None and not 2 <= max_length <= most:

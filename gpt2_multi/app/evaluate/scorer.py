@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.app import backends
-from gpt2_multi.app.terminal import tokenizer_of
 from gpt2_multi.files.hub import resolve
 from gpt2_multi.generation.scoring import Window, scored
 from gpt2_multi.generation.stopping.spelling import ids_of
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.tokenizer.fast import GPT2TokenizerFast
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 Array = np.ndarray[Any, Any]
 Scored = tuple[Array, Array]
@@ -44,7 +46,8 @@ class Source:
         device = row.device(self.device)
         folder = resolve(self.model)
         model = row.load(folder, device, self.dtype, quantization=self.quantize)
-        return Scorer(model, tokenizer_of(str(folder)), row, device, self.batch_size)
+        quick = GPT2TokenizerFast if importlib.util.find_spec("gigatoken") else GPT2Tokenizer  # which gives the same
+        return Scorer(model, quick.from_pretrained(folder, split_special_tokens=True), row, device, self.batch_size)
 
 
 @dataclass(frozen=True)
