@@ -14,7 +14,7 @@ from gpt2_multi.app.evaluate.scorer import Scorer
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
-from tests.app.test_cli import END, byte_vocabulary
+from tests.app.conftest import END, byte_vocabulary
 from tests.support.fixtures import write_model
 
 Array = np.ndarray[Any, Any]

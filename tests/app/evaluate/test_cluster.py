@@ -17,7 +17,7 @@ import pytest
 from gpt2_multi.app.evaluate import cluster
 from gpt2_multi.app.evaluate.records import Block, Item
 from gpt2_multi.errors import InputError
-from tests.app.test_cli import refusal
+from tests.app.conftest import refusal
 
 
 class TaskError(Exception):

@@ -15,8 +15,8 @@ from gpt2_multi.app.evaluate.records import Records
 from gpt2_multi.app.evaluate.tasks import Task
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.documents import find
+from tests.app.conftest import good, refusal
 from tests.app.evaluate.conftest import CONFIG
-from tests.app.test_cli import good, refusal
 
 TEXTS = ["What say you, my lord? " * 3, "", "é日😀", "To be", "or not", "to be: that is the question", "?"]
 QUESTIONS = [{"question": f"Who is {i}?", "choices": ["me", "you, é"], "answer": i % 2} for i in range(5)]

@@ -15,8 +15,8 @@ from gpt2_multi.app.evaluate.questions import Question
 from gpt2_multi.app.evaluate.scorer import Scorer
 from gpt2_multi.app.evaluate.tasks import Task
 from gpt2_multi.errors import InputError
+from tests.app.conftest import END
 from tests.app.evaluate.conftest import CONFIG, logits_of
-from tests.app.test_cli import END
 
 LONG = "What say you, my lord? " * 4
 TEXTS = [LONG, "a", "", "é日😀" * 5, "ab"]
