@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gpt2_multi.app.terminal import BACKEND
+from gpt2_multi.app.train.plan import DECAY, EPOCHS, EVALUATIONS, HELD_OUT, LENGTH, MOST, NORM, WARMUP
 
 DTYPES = ("float32", "bfloat16", "float64")
 FRACTION = click.FloatRange(0, 1, max_open=True)
@@ -24,21 +25,23 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--device", help="As the backend names it, such as cpu or cuda:0. Default: the fastest kind.")
 @click.option("--mesh", help="How to divide the model over devices, such as data=2,fsdp=4; of backends that can.")
 @click.option("--dtype", help="float32 (the default), bfloat16 (weights stay in float32), or float64.")
-@click.option("--steps", type=click.IntRange(1), help="Updates. Default: three epochs, but 600 steps at most.")
+@click.option("--steps", type=click.IntRange(1), help=f"Updates. Default: {EPOCHS} epochs, but {MOST} steps at most.")
 @click.option("--epochs", type=POSITIVE, help="How often all of the data is seen, in the place of --steps.")
 @click.option("--batch-size", type=click.IntRange(1), help="Windows of an update, of all processes together.")
-@click.option("--length", type=click.IntRange(2), help="Tokens of a window. Default: what the model reads, up to 1024.")
+@click.option("--length", type=click.IntRange(2), help=f"Tokens of a window. Default: the model's, up to {LENGTH}.")
 @click.option("--accumulate", type=click.IntRange(1), help="Compute a batch in so many parts, for less memory.")
 @click.option("--lr", type=POSITIVE, help="The learning rate at its highest. Default: by the size of the model.")
-@click.option("--warmup", type=click.IntRange(0), help="Steps until --lr is reached. Default: a twentieth of them.")
-@click.option("--weight-decay", type=click.FloatRange(0), help="Of matrices and embeddings. Default: 0.1.")
-@click.option("--max-norm", type=click.FloatRange(0), help="Clip gradients to it; 0 for never. Default: 1.")
+@click.option("--warmup", type=click.IntRange(0), help=f"Steps until --lr is reached. Default: 1/{WARMUP} of all.")
+@click.option("--weight-decay", type=click.FloatRange(0), help=f"Of matrices and embeddings. Default: {DECAY}.")
+@click.option("--max-norm", type=click.FloatRange(0), help=f"Clip gradients to it; 0 for never. Default: {NORM}.")
 @click.option("--dropout", type=FRACTION, help="Of embeddings, residuals and attention. Default: the model's.")
 @click.option("--lora", type=click.IntRange(1), metavar="RANK", help="Train adapters of this rank alone.")
 @click.option("--val", metavar="FILE", help="What to measure the held-out loss on.")
-@click.option("--val-fraction", type=FRACTION, help="Which part of the data, at its end, is held out. Default: 0.05.")
-@click.option("--eval-every", type=click.IntRange(1), help="Steps between two measurements. Default: a tenth of them.")
-@click.option("--save-every", type=click.IntRange(1), help="Steps between two saves. Default: a tenth of them.")
+@click.option(
+    "--val-fraction", type=FRACTION, help=f"Part of the data, its end, that is held out. Default: {HELD_OUT}."
+)
+@click.option("--eval-every", type=click.IntRange(1), help=f"Steps between two measurements. Default: 1/{EVALUATIONS}.")
+@click.option("--save-every", type=click.IntRange(1), help=f"Steps between two saves. Default: 1/{EVALUATIONS} of all.")
 @click.option("--resume", is_flag=True, help="Go on where the run in --out was stopped; no other option is needed.")
 @click.option(
     "--seed", type=click.IntRange(0), help="Of the order of the data, of dropout and new weights. Default: 0."

@@ -9,6 +9,9 @@ from typing import Any
 
 from gpt2_multi.errors import CheckpointError
 
+# What a command line leaves open. Steps are those of the epochs, but no more than MOST.
+LENGTH, EPOCHS, MOST, HELD_OUT, DECAY, NORM = 1024, 5, 1000, 0.05, 0.1, 1.0
+WARMUP, EVALUATIONS = 20, 10  # parts of the steps
 BETAS, EPSILON = (0.9, 0.95), 1e-8  # of AdamW, as those who trained GPT-3 had them
 LEAST_RATE = 0.1  # of the learning rate, at the end of the cosine
 LORA_SCALE = 2  # what the product of two adapters is multiplied by: alpha / rank

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.app import backends
-from gpt2_multi.app.train.beginning.choices import HELD_OUT, Asked, going_on, plan_of
+from gpt2_multi.app.train.beginning.choices import Asked, going_on, plan_of
 from gpt2_multi.app.train.beginning.models import (
     TOKENIZER,
     check_tokenizer,
@@ -23,7 +23,7 @@ from gpt2_multi.app.train.beginning.models import (
 from gpt2_multi.app.train.data.shards import INDEX, open_files, prepare, reopen
 from gpt2_multi.app.train.data.tokens import Tokens, divided
 from gpt2_multi.app.train.folder import Folder
-from gpt2_multi.app.train.plan import Plan
+from gpt2_multi.app.train.plan import HELD_OUT, Plan
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files.documents import find
 from gpt2_multi.files.hub import resolve

@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_multi.app.train.data.windows import Windows
-from gpt2_multi.app.train.plan import Plan
+from gpt2_multi.app.train.plan import DECAY, EPOCHS, EVALUATIONS, LENGTH, MOST, NORM, WARMUP, Plan
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import parameter_count
 
-LENGTH = 1024  # tokens of a window, if the model reads as many
 TOKENS, ROWS = 2048, 4  # of a batch at least
-EPOCHS, MOST = 3, 600  # epochs, but no more steps than these
-EVALUATIONS = 10
-HELD_OUT = 0.05
 NAMED = ("model", "tokenizer", "val")  # options that may be paths
 
 
@@ -117,9 +113,9 @@ def plan_of(asked: Asked, backend: str, config: GPT2Config, is_new: bool, tokens
         accumulate=asked.accumulate or 1,
         length=length,
         learning_rate=asked.lr or rate(config, is_new or bool(asked.lora)),
-        warmup=min(asked.warmup if asked.warmup is not None else -(-steps // 20), steps),
-        weight_decay=0.1 if asked.weight_decay is None else asked.weight_decay,
-        max_norm=1.0 if asked.max_norm is None else asked.max_norm,
+        warmup=min(asked.warmup if asked.warmup is not None else -(-steps // WARMUP), steps),
+        weight_decay=DECAY if asked.weight_decay is None else asked.weight_decay,
+        max_norm=NORM if asked.max_norm is None else asked.max_norm,
         lora=asked.lora or 0,
         seed=asked.seed or 0,
         dropout=asked.dropout,
@@ -144,9 +140,12 @@ def sizes(asked: Asked, config: GPT2Config, tokens: int) -> tuple[int, int]:
 
 
 def rate(config: GPT2Config, is_new: bool) -> float:
-    """A learning rate: of random weights, Kaplan et al. 2020, equation D.1; a tenth of it of trained ones."""
+    """A learning rate: of random weights and adapters that of Kaplan et al. 2020, equation D.1.
+
+    Of trained weights it is the less the wider they are, 6e-5 for the smallest GPT-2 and 1.4e-5 for the largest.
+    """
     best = 0.003239 - 0.0001395 * math.log(parameter_count(config))
-    return float(f"{best * (1 if is_new else 0.1):.2g}")
+    return float(f"{best if is_new else min(best, 6e-5 * (768 / config.n_embd) ** 2):.2g}")
 
 
 def check_parts(plan: Plan, processes: int) -> None:
