@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpt2_multi.app.train.report.card import table
+
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 560, 300, 48, 16, 544, 262
 COLOURS = {"held_out": "#c2410c", "train": "#1d4ed8"}
 LABELS = {"held_out": "held-out text", "train": "training text, under dropout"}
@@ -126,11 +128,6 @@ def draw(points: Sequence[Mapping[str, Any]]) -> str:
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 20}">loss per token</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
     return head + 'font-size="12">\n' + "\n".join(parts) + "\n</svg>\n"
-
-
-def table(rows: Mapping[str, Any]) -> str:
-    """A table of two columns."""
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
 def quoted(samples: Mapping[str, str]) -> str:

@@ -25,9 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from gpt2_multi.app.train.loop import Held
 from gpt2_multi.errors import ConfigError
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import table
+from gpt2_multi.model.weights import parameter_count
 from gpt2_multi.pt import GPT2LMHeadModel
 from gpt2_multi.pt.training import cosine_schedule, parameter_groups, train_step
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
@@ -129,20 +130,15 @@ def configure(tokenizer: GPT2Tokenizer, dropout: float, options: Mapping[str, An
         raise click.ClickException(str(error)) from None
 
 
-def windows(ids: Tensor, length: int) -> list[Tensor]:
-    """The ids in windows that overlap by one, so that every id but the first is predicted exactly once."""
-    return [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
-
-
 @torch.no_grad()
 def mean_loss(model: GPT2LMHeadModel, ids: Tensor) -> float:
     """The mean loss per predicted token over a whole text, without dropout."""
     training = model.training
     model.eval()
-    pieces = windows(ids, model.config.n_positions)
-    last = pieces.pop()  # the only one that may be shorter
-    batches = [*torch.stack(pieces).split(32), last[None]] if pieces else [last[None]]
-    total = sum(float(model(x, labels=x, use_cache=False).loss) * x[:, 1:].numel() for x in batches)
+    total = 0.0
+    for part in Held(ids, model.config.n_positions, rows=32):
+        x, labels = (torch.from_numpy(part[name]).long() for name in ("input_ids", "labels"))
+        total += float(model(x, labels=labels, use_cache=False, num_items_in_batch=1).loss)
     model.train(training)
     return total / (len(ids) - 1)
 
@@ -232,7 +228,7 @@ def measure(model: GPT2LMHeadModel, data: Data, curve: Curve, folder: Path) -> d
     samples = {prompt: sample(model, data.tokenizer, prompt) for prompt in PROMPTS}
     return {
         "text": describe(data),
-        "parameters": sum(math.prod(weight.shape) for weight in table(model.config)),
+        "parameters": parameter_count(model.config),
         "file_bytes": (folder / "model.safetensors").stat().st_size,
         "minutes": curve.seconds / 60,
         "best_step": curve.best.step,

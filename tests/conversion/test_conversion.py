@@ -18,10 +18,10 @@ from gpt2_multi.model.checkpoint import write_weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.format import ARCHITECTURES
 from gpt2_multi.model.formats.table import FORMATS
-from gpt2_multi.model.weights import table
+from gpt2_multi.model.weights import parameter_count, table
 from tests.support import fixtures
 from tests.support.effort import some
-from tests.support.fixtures import parameter_count, write_model
+from tests.support.fixtures import write_model
 from tests.support.shared_data import shared
 
 LM_FORMATS = {  # folder -> its format, the model whose weights it has, and its head

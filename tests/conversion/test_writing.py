@@ -16,8 +16,9 @@ from gpt2_multi_conversion import convert
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.table import FORMATS
+from gpt2_multi.model.weights import parameter_count
 from tests.support.effort import some
-from tests.support.fixtures import parameter_count, write_model
+from tests.support.fixtures import write_model
 
 SMALL = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
 KILLS = some(50, 15)

@@ -18,8 +18,8 @@ from gpt2_multi.errors import CheckpointError, ConfigError
 from gpt2_multi.files.hub import ARCHIVE
 from gpt2_multi.model.config import ALIASES, GPT2Config
 from gpt2_multi.model.fields import FIELDS
-from gpt2_multi.model.weights import table
-from tests.support.fixtures import MODELS, folder, parameter_count
+from gpt2_multi.model.weights import parameter_count, table
+from tests.support.fixtures import MODELS, folder
 
 # What GPT2Config and PretrainedConfig of transformers 4.57 document.
 DEFAULTS: dict[str, Any] = {

@@ -12,9 +12,8 @@ from gpt2_multi.model.checkpoint.names import named
 from gpt2_multi.model.checkpoint.source import Source
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import TORCH, TRANSFORMERS, match
-from gpt2_multi.model.weights import table
+from gpt2_multi.model.weights import parameter_count, table
 from tests.support import fixtures
-from tests.support.fixtures import parameter_count
 
 SMALL = GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=2, n_head=3)
 

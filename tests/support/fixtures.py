@@ -1,7 +1,6 @@
 """The models of tests/data and of the shared fixtures, and models with every tensor randomised."""
 
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,6 @@ VARIANTS = [
 ]  # fmt: skip
 MODELS = ["lm", "base", *HEADS.values(), "cross_attention", *VARIANTS]
 MODELS = list(dict.fromkeys(MODELS))
-
-
-def parameter_count(config: GPT2Config, head: str = "lm") -> int:
-    """How many numbers the tensors of the table hold."""
-    return sum(math.prod(weight.shape) for weight in table(config, head))
 
 
 def folder(name: str) -> Path:

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.app.train.data.windows import Windows
-from gpt2_multi.app.train.engines.engine import Batch, Engine, Team
+from gpt2_multi.app.train.engines.engine import Array, Batch, Engine, Team
 from gpt2_multi.app.train.plan import Plan
 from gpt2_multi.app.train.report.report import Report
 
-MEASURED = 1 << 18  # held-out tokens that an evaluation reads at most
 IGNORED = -100
 
 
@@ -24,13 +23,13 @@ IGNORED = -100
 class Held:
     """The tokens that were held out, in windows that overlap by one: each but the first is predicted once."""
 
-    ids: Any
+    ids: Array
     length: int
     rows: int  # of a batch, of all processes together
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of one shape; where there are too few tokens, labels do not count."""
-        ids = np.asarray(self.ids[: min(len(self.ids), MEASURED)]).astype(np.int32)
+        ids = np.asarray(self.ids).astype(np.int32)
         step = self.length - 1
         count = max(-(-(len(ids) - 1) // step), 1)
         whole = -(-count // self.rows) * self.rows

@@ -28,6 +28,7 @@ from gpt2_multi.model.config import GPT2Config
 # What the frameworks call it when there is no more memory, as a class or in words.
 MEMORY = ("OutOfMemoryError", "MemoryError", "ResourceExhaustedError")
 NO_MEMORY = ("RESOURCE_EXHAUSTED", "not enough memory", "can't allocate memory", "out of memory")
+MEASURED = 1 << 18  # held-out tokens that an evaluation reads at most
 SIZE = {"cpu": 1024}  # of the product that shows what a device can do; of others OTHERS
 OTHERS = 8192
 
@@ -116,7 +117,7 @@ class Session:
         rows = plan.batch_size // plan.accumulate
         return Loop(
             plan, self.team, self.engine, Windows(learned, plan.length, plan.batch_size, plan.seed),
-            None if held is None else Held(held, plan.length, rows), self.report, self.save,
+            None if held is None else Held(held[:MEASURED], plan.length, rows), self.report, self.save,
             every(asked.eval_every, plan.steps), every(asked.save_every, plan.steps),
         )  # fmt: skip
 

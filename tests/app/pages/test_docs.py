@@ -62,6 +62,14 @@ def test_the_commands_of_a_page_work(page, tmp_path, monkeypatch):
         assert (result.exit_code, result.stderr) == (0, "") and result.stdout.strip(), (line, result.output)
 
 
+@pytest.mark.parametrize("page", pages_with("console", "gpt2"))
+def test_the_commands_that_a_page_shows_have_these_options(page):
+    shown = re.findall(r"^\$ .*gpt2[-_]multi (.*)$", "\n".join(blocks(page, "console")), re.MULTILINE)
+    for name, *arguments in map(shlex.split, shown):
+        command = cli.main.get_command(None, name)
+        assert command.make_context(name, arguments).params, (name, arguments)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_relative_link_leads_to_a_file(page):
     links = [link for link in LINK.findall(PAGES[page].read_text("utf-8")) if "://" not in link]
