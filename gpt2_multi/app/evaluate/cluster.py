@@ -15,9 +15,9 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from gpt2_multi.app.evaluate.records import Block
-from gpt2_multi.app.evaluate.running import Compute, Measure, Result, Seen
+from gpt2_multi.app.evaluate.running import Compute, Measure, Result, Seen, located
 from gpt2_multi.app.evaluate.scorer import Scorer, Source
-from gpt2_multi.errors import GPT2Error, InputError
+from gpt2_multi.errors import InputError
 
 TRIES = 5  # of a block whose worker dies: the sixth time it is the block, and not the machine
 AHEAD = 4  # blocks a worker that may be done before the first of them is
@@ -115,8 +115,7 @@ def result_of(ray: Any, block: Block, answer: Any) -> list[Result]:
     try:
         found: list[Result] = ray.get(answer)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, GPT2Error) else InputError(str(error.cause)) from None
+        raise located(block, error.cause) from None
     except ray.exceptions.RayError as error:
-        where = f"{block.items[0].where} and {len(block.items) - 1} after it"
-        raise InputError(f"--ray: a worker died {TRIES + 1} times at {where} ({error}); look at its log") from None
+        raise located(block, f"a worker died {TRIES + 1} times at it ({error}); look at its log") from None
     return found

@@ -21,18 +21,22 @@ if TYPE_CHECKING:
     from gpt2_multi.app.evaluate.running import Measure
     from gpt2_multi.app.evaluate.scorer import Source
 
-TASKS = ("lambada", "hellaswag", "choices")
-OF_TEXTS = ("field", "stride", "length", "no_start")
+TASKS = ("lambada", "hellaswag", "choices", "generate")
+OF_TEXTS = ("field", "length", "stride", "no_start")
+OF_GENERATION = ("field", "max_new_tokens", "greedy", "seed")
 
 
 @click.command()
 @click.argument("model")
 @click.argument("data", nargs=-1, required=True)
-@click.option("--task", type=click.Choice(TASKS), help="Questions to answer. Default: the perplexity of texts.")
+@click.option("--task", type=click.Choice(TASKS), help="What is measured. Default: the perplexity of texts.")
 @click.option("--field", help='Which field of a .jsonl or .parquet is the text. Default: "text".')
 @click.option("--length", type=int, help="Tokens that are read at once. Default: as many as the model can.")
 @click.option("--stride", type=int, help="How much further each window of a long text begins. Default: half of them.")
 @click.option("--no-start", is_flag=True, help="Put no start token before a text; its first token is not scored then.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Of --task generate. Default: as in `generate`.")
+@click.option("--greedy", is_flag=True, help="Of --task generate: always take the likeliest token.")
+@click.option("--seed", type=int, help="Of --task generate. Default: the model's, or 0.")
 @click.option("--limit", type=click.IntRange(min=1), help="Read only so many documents.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Rows that are read at once. Default: by their lengths.")
 @BACKEND
@@ -56,11 +60,12 @@ def evaluate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure MODEL on DATA: perplexity and bits per byte of texts, or the right answers of a --task.
+    """Measure MODEL on DATA: perplexity and bits per byte of texts, or the right answers to the questions of a --task.
 
     MODEL is "demo", a folder, or a name on the Hugging Face hub such as gpt2. DATA are .txt, .jsonl and .parquet files,
     folders and patterns of them, or "-", standard input; for a --task .jsonl files in the form in which it was
-    published. With --output, the same command goes on where it was stopped, and gives the same results.
+    published. With --output, the same command goes on where it was stopped, and gives the same results. --task generate
+    measures nothing: it continues each document, in --output, as `generate` would, on one machine or on many.
     """
     from gpt2_multi.app.evaluate import running  # after the options are known to be right
     from gpt2_multi.app.evaluate.cluster import on_ray
@@ -70,9 +75,9 @@ def evaluate(
 
     if workers is not None and ray is None:
         raise click.UsageError("--workers are those of a cluster; give --ray too")
-    settings = {name: options.pop(name) for name in OF_TEXTS}
-    field = settings.pop("field")
-    chosen = _measure(task, field, settings)
+    settings = {name: options.pop(name) for name in {*OF_TEXTS, *OF_GENERATION}}
+    field = settings["field"]
+    chosen = _measure(task, settings, output)
     files = find(data, field).files
     options["backend"] = backends.name_of(backends.resolve(options["backend"]))
     folder = resolve(model)
@@ -81,7 +86,7 @@ def evaluate(
     sizes = [file.size for file in files]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     with measured("Scoring", total) as advance, _records(output, folder, source, chosen) as records:
-        items = running.texts(files, field) if task is None else running.questions(files, chosen)
+        items = running.texts(files, field) if task in (None, "generate") else running.questions(files, chosen)
         compute = running.in_process(source, chosen, advance)
         if ray is not None:
             compute = on_ray(ray, workers, source, chosen, advance)
@@ -92,16 +97,25 @@ def evaluate(
     _show(running.described(chosen) | figures, as_json)
 
 
-def _measure(task: str | None, field: str | None, settings: dict[str, Any]) -> Measure:
-    from gpt2_multi.app.evaluate.perplexity import Perplexity
-    from gpt2_multi.app.evaluate.tasks import Task
+def _measure(task: str | None, given: dict[str, Any], output: Path | None) -> Measure:
+    """What is measured; an option that would change nothing is refused."""
+    from gpt2_multi.app.evaluate.measures.continuation import Continuation
+    from gpt2_multi.app.evaluate.measures.perplexity import Perplexity
+    from gpt2_multi.app.evaluate.measures.tasks import Task
 
+    used = {None: OF_TEXTS, "generate": OF_GENERATION}.get(task, ())
+    useless = [name for name, value in given.items() if value not in (None, False) and name not in used]
+    if useless:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(useless))
+        what = "perplexity" if task is None else f"--task {task}"
+        raise click.UsageError(f"{what} has no use for {names}, which would change nothing; leave it out")
     if task is None:
-        return Perplexity(settings["length"], settings["stride"], not settings["no_start"])
-    given = {"field": field, **settings}
-    if useless := [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, False)]:
-        raise click.UsageError(f"--task reads questions, so that {', '.join(useless)} would change nothing; drop it")
-    return Task(task)
+        return Perplexity(given["length"], given["stride"], not given["no_start"])
+    if task != "generate":
+        return Task(task)
+    if output is None:
+        raise click.UsageError("--task generate needs --output, the file that the texts go to; give it too")
+    return Continuation(given["max_new_tokens"], given["greedy"], given["seed"])
 
 
 def _records(

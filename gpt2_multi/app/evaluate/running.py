@@ -117,9 +117,20 @@ def in_process(source: Source, measure: Measure, advance: Seen) -> Compute:
         for block in waiting:
             scorer = scorer or source.load()
             done = partial(_advance, advance, sum(item.read for item in block.items))
-            yield block, measure.measure([item.value for item in block.items], scorer, done)
+            try:
+                found = measure.measure([item.value for item in block.items], scorer, done)
+            except InputError as error:
+                raise located(block, error) from None
+            yield block, found
 
     return compute
+
+
+def located(block: Block, error: Exception | str) -> InputError:
+    """An error of one of these documents."""
+    others = len(block.items) - 1
+    where = f"{block.items[0].where}, or one of {others} after it" if others else block.items[0].where
+    return InputError(f"{where}: {error}")
 
 
 def _advance(advance: Seen, size: int, part: float) -> None:

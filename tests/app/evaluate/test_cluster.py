@@ -94,7 +94,7 @@ def test_results_are_in_order_and_once_and_few_blocks_wait(number):
         (TaskError(RuntimeError("CUDA out of memory")), "CUDA out of memory"),
         (
             DeathError("killed"),
-            r"--ray: a worker died 6 times at document 2 and 0 after it \(killed\)",
+            r"^document 2: a worker died 6 times at it \(killed\); look at its log",
         ),
     ],
 )

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from gpt2_multi.app.evaluate import records, running
-from gpt2_multi.app.evaluate.perplexity import Perplexity
+from gpt2_multi.app.evaluate.measures.perplexity import Perplexity
+from gpt2_multi.app.evaluate.measures.tasks import Task
 from gpt2_multi.app.evaluate.records import Records
-from gpt2_multi.app.evaluate.tasks import Task
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.documents import find
 from tests.app.conftest import good, refusal
@@ -74,8 +74,15 @@ def test_figures_are_printed_for_people(tiny, data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("{data}", "--task", "lambada", "--stride", "3"), 2, "so that --stride would change nothing; drop it"),
-        (("{data}", "--task", "lambada", "--no-start"), 2, "so that --no-start would change nothing; drop it"),
+        (
+            ("{data}", "--task", "lambada", "--stride", "3"),
+            2,
+            "--task lambada has no use for --stride, which would change nothing",
+        ),
+        (("{data}", "--task", "lambada", "--no-start"), 2, "--task lambada has no use for --no-start, which would"),
+        (("{data}", "--greedy", "--seed", "1"), 2, "perplexity has no use for --greedy, --seed, which would change"),
+        (("{data}", "--task", "generate"), 2, "--task generate needs --output, the file that the texts go to"),
+        (("{data}", "--task", "generate", "--max-new-tokens", "32", "--output", "x.jsonl"), 1, "found 32"),
         (("{data}", "--length", "99"), 1, "length: expected 2 to 32, which the model can read at once, found 99"),
         (("{data}", "--task", "choices"), 1, "texts.jsonl, line 1: fields: expected one of question, context, prompt"),
         (("{data}", "--device", "cuda:9"), 1, "device: PyTorch has "),
@@ -171,3 +178,24 @@ def test_the_command_goes_on_too_and_says_what_was_measured(tiny, data, tmp_path
     beside = json.loads((tmp_path / "out.json").read_text())
     assert beside["run"]["stride"] == 16 and beside["run"]["backend"] == "pt" and beside["figures"]["documents"] == 7
     assert "is of another run (dtype 'float32', not 'bfloat16')" in refusal(*command, "--dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("options", [("--greedy",), ("--seed", "3")])
+def test_texts_are_those_of_generate_and_a_stopped_run_goes_on(tiny, tmp_path, options):
+    pytest.importorskip("torch")
+    folder, _ = tiny
+    prompts = lines(tmp_path / "prompts.jsonl", [{"text": text} for text in ("ab", "What say you", "", "é", "ab")])
+    common = ("--backend", "pt", "--max-new-tokens", "5", *options)
+    output, other = tmp_path / "out.jsonl", tmp_path / "other.jsonl"
+    shown = good("evaluate", folder, prompts, "--task", "generate", "--batch-size", "2", "--output", output, *common)
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    good("generate", "--model", folder, "--prompts", prompts, "--field", "text", "--output", other, *common)
+    expected = [json.loads(line) for line in other.read_text().splitlines()]
+    assert [(each["prompt"], each["completion"]) for each in found] == [
+        (each["prompt"], each["completion"]) for each in expected
+    ]
+    assert f"characters       {sum(len(each['completion']) for each in found)}" in shown
+    whole = output.read_bytes()
+    output.write_bytes(whole[:99])
+    good("evaluate", folder, prompts, "--task", "generate", "--batch-size", "2", "--output", output, *common)
+    assert output.read_bytes() == whole

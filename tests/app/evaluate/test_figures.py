@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from gpt2_multi.app.evaluate import scorer as scorers
-from gpt2_multi.app.evaluate.perplexity import Perplexity
-from gpt2_multi.app.evaluate.questions import Question
+from gpt2_multi.app.evaluate.measures.perplexity import Perplexity
+from gpt2_multi.app.evaluate.measures.questions import Question
+from gpt2_multi.app.evaluate.measures.tasks import Task
 from gpt2_multi.app.evaluate.scorer import Scorer
-from gpt2_multi.app.evaluate.tasks import Task
 from gpt2_multi.errors import InputError
 from tests.app.conftest import END
 from tests.app.evaluate.conftest import CONFIG, logits_of

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt2_multi.app.evaluate.questions import FORMS, Question
+from gpt2_multi.app.evaluate.measures.questions import FORMS, Question
 from gpt2_multi.errors import InputError
 
 SWAG = {"activity_label": "Roof shingle", "endings": ["is [step] on a roof.", "sits  down."], "label": 1}

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_multi.app.evaluate.perplexity import exp
-from gpt2_multi.app.evaluate.questions import FORMS, Question, Row
+from gpt2_multi.app.evaluate.measures.perplexity import exp
+from gpt2_multi.app.evaluate.measures.questions import FORMS, Question, Row
 from gpt2_multi.app.evaluate.scorer import Done, Scorer, start_of
 from gpt2_multi.errors import InputError, shortened
 from gpt2_multi.generation.scoring import Window

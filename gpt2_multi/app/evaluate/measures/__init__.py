@@ -1,0 +1,1 @@
+"""What is measured of documents: perplexity, tasks, and what the model goes on with."""
