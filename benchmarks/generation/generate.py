@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import OURS, Row
-from benchmarks.harness.floor import FLOOR, bandwidth, weights
 from benchmarks.harness.folders import TINY, plain, written
 from benchmarks.harness.measuring import Case, Found, measure
-from benchmarks.harness.rows import ours
+from benchmarks.harness.rows import FLOOR, ours
 from benchmarks.peers import workers
+from gpt2_multi.app.doctor.floor import bandwidth, weights
 from gpt2_multi.model.config import GPT2Config
 
 PEERS = (

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.generation.generate import generating, prompts
 from benchmarks.harness import OURS, Row, compare
-from benchmarks.harness.floor import FLOOR, bandwidth, cache, weights
 from benchmarks.harness.folders import TINY, plain, written
 from benchmarks.harness.measuring import Seconds, measure
-from benchmarks.harness.rows import ours
+from benchmarks.harness.rows import FLOOR, ours
 from benchmarks.peers import workers
+from gpt2_multi.app.doctor.floor import bandwidth, cache, weights
 from gpt2_multi.model.config import GPT2Config
 
 PEERS = (*workers.BACKENDS, workers.CTRANSLATE2, workers.TRANSFORMERS)

@@ -12,10 +12,11 @@ import gpt2_multi
 from benchmarks.generation.generate import generating, prompts
 from benchmarks.harness import Row, pictures
 from benchmarks.harness.corpus import english, shared
-from benchmarks.harness.floor import FLOOR, bandwidth, weights
 from benchmarks.harness.folders import TINY, plain, written
 from benchmarks.harness.measuring import Case, first_results, measure
+from benchmarks.harness.rows import FLOOR
 from benchmarks.peers import workers
+from gpt2_multi.app.doctor.floor import bandwidth, weights
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 

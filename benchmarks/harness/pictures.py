@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.floor import FLOOR
 from benchmarks.harness.reports import compared, explanation, figure
-from benchmarks.harness.rows import OURS, Row
+from benchmarks.harness.rows import FLOOR, OURS, Row
 
 STRONG = ("#d1495b", "#00798c", "#edae49", "#7a4988")  # of ours
 PALE = ("#8d99ae", "#adb5bd", "#c5ccd6", "#9aa5b1", "#b7b7a4", "#cbc0d3")

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.harness.floor import FLOOR
-from benchmarks.harness.rows import OURS, Row
+from benchmarks.harness.rows import FLOOR, OURS, Row
 from benchmarks.peers.calls import threads
 
 PACKAGES = (

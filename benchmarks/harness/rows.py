@@ -17,6 +17,7 @@ from rich.progress import track
 
 Who = TypeVar("Who")
 OURS = "gpt2_multi"  # or what the names of several of ours begin with, before a comma
+FLOOR = "floor"  # a peer that is the time in which memory gives the bytes
 
 
 class PeerError(Exception):

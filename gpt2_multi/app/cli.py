@@ -11,6 +11,7 @@ import click
 
 from gpt2_multi import __version__
 from gpt2_multi.app import backends
+from gpt2_multi.app.doctor.benchmark import benchmark
 from gpt2_multi.app.evaluate.command import evaluate, lm_eval
 from gpt2_multi.app.generate.command import generate
 from gpt2_multi.app.serve.command import serve
@@ -41,6 +42,7 @@ def main() -> None:
     """GPT-2 for PyTorch, TensorFlow and JAX."""
 
 
+main.add_command(benchmark)
 main.add_command(evaluate)
 main.add_command(lm_eval)
 main.add_command(generate)

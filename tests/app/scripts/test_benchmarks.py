@@ -14,8 +14,9 @@ from benchmarks import __main__ as command
 from benchmarks import gpu
 from benchmarks.files import imports
 from benchmarks.generation import generate, growth, quantized
-from benchmarks.harness import OURS, PeerError, Row, compare, floor, folders, pictures, reports, rounds
+from benchmarks.harness import OURS, PeerError, Row, compare, folders, pictures, reports, rounds
 from benchmarks.harness.measuring import Case, Found, measure
+from benchmarks.harness.rows import FLOOR
 from benchmarks.peers import __main__ as process
 from benchmarks.peers import workers
 from benchmarks.tokenizing import tf_tokenizer, tokenizer
@@ -65,13 +66,13 @@ def set_off(cell):
 def test_brackets_have_the_ratio_of_each_of_ours_and_the_floor_is_last():
     first, second = f"{OURS}, PyTorch", f"{OURS}, JAX"
     rows = [
-        Row("a", floor.FLOOR, 1234.5, "s", {first: 0.5, second: 0.25}),
+        Row("a", FLOOR, 1234.5, "s", {first: 0.5, second: 0.25}),
         Row("a", first, 3.0, "s", {first: 1.0, second: 0.5}),
         Row("b", second, 0.0123, "s", {second: 1.0}, rounds=2),
         Row("b", "peer", 7.0, "s", {second: 2.0}, rounds=2, differs=True),
     ]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in reports.table(rows)]
-    assert cells[0] == ["", first, second, "peer", floor.FLOOR, "rounds"]
+    assert cells[0] == ["", first, second, "peer", FLOOR, "rounds"]
     assert cells[2:] == [
         ["a, s", "3", "", "", "1,234 (0.50 · 0.25)", "1"],
         ["b, s", "", "0.0123", "7 (- · 2.00) DIFFERENT", "", "2"],
@@ -166,7 +167,7 @@ def test_generate_measures_equal_tokens_and_the_floor(here):
     rows = generate.run(TINY, batches=(1,), prompt=4, long=8, new=3, count=1, who=["PyTorch", "transformers"])
     both = (f"{OURS}, PyTorch", workers.TRANSFORMERS.title(process.version("transformers")))
     wanted = [
-        *(("greedy, batch 1", who) for who in (*both, floor.FLOOR)),
+        *(("greedy, batch 1", who) for who in (*both, FLOOR)),
         *(("sampled, batch 1", who) for who in both),
         ("sampled, batch 1, its rules", both[0]),
         *((what, who) for what in ("4 beams", "prompt lookup", "first token after 8") for who in both),
@@ -271,7 +272,7 @@ def test_peer_that_cannot_do_it_is_reported_and_one_that_differs_is_marked(capsy
 @pytest.mark.parametrize("draw", [pictures.bars, quantized.draw])
 def test_pictures(tmp_path, draw):
     pytest.importorskip("matplotlib")
-    rows = [Row("work", who, 3.0, "tokens/s", {f"{OURS}, JAX": 1.0}) for who in (f"{OURS}, JAX", "peer", floor.FLOOR)]
+    rows = [Row("work", who, 3.0, "tokens/s", {f"{OURS}, JAX": 1.0}) for who in (f"{OURS}, JAX", "peer", FLOOR)]
     draw([*rows, Row("more", "peer", 3.0, "tokens/s")], tmp_path / "a" / "rows.svg", "where it comes from")
     picture = (tmp_path / "a" / "rows.svg").read_text()
     texts = ("peer", "JAX", "3 (1.00)", "where it comes", "how many times as good")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.rows import elapsed
-from benchmarks.peers.calls import threads
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import table
+from gpt2_multi.tokenizer.streaming.workers import cores
 
-FLOOR = "floor"
 ROOMS = (1 << 17, 1 << 18, 1 << 20)  # numbers, so that a cache holds the copy, and Python's part in it is small
 UNREAD = ("wpe",)  # of which a token takes a row
 
@@ -20,14 +19,17 @@ UNREAD = ("wpe",)  # of which a token takes a row
 def bandwidth(megabytes: int = 512, count: int = 12) -> float:
     """Bytes a second that all cores together copy from memory into their caches, at their best."""
     source = np.ones(megabytes * 2**18, np.float32)
-    parts = np.array_split(source, threads())
+    parts = np.array_split(source, cores())
     with ThreadPoolExecutor(len(parts)) as pool:
-        seconds = min(
-            elapsed(lambda room=room: list(pool.map(_read, parts, [room] * len(parts))))
-            for room in ROOMS
-            for _ in range(count)
-        )
+        seconds = min(_copied(pool, parts, room) for room in ROOMS for _ in range(count))
     return source.nbytes / seconds
+
+
+def _copied(pool: ThreadPoolExecutor, parts: list[np.ndarray[Any, Any]], room: int) -> float:
+    """The seconds in which the parts are read, each by a core."""
+    start = time.perf_counter()
+    list(pool.map(_read, parts, [room] * len(parts)))
+    return time.perf_counter() - start
 
 
 def _read(part: np.ndarray[Any, Any], numbers: int) -> None:
@@ -37,7 +39,7 @@ def _read(part: np.ndarray[Any, Any], numbers: int) -> None:
 
 
 def weights(config: GPT2Config, size: int = 4) -> int:
-    """The bytes of the parameters that every token reads, at `size` bytes each; the head is the embedding."""
+    """The bytes of the parameters that every token reads, at `size` bytes each; a tied head is the embedding."""
     shapes = [weight.shape for weight in table(config, "lm") if not any(part in weight.path for part in UNREAD)]
     return size * sum(int(np.prod(shape)) for shape in shapes)
 
