@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.folders import replaced
 from gpt2_multi.files.json_files import read_json, write_whole
+from gpt2_multi.model.checkpoint.saving import is_model_file
 
 KEPT = 2  # states of earlier steps, the last among them
-STAGE = r"\.{}\.[a-z0-9_]{{8}}"  # how `folders.replaced` calls a folder until it is whole
+STAGE = r"\.(?:{})\.[a-z0-9_]{{8}}"  # how `folders.replaced` calls a folder until it is whole
 
 
 class Folder:
@@ -56,13 +57,12 @@ class Folder:
 
     def _clear(self) -> None:
         """Take away what a process that was killed had not finished."""
-        for place in (self.path.parent, self.states):
-            stem = f"[0-9]+|{re.escape(self.start.name)}" if place == self.states else re.escape(self.path.name[:20])
-            for found in place.iterdir():
-                if re.fullmatch(STAGE.format(f"(?:{stem})"), found.name) and found.is_dir():
-                    shutil.rmtree(found, ignore_errors=True)
-        for found in self.path.glob(".replaced-*"):
-            shutil.rmtree(found, ignore_errors=True)
+        whole = self.path.resolve()
+        left = [*stages(self.states, f"[0-9]+|{self.start.name}"), *self.path.glob(".replaced-*")]
+        beside = stages(whole.parent, re.escape(whole.name[:20]))
+        left += [path for path in beside if all(map(is_model_file, path.iterdir()))]
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The steps whose states are there."""
@@ -94,6 +94,11 @@ class Folder:
         """Take away the states before the last ones, and the first weights, which no state needs."""
         for path in [*map(self.state, self.steps()[:-KEPT]), self.start]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def stages(place: Path, stem: str) -> Iterator[Path]:
+    """The folders that `folders.replaced` had not finished, for targets of such a name."""
+    return (path for path in place.iterdir() if re.fullmatch(STAGE.format(stem), path.name) and path.is_dir())
 
 
 def locked(path: Path) -> Any:

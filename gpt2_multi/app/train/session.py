@@ -23,7 +23,7 @@ from gpt2_multi.app.train.report.report import Report
 from gpt2_multi.app.train.report.words import words
 from gpt2_multi.errors import CheckpointError, GPT2Error, InputError
 from gpt2_multi.files.json_files import write_whole
-from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.checkpoint import read_config
 
 # What the frameworks call it when there is no more memory, as a class or in words.
 MEMORY = ("OutOfMemoryError", "MemoryError", "ResourceExhaustedError")
@@ -94,7 +94,8 @@ class Session:
         except Exception as error:
             if (sentence := sentence_of(error, self.folder.path)) is None:
                 raise
-            saved = f"; the save of step {self.saved:,} is whole, and --resume goes on from it" if self.saved else ""
+            saved = f"; the save of step {self.saved:,} is whole" if self.saved else ""
+            saved += ", and --resume goes on from it" if self.saved and is_elsewhere(error) else ""
             raise InputError(sentence + saved) if self.is_first else Elsewhere(1) from error
 
     def _begin(self, resume: bool) -> None:
@@ -105,7 +106,7 @@ class Session:
         """Everything that trains, where it left off."""
         plan, asked = self.plan, self.begun.asked
         learned, held = self.begun.tokens(self.folder)
-        self.config = GPT2Config.from_pretrained(self.begun.start, **plan.settings)
+        self.config = read_config(self.begun.start, **plan.settings)
         self.engine = build(plan, self.begun.start, self.team)
         if resume:
             self._restore()
@@ -179,6 +180,11 @@ class Session:
         return 128 + signal if signal else 0
 
 
+def is_elsewhere(error: Exception) -> bool:
+    """Whether what failed is not the plan, with which a run that goes on would fail again."""
+    return isinstance(error, (OSError, CheckpointError))
+
+
 def sentence_of(error: Exception, path: Path) -> str | None:
     """What to say of an error that is nobody's fault in the program; None of others."""
     if isinstance(error, GPT2Error):
@@ -187,7 +193,7 @@ def sentence_of(error: Exception, path: Path) -> str | None:
         return f"{error.filename or path}: {error.strerror or error}"
     if type(error).__name__ in MEMORY or any(said in str(error) for said in NO_MEMORY):
         return (
-            "the memory does not suffice; compute a batch in more parts (--accumulate), or take a shorter --length, a "
-            "smaller --batch-size or a smaller model"
+            "the memory does not suffice; begin another run that computes a batch in parts (--accumulate), or with a "
+            "shorter --length, a smaller --batch-size or a smaller model"
         )
     return None

@@ -290,10 +290,22 @@ def test_what_cannot_be_is_a_sentence(given, says: str, code: int, book: Path, t
     assert says in refusal(*given, "--out", tmp_path / "out", code=code)
 
 
+def test_a_model_in_int8_does_not_train(book: Path, tmp_path: Path) -> None:
+    from gpt2_multi.pt import GPT2LMHeadModel
+
+    GPT2LMHeadModel.from_pretrained("demo", quantization="int8").save_pretrained(tmp_path / "int8")
+    given = ("--model", tmp_path / "int8", "--tokenizer", "demo")
+    assert "is in int8" in refusal(book, *given, "--out", tmp_path / "out")
+
+
 def test_a_folder_with_other_things_is_left_alone(book: Path, tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("Dear")
-    assert "found other things in it" in refusal(book, "--out", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    letter, hidden = tmp_path / "out" / "letter.txt", tmp_path / ".mine.settings" / "letter.txt"
+    for file in (letter, hidden):
+        file.parent.mkdir()
+        file.write_text("Dear")
+    assert "found other things in it" in refusal(book, "--out", tmp_path / "out")
+    good(book, "--out", tmp_path / "mine", *TINY, "--steps", 1)
+    assert [path.name for path in letter.parent.iterdir()] == ["letter.txt"] and hidden.exists()
 
 
 def test_one_run_at_a_time_writes_to_a_folder(made: tuple[Path, str]) -> None:

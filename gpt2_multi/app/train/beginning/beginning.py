@@ -27,7 +27,7 @@ from gpt2_multi.app.train.plan import HELD_OUT, Plan
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files.documents import find
 from gpt2_multi.files.hub import resolve
-from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.checkpoint import read_config
 
 Find = Callable[[str, tuple[str, ...]], Tokens]
 SAMPLED, SAMPLE = 64, 4096  # pieces of the tokens that are hashed, and their length
@@ -79,8 +79,10 @@ def begin(asked: Asked, folder: Folder) -> Beginning:
     is_new = "=" in (asked.model or "")
     source = None if is_new else resolve(asked.model or "")
     tokenizer = tokenizer_for(asked, source)
-    config = new_config(asked.model or "", tokenizer) if source is None else GPT2Config.from_pretrained(source)
+    config = new_config(asked.model or "", tokenizer) if source is None else read_config(source)
     check_tokenizer(tokenizer, config, asked, source)
+    if config.quantization is not None:
+        raise InputError(f"--model {asked.model}: is in int8, which does not train; name the model that it was made of")
     if asked.lora and is_new:
         raise InputError("--lora: adapters of random weights learn nothing; give a trained --model, or leave it out")
     folder.begin({"asked": asked.to_dict()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gpt2_multi.app.train.plan import BETAS, LORA_SCALE, Plan
@@ -46,7 +47,7 @@ gpt2-multi generate "Once" --model {name}
 
 def card(name: str, begun: Mapping[str, Any], plan: Plan, config: GPT2Config, metrics: Metrics) -> str:
     """The card of a run in a folder of a name; `begun` says what it began from, and on what it was computed."""
-    model, is_new = begun["model"], begun["is_new"]
+    model, is_new = shown(begun["model"]), begun["is_new"]
     kind = "low-rank adapters of" if plan.lora else "all weights of"
     start = "Trained from random weights" if is_new else f"Fine-tuned: {kind} `{model}`"
     return CARD.format(
@@ -63,6 +64,11 @@ def card(name: str, begun: Mapping[str, Any], plan: Plan, config: GPT2Config, me
     )
 
 
+def shown(name: str) -> str:
+    """A name for strangers, who need not know where on this machine a file is."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def table(rows: Mapping[str, Any]) -> str:
     """A table of two columns."""
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -70,12 +76,13 @@ def table(rows: Mapping[str, Any]) -> str:
 
 def data_rows(begun: Mapping[str, Any]) -> dict[str, str]:
     """What the card says about the data."""
-    held = begun["val"] or (f"the last {begun['held']:,} tokens" if begun["held"] else "nothing")
+    held = f"the last {begun['held']:,} tokens" if begun["held"] else "nothing"
+    held = f"`{shown(begun['val'])}`" if begun["val"] else held
     return {
-        "sources": ", ".join(f"`{source}`" for source in begun["data"]),
+        "sources": ", ".join(f"`{shown(source)}`" for source in begun["data"]),
         "tokens": f"{begun['tokens']:,}",
         "held out": held,
-        "tokenizer": f"`{begun['tokenizer']}`",
+        "tokenizer": f"`{shown(begun['tokenizer'])}`",
     }
 
 

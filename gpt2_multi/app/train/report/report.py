@@ -65,8 +65,8 @@ class Report:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "the loss is" if not math.isfinite(loss) else "the gradients are"
             raise InputError(
-                f"step {step + 1}: {what} no finite number; start from the last save with a lower --lr, a longer "
-                "--warmup, or --dtype float32"
+                f"step {step + 1}: {what} no finite number; begin another run with a lower --lr, a longer --warmup, "
+                "or --dtype float32"
             )
 
     def _row(self, step: int, loss: float, norm: float, passed: float) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Report:
         held_out = measure()
         self.restart()
         if held_out is not None and not math.isfinite(held_out):
-            raise InputError(f"step {step}: the held-out loss is no finite number; start anew with a lower --lr")
+            raise InputError(f"step {step}: the held-out loss is no finite number; begin another run with a lower --lr")
         self._rows[-1]["val_loss"] = held_out
         left = (self.plan.steps - step) * self.seconds / step
         self.progress.evaluated(step, held_out, left)
