@@ -282,6 +282,7 @@ def test_a_loss_that_is_no_number_is_a_sentence(book: Path, tmp_path: Path) -> N
         (("{book}", "--batch-size", 6, "--accumulate", 4), "a multiple of 4", 1),
         (("{book}", "--batch-size", 3000), "expected at least", 1),
         (("{book}", "--model", "nowhere/at/all"), "nowhere/at/all", 1),
+        (("{book}", "--val-fraction", 1e-4), "too few to measure on", 1),
         (("--resume",), "has no run that could go on", 1),
     ],
 )

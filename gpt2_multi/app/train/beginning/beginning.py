@@ -30,6 +30,7 @@ from gpt2_multi.files.hub import resolve
 from gpt2_multi.model.checkpoint import read_config
 
 Find = Callable[[str, tuple[str, ...]], Tokens]
+FEWEST = 2  # tokens to measure on: one of them predicts the other
 SAMPLED, SAMPLE = 64, 4096  # pieces of the tokens that are hashed, and their length
 
 
@@ -133,7 +134,14 @@ def divide(asked: Asked, found: Find, end: int | None) -> tuple[Tokens, Tokens |
     if asked.val is not None:
         return tokens, found("val", (asked.val,))
     fraction = HELD_OUT if asked.val_fraction is None else asked.val_fraction
-    return divided(tokens, fraction, end) if fraction else (tokens, None)
+    if not fraction:
+        return tokens, None
+    learned, held = divided(tokens, fraction, end)
+    if len(held) < FEWEST:
+        raise InputError(
+            f"--val-fraction: {fraction} of the data is {len(held)} tokens, too few to measure on; 0 is none"
+        )
+    return learned, held
 
 
 def fingerprint(tokens: Tokens) -> str:

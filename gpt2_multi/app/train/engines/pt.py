@@ -73,17 +73,17 @@ class PTEngine:
         self._optimizer.zero_grad(set_to_none=True)
         parts = batch["input_ids"].shape[0]
         items = max(int((batch["labels"][..., 1:] != IGNORED).sum()), 1)
-        total = torch.zeros((), device=self._place, dtype=torch.float64)
+        found = []
         for part in range(parts):
             with self._unreduced() if part < parts - 1 else nullcontext():
                 loss = self._loss(batch, part, items)
                 loss.backward()
-            total += loss.detach()
+            found.append(loss.detach())
         norm = self._clip()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
-        return Update(self._summed(total).div_(self._team.processes), norm)
+        return Update(self._summed(torch.stack(found).sum()).div_(self._team.processes), norm)
 
     def _unreduced(self) -> AbstractContextManager[Any]:
         return self._call.no_sync() if isinstance(self._call, DistributedDataParallel) else nullcontext()
@@ -114,7 +114,7 @@ class PTEngine:
             loss = self._trained(
                 **{name: to_torch(batch[name]).to(self._place) for name in ("input_ids", "labels")},
                 use_cache=False, skip_logits=True, num_items_in_batch=1,
-            ).loss.double()  # fmt: skip
+            ).loss  # fmt: skip
         finally:
             self._trained.train()
         count = torch.tensor((batch["labels"][..., 1:] != IGNORED).sum(), dtype=loss.dtype, device=self._place)

@@ -37,12 +37,14 @@ def words(path: Path, facts: Mapping[str, Any], plan: Plan, metrics: Metrics) ->
 def better(facts: Mapping[str, Any], plan: Plan, metrics: Metrics) -> Iterator[str]:
     """How a next run may be better, by what this one saw."""
     best, last = metrics.best, metrics.points[-1] if metrics.points else None
-    if best is not None and last is not None and best.step < last.step:
+    if best is None or last is None:
+        yield "hold some of the data out, to see when it has learned enough: --val-fraction 0.1"
+    elif best.step < last.step:
         yield (
             f"the held-out loss was least at step {best.step:,}: train on more text, with --dropout 0.2, or with "
             f"--steps {best.step}"
         )
     else:
-        yield f"the loss was still falling: --steps {4 * plan.steps}, into another --out"
+        yield f"the held-out loss was still falling: --steps {4 * plan.steps}, into another --out"
     if facts["model"] not in PUBLISHED:
         yield "a larger model knows more before it begins: --model gpt2 (best on a GPU, with --dtype bfloat16)"
