@@ -22,6 +22,7 @@ from gpt2_multi.model.fields import DTYPES
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gpt2_multi.files.documents import File
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 MODEL = click.option(
@@ -103,6 +104,17 @@ def text_of(given: str | None, name: str) -> str:
         raise InputError(
             f"{source}: expected UTF-8, found the byte 0x{data[error.start]:02x} at {error.start}; convert it first"
         ) from None
+
+
+def files_of(sources: Iterable[str | os.PathLike[str]], field: str | None = None) -> list[File]:
+    """The files that sources name; what else lies in the folders among them is not read in silence."""
+    from gpt2_multi.files.documents import find
+
+    files, others = find(sources, field)
+    if others:
+        what = f"{others[0]}" if len(others) == 1 else f"{len(others)} files that are no texts, such as {others[0]}"
+        click.echo(f"passed over {what}; name a file itself to have it read", err=True)
+    return files
 
 
 def tokenizer_of(model: str) -> GPT2Tokenizer:

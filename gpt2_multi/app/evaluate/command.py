@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpt2_multi.app import backends
-from gpt2_multi.app.terminal import BACKEND, DEVICE, DTYPE, print_pieces
+from gpt2_multi.app.terminal import BACKEND, DEVICE, DTYPE, files_of, print_pieces
 from gpt2_multi.files.hub import resolve
 from gpt2_multi.files.progress import measured
 
@@ -70,7 +70,6 @@ def evaluate(
     from gpt2_multi.app.evaluate import running  # after the options are known to be right
     from gpt2_multi.app.evaluate.cluster import on_ray
     from gpt2_multi.app.evaluate.scorer import Source
-    from gpt2_multi.files.documents import find
     from gpt2_multi.model.checkpoint import read_config
 
     if workers is not None and ray is None:
@@ -78,7 +77,7 @@ def evaluate(
     settings = {name: options.pop(name) for name in {*OF_TEXTS, *OF_GENERATION}}
     field = settings["field"]
     chosen = _measure(task, settings, output)
-    files = find(data, field).files
+    files = files_of(data, field)
     options["backend"] = backends.name_of(backends.resolve(options["backend"]))
     folder = resolve(model)
     chosen = chosen.settled(read_config(folder))

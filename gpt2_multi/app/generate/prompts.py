@@ -13,8 +13,9 @@ from typing import Any, BinaryIO
 import click
 
 from gpt2_multi.app.generate.writer import Writer
+from gpt2_multi.app.terminal import files_of
 from gpt2_multi.errors import InputError
-from gpt2_multi.files.documents import LONGEST, STDIN, File, TextFile, find, read
+from gpt2_multi.files.documents import LONGEST, STDIN, File, TextFile, read
 from gpt2_multi.files.json_files import sync
 from gpt2_multi.files.progress import watched
 
@@ -35,7 +36,7 @@ def continue_all(writer: Writer, source: str, target: Path, field: str | None, b
     is there of a text that was stopped is cut. Raises InputError where another file is there, and for a prompt that is
     too long, before anything is made.
     """
-    files = find([source], field).files
+    files = files_of([source], field)
     if any(file.name == STDIN for file in files):
         raise InputError("--prompts: expected a file, found standard input, which is read but once; save it first")
     several = writer.config.num_return_sequences

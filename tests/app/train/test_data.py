@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +23,7 @@ from gpt2_multi.files.hub import DEMO
 from gpt2_multi.generation.rules import shuffled, window_starts
 from gpt2_multi.tokenizer.engine.bpe import byte_characters
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
-from tests.support.effort import some
+from tests.support.effort import THOROUGH, some
 
 DOCUMENTS = ["ROMEO: but soft", "", "what light\n<|endoftext|>", "through yonder window", "breaks? " * 40]
 
@@ -58,6 +61,17 @@ def test_documents_become_ids_in_shards(corpus, tokenizer, split, tmp_path, monk
     said = json.loads(files[0].read_bytes()[12:1024].rstrip(b"\0"))
     assert said["count"] == 50 and said["dtype"] == "uint16" and said["vocab_size"] == len(tokenizer)
     assert not tokenizer.add_eos_token  # which is the caller's
+
+
+def test_what_is_passed_over_is_said(corpus, tokenizer, tmp_path, capsys):
+    prepare([corpus], tokenizer, tmp_path / "out")
+    assert capsys.readouterr().err == ""
+    (corpus / "notes.md").write_text("no text")
+    prepare([corpus], tokenizer, tmp_path / "out")
+    assert capsys.readouterr().err == f"passed over {corpus}/notes.md; name a file itself to have it read\n"
+    (corpus / "old.bin").touch()
+    prepare([corpus], tokenizer, tmp_path / "out")
+    assert capsys.readouterr().err.startswith(f"passed over 2 files that are no texts, such as {corpus}/notes.md; name")
 
 
 def test_a_large_vocabulary_needs_32_bits(tmp_path):
@@ -131,6 +145,26 @@ def test_what_is_stopped_on_the_way_is_never_taken_for_whole(corpus, tokenizer, 
         assert prepare([corpus], tokenizer, tmp_path / "out")[:].tolist() == expected
         (tmp_path / "out" / "shards.json").unlink()
     assert place > 2 * len(expected) // 50
+
+
+if THOROUGH:
+
+    def test_a_real_kill_at_any_moment_leaves_nothing_that_is_taken_for_whole(tokenizer, tmp_path):
+        (tmp_path / "a.txt").write_text("but soft, what light " * 600_000)
+        code = f"""from gpt2_multi.app.train.data import shards
+from gpt2_multi.files.hub import DEMO
+from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
+shards.SHARD = 100_000
+shards.prepare([{str(tmp_path / "a.txt")!r}], GPT2Tokenizer.from_pretrained(DEMO), {str(tmp_path / "out")!r})
+"""
+        expected = prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "whole")[:].tolist()
+        for number in range(20):
+            with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as child:
+                while child.poll() is None and len(list((tmp_path / "out").glob("tokens-*"))) != number + 1:
+                    time.sleep(0.001)
+                child.kill()
+            assert child.returncode == -9 and not (tmp_path / "out" / "shards.json").exists()
+        assert prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "out")[:].tolist() == expected
 
 
 def test_what_cannot_be_read_or_written_is_one_sentence_and_leaves_nothing(corpus, tokenizer, tmp_path, monkeypatch):

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from gpt2_multi.app.terminal import files_of
 from gpt2_multi.app.train.data.tokens import HEADER, LLM_C, Tokens, check_vocabulary, open_tokens
 from gpt2_multi.errors import CheckpointError, GPT2Error, InputError
-from gpt2_multi.files.documents import File, find, read
+from gpt2_multi.files.documents import File, read
 from gpt2_multi.files.json_files import read_json, sync, write_whole
 from gpt2_multi.files.progress import measured
 
@@ -59,7 +60,7 @@ def prepare(
         InputError, TokenizerError: a source cannot be read, or has a token that the model has not.
         CheckpointError: the folder cannot be written.
     """
-    files, size = find(sources, field).files, len(tokenizer) if vocab_size is None else vocab_size
+    files, size = files_of(sources, field), len(tokenizer) if vocab_size is None else vocab_size
     if any(file.kind == "tokens" for file in files):
         tokens = open_files(files)
         check_vocabulary(tokens, size)
