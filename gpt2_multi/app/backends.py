@@ -18,6 +18,9 @@ import numpy as np
 from gpt2_multi.errors import GPT2Error, InputError
 
 Array = np.ndarray[Any, Any]
+# What the frameworks call it when there is no more memory, as a class or in words.
+MEMORY = ("OutOfMemoryError", "MemoryError", "ResourceExhaustedError")
+NO_MEMORY = ("RESOURCE_EXHAUSTED", "not enough memory", "can't allocate memory", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ def resolve(name: str | None = None) -> Backend:
     if name not in there:
         raise GPT2Error(f'{BACKENDS[name].title} is not installed: pip install "gpt2-multi[{name}]"')
     return BACKENDS[name]
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether this is what a framework raises when there is no more memory."""
+    return type(error).__name__ in MEMORY or any(said in str(error) for said in NO_MEMORY)
 
 
 def name_of(backend: Backend) -> str:

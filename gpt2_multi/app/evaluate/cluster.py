@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from gpt2_multi.app.evaluate.records import Block
-from gpt2_multi.app.evaluate.running import Compute, Measure, Result, Seen, located
+from gpt2_multi.app.evaluate.running import Compute, Measure, Result, Seen, explained, located
 from gpt2_multi.app.evaluate.scorer import Scorer, Source
 from gpt2_multi.errors import InputError
 
@@ -115,7 +115,7 @@ def result_of(ray: Any, block: Block, answer: Any) -> list[Result]:
     try:
         found: list[Result] = ray.get(answer)
     except ray.exceptions.RayTaskError as error:
-        raise located(block, error.cause) from None
+        raise explained(block, error.cause) from None
     except ray.exceptions.RayError as error:
         raise located(block, f"a worker died {TRIES + 1} times at it ({error}); look at its log") from None
     return found

@@ -26,6 +26,12 @@ OF_TEXTS = ("field", "length", "stride", "no_start")
 OF_GENERATION = ("field", "max_new_tokens", "greedy", "seed")
 
 
+class Interrupted(click.ClickException):
+    """Ctrl-C."""
+
+    exit_code = 130
+
+
 @click.command()
 @click.argument("model")
 @click.argument("data", nargs=-1, required=True)
@@ -90,7 +96,10 @@ def evaluate(
         if ray is not None:
             compute = on_ray(ray, workers, source, chosen, advance)
         found = running.results(items, limit, compute, records)
-        figures = chosen.summary(found)
+        try:
+            figures = chosen.summary(found)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted" + ("" if records is None else "; the same command goes on")) from None
         if records is not None:
             records.finish(figures, figures["documents"])
     _show(running.described(chosen) | figures, as_json)

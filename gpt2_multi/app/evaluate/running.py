@@ -9,6 +9,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, ClassVar, Protocol
 
+from gpt2_multi.app.backends import lacks_memory
 from gpt2_multi.app.evaluate.records import Block, Item, Records, blocks, digest
 from gpt2_multi.app.evaluate.scorer import Done, Scorer, Source
 from gpt2_multi.errors import InputError
@@ -119,11 +120,20 @@ def in_process(source: Source, measure: Measure, advance: Seen) -> Compute:
             done = partial(_advance, advance, sum(item.read for item in block.items))
             try:
                 found = measure.measure([item.value for item in block.items], scorer, done)
-            except InputError as error:
-                raise located(block, error) from None
+            except Exception as error:
+                raise explained(block, error) from None
             yield block, found
 
     return compute
+
+
+def explained(block: Block, error: Exception) -> Exception:
+    """An error of one of these documents that says where it is, and what to do."""
+    if lacks_memory(error):
+        return located(
+            block, "the memory does not suffice; give a smaller --batch-size, a shorter --length, or --dtype"
+        )
+    return located(block, error) if isinstance(error, InputError) else error
 
 
 def located(block: Block, error: Exception | str) -> InputError:

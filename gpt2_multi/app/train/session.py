@@ -25,9 +25,6 @@ from gpt2_multi.errors import CheckpointError, GPT2Error, InputError
 from gpt2_multi.files.json_files import write_whole
 from gpt2_multi.model.checkpoint import read_config
 
-# What the frameworks call it when there is no more memory, as a class or in words.
-MEMORY = ("OutOfMemoryError", "MemoryError", "ResourceExhaustedError")
-NO_MEMORY = ("RESOURCE_EXHAUSTED", "not enough memory", "can't allocate memory", "out of memory")
 MEASURED = 1 << 18  # held-out tokens that an evaluation reads at most
 SIZE = {"cpu": 1024}  # of the product that shows what a device can do; of others OTHERS
 OTHERS = 8192
@@ -191,7 +188,7 @@ def sentence_of(error: Exception, path: Path) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or path}: {error.strerror or error}"
-    if type(error).__name__ in MEMORY or any(said in str(error) for said in NO_MEMORY):
+    if backends.lacks_memory(error):
         return (
             "the memory does not suffice; begin another run that computes a batch in parts (--accumulate), or with a "
             "shorter --length, a smaller --batch-size or a smaller model"

@@ -91,7 +91,7 @@ def test_results_are_in_order_and_once_and_few_blocks_wait(number):
     ("error", "sentence"),
     [
         (TaskError(InputError("endings: expected ...")), "endings: expected ..."),
-        (TaskError(RuntimeError("CUDA out of memory")), "CUDA out of memory"),
+        (TaskError(RuntimeError("CUDA out of memory")), "^document 2: the memory does not suffice; give a smaller"),
         (
             DeathError("killed"),
             r"^document 2: a worker died 6 times at it \(killed\); look at its log",

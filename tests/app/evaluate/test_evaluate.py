@@ -199,3 +199,25 @@ def test_texts_are_those_of_generate_and_a_stopped_run_goes_on(tiny, tmp_path, o
     output.write_bytes(whole[:99])
     good("evaluate", folder, prompts, "--task", "generate", "--batch-size", "2", "--output", output, *common)
     assert output.read_bytes() == whole
+
+
+def test_a_block_without_memory_says_where_and_what_to_do(data, scorer, monkeypatch):
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(scorer.row, "log_probs", fail)
+    with pytest.raises(
+        InputError, match=r"document 1, or one of 6 after it: the memory does not suffice; give a small"
+    ):
+        results(data, scorer, None)
+
+
+def test_who_interrupts_a_run_is_told_that_it_can_go_on(tiny, data, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Perplexity, "measure", stop)
+    said = refusal("evaluate", tiny[0], data, "--output", tmp_path / "out.jsonl", "--backend", "pt", code=130)
+    assert said == "interrupted; the same command goes on"
