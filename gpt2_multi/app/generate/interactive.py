@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -57,9 +58,12 @@ class Session:
         """Add what was typed, and let the model write; what it has written is kept when it is stopped."""
         prompt, written = self.text + typed, ""
         try:
-            for piece in self._ready(prompt).stream(prompt, self._count()):
-                _print(piece)
-                written += piece
+            with _noted() as stopped:
+                for piece in self._ready(prompt).stream(prompt, self._count()):
+                    written += piece
+                    _print(piece)
+                    if stopped():
+                        break
         except KeyboardInterrupt:
             pass
         finally:
@@ -155,6 +159,23 @@ def interact(writer: Writer, start: str) -> None:
                 session.go_on(line.removeprefix("/") if line.startswith("//") else line)
         except GPT2Error as error:
             _say(str(error))
+
+
+@contextmanager
+def _noted() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, which interrupts nothing the first time: what is shown is what is kept."""
+    pressed: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _line() -> str | None:

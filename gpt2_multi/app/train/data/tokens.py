@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.errors import InputError, remedy, shortened
+from gpt2_multi.files.arrays import release
+from gpt2_multi.files.progress import measured
 
 Array = np.ndarray[Any, Any]
 HEADER = 1024  # bytes before the tokens of llm.c: 256 integers, the first of which are magic, version, count
@@ -126,14 +128,18 @@ class Tokens:
 
 def check_vocabulary(tokens: Tokens, vocab_size: int) -> None:
     """Look at every token, in pieces; InputError where one is outside a model's vocabulary."""
-    for start, piece in tokens.pieces():
-        wrong = piece >= vocab_size if piece.dtype.kind == "u" else (piece < 0) | (piece >= vocab_size)
-        if wrong.any():
-            at = int(wrong.argmax())
-            raise InputError(
-                f"{tokens.name(start + at)}: {piece[at]} is outside the model's vocabulary (0 to {vocab_size - 1}); "
-                "give tokens of the model's tokenizer"
-            )
+    size = sum(file.count * np.dtype(file.dtype).itemsize for file in tokens.files)
+    with measured("Looking at tokens", size) as seen:
+        for start, piece in tokens.pieces():
+            wrong = piece >= vocab_size if piece.dtype.kind == "u" else (piece < 0) | (piece >= vocab_size)
+            if wrong.any():
+                at = int(wrong.argmax())
+                raise InputError(
+                    f"{tokens.name(start + at)}: {piece[at]} is outside the model's vocabulary (0 to "
+                    f"{vocab_size - 1}); give tokens of the model's tokenizer"
+                )
+            seen(piece.nbytes)
+            release(piece)  # of files that may be larger than memory
 
 
 def divided(tokens: Tokens, fraction: float, end: int | None) -> tuple[Tokens, Tokens]:
