@@ -156,9 +156,8 @@ def _listener(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
-        raise click.ClickException(
-            f"--host {host} --port {port}: {error.strerror or error}; choose another, such as --port 0"
-        ) from None
+        reason = str(error.strerror).partition(" (")[0]  # without the address, which comes first here
+        raise click.ClickException(f"--host {host} --port {port}: {reason}; choose another, such as --port 0") from None
 
 
 def _address(listener: socket.socket) -> str:

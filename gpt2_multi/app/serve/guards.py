@@ -93,6 +93,8 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise RequestError(505, "expected HTTP/1.1", headers=CLOSE)
         if "content-length" in headers and "transfer-encoding" in headers:  # two servers may see two requests
             raise RequestError(400, "expected Content-Length or Transfer-Encoding, found both", headers=CLOSE)
         if self.key is None:

@@ -60,7 +60,7 @@ class Running:
 
     def __init__(self, service, server, port, lines, thread):
         self.service, self.server, self.port, self.lines, self.thread = service, server, port, lines, thread
-        self.url = f"http://127.0.0.1:{port}"
+        self.address, self.url = ("127.0.0.1", port), f"http://127.0.0.1:{port}"
 
     def until(self, is_so):
         """Wait until something is so."""
