@@ -32,6 +32,7 @@ CLIENTS = [  # whose programs run on our classes
     "nnsight",
     "onnxruntime",
     "onnxscript",
+    "openai",
     "outlines",
     "peft",
     "ray[data]",
@@ -155,7 +156,7 @@ def flax(session: nox.Session) -> None:
 @nox.session
 def clients(session: nox.Session) -> None:
     """Run the scripts of examples/clients, each in a process and a folder of its own: `nox -s clients -- peft`."""
-    install(session, ".[pt,tf,flax]", *CLIENTS)
+    install(session, ".[pt,tf,flax,serve]", *CLIENTS)
     # xgrammar wants it for GPUs; its LLVM and TensorFlow's end a process that loads both.
     session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", "triton")
     scripts = sorted(Path("examples", "clients").resolve().glob("*/with_*.py"))
