@@ -126,7 +126,11 @@ def can_log() -> bool:
 
 def test_adapters_are_trained_alone_and_the_folder_has_a_whole_model(book: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    out, given = tmp_path / "out", ("--length", 16, "--batch-size", 2, "--steps", 4, "--lr", 0.01, "--eval-every", 4)
+    model = shutil.copytree(DEMO, tmp_path / "lr=0.1")  # no sizes, for it is a folder
+    out, given = (
+        tmp_path / "out",
+        ("--model", model, "--length", 16, "--batch-size", 2, "--steps", 4, "--lr", 0.01, "--eval-every", 4),
+    )
     good(book, "--out", out, "--lora", 2, "--val-fraction", 0.02, "--save-every", 2, *given)
     state = out / "state" / "00000004"
     assert (state / "state.safetensors").stat().st_size < (out / "model.safetensors").stat().st_size / 10

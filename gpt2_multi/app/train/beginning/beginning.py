@@ -12,14 +12,7 @@ import numpy as np
 
 from gpt2_multi.app import backends
 from gpt2_multi.app.train.beginning.choices import Asked, going_on, plan_of
-from gpt2_multi.app.train.beginning.models import (
-    TOKENIZER,
-    check_tokenizer,
-    new_config,
-    new_weights,
-    tokenizer_for,
-    weights_hash,
-)
+from gpt2_multi.app.train.beginning.models import TOKENIZER, Model, chosen, new_weights, weights_hash
 from gpt2_multi.app.train.data.shards import INDEX, open_files, prepare, reopen
 from gpt2_multi.app.train.data.tokens import Tokens, divided
 from gpt2_multi.app.train.folder import Folder
@@ -27,7 +20,7 @@ from gpt2_multi.app.train.plan import HELD_OUT, Plan
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files.documents import find
 from gpt2_multi.files.hub import resolve
-from gpt2_multi.model.checkpoint import read_config
+from gpt2_multi.model.weights import parameter_count
 
 Find = Callable[[str, tuple[str, ...]], Tokens]
 FEWEST = 2  # tokens to measure on: one of them predicts the other
@@ -77,37 +70,35 @@ class Beginning:
 def begin(asked: Asked, folder: Folder) -> Beginning:
     """Begin a run: fetch the model, learn or fetch a tokenizer, make shards of the data, decide what was left open."""
     asked = replace(asked, model=asked.model or "demo")
-    is_new = "=" in (asked.model or "")
-    source = None if is_new else resolve(asked.model or "")
-    tokenizer = tokenizer_for(asked, source)
-    config = new_config(asked.model or "", tokenizer) if source is None else read_config(source)
-    check_tokenizer(tokenizer, config, asked, source)
-    if config.quantization is not None:
-        raise InputError(f"--model {asked.model}: is in int8, which does not train; name the model that it was made of")
-    if asked.lora and is_new:
-        raise InputError("--lora: adapters of random weights learn nothing; give a trained --model, or leave it out")
+    model = chosen(asked)
     folder.begin({"asked": asked.to_dict()})
 
     def found(name: str, sources: tuple[str, ...]) -> Tokens:
         field = None if name == "val" and sources[0].endswith(".txt") else asked.field
-        return prepare(sources, tokenizer, folder.tokens / name, field, vocab_size=config.vocab_size)
+        return prepare(sources, model.tokenizer, folder.tokens / name, field, vocab_size=model.config.vocab_size)
 
-    learned, held = divide(asked, found, tokenizer.eos_token_id)
-    name = asked.backend or next(iter(backends.installed()))
-    plan = plan_of(asked, name, config, is_new, len(learned), fingerprint(learned))
-    start = source or new_weights(folder.start, config, plan.seed)
-    tokenizer.save_pretrained(folder.path)
-    hub = None if source is None or Path(asked.model or "").is_dir() or asked.model == "demo" else asked.model
-    facts = {
-        "data": list(asked.data), "val": asked.val, "tokens": len(learned), "held": 0 if held is None else len(held),
-        "model": asked.model, "is_new": is_new, "hub": hub, "end": tokenizer.eos_token_id,
-        "tokenizer": asked.tokenizer or (TOKENIZER if is_new else asked.model),
-        "weights": weights_hash(start) if plan.lora else None,
-        "framework": f"{backends.BACKENDS[name].title} {backends.version(name)}",
-    }  # fmt: skip
-    beginning = Beginning(asked, plan, start, facts)
+    learned, held = divide(asked, found, model.tokenizer.eos_token_id)
+    backend = asked.backend or next(iter(backends.installed()))
+    plan = plan_of(asked, backend, model.config, model.source is None, len(learned), fingerprint(learned))
+    start = model.source or new_weights(folder.start, model.config, plan.seed)
+    model.tokenizer.save_pretrained(folder.path)
+    counts = {"tokens": len(learned), "held": 0 if held is None else len(held)}
+    weights = {"weights": weights_hash(start) if plan.lora else None}
+    beginning = Beginning(asked, plan, start, facts_of(asked, model, backend) | counts | weights)
     folder.begin(beginning.to_dict())
     return beginning
+
+
+def facts_of(asked: Asked, model: Model, backend: str) -> dict[str, Any]:
+    """What the model card says of where a run began."""
+    name, is_new = asked.model or "", model.source is None
+    on_hub = not is_new and not Path(name).is_dir() and name != "demo"
+    return {
+        "data": list(asked.data), "val": asked.val, "model": name, "is_new": is_new, "hub": name if on_hub else None,
+        "parameters": parameter_count(model.config), "end": model.tokenizer.eos_token_id,
+        "tokenizer": asked.tokenizer or (TOKENIZER if is_new else name),
+        "framework": f"{backends.BACKENDS[backend].title} {backends.version(backend)}",
+    }  # fmt: skip
 
 
 def go_on(asked: Asked, folder: Folder) -> Beginning:

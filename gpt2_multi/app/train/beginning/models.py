@@ -7,15 +7,16 @@ import zlib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt2_multi.app.train.beginning.choices import Asked
 from gpt2_multi.errors import GPT2Error, InputError, TokenizerError
 from gpt2_multi.files.documents import documents
-from gpt2_multi.files.hub import WEIGHTS, matches
+from gpt2_multi.files.hub import WEIGHTS, matches, resolve
 from gpt2_multi.generation.config import GenerationConfig
+from gpt2_multi.model.checkpoint import read_config
 from gpt2_multi.model.checkpoint.saving import save
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import Weight, table
@@ -24,6 +25,28 @@ from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 LEARNED = "train:"  # what --tokenizer begins with where it is to learn one
 TOKENIZER = "gpt2"  # of a model that begins from random weights
+
+
+class Model(NamedTuple):
+    """What is trained: its folder, None of one that is new, its tokenizer and its configuration."""
+
+    source: Path | None
+    tokenizer: GPT2Tokenizer
+    config: GPT2Config
+
+
+def chosen(asked: Asked) -> Model:
+    """The model that was asked for; InputError where it cannot be trained."""
+    name = asked.model or ""
+    source = None if "=" in name and not Path(name).exists() else resolve(name)
+    tokenizer = tokenizer_for(asked, source)
+    config = new_config(name, tokenizer) if source is None else read_config(source)
+    check_tokenizer(tokenizer, config, asked, source)
+    if config.quantization is not None:
+        raise InputError(f"--model {name}: is in int8, which does not train; name the model that it was made of")
+    if asked.lora and source is None:
+        raise InputError("--lora: adapters of random weights learn nothing; give a trained --model, or leave it out")
+    return Model(source, tokenizer, config)
 
 
 def tokenizer_for(asked: Asked, source: Path | None) -> GPT2Tokenizer:

@@ -11,7 +11,7 @@ from gpt2_multi.app.train.plan import Plan
 from gpt2_multi.app.train.report.metrics import Metrics
 from gpt2_multi.app.train.report.progress import duration
 
-PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+SMALLEST = 124_000_000  # parameters of the smallest GPT-2 that was published
 
 
 def words(path: Path, facts: Mapping[str, Any], plan: Plan, metrics: Metrics) -> str:
@@ -46,5 +46,5 @@ def better(facts: Mapping[str, Any], plan: Plan, metrics: Metrics) -> Iterator[s
         )
     else:
         yield f"the held-out loss was still falling: --steps {4 * plan.steps}, into another --out"
-    if facts["model"] not in PUBLISHED:
+    if facts["parameters"] < SMALLEST:
         yield "a larger model knows more before it begins: --model gpt2 (best on a GPU, with --dtype bfloat16)"
