@@ -130,6 +130,10 @@ print(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
 figures = json.loads(file.read_text())["results"]["written"]
 assert figures["exact_match,none"] == expected[0]["written"]["exact_match,none"]
 
+wrong = [each.replace("backend=pt", "backends=pt") for each in run]
+said = subprocess.run(wrong, capture_output=True, text=True).stderr.splitlines()[-1]
+assert said.endswith("none of the arguments of gpt2_multi; did you mean 'backend'?"), said
+
 # The same by our own command.
 for name in ("lambada_openai", "hellaswag", "arc_easy", "piqa"):
     task = {"lambada_openai": "lambada", "hellaswag": "hellaswag"}.get(name, "choices")

@@ -6,6 +6,7 @@ version with it. What lm_eval lacks, or has otherwise, is as in its own class fo
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from gpt2_multi.app.evaluate.scorer import Scorer, Source
-from gpt2_multi.errors import InputError
+from gpt2_multi.errors import InputError, nearest
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.generation.scoring import Window
@@ -52,8 +53,10 @@ class GPT2MultiLM(TemplateLM):
         max_batch_size: int | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        check_known(unknown)
         self.batch_size = size_of(batch_size, max_batch_size)
         device = None if device == DEVICE else device
         self.scorer: Scorer = Source(str(pretrained), backend, device, dtype, quantize, self.batch_size).load()
@@ -178,6 +181,14 @@ class GPT2MultiLM(TemplateLM):
         made = row.to_numpy(output)[:, ids.shape[1] :].tolist()
         ends = texts.trim(made, self.tokenizer, config, model.config)
         return [self.tokenizer.decode(end, skip_special_tokens=True) for end in ends]
+
+
+def check_known(unknown: Iterable[str]) -> None:
+    """InputError for arguments that there are not."""
+    known = [name for name in inspect.signature(GPT2MultiLM).parameters if name != "unknown"]
+    for name in unknown:
+        advice = nearest(name, known) or f"; there are {', '.join(known)}"
+        raise InputError(f"model_args: {name!r} is none of the arguments of gpt2_multi{advice}")
 
 
 def size_of(batch_size: int | str, most: int | None) -> int | None:
