@@ -33,12 +33,13 @@ def benchmark(model: str | None, backend: str | None, device: str | None, dtype:
     """Measure how fast this machine computes GPT-2: training, reading a prompt, writing one text and eight at once.
 
     Beside the tokens a second of writing stands what would be possible: the time in which memory gives the weights, and
-    the keys and values, once for each token of all texts, at the speed of a copy that is measured here. Training and
-    reading are bound by arithmetic; of these the operations a second are shown. First calls, which compile, do not
-    count. The model is as large as DistilGPT2, unless --model names another.
+    the keys and values, once for each token of all texts, at the speed of a copy that is measured here; a model that
+    fits the caches of a processor gets past it. Training and reading are bound by arithmetic; of these the operations a
+    second are shown. First calls, which compile, do not count. The model is as large as DistilGPT2, unless --model
+    names another.
     """
     from gpt2_multi.app.doctor.floor import bandwidth
-    from gpt2_multi.app.doctor.speed import FIGURES, Bench
+    from gpt2_multi.app.doctor.speed import FIGURES, Bench, measured
 
     names = [backend] if backend else backends.installed() or [backends.resolve().title]
     places = {name: backends.resolve(name).device(device) for name in names}
@@ -47,8 +48,7 @@ def benchmark(model: str | None, backend: str | None, device: str | None, dtype:
         with busy("Measuring memory"):
             copied = bandwidth()
         benches = [Bench(folder, config, name, place, dtype, copied) for name, place in places.items()]
-        found = (speed for bench in benches for speed in bench.run())
-        speeds = list(watched(found, "Measuring", FIGURES * len(benches)))
+        speeds = list(watched(measured(benches), "Measuring", FIGURES * len(benches)))
     size = sum(math.prod(row.shape) for row in table(config, "lm"))
     if as_json:
         said = {"model": model, "parameters": size, "dtype": dtype, "bytes_per_second": copied}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 ROWS = (1, 8)  # texts that are made at once
 PROMPT, NEW = 32, 64  # tokens of each
 READ, TRAINED = 512, (2, 256)  # of a long prompt, and of a batch that is trained on
-PATIENCE, MOST = 1.0, 5  # seconds after which nothing is repeated any more, and how often it is at most
+PATIENCE, MOST = 0.7, 5  # seconds after which nothing is repeated any more, and how often it is at most
 NOTHING: Mapping[str, Any] = {}
 FIGURES = 2 + len(ROWS)  # of each backend
 
@@ -120,6 +123,24 @@ class Bench:
 
     def _ids(self, rows: int, length: int) -> np.ndarray[Any, Any]:
         return np.random.default_rng(rows).integers(self.config.vocab_size, size=(rows, length))
+
+
+def measured(benches: Sequence[Bench]) -> Iterator[Speed]:
+    """All that is measured. Of several backends each has a process, so that one's memory is free for the next."""
+    if len(benches) == 1:
+        yield from benches[0].run()
+        return
+    for bench in benches:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            try:
+                yield from pool.submit(_run, bench).result()
+            except BrokenProcessPool:
+                what = "its process was ended by the system, as it is where memory is short; measure a smaller model"
+                yield Speed(bench.backend, bench.device, "all", problem=what)
+
+
+def _run(bench: Bench) -> list[Speed]:
+    return list(bench.run())
 
 
 def worked(speed: float, each: float) -> dict[str, float]:

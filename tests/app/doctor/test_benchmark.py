@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from gpt2_multi.app.doctor import floor, speed
 from gpt2_multi.app.train.engines import engine
 from gpt2_multi.model.config import GPT2Config
 from tests.app.conftest import good, needs_pt, refusal
+from tests.support.effort import THOROUGH
 
 WHAT = ["training", "reading a prompt", "writing, 1 at once", "writing, 8 at once"]
 
@@ -48,6 +51,24 @@ def test_what_cannot_be_measured_is_said_and_the_rest_is_measured(tiny: Path, mo
     assert rows[0]["problem"] == "MemoryError: no room for moments" and rows[0]["tokens_per_second"] is None
     assert all(row["tokens_per_second"] > 0 for row in rows[1:])
     assert refusal("benchmark", "--model", tiny, "--backend", "pt", "--device", "cuda:9").startswith("device: PyTorch")
+
+
+if THOROUGH:
+
+    @needs_pt
+    def test_each_backend_has_a_process_whose_end_is_said(tiny: Path) -> None:
+        bench = speed.Bench(tiny, GPT2Config.from_pretrained(tiny), "pt", "cpu", "float32", 1e9)
+        rows = list(speed.measured([bench, bench]))
+        assert [row.what for row in rows] == WHAT * 2 and all(row.tokens_per_second for row in rows)
+        (lost, *rest) = speed.measured([replace(bench, dtype=Ending()), bench])  # as memory that is short ends it
+        assert lost.problem is not None and "ended by the system" in lost.problem and len(rest) == 4
+
+
+class Ending:
+    """What ends the process that it comes to."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return os._exit, (9,)
 
 
 def test_without_a_framework_there_is_nothing_to_measure(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
