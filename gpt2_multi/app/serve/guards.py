@@ -35,6 +35,7 @@ SECURITY = {  # headers of every answer
 }
 LOCAL = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 CLOSE = {"connection": "close"}
+OTHER = "other"  # what metrics name any path that is none of the server's
 GONE = 499  # the status in the log where the client did not wait, as nginx has it
 
 
@@ -103,12 +104,16 @@ class Guard:
             _check_key(self.key, headers.get("authorization", ""))
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        path = scope["path"] if scope["path"] in self.paths else "other"
-        self.metrics.requests[path, status] += 1
+        path = scope["path"] if scope["path"] in self.paths else OTHER
         prompt, new = scope["state"].get("tokens", (0, 0))
-        now, shown = time.strftime("%Y-%m-%d %H:%M:%S"), scope.get("raw_path", b"").partition(b"?")[0]
-        place = path if path != "other" else ascii(shown[:60].decode("latin-1"))
-        self.log(f"{now} {scope['method'][:10]} {place} {status} {prompt}+{new} tokens {seconds * 1e3:.0f} ms")
+        shown = scope.get("raw_path", b"").partition(b"?")[0][:60].decode("latin-1")
+        place = f"{scope['method'][:10]} {path if path != OTHER else ascii(shown)}"
+        self.note(path, status, f"{place} {status} {prompt}+{new} tokens {seconds * 1e3:.0f} ms")
+
+    def note(self, path: str, status: int, words: str) -> None:
+        """Count an answer, and write a line about it."""
+        self.metrics.requests[path, status] += 1
+        self.log(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {words}")
 
 
 def _check_local(host: str, origin: str | None) -> None:

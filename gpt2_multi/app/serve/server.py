@@ -8,14 +8,14 @@ import signal
 import sys
 from http import HTTPStatus
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2_multi.app.serve.api import BODY_SECONDS, Service
-from gpt2_multi.app.serve.guards import SECURITY, Guard
+from gpt2_multi.app.serve.guards import OTHER, SECURITY, Guard
 from gpt2_multi.app.serve.protocol import RequestError
 
 HEADERS = 16 << 10  # bytes of a request before its body
@@ -76,6 +76,7 @@ class Connection(H11Protocol):
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
         lines = [f"{name}: {value}" for name, value in {**headers, **SECURITY, **refusal.headers}.items()]
         status = HTTPStatus(refusal.status)
+        cast(Guard, self.app).note(OTHER, refusal.status, f"- {refusal.status} {refusal}")
         self.transport.write("\r\n".join([f"HTTP/1.1 {status} {status.phrase}", *lines, "", ""]).encode() + body)
         self.transport.close()
 

@@ -20,13 +20,14 @@ from gpt2_multi.files.hub import DEMO
 from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 from tests.app.serve.conftest import Puppet, running, served
 
+CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 TOKENIZER = GPT2Tokenizer.from_pretrained(DEMO, split_special_tokens=True)
 PATH = "/v1/completions"
 PROMPT = "ROMEO:"
 
 
 def ask(server, headers=None, **fields):
-    return httpx.post(server.url + PATH, json=fields, headers=headers, timeout=60)
+    return CLIENT.post(server.url + PATH, json=fields, headers=headers, timeout=60)
 
 
 def good(server, **fields):
@@ -312,7 +313,7 @@ BODIES = [
 
 @pytest.mark.parametrize(("body", "message"), BODIES, ids=lambda value: str(value[:30]))
 def test_a_body_that_is_not_plain_json_is_refused(demo, body, message):
-    response = httpx.post(demo.url + PATH, content=body, headers={"content-type": "application/json"})
+    response = CLIENT.post(demo.url + PATH, content=body, headers={"content-type": "application/json"})
     assert message in error(response, 400)["message"]
 
 
@@ -322,31 +323,31 @@ def test_only_json_is_read(demo):
         {"content-type": "text/plain"},
         {"content-type": "application/json", "content-encoding": "gzip"},
     ):
-        error(httpx.post(demo.url + PATH, content=b'{"prompt": "a"}', headers=headers), 415)
+        error(CLIENT.post(demo.url + PATH, content=b'{"prompt": "a"}', headers=headers), 415)
     good = {"content-type": "Application/JSON; charset=utf-8"}
-    assert httpx.post(demo.url + PATH, content=b'{"max_tokens": 1}', headers=good, timeout=60).status_code == 200
+    assert CLIENT.post(demo.url + PATH, content=b'{"max_tokens": 1}', headers=good, timeout=60).status_code == 200
 
 
 def test_other_addresses_and_methods_are_refused(demo):
-    assert error(httpx.get(demo.url + "/v1/engines"), 404)["message"] == "Invalid URL (GET /v1/engines)"
-    assert error(httpx.get(demo.url + PATH + "/"), 404)["type"] == "invalid_request_error"
-    refused = httpx.get(demo.url + PATH)
+    assert error(CLIENT.get(demo.url + "/v1/engines"), 404)["message"] == "Invalid URL (GET /v1/engines)"
+    assert error(CLIENT.get(demo.url + PATH + "/"), 404)["type"] == "invalid_request_error"
+    refused = CLIENT.get(demo.url + PATH)
     assert error(refused, 405)["code"] == "method_not_supported" and refused.headers["allow"] == "POST"
-    chat = httpx.post(demo.url + "/v1/chat/completions", json={"messages": []})
+    chat = CLIENT.post(demo.url + "/v1/chat/completions", json={"messages": []})
     assert "no chat" in error(chat, 404)["message"]
     assert error(ask(demo, model="gpt-4", prompt="a"), 404)["code"] == "model_not_found"
 
 
 def test_the_models_are_the_one(demo):
-    listed = httpx.get(demo.url + "/v1/models").json()
-    assert listed == {"object": "list", "data": [httpx.get(demo.url + "/v1/models/demo").json()]}
+    listed = CLIENT.get(demo.url + "/v1/models").json()
+    assert listed == {"object": "list", "data": [CLIENT.get(demo.url + "/v1/models/demo").json()]}
     assert listed["data"][0]["id"] == "demo" and listed["data"][0]["max_model_len"] == 256
-    assert error(httpx.get(demo.url + "/v1/models/a/b"), 404)["param"] == "model"
+    assert error(CLIENT.get(demo.url + "/v1/models/a/b"), 404)["param"] == "model"
 
 
 def test_the_page_is_served_under_a_strict_policy(demo):
     for path, kind in [("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")]:
-        response = httpx.get(demo.url + path)
+        response = CLIENT.get(demo.url + path)
         assert response.status_code == 200 and response.headers["content-type"].startswith(kind)
         policy = response.headers["content-security-policy"]
         assert policy.startswith("default-src 'none'; script-src 'self';") and "unsafe" not in policy
@@ -361,13 +362,13 @@ def test_a_key_is_asked_for_and_not_shown(stage):
     with running(served(None), key="sk-\u00a7secret".replace("\u00a7", "")) as server:
         models = server.url + "/v1/models"
         for headers in ({}, {"authorization": "Bearer sk-wrong"}, {"authorization": "Basic sk-secret"}):
-            response = httpx.get(models, headers=headers)
+            response = CLIENT.get(models, headers=headers)
             assert error(response, 401)["code"] == "invalid_api_key" and "secret" not in response.text
-        assert httpx.get(models, headers={"authorization": b"Bearer \xff\xfe"}).status_code == 401
-        assert httpx.get(server.url + "/metrics").status_code == 401
+        assert CLIENT.get(models, headers={"authorization": b"Bearer \xff\xfe"}).status_code == 401
+        assert CLIENT.get(server.url + "/metrics").status_code == 401
         anywhere = {"authorization": "Bearer sk-secret", "host": "gpt.example.com"}
-        assert httpx.get(models, headers=anywhere).status_code == 200
-        assert {httpx.get(server.url + path).status_code for path in ("/", "/page.js", "/health")} == {200}
+        assert CLIENT.get(models, headers=anywhere).status_code == 200
+        assert {CLIENT.get(server.url + path).status_code for path in ("/", "/page.js", "/health")} == {200}
         assert not [line for line in server.lines if "secret" in line]
 
 
@@ -375,7 +376,7 @@ def test_a_key_is_asked_for_and_not_shown(stage):
     "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "[::2]", "a@127.0.0.1"]
 )
 def test_a_name_that_leads_here_from_elsewhere_is_refused(demo, host):
-    assert error(httpx.get(demo.url + "/v1/models", headers={"host": host}), 403)["code"] == "host"
+    assert error(CLIENT.get(demo.url + "/v1/models", headers={"host": host}), 403)["code"] == "host"
 
 
 def test_a_page_from_elsewhere_is_refused(demo):
@@ -390,17 +391,27 @@ def test_a_page_from_elsewhere_is_refused(demo):
 
 def test_a_log_has_no_word_of_a_text(demo):
     demo.lines.clear()
-    good(demo, prompt="Wherefore", max_tokens=3, user="Capulet")
+    good(demo, prompt="Wherefore", max_tokens=3, user="Capulet", logit_bias={"1023": -100})
     error(ask(demo, prompt="Wherefore", suffix="Montague"), 400)
-    httpx.get(demo.url + "/v1/models?Wherefore=Capulet")
+    CLIENT.get(demo.url + "/v1/models?Wherefore=Capulet")
     demo.until(lambda: len(demo.lines) == 3)
     assert not [line for line in demo.lines if "Wherefore" in line or "Capulet" in line]
     assert f"POST {PATH} 200" in demo.lines[0] and "+3 tokens" in demo.lines[0] and demo.lines[0].endswith(" ms")
 
 
+def test_what_is_no_http_is_counted_and_logged_without_a_word_of_it(demo):
+    demo.lines.clear()
+    counted = demo.service.metrics.requests["other", 400]
+    with socket.create_connection(demo.address) as client:
+        client.sendall(b"Wherefore art thou\r\n\r\n")
+        assert client.recv(99).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert demo.lines[0].endswith(" - 400 this is no request of HTTP/1.1: Bad Request") and len(demo.lines) == 1
+    assert demo.service.metrics.requests["other", 400] == counted + 1
+
+
 def test_metrics_count_requests_and_tokens(demo):
     def value(name):
-        text = httpx.get(demo.url + "/metrics").text
+        text = CLIENT.get(demo.url + "/metrics").text
         return float(next(line for line in text.splitlines() if line.startswith(name)).split()[-1])
 
     names = ["new_tokens_total", "prompt_tokens_total", "request_seconds_count", "first_token_seconds_count"]
@@ -461,20 +472,18 @@ def test_a_text_that_ends_too_early_is_an_error(stage, puppet, reason, status, s
 
 def test_each_request_has_a_deadline(stage, puppet):
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(stage.url + PATH, json={"prompt": "a"}, timeout=0.5)
+        CLIENT.post(stage.url + PATH, json={"prompt": "a"}, timeout=0.5)
     assert time.monotonic() + 30 < puppet.jobs[0].deadline < time.monotonic() + 60
 
 
 def test_a_server_that_loads_or_ends_says_so():
     with running() as server:
-        assert (httpx.get(server.url + "/health").status_code, httpx.get(server.url + "/health").json()["status"]) == (
-            503,
-            "loading",
-        )
+        health = CLIENT.get(server.url + "/health")
+        assert (health.status_code, health.json()) == (503, {"status": "loading"})
         assert "loading" in error(ask(server, prompt="a"), 503)["message"]
         puppet = Puppet()
         server.service.ready(served(puppet))
-        assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+        assert CLIENT.get(server.url + "/health").json() == {"status": "ok"}
         found = []
         asking = threading.Thread(target=lambda: found.append(ask(server, prompt="a", max_tokens=1)))
         asking.start()
@@ -482,7 +491,7 @@ def test_a_server_that_loads_or_ends_says_so():
         server.server.handle_exit(15, None)
         refused = ask(server, prompt="a")
         assert "draining" in error(refused, 503)["message"] and refused.headers["retry-after"] == "1"
-        assert httpx.get(server.url + "/health").status_code == 503
+        assert CLIENT.get(server.url + "/health").status_code == 503
         puppet.jobs[0].listen(Piece("b", []))
         puppet.jobs[0].listen(Done("length", 1, 1))
         asking.join()
