@@ -27,7 +27,7 @@ SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 ROWS = (1, 8)  # texts that are made at once
 PROMPT, NEW = 32, 64  # tokens of each
 READ, TRAINED = 512, (2, 256)  # of a long prompt, and of a batch that is trained on
-PATIENCE, MOST = 0.7, 5  # seconds after which nothing is repeated any more, and how often it is at most
+PATIENCE, MOST = 0.3, 5  # seconds after which nothing is repeated any more, and how often it is at most
 NOTHING: Mapping[str, Any] = {}
 FIGURES = 2 + len(ROWS)  # of each backend
 
