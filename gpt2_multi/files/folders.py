@@ -98,13 +98,22 @@ def _take_places(stage: Path, place: Path, owned: Owned) -> None:
         for name in set(old) - set(placed):
             _remove(place / name)
     except BaseException:  # an interrupt too
-        for name in {*old, *placed}:
-            _remove(place / name)
-        for name in old:
-            (backup / name).replace(place / name)
+        _put_back(backup, place, old, placed)
+        shutil.rmtree(backup, ignore_errors=True)  # not where that fails: what it holds is nowhere else
         raise
-    finally:
-        shutil.rmtree(backup, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def _put_back(backup: Path, place: Path, old: list[str], placed: list[str]) -> None:
+    """Let the old files be what they were; those that still are stay untouched, since a sick disk may refuse more."""
+    for name in set(placed) - set(old):
+        _remove(place / name)
+    for name in old:
+        now, before = place / name, backup / name
+        if not os.path.lexists(now) or not os.path.samestat(now.lstat(), before.lstat()):
+            if now.is_dir() and not now.is_symlink():
+                shutil.rmtree(now)
+            before.replace(now)
 
 
 def _keep(path: Path, copy: Path) -> None:
