@@ -2,6 +2,7 @@
 
 import functools
 import random
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,14 @@ class RowsCase(NamedTuple):
     made: Any  # (R, 1) int32, how many of those were made
     processed: Any  # (R, V)
     chosen: Any  # (R,)
+
+
+class Job(NamedTuple):
+    """A prompt among others that come and go."""
+
+    prompt: list[int]
+    row: Row
+    new: int  # how many tokens are to follow
 
 
 @functools.cache
@@ -168,6 +177,51 @@ def alone(row: Row, logits: Any, ids: Any, made: int) -> tuple[Any, Any]:
     logits = rules.process(logits, ids, made, row.config)
     noise = rules.gumbel(row.stream, 0, made, np.arange(len(logits))) if row.config.do_sample else 0
     return logits, np.argmax(logits + noise)
+
+
+def jobs(seed: int, count: int, vocab_size: int, positions: int) -> list[Job]:
+    """Prompts, of which some are alike, with their rows, and how many tokens follow, up to the whole context."""
+    rng = random.Random(seed)
+    first, made = [rng.randrange(vocab_size) for _ in range(positions)], []
+    for _ in range(count):
+        length = rng.choice([1, 2, 5, 20, positions - 1])
+        prompt = first[:length] if rng.random() < 0.4 else [rng.randrange(vocab_size) for _ in range(length)]
+        own = row(rng, vocab_size)
+        made.append(Job(prompt, Row(own.config, own.stream, own.bias), rng.randint(1, positions - length)))
+    return made
+
+
+def served(slots: Any, given: list[Job], seed: int) -> list[list[int]]:
+    """The new tokens of each job, which come and go at random in `Slots`."""
+    rng, waiting, there = random.Random(seed), list(enumerate(given)), {}
+    made: list[list[int]] = [[] for _ in given]
+    while waiting or there:
+        while waiting and slots.free and rng.random() < 0.6:
+            number, job = waiting.pop(0)
+            there[slots.join(job.prompt, job.row)] = number
+        step = slots.step()
+        for slot, token in zip(step.slots, step.tokens.tolist(), strict=True):
+            job, text = given[there[slot]], made[there[slot]]
+            text.append(token)
+            if len(text) == job.new or token in job.row.config.eos_token_ids:
+                slots.leave(slot)
+                del there[slot]
+    return made
+
+
+def options_of(job: Job) -> GenerationConfig:
+    """The options of a job that is alone, for `generate`."""
+    config, biases = job.row.config, [([token], bias) for token, bias in job.row.bias.items()]
+    biases += [(list(phrase), bias) for phrase, bias in config.biases]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of greedy rows with a temperature
+        return config.with_options({"max_new_tokens": job.new, "seed": job.row.stream, "logit_bias": biases})
+
+
+def made_alone(model: GPT2Config, arrays: Any, job: Job) -> list[int]:
+    """The new tokens of a job that is alone, by the specification."""
+    config, stops = options_of(job), np.zeros((1, model.vocab_size), np.int32)
+    return generate(model, arrays, job.prompt, config, job.row.stream, stops)[0]
 
 
 @functools.cache

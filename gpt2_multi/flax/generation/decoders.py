@@ -45,6 +45,7 @@ class Decoders:
     decode: Callable[..., State]
     transposed: Callable[..., Kernels]
     callbacks: set[Callbacks] = field(default_factory=set)  # which they were compiled with
+    kept: dict[str, Any] = field(default_factory=dict)  # what others have compiled of the model
 
     @classmethod
     def of(cls, model: Any) -> Decoders:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ class Decoders:
     parts: Sequence[Any]
     callbacks: Callbacks  # which a strategy has to hold: others that are equal would be traced anew
     is_plain: bool  # whether nothing of a caller's is in them
+    kept: dict[str, Any] = field(default_factory=dict)  # what others have compiled of the model
 
     @classmethod
     def of(
