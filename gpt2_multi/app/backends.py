@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Backend:
     """A framework: its name for people, the module that it is imported as, the package here, its language model.
 
     to_tensor: from a model and ids in NumPy, the ids as the model takes them. to_numpy: what it gives, in NumPy.
-    one_text: options of `generate` and `stream` with which a single text is there soonest.
+    one_text: options of `generate` and `stream` with which a single text is there soonest. threads: of a model, within
+    which a thread that steps it again and again uses no more cores than are worth it.
     """
 
     title: str
@@ -38,6 +40,7 @@ class Backend:
     to_tensor: Callable[[Any, Array], Any] = lambda model, ids: ids
     to_numpy: Callable[[Any], Array] = np.asarray
     one_text: Mapping[str, Any] = field(default_factory=dict)
+    threads: Callable[[Any], AbstractContextManager[None]] = nullcontext
 
     @property
     def loading(self) -> Any:
@@ -90,6 +93,12 @@ def _to_torch(model: Any, ids: Array) -> Any:
     return to_torch(ids).to(model.device)
 
 
+def _threads_of_torch(model: Any) -> AbstractContextManager[None]:
+    from gpt2_multi.pt.generation.slots import worthwhile_threads
+
+    return worthwhile_threads(model)
+
+
 def _from_torch(tensor: Any) -> Array:
     from gpt2_multi.pt.layers import to_numpy
 
@@ -97,7 +106,9 @@ def _from_torch(tensor: Any) -> Array:
 
 
 BACKENDS = {
-    "pt": Backend("PyTorch", "torch", "gpt2_multi.pt", "GPT2LMHeadModel", _to_torch, _from_torch),
+    "pt": Backend(
+        "PyTorch", "torch", "gpt2_multi.pt", "GPT2LMHeadModel", _to_torch, _from_torch, threads=_threads_of_torch
+    ),
     "tf": Backend(  # XLA compiles for longer than it takes to write a text
         "TensorFlow", "tensorflow", "gpt2_multi.tf", "TFGPT2LMHeadModel", one_text={"jit_compile": False}
     ),

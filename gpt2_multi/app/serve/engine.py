@@ -149,24 +149,41 @@ class Engine:
         return {"waiting": len(self._waiting), "running": len(self._running), "tokens": self._tokens}
 
     def _run(self) -> None:
-        while self._has_work():
-            try:
-                self._turn()
-            except Exception:  # whatever it is, those who come later shall not suffer
-                LOG.exception("a step of the engine failed, and with it %d texts", len(self._running))
-                self._fail()
+        with backends.of(self.model).threads(self.model):
+            while self._has_work():
+                try:
+                    self._turn()
+                except Exception:  # whatever it is, those who come later shall not suffer
+                    LOG.exception("a step of the engine failed, and with it %d texts", len(self._running))
+                    self._fail()
 
     def _has_work(self) -> bool:
         """Wait for work: whether there is any before the end."""
+        while not (self._waiting or self._running or self._is_ending) and self._warm():
+            pass
         with self._changed:
             while not (self._waiting or self._running or self._is_ending):
                 self._changed.wait()
             return bool(self._waiting or self._running)
 
-    def _turn(self) -> None:
-        """Take in who may come, and give each text one token more."""
+    def _warm(self) -> bool:
+        """Have some of what is to come compiled, where the framework compiles: whether there may be more of it."""
+        try:
+            return bool(getattr(self._open(), "warm", bool)())
+        except Exception:
+            LOG.exception("nothing could be compiled before the first job")
+            self._slots = None
+            return False
+
+    def _open(self) -> Any:
+        """The slots, which are made in the thread that uses them."""
         if self._slots is None:
             self._slots = backends.of(self.model).slots(self.model, self.places)
+        return self._slots
+
+    def _turn(self) -> None:
+        """Take in who may come, and give each text one token more."""
+        self._open()
         self._end_early()
         while self._slots.free and (text := self._next()):
             self._admit(text)

@@ -10,6 +10,7 @@ R rows, T prompt length, C columns with room, N those that are filled, V vocabul
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count as counter
 from typing import Any, NamedTuple, Self, cast
@@ -27,6 +28,7 @@ from gpt2_multi.pt.layers import to_numpy
 
 Array = np.ndarray[Any, Any]
 CHUNK = 128  # tokens of prompts that are read between two steps, so that the others wait for no long one
+SHARE = 2**25  # bytes of weights that a core has to read to be worth it
 LEAST = 64  # columns that there is room for
 
 
@@ -312,6 +314,20 @@ class Slots:
 def chosen_by(options: Options, logits: Tensor, ids: Tensor, keep: Tensor, made: Tensor) -> Tensor:
     """The next tokens (R,) of rows with these options."""
     return choose(process(logits, ids, keep, made, options), made, options)
+
+
+@contextmanager
+def worthwhile_threads(model: Any) -> Iterator[None]:
+    """Within it this thread uses no more cores than its model is worth: those of a small step wait for each other.
+
+    With other programs beside it a step of the demo model on two cores takes ten times as long as on one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, sum(x.nbytes for x in model.parameters()) // SHARE)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def shared(a: Array, b: Array) -> int:

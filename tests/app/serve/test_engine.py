@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,7 +104,7 @@ def scripted(monkeypatch):
         made.append(Scripted(count))
         return made[-1]
 
-    monkeypatch.setattr(engines.backends, "of", lambda model: SimpleNamespace(slots=slots))
+    monkeypatch.setattr(engines.backends, "of", lambda model: SimpleNamespace(slots=slots, threads=nullcontext))
     model = SimpleNamespace(config=GPT2Config(vocab_size=1024, n_positions=256))
     engine = Engine(model, TOKENIZER, slots=2, waiting=3)
     yield engine, made

@@ -283,7 +283,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
         "pt": {
             "generation/slots": [
                 *(f"Reader{name}" for name in ("", ".of", ".read", ".next")),
-                *("Group", "chosen_by", "shared"),
+                *("Group", "chosen_by", "worthwhile_threads", "shared"),
                 *(
                     f"Slots.{name}"
                     for name in ("_begun", "_put", "_tensors", "_reserve", "_empty", "_shift", "_make_room")
