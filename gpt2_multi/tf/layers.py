@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -96,7 +97,7 @@ def with_dense_gradient(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[Any], tf.Ten
 
 def replace_variable(layer: keras.layers.Layer, leaf: str, value: tf.Tensor) -> None:
     """Give a stock layer a variable of another shape in the place of the old one; a frozen one stays frozen."""
-    name = leaf if leaf == "bias" else f"_{leaf}"  # where Keras keeps it
+    name = f"_{leaf}" if f"_{leaf}" in vars(layer) else leaf  # where Keras keeps it
     old, variables = getattr(layer, name), layer._trainable_variables
     place = [variable is old for variable in variables].index(True)
     layer._tracker.unlock()
@@ -193,10 +194,23 @@ def is_concrete(x: Any) -> bool:
     return bool(hasattr(x, "numpy")) and tf.executing_eagerly()
 
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let a replica compute without the others: a mean is over its own labels, and nothing waits for them."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def replicas() -> int:
-    """How many replicas run this code: 1 without a strategy."""
+    """How many replicas run this code: 1 without a strategy, and `alone`."""
     context = tf.distribute.get_replica_context()
-    return 1 if context is None else int(context.num_replicas_in_sync)
+    return 1 if context is None or _alone.get() else int(context.num_replicas_in_sync)
 
 
 def over_replicas(part: tf.Tensor) -> tf.Tensor:

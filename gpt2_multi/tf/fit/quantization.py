@@ -32,6 +32,7 @@ import tensorflow as tf
 from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.checkpoint.quantized import check_not_quantized
+from gpt2_multi.tf.layers import replace_variable
 
 BLOCK_KERNELS = ("c_attn", "q_attn", "c_fc", "c_proj")
 CALIBRATED = ("gptq", "awq")  # modes that look at texts first
@@ -56,9 +57,17 @@ def enable_lora(self: Any, rank: int, target_layer_names: Sequence[str] | None =
     head = [v for name, layer in layers.items() if is_task_head(self, name) for v in layer.trainable_variables]
     for layer in chosen:
         layer.enable_lora(rank, **options)
+        widen(layer)
     for variable in self.trainable_variables:
         variable.trainable = "lora" in variable.name or any(variable is kept for kept in head)
     self.forget_functions()
+
+
+def widen(layer: Any) -> None:
+    """Keras makes the matrices of LoRA in float32; beside float64 they are as wide."""
+    for name in ("lora_kernel_a", "lora_kernel_b", "lora_embeddings_a", "lora_embeddings_b"):
+        if layer.variable_dtype == "float64" and (factor := vars(layer).get(name)) is not None:
+            replace_variable(layer, name, tf.cast(factor.value, "float64"))
 
 
 def is_task_head(model: Any, name: str) -> bool:

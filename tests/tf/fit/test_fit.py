@@ -467,6 +467,24 @@ def test_biases_and_layer_norms_do_not_decay():
     assert names == {"kernel": True, "embeddings": True, "bias": False, "gamma": False, "beta": False}
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adamw_updates_as_the_paper_says(amsgrad):
+    """To the last digits of float64, with epsilon added to the square root of v without its bias."""
+    rng = np.random.default_rng(0)
+    x, m, v, most = rng.normal(size=(3, 4)), np.zeros((3, 4)), np.zeros((3, 4)), np.zeros((3, 4))
+    variable = keras.Variable(x, dtype="float64", name="kernel")
+    rate, epsilon = tf.constant(0.1, tf.float64), 1e-3
+    optimizer = AdamW(lambda: rate, weight_decay=0.1, epsilon=epsilon, beta_2=0.95, amsgrad=amsgrad)
+    optimizer.build([variable])
+    for step in range(1, 5):
+        gradient = rng.normal(size=(3, 4)) * 0.01
+        optimizer.apply([tf.constant(gradient)], [variable])
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        most = np.maximum(most, v) if amsgrad else v
+        x = x - 0.1 * 0.1 * x - 0.1 * (m / (1 - 0.9**step)) / (np.sqrt(most / (1 - 0.95**step)) + epsilon)
+        np.testing.assert_allclose(variable.numpy(), x, rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize(
     ("steps", "warmup", "least"), [(20, 5, 0.1), (20, 0, 0.0), (5, 5, 0.1), (1, 0, 0.3), (7, 9, 0)]
 )

@@ -130,6 +130,14 @@ def test_lora_is_in_every_dense_layer_of_the_blocks_and_a_task_s_head_trains_on(
     assert model.transformer.h[0].mlp.c_fc.lora_alpha == 4
 
 
+def test_lora_is_as_wide_as_the_weights_beside_it():
+    model = tfm.TFGPT2LMHeadModel(new().config, param_dtype="float64")
+    model.enable_lora(2)
+    assert {variable.dtype for variable in model.variables if "seed" not in variable.path} == {"float64"}
+    factors = [variable for variable in model.trainable_variables if variable.name == "lora_kernel_a"]
+    assert len(factors) == 4 * model.config.n_layer and all(np.abs(x).max() > 0 for x in factors)
+
+
 def test_what_lora_cannot_do_is_one_sentence():
     with pytest.raises(InputError, match="rank: expected a whole number from 1, found 0"):
         new().enable_lora(0)
