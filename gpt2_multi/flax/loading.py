@@ -375,8 +375,8 @@ class FlaxGPT2PreTrainedModel:
         else:
             for _, _, gather in sources:
                 gather()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("saved")
+        if jax.process_count() > 1 and any(isinstance(x, Array) for x in jax.tree.leaves(params)):
+            multihost_utils.sync_global_devices("saved")  # of NumPy's arrays the others need not know
         if push_to_hub:
             self.push_to_hub(
                 **{"repo_id": Path(save_directory).name, **wanted}, params=params, max_shard_size=max_shard_size,

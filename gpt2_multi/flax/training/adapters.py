@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,11 +128,16 @@ def load_adapters(folder: str | os.PathLike[str], model: Any) -> tuple[Tree, Lor
     except InputError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
     check_tensors(folder / WEIGHTS, {name: x.shape for name, x in arrays.items()}, wanted)
+    return tree_of(model, lora, lambda name, place: arrays[name]), lora
+
+
+def tree_of(model: Any, lora: LoraConfig, tensor: Callable[[str, Place], Array]) -> Tree:
+    """Adapters of the tensors that a file has of them, each given by a function of its name."""
     parts: dict[tree.Path, list[Array]] = {}
-    for name, place in wanted.items():
-        parts.setdefault(place.path, []).append(place.restored(arrays[name]))
+    for name, place in places(model, lora):
+        parts.setdefault(place.path, []).append(place.restored(tensor(name, place)))
     shape = shapes(model, lora)
-    return unflatten_dict({path: jnp.asarray(np.stack(x).reshape(shape[path])) for path, x in parts.items()}), lora
+    return unflatten_dict({path: jnp.asarray(np.stack(x).reshape(shape[path])) for path, x in parts.items()})
 
 
 def config_of(fields: Mapping[str, Any], modules: Sequence[str]) -> LoraConfig:

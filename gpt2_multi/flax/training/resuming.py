@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax import lax
 
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.flax.parameters.tree import check_alive
-from gpt2_multi.flax.training.state import TrainState
+from gpt2_multi.flax.training.state import TrainState, named, refilled
 from gpt2_multi.model import inputs
 
 
@@ -36,7 +34,7 @@ def save_state(folder: str | os.PathLike[str], state: TrainState, keep: int | No
     check_alive("state", state)
     try:
         with _manager(folder, keep) as manager:
-            manager.save(int(state.step), args=ocp.args.StandardSave(_arrays(state)), force=True)
+            manager.save(int(state.step), args=ocp.args.StandardSave(named(state)), force=True)
             manager.wait_until_finished()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: the state could not be saved ({_line(error)})") from error
@@ -54,20 +52,14 @@ def restore_state(folder: str | os.PathLike[str], state: TrainState, step: int |
         steps = f"only those of the steps {', '.join(map(str, there))}" if there else "none"
         raise CheckpointError(f"{folder}: expected a saved state, found {steps}; save_state writes one")
     step = there[-1] if step is None else step
-    what, wanted = f"{folder}: the state of step {step}", _arrays(state)
+    what, wanted = f"{folder}: the state of step {step}", named(state)
     try:
         found = _read(folder, step, what, wanted)
     except CheckpointError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{what} is damaged ({_line(error)}); delete it to go on from the one before") from error
-    if state.base is not None and int(found["base"]) != int(wanted["base"]):
-        raise CheckpointError(
-            f"{what} has adapters of other parameters than the model's; make the model as it was when it was saved"
-        )
-    impl, structure = jax.random.key_impl(state.dropout_key), jax.tree.structure(_kept(state))
-    kept = jax.tree.unflatten(structure, [found[name] for name in wanted])
-    return kept.replace(dropout_key=jax.random.wrap_key_data(kept.dropout_key, impl=impl), base=state.base)
+    return refilled(state, found, what)
 
 
 def saved_steps(folder: str | os.PathLike[str]) -> list[int]:
@@ -91,29 +83,6 @@ def _manager(folder: str | os.PathLike[str], keep: int | None) -> ocp.Checkpoint
         options=ocp.CheckpointManagerOptions(max_to_keep=keep),
         item_handlers=ocp.StandardCheckpointHandler(),
     )
-
-
-def _kept(state: TrainState) -> TrainState:
-    """What is saved of a state: of parameters that adapters change a number alone, by which they are known again."""
-    base = None if state.base is None else fingerprint(state.base)
-    return state.replace(dropout_key=jax.random.key_data(state.dropout_key), base=base)
-
-
-@jax.jit
-def fingerprint(params: Any) -> jax.Array:
-    """A number that follows from all bits of a tree of parameters, wherever they lie: uint32, ()."""
-    total = jnp.uint32(len(jax.tree.leaves(params)))
-    for x in jax.tree.leaves(params):
-        bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32).ravel()
-        places = lax.iota(jnp.uint32, bits.size)
-        total = 31 * total + ((bits ^ places) * (2 * places + 1)).sum(dtype=jnp.uint32)
-    return total
-
-
-def _arrays(state: TrainState) -> dict[str, Any]:
-    """Every array by its path, such as params.transformer.wte.embedding, in the order of the leaves."""
-    flat, _ = jax.tree.flatten_with_path(_kept(state))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
 
 
 def _shapes(arrays: Mapping[str, Any]) -> dict[str, str]:

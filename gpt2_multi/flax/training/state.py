@@ -24,7 +24,7 @@ from flax.training import train_state
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from gpt2_multi.errors import InputError
+from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.flax.attention import upcast
 from gpt2_multi.flax.layers import input_names, on_host
 from gpt2_multi.flax.parameters.axes import automatic
@@ -314,3 +314,38 @@ def micro_batches(batch: Batch) -> list[Batch]:
     if len({shape[:1] for shape in shapes.values()}) > 1 or () in shapes.values():
         raise InputError(f"batch: expected as many micro-batches, the first axis, in each input, found {shapes}")
     return [{name: value[i] for name, value in batch.items()} for i in range(next(iter(shapes.values()))[0])]
+
+
+def kept(state: TrainState) -> TrainState:
+    """What is saved of a state: of parameters that adapters change a number alone, by which they are known again."""
+    base = None if state.base is None else fingerprint(state.base)
+    return state.replace(dropout_key=jax.random.key_data(state.dropout_key), base=base)
+
+
+@jax.jit
+def fingerprint(params: Tree) -> Array:
+    """A number that follows from all bits of a tree of parameters, wherever they lie: uint32, ()."""
+    total = jnp.uint32(len(jax.tree.leaves(params)))
+    for x in jax.tree.leaves(params):
+        bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32).ravel()
+        places = lax.iota(jnp.uint32, bits.size)
+        total = 31 * total + ((bits ^ places) * (2 * places + 1)).sum(dtype=jnp.uint32)
+    return total
+
+
+def named(state: TrainState) -> dict[str, Array]:
+    """Every array that is saved by its path, such as params.transformer.wte.embedding, in the order of the leaves."""
+    flat, _ = jax.tree.flatten_with_path(kept(state))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
+
+
+def refilled(state: TrainState, found: Mapping[str, Any], what: str) -> TrainState:
+    """A state with the arrays that `named` gave; CheckpointError, about `what`, for adapters of other parameters."""
+    wanted = named(state)
+    if state.base is not None and int(found["base"]) != int(wanted["base"]):
+        raise CheckpointError(
+            f"{what} has adapters of other parameters than the model's; make the model as it was when it was saved"
+        )
+    filled = jax.tree.unflatten(jax.tree.structure(kept(state)), [found[name] for name in wanted])
+    impl = jax.random.key_impl(state.dropout_key)
+    return filled.replace(dropout_key=jax.random.wrap_key_data(filled.dropout_key, impl=impl), base=state.base)
