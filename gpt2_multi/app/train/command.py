@@ -54,7 +54,7 @@ def train(out: Path, resume: bool, **options: Any) -> int:
     llm.c. With nothing but DATA and --out the small demo model is trained further, on a CPU within minutes. Sizes such
     as --model n_layer=6,n_head=6,n_embd=384 begin with random weights.
 
-    Ctrl-C saves and ends; --resume goes on, bit by bit. Several processes train together under torchrun.
+    Ctrl-C saves and ends; --resume goes on, bit by bit. Several processes train together: see docs/training.md.
     """
     from gpt2_multi.app.train.beginning.choices import Asked
     from gpt2_multi.app.train.session import run

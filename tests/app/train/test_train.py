@@ -235,19 +235,45 @@ def test_a_disk_that_is_full_at_any_moment_costs_no_save(
 
 if THOROUGH:
 
-    def test_a_process_that_is_killed_at_any_moment_goes_on(made: tuple[Path, str], book: Path, tmp_path: Path) -> None:
-        out, moments = tmp_path / "out", random.Random(0)
-        begin = ("train", str(book), *map(str, TINY), "--save-every", "1")
+    @pytest.mark.parametrize(("backend_name", "longest"), [("pt", 8), ("tf", 14), ("flax", 8)])
+    def test_a_process_that_is_killed_at_any_moment_goes_on(
+        backend_name: str, longest: int, book: Path, tmp_path: Path
+    ) -> None:
+        pytest.importorskip({"pt": "torch", "tf": "tensorflow", "flax": "flax"}[backend_name])
+        whole, out, moments = tmp_path / "whole", tmp_path / "out", random.Random(0)
+        begin = (str(book), *map(str, TINY), "--save-every", "1", "--backend", backend_name)
+        good(*begin, "--out", whole)
         for _ in range(20):
             begun = any(path.name.isdigit() for path in (out / "state").glob("*"))
-            options = ("train", "--resume") if begun else begin
-            process = subprocess.Popen([sys.executable, "-m", "gpt2_multi", *options, "--out", str(out)])
-            time.sleep(moments.uniform(0, 8))
+            options = ("--resume",) if begun else begin
+            process = subprocess.Popen([sys.executable, "-m", "gpt2_multi", "train", *options, "--out", str(out)])
+            time.sleep(moments.uniform(0, longest))
             process.kill()
             process.wait()
-        good(*(("--resume",) if any((out / "state").glob("[0-9]*")) else begin[1:]), "--out", out)
-        assert figures(out) == figures(made[0])
-        assert (out / "model.safetensors").read_bytes() == (made[0] / "model.safetensors").read_bytes()
+        good(*(("--resume",) if any((out / "state").glob("[0-9]*")) else begin), "--out", out)
+        assert figures(out) == figures(whole)
+        assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, with NumPy 2
+    @pytest.mark.parametrize("options", [(), ("--lora", 2, "--dtype", "bfloat16")], ids=["whole", "adapters"])
+    @pytest.mark.parametrize("backend_name", ["tf", "flax"])
+    def test_other_frameworks_go_on_as_pytorch_does(
+        backend_name: str, options: tuple, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From a kill with a save before it, and from Ctrl-C."""
+        pytest.importorskip({"tf": "tensorflow", "flax": "flax"}[backend_name])
+        small = ("--length", 16, "--batch-size", 2, "--steps", 12, "--val-fraction", 0.02, "--save-every", 4)
+        given = (book, *small, "--backend", backend_name, *options)
+        good(*given, "--out", tmp_path / "whole")
+        out = tmp_path / "out"
+        stop_after(monkeypatch, 6, Killed())
+        with pytest.raises(Killed):
+            run(*given, "--out", out)
+        stop_after(monkeypatch, 9, signal.SIGINT)
+        assert run("--out", out, "--resume").exit_code == 130
+        good("--out", out, "--resume")
+        assert figures(out) == figures(tmp_path / "whole")
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------

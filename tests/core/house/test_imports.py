@@ -19,6 +19,8 @@ MAY_LOAD = {
     "gpt2_multi.tf": {"tensorflow", "keras"},
     "gpt2_multi.flax": {"jax", "flax"},
     "gpt2_multi.app.train.engines.pt": {"torch"},
+    "gpt2_multi.app.train.engines.tf": {"tensorflow", "keras"},
+    "gpt2_multi.app.train.engines.flax": {"jax", "flax"},
 }
 OPTIONAL = {"gpt2_multi.app.evaluate.harness"}  # which lm_eval imports
 

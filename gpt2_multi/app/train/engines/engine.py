@@ -98,3 +98,13 @@ def read_state(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[st
         if old != new:
             raise CheckpointError(f"{path}: expected {name} to be {new}, found {old}; the state is of another model")
     return found
+
+
+def first_factor(plan: Plan, name: str, inputs: int) -> Array:
+    """The first A of a layer's adapter, (rank, in), as peft's uniform within 1 / sqrt(in); the first B is 0.
+
+    `name` is the layer's in the table of weights, so that every framework begins with the same.
+    """
+    generator = np.random.default_rng([plan.seed, *name.encode()])
+    bound = inputs**-0.5
+    return generator.uniform(-bound, bound, (plan.lora, inputs))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_multi.app.train.engines.engine import Batch, Update, read_state, write_state
+from gpt2_multi.app.train.engines.engine import Batch, Update, first_factor, read_state, write_state
 from gpt2_multi.app.train.plan import BETAS, EPSILON, LORA_LAYERS, LORA_SCALE, Plan
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.arrays import Made
@@ -199,6 +199,7 @@ def seed_of(*numbers: int) -> int:
     return int(seed)
 
 
+@torch.no_grad()
 def adapted(model: GPT2LMHeadModel, plan: Plan) -> nn.Module:
     """The model with adapters (Hu et al. 2021), which alone are trained."""
     try:
@@ -208,6 +209,10 @@ def adapted(model: GPT2LMHeadModel, plan: Plan) -> nn.Module:
     torch.manual_seed(seed_of(plan.seed))
     options: Any = {"lora_alpha": LORA_SCALE * plan.lora, "target_modules": list(LORA_LAYERS)}
     wrapped: nn.Module = get_peft_model(model, LoraConfig(r=plan.lora, **options))  # type: ignore[arg-type,unused-ignore]
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_A." in name:
+            path = name[name.index(".h.") + 1 : name.index(".lora_A.")]
+            parameter.copy_(to_torch(first_factor(plan, path, parameter.shape[1])))
     return wrapped
 
 
