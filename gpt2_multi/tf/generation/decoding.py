@@ -178,16 +178,25 @@ def changed(callbacks: Callbacks, state: Any, logits: tf.Tensor) -> tf.Tensor:
     ids, length = text(state, state.ids)
     if (allowed := callbacks.allowed) is not None:
         vocab = sizes(logits)[1]
-        kind = tf.TensorSpec((vocab,), tf.bool)
-        found = tf.map_fn(
-            lambda row: as_words(allowed(row[0], row[1], length), vocab), (state.number, ids), fn_output_signature=kind
-        )
-        logits = without(logits, ~found)
+        logits = without(logits, ~each_allowed(allowed, state.number, ids, length, vocab))
     for processor in callbacks.processors:
         after = tf.convert_to_tensor(processor(ids, logits, length))
         inputs.check_shape("logits_processor", after.shape, logits.shape)
         logits = tf.cast(after, logits.dtype)
     return logits
+
+
+def each_allowed(allowed: Callable[..., Any], number: Any, ids: Any, length: Any, vocab: int) -> tf.Tensor:
+    """What a function allows in each row, (B, V)."""
+    kind = tf.TensorSpec((vocab,), tf.bool)
+    try:
+        return tf.map_fn(
+            lambda row: as_words(allowed(row[0], row[1], length), vocab), (number, ids), fn_output_signature=kind
+        )
+    except Exception:
+        # map_fn leaves it set, and then nothing is computed again in a backward pass.
+        tf.compat.v1.get_variable_scope().set_caching_device(None)
+        raise
 
 
 def as_words(allowed: Any, vocab_size: int) -> tf.Tensor:

@@ -222,6 +222,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
         "tf": {
             "attention": ["write", "hiding", "for_scores"],
             "generation/decoding": [
+                "each_allowed",
                 "Prompt.bucketed",
                 "Prompt.text",
                 "Prompt.after",

@@ -151,6 +151,7 @@ def test_what_cannot_be_traced_is_named(model, given, sentence):
 def test_what_cannot_be_compiled_is_one_sentence(model, given, sentence):
     with pytest.raises(InputError, match=sentence):
         model.generate(IDS, **given, **GRAPH)
+    assert tf.compat.v1.get_variable_scope().caching_device is None  # or models could not be trained by recomputing
 
 
 def test_a_cache_of_other_rows_is_refused(model):
