@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pkgutil
 import subprocess
@@ -23,6 +24,8 @@ MAY_LOAD = {
     "gpt2_multi.app.train.engines.flax": {"jax", "flax"},
 }
 OPTIONAL = {"gpt2_multi.app.evaluate.harness"}  # which lm_eval imports
+if not importlib.util.find_spec("starlette"):  # of the extra `serve`
+    OPTIONAL |= {f"gpt2_multi.app.serve.{name}" for name in ("api", "guards", "server")}
 
 
 def modules() -> list[str]:
