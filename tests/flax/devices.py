@@ -141,7 +141,7 @@ def answers(model: Any, ids: Any, every: bool) -> dict[str, Any]:
         options |= {"sampled": {"do_sample": True}, "beams": {"num_beams": 2}}
         options |= {"guesses": {"prompt_lookup_num_tokens": 2}, "assisted": {"assistant_model": model}}
         found["streamed"] = jnp.stack([*model.stream_tokens(ids, max_new_tokens=3)], 1)
-        found["scored"] = log_probs(model, None, np.asarray(ids), np.ones(ids.shape, int))
+        found["scored"] = log_probs(model, np.asarray(ids), np.ones(ids.shape, int))[0]
         found["traced"] = jax.jit(lambda params, ids: model.generate(ids, params=params, max_new_tokens=3))(
             model.params, ids
         )

@@ -125,9 +125,9 @@ def add_biases(logits: Array, ids: Array, keep: Array, length: Any, phrases: Any
     before = length - jnp.arange(phrases.shape[-1] - 1, 0, -1, dtype=jnp.int32)  # (L - 1,)
     there = jnp.maximum(before, 0)
     said = jnp.where(keep[:, there] & (before >= 0)[None], ids[:, there], -2)  # (R, L - 1)
-    starts = phrases[..., :-1]
+    starts = phrases[..., :-1].reshape(-1, *phrases.shape[-2:-1], phrases.shape[-1] - 1)  # (1 or R, P, L - 1)
     begun = ((starts == said[:, None]) | (starts < 0)).all(-1)  # (R, P)
-    added = jnp.where(begun, biases, 0).astype(logits.dtype)
+    added = jnp.where(begun, jnp.atleast_2d(biases), 0).astype(logits.dtype)
     if phrases.ndim == 2:
         return logits.at[:, phrases[:, -1]].add(added)
     return logits.at[jnp.arange(len(logits), dtype=jnp.int32)[:, None], phrases[..., -1]].add(added)
