@@ -306,7 +306,7 @@ class BaseAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        self.embed_dim = self.split_size = config.n_embd
+        self.embed_dim = self.split_size = config.n_embd  # the second, and the heads, are fewer where heads are cut
         self.num_heads = config.n_head
         self.head_dim = config.n_embd // config.n_head
         self.scale_attn_weights = config.scale_attn_weights
@@ -378,7 +378,7 @@ class CrossAttention(BaseAttention):
         self.c_proj = projection(config, config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, context: Context) -> Attended:
-        q = split_heads(whole("crossattention.q_attn", project(self.q_attn, x), self.config.n_embd), self.head_dim)
+        q = split_heads(whole("crossattention.q_attn", project(self.q_attn, x), self.split_size), self.head_dim)
         k, v = self.encoded(context)
         x, probs = self.attend(q, k, v, context.states_bias, False, context.eager, None)
         return Attended(self.resid_dropout(project(self.c_proj, x)), probs)
@@ -387,7 +387,7 @@ class CrossAttention(BaseAttention):
         cached = context.cache.cross if context.cache is not None else []
         if self.layer < len(cached):
             return cached[self.layer]
-        kv = whole("crossattention.c_attn", project(self.c_attn, context.states), 2 * self.config.n_embd)
+        kv = whole("crossattention.c_attn", project(self.c_attn, context.states), 2 * self.split_size)
         k, v = (split_heads(t, self.head_dim) for t in kv.chunk(2, dim=-1))
         cached.append((k, v))
         return k, v

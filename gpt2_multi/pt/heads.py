@@ -405,6 +405,7 @@ def answer(
     check_tied(model)
     as_dict = model.config.use_return_dict if return_dict is None else return_dict
     can_wait = as_dict and skip_logits is None and not torch.compiler.is_compiling()
+    can_wait = can_wait and not hasattr(model, "unshard")  # FSDP frees the head's weight after the call
     if not ((skip_logits or can_wait) and is_chunked(model, hidden)):
         logits = compute(hidden)
         return trained(model, lm_loss(logits, labels, mask, items)), None if skip_logits else logits
@@ -419,7 +420,7 @@ def is_chunked(model: Any, hidden: Tensor) -> bool:
     if not is_own(model.lm_head) or getattr(getattr(model, "logits", None), "__func__", own) is not own:
         return False
     weight = model.lm_head.weight
-    fits = model.lm_head.bias is None and weight.device == hidden.device and not hasattr(model, "unshard")
+    fits = model.lm_head.bias is None and weight.device == hidden.device
     is_seen = torch.compiler.is_compiling() or is_unchanged(hidden)
     return fits and is_seen and chunk_rows(hidden, weight) < hidden.shape[:-1].numel()
 

@@ -236,7 +236,7 @@ class GPT2Model(GPT2PreTrainedModel):
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens of `batch_size` rows, written in place by each call."""
         inputs.check_positions(0, max_length - 1, self.tables[1])
-        shapes = [(batch_size, len(attn.present), max_length, attn.head_dim) for attn in self.attentions()]
+        shapes = [(batch_size, attn.num_heads, max_length, attn.head_dim) for attn in self.attentions()]
         own = self.device  # of a quantized layer, which has no parameters
         devices = [next((x.device for x in attn.parameters()), own) for attn in self.attentions()]
         return KVCache.empty(shapes, self.dtype, devices)

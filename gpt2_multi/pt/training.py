@@ -247,11 +247,11 @@ def batched(labels: Tensor) -> Tensor:
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
     """Groups for an optimizer: matrices and embeddings decay, biases and layer norms do not (Radford et al. 2018)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:  # the biases of a fused projection that is cut by heads have two dimensions
+            groups[parameter.dim() >= 2 and name.rpartition(".")[2] != "bias"].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def cosine_schedule(step: int, steps: int, warmup: int = 0, least: float = 0.1) -> float:

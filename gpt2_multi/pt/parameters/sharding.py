@@ -1,0 +1,288 @@
+"""Sharding of the PyTorch model over a mesh of processes: plain dicts say which mesh axis cuts which named axis::
+
+    mesh, rules = make_mesh("data=2,fsdp=2,tensor=2"), FSDP | TENSOR  # in each of 8 processes that torchrun started
+    model = shard(GPT2LMHeadModel.from_pretrained("gpt2"), mesh, rules)
+
+Named axes are those of the table of weights: vocab, position, embed, qkv, head, head_dim, mlp, and so on. What no rule
+names is whole in every process. Rows of a batch are cut over `data` and `fsdp`. FSDP2, DTensor and `parallelize_module`
+of torch do the work.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from gpt2_multi.errors import InputError, nearest
+from gpt2_multi.model import inputs
+from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.model.spelling import TORCH
+from gpt2_multi.model.weights import Weight, sizes, table
+from gpt2_multi.pt.parameters.plans import TENSOR, Rules, tensor_parallel_plan, together, unflattened
+from gpt2_multi.pt.state import is_split
+
+MESH_AXES = ("data", "fsdp", "tensor")
+ROW_AXES = MESH_AXES[:2]  # over which the rows of a batch are cut
+DATA: dict[str, str] = {}  # every process holds every parameter
+FSDP = {"embed": "fsdp"}  # Rajbhandari et al. 2020: parameters, gradients and the optimizer's state are cut
+ENGINES = {  # which axes each mesh axis can cut
+    "fsdp": ("vocab", "position", "embed", "head", "mlp", "label", "summary", "span"),
+    "tensor": ("vocab", "position", "head", "mlp", "label", "span"),
+}
+
+__all__ = ["DATA", "FSDP", "MESH_AXES", "TENSOR", "Cut", "Rules", "cuts", "make_mesh", "shard", "shard_batch"]
+__all__ += ["tensor_parallel_plan"]
+
+
+def make_mesh(shape: str, device_type: str | None = None) -> DeviceMesh:
+    """The mesh that a text such as "data=2,fsdp=2,tensor=2" describes; an axis that it leaves out has size 1.
+
+    It has the axes data, fsdp and tensor, of all processes, each on a device of `device_type`, by default the fastest.
+    Raises InputError for an unknown axis, for a size that is no positive number, where the sizes do not multiply to the
+    processes, and where there is no process group.
+    """
+    size = dict.fromkeys(MESH_AXES, 1) | dict(_axis(part) for part in shape.split(",") if part.strip())
+    needed = math.prod(size.values())
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        raise InputError(
+            f"mesh: expected a process group, found none; start the program by torchrun --nproc-per-node {needed}, or "
+            "call torch.distributed.init_process_group first"
+        )
+    found = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+    if needed != found:
+        raise InputError(
+            f"mesh: expected sizes whose product is the number of processes, {found}, found '{shape}', which needs "
+            f"{needed}; change them, or start torchrun --nproc-per-node {needed}"
+        )
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device_type = device_type or ("cpu" if accelerator is None else accelerator.type)
+    return init_device_mesh(device_type, tuple(size.values()), mesh_dim_names=MESH_AXES)
+
+
+def _axis(part: str) -> tuple[str, int]:
+    name, _, size = (piece.strip() for piece in part.partition("="))
+    if name not in MESH_AXES:
+        raise InputError(f"mesh: expected the axes {', '.join(MESH_AXES)}, found '{name}'{nearest(name, MESH_AXES)}")
+    if not size.isdecimal() or not int(size):
+        raise InputError(f"mesh: expected a positive number for '{name}', found '{size}'; write for example {name}=2")
+    return name, int(size)
+
+
+class Cut(NamedTuple):
+    """How a parameter lies: its shape as a whole, and which mesh axis cuts which of its dimensions.
+
+    Fused projections have a dimension for queries, keys and values before that of their heads.
+    """
+
+    row: Weight
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # the outermost named axis of each dimension,
+    entries: tuple[int, ...]  # and how many it has
+    over: dict[str, int]  # mesh axis -> dimension
+
+    @property
+    def by_fsdp(self) -> int:
+        """The dimension that FSDP2 cuts, which cuts every parameter."""
+        return self.over.get("fsdp", 0)
+
+    def part(self, shape: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the largest part that a process has, where mesh axes have these sizes."""
+        sizes, over = list(self.shape), {"fsdp": self.by_fsdp} | self.over
+        for axis in reversed(MESH_AXES):
+            if axis in over:
+                sizes[over[axis]] = -(-sizes[over[axis]] // shape.get(axis, 1))
+        return tuple(sizes)
+
+
+def cuts(config: GPT2Config, rules: Rules, head: str = "lm") -> dict[str, Cut]:
+    """How every parameter of a model is cut, by its name in the state dictionary.
+
+    FSDP2 cuts what has no axis with a rule for "fsdp" at its first dimension. Raises InputError for a named axis that
+    does not exist, or cannot be cut there, and where one mesh axis would cut two axes of a parameter.
+    """
+    check_rules(config, rules)
+    if config.quantization is not None:
+        raise InputError("rules: expected none for a quantized model, which is not cut over devices; load it without")
+    return {TORCH.spell(row, head != "base"): _cut(row, rules) for row in table(config, head)}
+
+
+def _cut(row: Weight, rules: Rules) -> Cut:
+    dims = [*zip(row.axes, row.lengths, strict=True)]
+    dims = dims[::-1] if TORCH.turns(row) else dims
+    names, lengths = dims[0]
+    if names[0] in ("qkv", "kv"):
+        dims[:1] = [(names[:1], lengths[:1]), (names[1:], lengths[1:])]
+    axes, over = tuple(names[0] for names, _ in dims), dict[str, int]()
+    for dim, axis in enumerate(axes):
+        if (mesh_axis := rules.get(axis)) is not None:
+            if mesh_axis in over:
+                _refuse_twice(row, axes[over[mesh_axis]], axis, mesh_axis)
+            over[mesh_axis] = dim
+    return Cut(row, tuple(math.prod(n) for _, n in dims), axes, tuple(n[0] for _, n in dims), over)
+
+
+def _refuse_twice(row: Weight, other: str, axis: str, over: str) -> None:
+    raise InputError(
+        f"rules: '{other}' and '{axis}' are both cut over '{over}', but {row.name} has both, and a mesh axis can cut "
+        "only one; take another mesh axis, or leave one out"
+    )
+
+
+def shard(model: Any, mesh: DeviceMesh, rules: Rules) -> Any:
+    """Cut a model, in place, over a mesh of which all processes call this; `from_pretrained` reads shards directly.
+
+    All get the values that the first process of the mesh has. The rows of a batch are for the caller to share out, by
+    `shard_batch`; gradients become the mean over them. Raises InputError for what `cuts` refuses, for a mesh axis that
+    cuts nothing, for parts that would not be equal, and for a model that is cut already.
+    """
+    found, shape = cuts(model.config, rules, model.head), check_mesh(mesh, rules)
+    for cut in found.values():
+        _check_divisible(cut, shape)
+    if any(map(is_split, model.parameters())):
+        raise InputError("model: expected one that is whole, found parameters that are cut already; shard it once")
+    for x in model.parameters():
+        agree(x.detach(), mesh)
+    for module in [module for module in model.modules() if hasattr(module, "c_attn")]:
+        unflattened(module)
+    if shape["tensor"] > 1:
+        over_tensor = {axis: over for axis, over in rules.items() if over == "tensor"}
+        plan = tensor_parallel_plan(model.config, over_tensor, model.head)
+        parallelize_module(model, mesh["tensor"], plan, src_data_rank=None)
+        model.tie_weights()
+        model.register_forward_pre_hook(partial(together, mesh["tensor"]), with_kwargs=True)
+    if shape["tensor"] == 1 or shape["data"] * shape["fsdp"] > 1:
+        _fully_shard(model, mesh["data", "fsdp"] if shape["data"] > 1 else mesh["fsdp"], found)
+    model.device_mesh = mesh
+    return model
+
+
+def _fully_shard(model: Any, mesh: DeviceMesh, found: Mapping[str, Cut]) -> None:
+    named = dict(model.named_parameters())
+    dims = {named[name]: cut.by_fsdp for name, cut in found.items()}
+    options: dict[str, Any] = dict(
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=model.compute_dtype),
+        shard_placement_fn=lambda parameter: Shard(dims.get(parameter, 0)),
+    )
+    for block in model.body.h:
+        fully_shard(block, **options)
+    model.register_forward_hook(unviewed)
+    fully_shard(model, **options)
+
+
+def unviewed(_: Any, __: Any, output: Any) -> Any:
+    """What a model gives, no tensor of which is a view: of one that is written to, FSDP2 would lose its hook."""
+    if isinstance(output, tuple):
+        return tuple(map(_unviewed, output))
+    for name, x in vars(output).items():
+        if isinstance(x, Tensor):
+            setattr(output, name, _unviewed(x))
+    return output
+
+
+def _unviewed(x: Any) -> Any:
+    return torch.ops.aten._unsafe_view(x, x.shape) if isinstance(x, Tensor) and x._is_view() else x
+
+
+def agree(x: Tensor, mesh: DeviceMesh) -> None:
+    """Give a tensor the values that it has in the first process of a mesh."""
+    for dim in range(mesh.ndim if not x.is_meta else 0):
+        if mesh.size(dim) > 1:
+            dist.broadcast(x, group=mesh.get_group(dim), group_src=0)
+
+
+def shard_batch(batch: Mapping[str, Tensor | None], mesh: DeviceMesh) -> dict[str, Tensor]:
+    """The rows of a batch that are this process's, which the axes data and fsdp of a mesh share.
+
+    Tensors hold the rows of all processes, the same in each. Raises InputError where they cannot be shared equally.
+    """
+    return {name: _own_rows(name, x, mesh) for name, x in batch.items() if x is not None}
+
+
+def _own_rows(name: str, x: Tensor, mesh: DeviceMesh) -> Tensor:
+    axes = [axis for axis in ROW_AXES if axis in (mesh.mesh_dim_names or ())]
+    parts, place = 1, 0
+    for axis in axes:
+        parts, place = parts * mesh[axis].size(), place * mesh[axis].size() + mesh.get_local_rank(axis)
+    inputs.check_shape(name, tuple(x.shape[:1]), (None,))
+    if len(x) % parts:
+        raise InputError(
+            f"{name}: expected a number of rows that {parts} processes share equally, found {len(x)}; change the batch "
+            "or the mesh"
+        )
+    return x.narrow(0, place * (len(x) // parts), len(x) // parts)
+
+
+def check_rules(config: GPT2Config, rules: Rules) -> None:
+    """Rules have to name axes of the table, and mesh axes that can cut them."""
+    given: object = rules
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"rules: expected a dict such as sharding.FSDP, found {type(given).__name__}; dict(...) makes one"
+        )
+    known = [*sizes(config)]
+    for axis, over in rules.items():
+        if axis not in known:
+            raise InputError(
+                f"rules: expected named axes among {', '.join(known)}, found '{axis}'{nearest(axis, known)}"
+            )
+        if over is not None and axis not in ENGINES.get(over, ()):
+            _refuse_axis(axis, over)
+
+
+def _refuse_axis(axis: str, over: str) -> None:
+    able = [name for name, axes in ENGINES.items() if axis in axes]
+    if able:
+        hint = f"expected {' or '.join(able)}{nearest(str(over), able)}"
+    else:
+        hint = f"expected none; {', '.join(ENGINES['fsdp'])} can be cut"
+    raise InputError(f"rules: '{axis}' is to be cut over the mesh axis '{over}', {hint}")
+
+
+def check_mesh(mesh: DeviceMesh, rules: Rules) -> dict[str, int]:
+    """A mesh has axes that the rules use; how many processes each axis has."""
+    given: object = mesh
+    if not isinstance(given, DeviceMesh):
+        raise InputError(
+            f"mesh: expected a torch.distributed.DeviceMesh, found {type(given).__name__}; sharding.make_mesh makes one"
+        )
+    names = mesh.mesh_dim_names or ()
+    shape = dict.fromkeys(MESH_AXES, 1) | dict(zip(names, mesh.mesh.shape, strict=False))
+    if len(shape) > len(MESH_AXES) or "fsdp" not in names:
+        raise InputError(
+            f"mesh: expected axes among {', '.join(MESH_AXES)}, fsdp among them, found {', '.join(names) or 'no names'}"
+            "; sharding.make_mesh makes one"
+        )
+    for axis, rule in (("fsdp", "FSDP"), ("tensor", "TENSOR")):
+        if shape[axis] > 1 and axis not in rules.values():
+            raise InputError(
+                f"rules: nothing is cut over '{axis}', of which the mesh has {shape[axis]}; add sharding.{rule}, or "
+                "give the processes to another axis of the mesh"
+            )
+    return shape
+
+
+def _check_divisible(cut: Cut, shape: Mapping[str, int]) -> None:
+    for over, dim in cut.over.items():
+        _check_parts(cut, dim, cut.entries[dim], over, shape[over])
+    if cut.over.get("tensor") == cut.by_fsdp and shape["tensor"] > 1:  # then parts of parts
+        _check_parts(cut, cut.by_fsdp, cut.shape[cut.by_fsdp] // shape["tensor"], "fsdp", shape["fsdp"])
+
+
+def _check_parts(cut: Cut, dim: int, size: int, over: str, count: int) -> None:
+    if size % count:
+        raise InputError(
+            f"{cut.row.name}: the axis '{cut.axes[dim]}' has {size} entries, which {count} processes of the mesh axis "
+            f"'{over}' cannot share equally; change the mesh or leave '{cut.axes[dim]}' out of the rules"
+        )

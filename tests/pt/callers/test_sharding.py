@@ -1,0 +1,314 @@
+"""A model cut over meshes of processes: what it computes, learns and refuses; rules and meshes.
+
+Two processes answer all questions, once, in about 8 s; a test looks at what the first has found. Four answer those of
+larger meshes, where GPT2_MULTI_THOROUGH asks for it.
+"""
+
+import json
+from functools import partial
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+
+from gpt2_multi import GPT2Config, InputError, pt
+from gpt2_multi.pt import training
+from gpt2_multi.pt.parameters.sharding import (
+    DATA,
+    FSDP,
+    TENSOR,
+    check_mesh,
+    cuts,
+    make_mesh,
+    shard,
+    shard_batch,
+    tensor_parallel_plan,
+)
+from tests.support.effort import THOROUGH
+
+CONFIG = GPT2Config(
+    vocab_size=64, n_positions=24, n_embd=16, n_layer=2, n_head=4, n_inner=32, num_labels=4, initializer_range=0.3,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0, classifier_dropout=0.0,
+    bos_token_id=0, eos_token_id=None, pad_token_id=0,
+)  # fmt: skip
+IDS = torch.randint(1, 64, (4, 10), generator=torch.Generator().manual_seed(0))
+STATES = torch.linspace(-1, 1, 4 * 3 * 16).view(4, 3, 16)
+WORDS = TENSOR | {"vocab": "tensor"}
+MESHES = {  # of two processes
+    "data=2": DATA,
+    "fsdp=2": FSDP,
+    "tensor=2": WORDS,
+}
+MORE = {  # of four
+    "data=4": DATA,
+    "fsdp=4": FSDP,
+    "tensor=4": WORDS,
+    "data=2,fsdp=2": FSDP,
+    "data=2,tensor=2": TENSOR,
+    "fsdp=2,tensor=2": FSDP | WORDS,
+}
+HEADS = {
+    "base": pt.GPT2Model,
+    "double_heads": pt.GPT2DoubleHeadsModel,
+    "sequence_classification": pt.GPT2ForSequenceClassification,
+    "token_classification": pt.GPT2ForTokenClassification,
+    "question_answering": pt.GPT2ForQuestionAnswering,
+}
+
+
+def make(cls=pt.GPT2LMHeadModel, dtype="float32", seed=0, **settings):
+    torch.manual_seed(seed)
+    return cls(CONFIG.replace(**settings), param_dtype=dtype)
+
+
+def one_and_many(mesh, rules, *args, **settings):
+    """A whole model, and the same on a mesh, whose own first values count in the first process alone."""
+    return make(*args, **settings), shard(make(*args, seed=dist.get_rank(), **settings), mesh, rules)
+
+
+def mean(x, mesh):
+    """What is alike in all processes, of what each has of its rows."""
+    total = torch.as_tensor(x, dtype=torch.float64).detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def losses(model, mesh=None, steps=10, **options):
+    optimizer = torch.optim.AdamW(training.parameter_groups(model), lr=1e-2)
+    found = []
+    for _ in range(steps):
+        batch = {"input_ids": IDS, "labels": IDS, **options}
+        batch = batch if mesh is None else {**batch, **shard_batch({"input_ids": IDS, "labels": IDS}, mesh)}
+        loss = training.train_step(model, optimizer, [batch], max_norm=0.5)
+        found.append(float(loss if mesh is None else mean(loss, mesh)))
+    return found
+
+
+def far(left, right):
+    """The greatest distance of two lists of numbers, or of two tensors."""
+    return float((torch.as_tensor(left).double() - torch.as_tensor(right).double()).abs().max())
+
+
+def learns(mesh, rules, dtype):
+    one, many = one_and_many(mesh, rules, dtype=dtype)
+    found, expected = losses(many, mesh), losses(one)
+    assert expected[-1] < expected[0] - 1
+    return far(found, expected)
+
+
+def learns_in_parts(mesh, rules):
+    """In chunks of the head, with activations that are computed again, of frozen embeddings."""
+    models = one_and_many(mesh, rules, dtype="float64")
+    for model in models:
+        model.gradient_checkpointing_enable(every_n_layers=1)
+        model.body.wpe.requires_grad_(False)
+    known, training.CHUNK["cpu"] = training.CHUNK["cpu"], 64 * 8 * 3
+    found, expected = losses(models[1], mesh, 3, skip_logits=True), losses(models[0], None, 3, skip_logits=True)
+    training.CHUNK["cpu"] = known
+    return far(found, expected)
+
+
+def heads(mesh, rules):
+    """Every head's gradient of a sum of all that it gives, in float64."""
+    worst = 0.0
+    for cls in HEADS.values():
+        models, found = one_and_many(mesh, rules, cls, dtype="float64"), []
+        for model in models:
+            ids = IDS.view(2, 2, 10) if cls is pt.GPT2DoubleHeadsModel else IDS
+            output = model(ids, return_dict=True)
+            values = [x for x in output.to_tuple() if isinstance(x, torch.Tensor)]
+            sum(x.square().sum() for x in values).backward()
+            grads = [whole(p.grad).flatten() for p in model.parameters() if p.grad is not None]
+            found.append(torch.cat([*(x.detach().flatten() for x in values), *grads]))
+        worst = max(worst, far(*found) / float(found[0].abs().max()))
+    return worst
+
+
+def whole(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def inside(mesh, rules):
+    """Cross-attention, masks of each head, probabilities of all heads, and caches."""
+    one, many = one_and_many(mesh, rules, dtype="float64", add_cross_attention=True)
+    mask = (torch.rand(4, 4, 10, 10, generator=torch.Generator().manual_seed(1)) > 0.3).logical_or(torch.eye(10).bool())
+    given = dict(encoder_hidden_states=STATES.double(), output_attentions=True, use_cache=True)
+    head_mask = torch.tensor([[1.0, 0.5, 0.25, 2.0], [0.0, 1.0, 3.0, 1.0]], dtype=torch.float64)
+    found = []
+    for model in (one, many):
+        first = model(IDS, attention_mask=mask, head_mask=head_mask, **given)
+        again = model(IDS[:, :2], past_key_values=first.past_key_values, encoder_hidden_states=STATES.double())
+        parts = first.logits, again.logits, *first.attentions, *first.cross_attentions
+        found.append(torch.cat([x.detach().flatten() for x in parts]))
+    return far(*found)
+
+
+def drops(mesh, rules):
+    """Dropout: the processes of a tensor axis agree although their generators do not, and heads have masks apart."""
+    torch.manual_seed(7)
+    model = shard(make(attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5), mesh, rules).train()
+    torch.manual_seed(dist.get_rank())
+    model.gradient_checkpointing_enable()
+    outputs = model(IDS, labels=IDS, output_attentions=True)
+    outputs.loss.backward()
+    norms = torch.stack([whole(p.grad).norm() for p in model.parameters()])
+    first, apart = mean(norms, mesh), (outputs.attentions[0] == 0)
+    same = float((apart[:, :2] == apart[:, 2:]).tril().float().mean()) if mesh["tensor"].size() > 1 else 0.0
+    return [far(first, norms), float((apart.tril().sum() / apart.new_ones(apart.shape).tril().sum() - 0.5).abs()), same]
+
+
+def planned(mesh, rules):
+    """What users do by torch's own function."""
+    model = parallelize_module(make(dtype="float64"), mesh["tensor"], tensor_parallel_plan(CONFIG))
+    model.tie_weights()
+    return far(losses(model, None, 3), losses(make(dtype="float64"), None, 3))
+
+
+def sizes(mesh, rules):
+    """Whether each process has of each parameter what `cuts` says."""
+    model = shard(make(), mesh, rules)
+    shape = check_mesh(mesh, rules)
+    own = {name: tuple(x.to_local().shape) for name, x in model.named_parameters()}
+    if dist.get_rank():
+        return None
+    return [name for name, cut in cuts(CONFIG, rules).items() if own[name] != cut.part(shape)]
+
+
+QUESTIONS = {
+    "float32": partial(learns, dtype="float32"),
+    "float64": partial(learns, dtype="float64"),
+    "parts": learns_in_parts,
+    "heads": heads,
+    "inside": inside,
+    "sizes": sizes,
+}
+TENSORS = {"drops": drops, "planned": planned}  # questions of a tensor axis
+
+
+def twice(mesh):
+    shard(shard(make(), mesh, WORDS), mesh, WORDS)
+
+
+def own_rows(mesh):
+    shard(make(), mesh, WORDS)(IDS + dist.get_rank())
+
+
+FAULTS = {
+    "heads": (
+        lambda mesh: shard(make(n_head=1), mesh, TENSOR),
+        "h.0.attn.c_attn.weight: the axis 'head' has 1 entries, which 2 processes of the mesh axis 'tensor' cannot",
+    ),
+    "words": (
+        lambda mesh: shard(make(vocab_size=65), mesh, WORDS),
+        "wte.weight: the axis 'vocab' has 65 entries, which 2 processes of the mesh axis 'tensor' cannot share equally",
+    ),
+    "planned heads": (
+        lambda mesh: parallelize_module(make(n_head=1), mesh["tensor"], tensor_parallel_plan(CONFIG)),
+        "head: the attention of layer 0 has 1 heads, which 2 processes cannot share equally",
+    ),
+    "nothing": (
+        lambda mesh: shard(make(), mesh, FSDP),
+        "rules: nothing is cut over 'tensor', of which the mesh has 2; add sharding.TENSOR",
+    ),
+    "twice": (twice, "model: expected one that is whole, found parameters that are cut already"),
+    "rows": (own_rows, "input_ids: expected the same in the 2 processes of the mesh axis 'tensor'"),
+    "size": (lambda mesh: make_mesh("data=3"), "product is the number of processes, 2, found 'data=3', which needs 3"),
+    "names": (
+        lambda mesh: shard(make(), init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)), FSDP),
+        "mesh: expected axes among data, fsdp, tensor, fsdp among them, found dp; sharding.make_mesh makes one",
+    ),
+    "no mesh": (lambda mesh: shard(make(), "tensor=2", TENSOR), "mesh: expected a torch.distributed.DeviceMesh, found"),
+    "batch": (
+        lambda mesh: shard_batch({"input_ids": IDS[:3]}, make_mesh("data=2")),
+        "input_ids: expected a number of rows that 2 processes share equally, found 3",
+    ),
+}  # fmt: skip
+
+
+def answers(rank, folder, count, meshes):
+    """One of the processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{count}", rank=rank, world_size=count)
+    found = {}
+    for name, rules in meshes.items():
+        mesh = make_mesh(name)
+        asked = QUESTIONS | (TENSORS if "tensor" in name else {})
+        found[name] = {question: call(mesh, rules) for question, call in asked.items()}
+    mesh = make_mesh("tensor=2") if count == 2 else None
+    for name, (call, _) in FAULTS.items() if mesh else ():
+        try:
+            call(mesh)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    if not rank:
+        (folder / f"found{count}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What two processes have found; and what four have."""
+    folder, answered = tmp_path_factory.mktemp("sharding"), {}
+    for count, meshes in ((2, MESHES), *([(4, MORE)] if THOROUGH else [])):
+        torch.multiprocessing.spawn(answers, (folder, count, meshes), nprocs=count)
+        answered |= json.loads((folder / f"found{count}.json").read_text())
+    return answered
+
+
+@pytest.mark.parametrize("mesh", MESHES | (MORE if THOROUGH else {}))
+def test_a_mesh_computes_and_learns_what_one_process_does(mesh, found):
+    answer = found[mesh]
+    print(mesh, answer)
+    assert answer["float32"] < 1e-5
+    assert max(answer[name] for name in ("float64", "parts", "heads", "inside", "planned") if name in answer) < 1e-9
+    assert answer["sizes"] == []
+
+
+def test_dropout_is_the_same_on_a_tensor_axis_and_apart_in_its_heads(found):
+    difference, rate, same = found["tensor=2"]["drops"]
+    assert difference < 1e-6 and rate < 0.1 and same < 0.9
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_does_not_fit_is_one_sentence(name, found):
+    assert found[name].startswith("InputError: ") and FAULTS[name][1] in found[name], found[name]
+
+
+@pytest.mark.parametrize(
+    ("rules", "sentence"),
+    [
+        ({"heads": "tensor"}, r"rules: expected named axes among .*, found 'heads'; did you mean 'head'\?"),
+        ({"embed": "fsdp", "mlp": "fsdp"}, "'mlp' and 'embed' are both cut over 'fsdp', but .*c_fc.weight has both"),
+        ({"head": "tensors"}, r"'head' is to be cut over the mesh axis 'tensors', expected fsdp or tensor; did you"),
+        ({"embed": "tensor"}, "'embed' is to be cut over the mesh axis 'tensor', expected fsdp"),
+        ({"qkv": "tensor"}, "'qkv' is to be cut over the mesh axis 'tensor', expected none; vocab, .* can be cut"),
+        (["embed"], "rules: expected a dict such as sharding.FSDP, found list"),
+    ],
+)  # fmt: skip
+def test_bad_rules_are_one_sentence(rules, sentence):
+    with pytest.raises(InputError, match=sentence):
+        cuts(CONFIG, rules)
+
+
+def test_a_quantized_model_is_refused():
+    from gpt2_multi.model.checkpoint.quantized import with_method
+
+    with pytest.raises(InputError, match="rules: expected none for a quantized model"):
+        cuts(with_method(CONFIG, "int8"), FSDP)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ("dat=2", r"mesh: expected the axes data, fsdp, tensor, found 'dat'; did you mean 'data'\?"),
+        ("data=two", "mesh: expected a positive number for 'data', found 'two'; write for example data=2"),
+        ("data=2,fsdp=2", "mesh: expected a process group, found none; start the program by torchrun .*-node 4, or"),
+    ],
+)
+def test_a_bad_mesh_is_one_sentence(shape, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make_mesh(shape)
