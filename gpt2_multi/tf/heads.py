@@ -442,4 +442,7 @@ def last_tokens(mask: tf.Tensor) -> tf.Tensor:
 
 def rows(x: tf.Tensor | None) -> tf.Tensor | None:
     """Choices as rows of a batch: (B, C, ...) -> (B * C, ...)"""
-    return None if x is None else tf.reshape(x, (-1, *sizes(x)[2:]))
+    if x is None:
+        return None
+    batch, choices, *rest = sizes(x)
+    return tf.reshape(x, (batch * choices, *rest))  # which is known, as -1 is not beside a length that is unknown

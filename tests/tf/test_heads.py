@@ -10,6 +10,7 @@ from gpt2_multi import tf as tfm
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.tf import heads
 from tests.support import fixtures
 from tests.support.cases import PROBLEMS
 
@@ -210,6 +211,13 @@ def test_summary_dropout_acts_in_training_alone():
 def test_answers_beyond_the_text_do_not_count(both):
     inputs = {"input_ids": IDS, "start_positions": np.array([1, 99, 3]), "end_positions": np.array([9, 2, -1])}
     assert_same(*both("question_answering", inputs), ["start_logits", "end_logits", "loss"])
+
+
+def test_choices_as_rows_keep_all_that_is_known_of_their_shape():
+    """A loop in a graph ends where a cache of one row becomes one of unknown rows."""
+    traced = tf.function(heads.rows).get_concrete_function(tf.TensorSpec((2, 3, None, 4)))
+    assert traced.structured_outputs.shape.as_list() == [6, None, 4]
+    assert heads.rows(tf.zeros((0, 2, 3))).shape == (0, 3) and heads.rows(None) is None
 
 
 def test_double_heads_ask_for_choices():

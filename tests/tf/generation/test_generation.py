@@ -11,12 +11,13 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.generation import rules as spec
 from gpt2_multi.generation.config import GenerationConfig
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.tf import TFGPT2LMHeadModel
+from gpt2_multi.tf import TFGPT2DoubleHeadsModel, TFGPT2LMHeadModel
 from gpt2_multi.tf.generation import cpu_kernels, rules
 from gpt2_multi.tf.generation.decoders import Decoders
 from gpt2_multi.tf.generation.tracing import counted
 from tests.support import fixtures
 from tests.support.cases import SAMPLING
+from tests.support.effort import THOROUGH
 
 RECORDED = {key: tf.constant(value) for key, value in fixtures.reference("lm").items()}
 SAMPLES = fixtures.read_safetensors(fixtures.DATA / "lm" / "sampling.safetensors")
@@ -98,6 +99,18 @@ def test_another_prompt_of_the_bucket_and_other_options_trace_nothing():
     assert counts == [1, 1, 0, 0]
     fresh.generate(rng.integers(0, 500, (2, 33)), max_new_tokens=16)
     assert ways[0].prefill.experimental_get_tracing_count() == ways[0].decode.experimental_get_tracing_count() == 2
+
+
+if THOROUGH:  # tests/tf/test_heads.py asks the same of the shapes alone
+
+    def test_a_graph_with_a_head_for_choices_serves_another_bucket_after_the_first():
+        model = TFGPT2DoubleHeadsModel(GPT2Config(vocab_size=9, n_positions=64, n_embd=8, n_layer=1, n_head=2))
+        for length in (3, 20):
+            ids = np.arange(length)[None] % 9
+            found = model.generate(ids, max_new_tokens=2, eos_token_id=None, jit_compile=False).numpy()
+            for place in (length, length + 1):
+                logits = model(found[:, None, :place]).logits.numpy()[0, 0, -1]
+                assert found[0, place] == logits.argmax()
 
 
 def test_a_flat_cache_gives_what_others_give(exact):
