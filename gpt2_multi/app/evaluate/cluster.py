@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +22,7 @@ from gpt2_multi.app.evaluate.scorer import Scorer, Source
 from gpt2_multi.errors import InputError
 
 TRIES = 5  # of a block whose worker dies: the sixth time it is the block, and not the machine
+ANSWERS = 20.0  # seconds within which a cluster does; Ray itself waits for minutes
 AHEAD = 4  # blocks a worker that may be done before the first of them is
 
 
@@ -68,13 +71,20 @@ def connected(address: str) -> Iterator[Any]:
         return
     with redirect_stdout(sys.stderr):  # where Ray says that a worker died
         try:
+            check_there(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f'--ray: no cluster at {address!r} ({error}); give its address, or "local"') from None
         try:
             yield ray
         finally:
             ray.shutdown()
+
+
+def check_there(address: str) -> None:
+    """OSError where nobody listens at a host and port; other addresses are names that Ray knows."""
+    if found := re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d{1,5})", address):
+        socket.create_connection((found[1], int(found[2])), ANSWERS).close()
 
 
 def started(ray: Any, count: int | None, source: Source, measure: Measure) -> list[Any]:

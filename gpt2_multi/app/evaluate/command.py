@@ -140,8 +140,10 @@ def _records(
 
 
 def _show(figures: dict[str, Any], as_json: bool) -> None:
+    from gpt2_multi.app.evaluate.records import plain
+
     if as_json:
-        print_pieces([json.dumps(figures, indent=2)])
+        print_pieces([json.dumps(plain(figures), indent=2)])
         return
     lines = []
     for name, value in figures.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -143,4 +144,9 @@ class Records:
         """Keep the figures of all documents, of which there have to be as many as lines."""
         if self.lines > documents:
             raise InputError(f"output: {self.path} has {self.lines} results, the data {documents}; give all the data")
-        write_whole(self.beside, json.dumps({"run": self.run, "figures": figures}, indent=2) + os.linesep)
+        write_whole(self.beside, json.dumps({"run": self.run, "figures": plain(figures)}, indent=2) + os.linesep)
+
+
+def plain(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures as JSON can have them, which has no number for what is infinite."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in figures.items()}

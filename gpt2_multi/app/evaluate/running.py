@@ -61,9 +61,9 @@ def texts(files: Iterable[File], field: str | None) -> Iterator[Item]:
 
 
 def questions(files: Iterable[File], measure: Measure) -> Iterator[Item]:
-    """The questions of .jsonl files."""
+    """The questions of .jsonl files, and of standard input."""
     for file in files:
-        if file.kind != "lines":
+        if file.kind != "lines" and file.path is not None:
             raise InputError(f"{file.name}: a task needs a .jsonl, with a question on each line; save it as one")
         counted = Counter()
         for where, row in objects(file, counted):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_multi.app import backends
+from gpt2_multi.errors import InputError
 from gpt2_multi.files.hub import resolve
 from gpt2_multi.generation.scoring import Window, scored
 from gpt2_multi.generation.stopping.spelling import ids_of
@@ -81,9 +82,7 @@ class Scorer:
         total = sum(len(window.ids) for window in windows)
         for batch in self.batches([len(window.ids) for window in windows]):
             scores = scored(log_probs_of, [windows[i] for i in batch])
-            yield from (
-                (i, (log_probs.astype(np.float64), best)) for i, (log_probs, best) in zip(batch, scores, strict=True)
-            )
+            yield from ((i, (numbers(log_probs), best)) for i, (log_probs, best) in zip(batch, scores, strict=True))
             done(sum(len(windows[i].ids) for i in batch) / total)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -95,6 +94,14 @@ class Scorer:
             count = self.batch_size or max(most // widest, 1)
             yield order[:count]
             order = order[count:]
+
+
+def numbers(log_probs: Array) -> Array:
+    """Log-probabilities in float64; InputError where one is no number, with which any ending would be the likeliest."""
+    if not np.isfinite(log_probs).all():
+        wrong = log_probs[~np.isfinite(log_probs)][0]
+        raise InputError(f"the model gives a log-probability of {wrong}: look at its weights, or compute in float32")
+    return log_probs.astype(np.float64)
 
 
 def start_of(config: GPT2Config) -> int | None:

@@ -6,8 +6,10 @@ of which a worker is killed.
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +133,23 @@ def test_there_are_no_more_workers_than_gpus():
     ray = SimpleNamespace(cluster_resources=lambda: {"GPU": 2.0, "CPU": 4.0})
     with pytest.raises(InputError, match="--workers: expected 2 or fewer, which is how many GPUs there are, found 3"):
         cluster.started(ray, 3, SimpleNamespace(device=None), None)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "auto"])
+def test_where_nobody_listens_there_is_no_cluster_and_ray_does_not_wait(address, monkeypatch):
+    with closing(socket.create_server(("127.0.0.1", 0))) as closed:
+        port = closed.getsockname()[1]
+    begun: list[Any] = []
+    ray = SimpleNamespace(is_initialized=lambda: False, init=lambda **_: begun.append(1), shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with (
+        pytest.raises(InputError, match=r"--ray: no cluster at '.*' \(.*refused\); give its address, or \"local\""),
+        cluster.connected(address.format(port=port)),
+    ):
+        pass
+    with cluster.connected("local"):
+        assert begun == [1]
 
 
 def test_without_ray_it_is_one_sentence(tiny, tmp_path, monkeypatch):

@@ -68,7 +68,9 @@ def test_figures_are_printed_for_people(tiny, data, tmp_path):
     shown = good("evaluate", folder, tmp_path / "one.txt", data, "--backend", "pt", "--limit", "2", "--length", "8")
     assert "documents        2\ntokens           72\nbytes            72\n" in shown and "bits per byte    " in shown
     task = lines(tmp_path / "questions.jsonl", QUESTIONS)
-    assert " ± 0." in good("evaluate", folder, task, "--task", "choices", "--backend", "pt")
+    shown = good("evaluate", folder, task, "--task", "choices", "--backend", "pt")
+    assert " ± 0." in shown
+    assert shown == good("evaluate", folder, "-", "--task", "choices", "--backend", "pt", stdin=task.read_text())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from gpt2_multi.app.evaluate import scorer as scorers
 from gpt2_multi.app.evaluate.measures.perplexity import Perplexity
 from gpt2_multi.app.evaluate.measures.questions import Question
 from gpt2_multi.app.evaluate.measures.tasks import Task
+from gpt2_multi.app.evaluate.records import plain
 from gpt2_multi.app.evaluate.scorer import Scorer
 from gpt2_multi.errors import InputError
 from tests.app.conftest import END
@@ -67,17 +68,28 @@ def test_the_figures_of_a_model_that_knows_nothing(scorer):
 class Uniform:
     """A backend on which every token is as likely as any other, but none likelier than some."""
 
-    def __init__(self, likeliest: bytes = b"") -> None:
-        self.likeliest = list(likeliest)
+    def __init__(self, likeliest: bytes = b"", log_prob: float = -math.log(257)) -> None:
+        self.likeliest, self.log_prob = list(likeliest), log_prob
 
     def log_probs(self, model: Any, ids: Any, mask: Any) -> Any:
-        return np.full(ids[:, 1:].shape, -math.log(257)), np.isin(ids[:, 1:], self.likeliest)
+        return np.full(ids[:, 1:].shape, self.log_prob), np.isin(ids[:, 1:], self.likeliest)
 
 
 def test_texts_without_a_token_have_no_perplexity(scorer):
     measure = Perplexity(start=False).settled(CONFIG)
     with pytest.raises(InputError, match="data: has no token that could be scored"):
         measure.summary(measure.measure(["", "a"], scorer))
+
+
+def test_what_is_no_number_is_refused_and_what_is_too_large_is_none_in_json(scorer):
+    """The choice among endings would be one of those that have no number."""
+    for measure, values in ((Perplexity().settled(CONFIG), ["ab"]), (Task("choices"), QUESTIONS[:1])):
+        with pytest.raises(InputError, match="the model gives a log-probability of nan: look at its weights"):
+            measure.measure(values, replace(scorer, row=Uniform(log_prob=math.nan)))
+    word = {"tokens": 1000, "bytes": 1000, "words": 1, "log_prob": -1000.0}
+    figures = Perplexity().summary([word])
+    assert (figures["word_perplexity"], plain(figures)["word_perplexity"]) == (math.inf, None)
+    assert plain(figures) | {"word_perplexity": math.inf} == figures
 
 
 def test_windows_leave_no_token_out():
