@@ -11,9 +11,10 @@ R rows, T prompt length, C columns that there is room for, W columns at most, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count as counter
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -124,10 +125,11 @@ class Slots:
         self.state: Any = None
         self.options: Any = None  # of the rows of the state; None where they are others now
         self.made: Made | None = None  # the step whose tokens are to be given next
-        self.sizes = [1 << i for i in range((count - 1).bit_length(), -1, -1)]  # rows that nothing is compiled for yet
         params = model.fitting(None)
+        self.device = device_of(params)
         is_quicker = are_worthwhile(model, max(ROWS), model.config.n_positions)
         self.weights = Weights(params, model.decoders.transposed(params) if is_quicker and count > 1 else {})
+        self.unused = self._unused()
 
     @property
     def free(self) -> int:
@@ -179,17 +181,55 @@ class Slots:
         return PromptScore(*asked(others, top))
 
     def warm(self) -> bool:
-        """Where there is no row, compile some of what rows will need; False where there is nothing to do."""
-        if not self.sizes or self.free < self.count:
-            return False
-        rows = self.sizes.pop()
-        prompt = [0] * min(rows, self.model.config.n_positions - 1)
-        slots = [self.join(prompt, NOBODY) for _ in range(min(rows, self.count))]
-        while not self.step().slots:
-            pass
-        for slot in slots:
-            self.leave(slot)
-        return True
+        """Compile one function more of those that rows will need; False where there is nothing to do."""
+        function, *given = next(self.unused, (None,))
+        if function is not None:
+            function.lower(*given).compile()
+        return function is not None
+
+    def _unused(self) -> Iterator[tuple[Any, ...]]:
+        """Each function with what it is called with, of which shapes are enough; what one text needs first."""
+        if not are_together(params := self.weights.params):
+            return  # of arrays that several devices have, nobody knows the shapes yet
+        sizes = sorted({bucket(length) for length in range(1, self.model.config.n_positions)})
+        ids = [np.zeros(size, np.int32) for size in sizes]
+        counts = [1 << i for i in range((self.count - 1).bit_length() + 1)]
+        for count, room in product(counts, self.rooms):
+            if count == 1:
+                blank(self.model, 1, room, self.rooms[-1], 0)  # of which JAX compiles parts
+                fitting = [one for one in ids if self._room(len(one)) == room]
+                yield from ((self.functions.prefill, params, prompt_of(one), room) for one in fitting)
+            yield from self._unused_by(self._shape(count, room), {2 * count, count // 4} & {*counts})
+        top = likeliest(None, self.model.config.vocab_size)
+        yield from ((self.functions.score, params, one[None], top) for one in ids)
+
+    def _unused_by(self, state: State, others: Iterable[int]) -> Iterator[tuple[Any, ...]]:
+        """Those that are called with a state of this shape, of which so many rows may become others."""
+        functions, number, (rows, columns) = self.functions, np.int32(0), state.texts.ids.shape
+        text, weights = (np.zeros((1, columns), np.int32), np.zeros((1, columns), bool)), self._weights(rows)
+        for room in self.rooms[: self.rooms.index(state.cache.capacity) + 1]:
+            yield functions.enter, state, self._shape(1, room).cache.layers, *text, number, number
+        yield functions.read, weights, state
+        if state.cache.capacity == self.rooms[0]:  # the rules do not see it
+            logits = self._placed(jax.eval_shape(functions.read, weights, state)[0])
+            given = as_arrays([NOBODY] * rows), np.bool_(False), likeliest(None, self.model.config.vocab_size)
+            yield functions.choose, logits, state.texts, state.cache.length, *given
+        yield from ((functions.gather, state, np.zeros(count, np.int32)) for count in others)
+        yield functions.shift, state, number
+        yield from ((functions.refit, state, number, room) for room in self.rooms)
+
+    def _room(self, columns: int) -> int:
+        """The least room for so many columns."""
+        return next(room for room in self.rooms if room >= columns)
+
+    def _shape(self, rows: int, room: int) -> State:
+        """The shapes of so many rows with room for so many columns."""
+        shape: State = self._placed(jax.eval_shape(lambda: blank(self.model, rows, room, self.rooms[-1], 0)))
+        return shape
+
+    def _placed(self, shapes: Any) -> Any:
+        """Shapes of what is on the device of the parameters."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.device), shapes)
 
     def _top(self, rows: Sequence[tuple[int, Place]]) -> int | None:
         """Of how many of the likeliest tokens any of these rows asks for log-probabilities; None where none does."""
@@ -207,12 +247,12 @@ class Slots:
             budget -= bucket(len(self.readings.pop(0).ids))
 
     def _settle(self) -> None:
-        """Have no more rows than are needed, where few are: the smallest power of two."""
+        """Have a quarter of the rows where no more are needed."""
         there, waiting = self._there(), len(self.readings)
         if not there:
             self.places, self.state, self.length = [], None, 0
         elif 4 * (len(there) + waiting) <= len(self.places):
-            self._have_rows(1 << (len(there) + waiting - 1).bit_length(), [row for row, _ in there])
+            self._have_rows(len(self.places) // 4, [row for row, _ in there])
 
     def _have_rows(self, count: int, kept: Sequence[int]) -> None:
         """Go on with these rows of the state, and as many that are free as make so many."""
@@ -223,14 +263,13 @@ class Slots:
     def _put(self, reading: Reading) -> None:
         """Have a prompt in a row, of which all but the last token is read."""
         there, size = len(self._there()), len(reading.ids)
-        prompt = Prompt(reading.ids[None], np.ones((1, size), bool), None, None).bucketed()
+        prompt = prompt_of(reading.ids).bucketed()
         if self.known is None or not np.array_equal(self.known[0], reading.ids):
-            room = next(room for room in self.rooms if room >= prompt.ids.shape[1])
+            room = self._room(prompt.ids.shape[1])
             self.known = reading.ids, self.functions.prefill(self.weights.params, prompt, room)
         self._make_room(-(-size // COLUMNS) * COLUMNS - 1)
         if there == len(self.places):
-            rows = min(1 << (there + len(self.readings) - 1).bit_length(), 1 << (self.count - 1).bit_length())
-            self._have_rows(rows, range(there))
+            self._have_rows(2 * there, range(there))
         row, start = self.places.index(None), self.length + 1 - size
         ids, mask = np.zeros((1, self.rooms[-1] + 1), np.int32), np.zeros((1, self.rooms[-1] + 1), bool)
         ids[0, start : self.length + 1], mask[0, start : self.length + 1] = reading.ids, True
@@ -247,7 +286,8 @@ class Slots:
         self.length -= by
         fitting = next(room for room in self.rooms if room - self.length > room // 8 or room == self.rooms[-1])
         if self.state is None:
-            self.state, self.places = blank(self.model, fitting, self.rooms[-1], self.length), [None]
+            self.state, self.places = blank(self.model, 1, fitting, self.rooms[-1], self.length), [None]
+            self.state = jax.device_put(self.state, self.device)
         elif fitting == room and by > 0:
             self.state = self.functions.shift(self.state, np.int32(by))
         else:
@@ -258,8 +298,7 @@ class Slots:
         """Read the newest tokens and choose the next: see `likelihoods`."""
         longest = max(self.length - place.start for _, place in self._there())
         inputs.check_positions(0, longest, self.model.config.n_positions)
-        weights = self.weights if len(self.places) in ROWS else self.weights._replace(kernels={})
-        logits, state = self.functions.read(weights, self.state)
+        logits, state = self.functions.read(self._weights(len(self.places)), self.state)
         is_asked = any(place is not None and place.row.top is not None for place in self.places)
         given = logits, state.texts, state.cache.length, self._arranged(), np.bool_(is_asked), top
         found, texts = self.functions.choose(*given)
@@ -267,11 +306,14 @@ class Slots:
         self.length += 1
         return found
 
+    def _weights(self, rows: int) -> Weights:
+        """What so many rows are multiplied by."""
+        return self.weights if rows in ROWS else self.weights._replace(kernels={})
+
     def _arranged(self) -> Options:
         """The options of the rows of the state, on the device."""
         if self.options is None:
-            rows = [NOBODY if place is None else place.row for place in self.places]
-            self.options = jax.device_put(Options.stacked(rows, 1)._replace(stops=None))
+            self.options = as_arrays([NOBODY if place is None else place.row for place in self.places])
         return self.options
 
 
@@ -286,11 +328,36 @@ def rooms(n_positions: int) -> list[int]:
     return [-(-size // COLUMNS) * COLUMNS for size in sizes]
 
 
-def blank(model: Any, room: int, most: int, length: int) -> State:
-    """A row without a text, of which the next key goes into the column `length`."""
-    layers = KVCache.empty(model.config, 1, room, model.dtype, model.scan_layers).layers
-    ids = jnp.zeros((1, most + 1), jnp.int32)
-    return State(KVCache(layers, None, jnp.int32(length)), Texts(ids, ids > 0, jnp.zeros((1, 1), jnp.int32)))
+def device_of(params: Any) -> Any:
+    """Where parameters were put, if that is one device; None where they are just there, as what is made by itself.
+
+    JAX compiles a function anew for an array that was put somewhere.
+    """
+    placed = [x for x in jax.tree.leaves(params) if x.committed]
+    return placed[0].sharding if placed and are_together(params) else None
+
+
+def are_together(params: Any) -> bool:
+    """Whether parameters are on one device."""
+    return all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(params))
+
+
+def prompt_of(ids: NumPyArray) -> Prompt:
+    """A prompt of these ids (T,)."""
+    return Prompt(ids[None], np.ones((1, len(ids)), bool), None, None)
+
+
+def as_arrays(rows: Sequence[Row]) -> Options:
+    """The options of rows, on the device."""
+    options: Options = jax.device_put(Options.stacked(rows, 1)._replace(stops=None))
+    return options
+
+
+def blank(model: Any, rows: int, room: int, most: int, length: int) -> State:
+    """Rows without a text, of which the next key goes into the column `length`."""
+    layers = KVCache.empty(model.config, rows, room, model.dtype, model.scan_layers).layers
+    ids = jnp.zeros((rows, most + 1), jnp.int32)
+    return State(KVCache(layers, None, jnp.int32(length)), Texts(ids, ids > 0, jnp.zeros((rows, 1), jnp.int32)))
 
 
 def prefill(model: Any, params: Any, prompt: Prompt, room: int) -> Any:

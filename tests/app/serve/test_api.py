@@ -1,5 +1,6 @@
 """OpenAI's API: what is answered, byte by byte where that matters, what is refused, how a server ends."""
 
+import http.client
 import json
 import math
 import socket
@@ -407,6 +408,15 @@ def test_what_is_no_http_is_counted_and_logged_without_a_word_of_it(demo):
         assert client.recv(99).startswith(b"HTTP/1.1 400 Bad Request\r\n")
     assert demo.lines[0].endswith(" - 400 this is no request of HTTP/1.1: Bad Request") and len(demo.lines) == 1
     assert demo.service.metrics.requests["other", 400] == counted + 1
+
+
+def test_no_part_of_an_answer_waits_until_the_client_has_acknowledged_another(demo):
+    connection = http.client.HTTPConnection(*demo.address)
+    connection.request("GET", "/health")
+    connection.getresponse().read()
+    sockets = [one.transport.get_extra_info("socket") for one in demo.server.server_state.connections.copy()]
+    assert sockets and all(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets)
+    connection.close()
 
 
 def test_metrics_count_requests_and_tokens(demo):

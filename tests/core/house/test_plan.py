@@ -300,10 +300,12 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
         },
         "flax": {
             "generation/slots": [
-                *("Made", "Texts", "State", "Functions", "Functions.of", "Slots.warm", "Slots._top", "Slots._there"),
-                *("Slots._have_rows", "Slots._put", "Slots._make_room", "Slots._read", "Slots._arranged"),
-                *("rooms", "blank", "prefill", "enter", "gather", "shift", "refit", "turned", "read", "next_tokens"),
-                *("scores", "likeliest", "unpacked", "asked"),
+                *("Made", "Texts", "State", "Functions", "Functions.of", "rooms", "device_of", "are_together"),
+                *("prompt_of", "as_arrays", "blank", "prefill", "enter", "gather", "shift", "refit", "turned", "read"),
+                *("next_tokens", "scores", "likeliest", "unpacked", "asked"),
+                *(f"Slots.{name}" for name in ("warm", "_unused", "_unused_by", "_shape", "_placed", "_top", "_there")),
+                *(f"Slots.{name}" for name in ("_have_rows", "_put", "_room", "_make_room", "_read", "_weights")),
+                "Slots._arranged",
             ],
         },
     },

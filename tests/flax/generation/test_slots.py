@@ -20,6 +20,7 @@ from tests.support.generation_cases import jobs, made_alone, options_of, rows_ca
 jax.config.update("jax_enable_x64", True)  # for float64; everything else has its dtype
 
 VOCAB, POSITIONS = 97, 48
+COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX tells whoever listens
 SMALL = GPT2Config(
     vocab_size=VOCAB, n_positions=POSITIONS, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4,
     eos_token_id=None, bos_token_id=None,
@@ -81,18 +82,20 @@ def test_each_row_gets_what_it_gets_alone_by_few_compiled_functions(model, array
     assert {name: count for name, count in compiled(again, before).items() if count > most.get(name, 12)} == {}
 
 
-def test_what_rows_need_is_compiled_while_nobody_waits():
-    texts = Slots(FlaxGPT2LMHeadModel(SMALL, seed=1), 2)
-    before = compiled(texts)
+def test_all_that_rows_need_is_compiled_while_nobody_waits():
+    """Whoever comes, with what options ever, and how many others are there, nothing more is compiled."""
+    texts, names = Slots(FlaxGPT2LMHeadModel(SMALL, seed=1), 2), []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: names.append(name))
     while texts.warm():
-        pass
-    found = compiled(texts, before)
-    assert found["read"] == found["choose"] == 2 and not texts.warm()
-    texts.join([1], Row(GenerationConfig(), top=2))
-    texts.join([2], Row(GenerationConfig()))
+        assert texts.free == 2
+    assert names.count(COMPILED) > 10
+    names.clear()
+    served(texts, jobs(3, 12, VOCAB, POSITIONS), 3)
+    texts.join([1] * 20, Row(GenerationConfig(), top=2))
     while not texts.step().slots:
         assert not texts.warm()
-    assert compiled(texts, before) == found
+    texts.score([1, 2, 3], 2)
+    assert COMPILED not in names
 
 
 def test_log_probabilities_are_of_the_logits_before_any_option(model):
