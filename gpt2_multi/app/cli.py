@@ -12,6 +12,7 @@ import click
 from gpt2_multi import __version__
 from gpt2_multi.app import backends
 from gpt2_multi.app.doctor.benchmark import benchmark
+from gpt2_multi.app.doctor.plan import plan
 from gpt2_multi.app.evaluate.command import evaluate, lm_eval
 from gpt2_multi.app.generate.command import generate
 from gpt2_multi.app.serve.command import serve
@@ -43,6 +44,7 @@ def main() -> None:
 
 
 main.add_command(benchmark)
+main.add_command(plan)
 main.add_command(evaluate)
 main.add_command(lm_eval)
 main.add_command(generate)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gpt2_multi.errors import InputError, nearest
 from gpt2_multi.model.config import GPT2Config
 
 NORMAL, RESIDUAL, ZEROS, ONES = "normal", "residual", "zeros", "ones"
@@ -156,3 +157,49 @@ def weight_of(param: Param, config: GPT2Config, layer: int | None) -> Weight:
     lengths = tuple(tuple(size[axis] for axis in dim) for dim in axes)
     std = {NORMAL: 1.0, RESIDUAL: (2 * config.n_layer) ** -0.5}.get(param.init, 0.0) * config.initializer_range
     return Weight(param.path.format(i=layer), param.kind, axes, lengths, std)
+
+
+Rules = Mapping[str, str | None]  # which mesh axis cuts a named axis; None: whole, as without a rule
+
+MESH_AXES = ("data", "fsdp", "tensor")
+DATA: dict[str, str] = {}  # every device holds every parameter
+FSDP = {"embed": "fsdp"}  # Rajbhandari et al. 2020: parameters, gradients and the optimizer's state are cut
+TENSOR = {"head": "tensor", "mlp": "tensor"}  # Shoeybi et al. 2019; "vocab" too where it divides: 50257 does not
+
+
+def mesh_sizes(shape: str) -> dict[str, int]:
+    """The size of each axis of the mesh that a text such as "data=2,fsdp=2" describes; one that it leaves out has 1.
+
+    Raises InputError for an unknown axis, and for a size that is no positive number.
+    """
+    return dict.fromkeys(MESH_AXES, 1) | dict(_mesh_axis(part) for part in shape.split(",") if part.strip())
+
+
+def _mesh_axis(part: str) -> tuple[str, int]:
+    name, _, size = (piece.strip() for piece in part.partition("="))
+    if name not in MESH_AXES:
+        raise InputError(f"mesh: expected the axes {', '.join(MESH_AXES)}, found '{name}'{nearest(name, MESH_AXES)}")
+    if not size.isdecimal() or not int(size):
+        raise InputError(f"mesh: expected a positive number for '{name}', found '{size}'; write for example {name}=2")
+    return name, int(size)
+
+
+def check_cut_once(name: str, axes: Sequence[str], rules: Rules) -> None:
+    """A mesh axis cuts a parameter of these named axes along one of them at most."""
+    cut = [axis for axis in axes if rules.get(axis) is not None]
+    for i, axis in enumerate(cut):
+        for other in cut[:i]:
+            if rules[axis] == rules[other]:
+                raise InputError(
+                    f"rules: '{other}' and '{axis}' are both cut over '{rules[axis]}', but {name} has both, and a mesh "
+                    "axis can cut only one; take another mesh axis, or leave one out"
+                )
+
+
+def check_shared(name: str, axis: str, entries: int, over: str, devices: int) -> None:
+    """The entries of a parameter's named axis have to be shared equally."""
+    if entries % devices:
+        raise InputError(
+            f"{name}: the axis '{axis}' has {entries} entries, which {devices} devices of the mesh axis '{over}' "
+            f"cannot share equally; change the mesh or leave '{axis}' out of the rules"
+        )

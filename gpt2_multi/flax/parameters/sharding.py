@@ -21,17 +21,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gpt2_multi.errors import InputError, nearest
 from gpt2_multi.flax.layers import ROW_AXES, on_host
 from gpt2_multi.flax.parameters.axes import moved
-from gpt2_multi.flax.parameters.tree import Leaf, Tree, check_tree, leaves
+from gpt2_multi.flax.parameters.tree import Tree, check_tree, leaves
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.model.weights import sizes
+from gpt2_multi.model.weights import (
+    DATA,
+    FSDP,
+    MESH_AXES,
+    TENSOR,
+    Rules,
+    check_cut_once,
+    check_shared,
+    mesh_sizes,
+    sizes,
+)
 
-Rules = Mapping[str, str | None]  # None: whole, as without a rule
-
-MESH_AXES = ("data", "fsdp", "tensor")
-DATA: dict[str, str] = {}  # every device holds every parameter
-FSDP = {"embed": "fsdp"}  # Rajbhandari et al. 2020: parameters, gradients and the optimizer's state are cut
-TENSOR = {"head": "tensor", "mlp": "tensor"}  # Shoeybi et al. 2019; "vocab" too where it divides: 50257 does not
+__all__ = [
+    "DATA", "FSDP", "MESH_AXES", "TENSOR", "Rules", "check_rules", "init_params", "make_mesh", "param_shardings",
+    "param_specs", "shard_batch", "shard_params",
+]  # fmt: skip
 
 
 def make_mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -41,7 +49,7 @@ def make_mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     an unknown axis, for a size that is no positive number, and where the sizes do not multiply to the devices.
     """
     found = jax.devices() if devices is None else list(devices)
-    size = dict.fromkeys(MESH_AXES, 1) | dict(_axis(part) for part in shape.split(",") if part.strip())
+    size = mesh_sizes(shape)
     if (needed := math.prod(size.values())) != len(found):
         raise InputError(
             f"mesh: expected sizes whose product is the number of devices, {len(found)}, found '{shape}', which needs "
@@ -49,15 +57,6 @@ def make_mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
             "CPU)"
         )
     return jax.make_mesh(tuple(size.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=found)
-
-
-def _axis(part: str) -> tuple[str, int]:
-    name, _, size = (piece.strip() for piece in part.partition("="))
-    if name not in MESH_AXES:
-        raise InputError(f"mesh: expected the axes {', '.join(MESH_AXES)}, found '{name}'{nearest(name, MESH_AXES)}")
-    if not size.isdecimal() or not int(size):
-        raise InputError(f"mesh: expected a positive number for '{name}', found '{size}'; write for example {name}=2")
-    return name, int(size)
 
 
 def param_specs(config: GPT2Config, rules: Rules, head: str = "lm", scan_layers: bool = False) -> Tree:
@@ -71,7 +70,7 @@ def param_specs(config: GPT2Config, rules: Rules, head: str = "lm", scan_layers:
         raise InputError("rules: expected none for a quantized model, which is not cut over devices; load it without")
     found = leaves(config, head, scan_layers)
     for leaf in found.values():
-        _check_once(leaf, rules)
+        check_cut_once(leaf.rows[0].name, leaf.axes, rules)
     return unflatten_dict({path: leaf.spec(rules) for path, leaf in found.items()})
 
 
@@ -83,7 +82,8 @@ def param_shardings(config: GPT2Config, mesh: Mesh, rules: Rules, head: str = "l
     specs = flatten_dict(param_specs(config, rules, head, scan_layers))
     _check_mesh(mesh, rules)
     for path, leaf in leaves(config, head, scan_layers).items():
-        _check_divisible(leaf, mesh, specs[path])
+        for axis, size, over in zip(leaf.axes, leaf.shape, specs[path], strict=True):
+            check_shared(leaf.rows[0].name, axis, size, over, 1 if over is None else mesh.shape[over])
     return unflatten_dict({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
 
 
@@ -151,24 +151,4 @@ def _check_mesh(mesh: Mesh, rules: Rules) -> None:
             raise InputError(
                 f"rules: '{axis}' is to be cut over the mesh axis '{over}', expected one of "
                 f"{', '.join(mesh.axis_names)}{nearest(str(over), mesh.axis_names)}"
-            )
-
-
-def _check_once(leaf: Leaf, rules: Rules) -> None:
-    cut = [axis for axis in leaf.axes if rules.get(axis) is not None]
-    for i, axis in enumerate(cut):
-        for other in cut[:i]:
-            if rules[axis] == rules[other]:
-                raise InputError(
-                    f"rules: '{other}' and '{axis}' are both cut over '{rules[axis]}', but {leaf.rows[0].name} has "
-                    "both, and a mesh axis can cut only one; take another mesh axis, or leave one out"
-                )
-
-
-def _check_divisible(leaf: Leaf, mesh: Mesh, spec: PartitionSpec) -> None:
-    for axis, size, over in zip(leaf.axes, leaf.shape, spec, strict=True):
-        if over is not None and size % mesh.shape[over]:
-            raise InputError(
-                f"{leaf.rows[0].name}: the axis '{axis}' has {size} entries, which {mesh.shape[over]} devices of the "
-                f"mesh axis '{over}' cannot share equally; change the mesh or leave '{axis}' out of the rules"
             )

@@ -6,7 +6,6 @@ D head width, E `n_embd`, B batch, T length of this call, S keys (past included)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -24,13 +23,10 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import TORCH
-from gpt2_multi.model.weights import table
+from gpt2_multi.model.weights import TENSOR, Rules, table
 from gpt2_multi.pt.attention import Context
 from gpt2_multi.pt.layers import to_numpy
 
-Rules = Mapping[str, str | None]  # None: whole, as without a rule
-
-TENSOR = {"head": "tensor", "mlp": "tensor"}  # "vocab" too where it divides: 50257 does not
 HEADED = ("attn", "crossattention")
 
 

@@ -28,14 +28,11 @@ from gpt2_multi.errors import InputError, nearest
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import TORCH
-from gpt2_multi.model.weights import Weight, sizes, table
-from gpt2_multi.pt.parameters.plans import TENSOR, Rules, tensor_parallel_plan, together, unflattened
+from gpt2_multi.model.weights import DATA, FSDP, MESH_AXES, TENSOR, Rules, Weight, mesh_sizes, sizes, table
+from gpt2_multi.pt.parameters.plans import tensor_parallel_plan, together, unflattened
 from gpt2_multi.pt.state import is_split
 
-MESH_AXES = ("data", "fsdp", "tensor")
 ROW_AXES = MESH_AXES[:2]  # over which the rows of a batch are cut
-DATA: dict[str, str] = {}  # every process holds every parameter
-FSDP = {"embed": "fsdp"}  # Rajbhandari et al. 2020: parameters, gradients and the optimizer's state are cut
 ENGINES = {  # which axes each mesh axis can cut
     "fsdp": ("vocab", "position", "embed", "head", "mlp", "label", "summary", "span"),
     "tensor": ("vocab", "position", "head", "mlp", "label", "span"),
@@ -52,7 +49,7 @@ def make_mesh(shape: str, device_type: str | None = None) -> DeviceMesh:
     Raises InputError for an unknown axis, for a size that is no positive number, where the sizes do not multiply to the
     processes, and where there is no process group.
     """
-    size = dict.fromkeys(MESH_AXES, 1) | dict(_axis(part) for part in shape.split(",") if part.strip())
+    size = mesh_sizes(shape)
     needed = math.prod(size.values())
     if not dist.is_initialized() and "RANK" not in os.environ:
         raise InputError(
@@ -68,15 +65,6 @@ def make_mesh(shape: str, device_type: str | None = None) -> DeviceMesh:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device_type = device_type or ("cpu" if accelerator is None else accelerator.type)
     return init_device_mesh(device_type, tuple(size.values()), mesh_dim_names=MESH_AXES)
-
-
-def _axis(part: str) -> tuple[str, int]:
-    name, _, size = (piece.strip() for piece in part.partition("="))
-    if name not in MESH_AXES:
-        raise InputError(f"mesh: expected the axes {', '.join(MESH_AXES)}, found '{name}'{nearest(name, MESH_AXES)}")
-    if not size.isdecimal() or not int(size):
-        raise InputError(f"mesh: expected a positive number for '{name}', found '{size}'; write for example {name}=2")
-    return name, int(size)
 
 
 class Cut(NamedTuple):
