@@ -35,8 +35,10 @@ from gpt2_multi.pt.layers import (
 )
 from gpt2_multi.pt.state import (
     check_in,
+    check_meshed,
     check_rows,
     check_transformer,
+    check_whole,
     fill_own,
     gather,
     is_callers,
@@ -47,9 +49,13 @@ from gpt2_multi.pt.state import (
     own_shapes,
     register_hooks,
     rows,
+    whole_array,
+    write_together,
 )
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from gpt2_multi.model.checkpoint import Loaded
 
 _files_follow: ContextVar[bool] = ContextVar("files_follow", default=False)  # so that no parameter is filled twice
@@ -279,6 +285,8 @@ class GPT2PreTrainedModel(nn.Module):
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         mmap: bool = False,
+        mesh: DeviceMesh | None = None,
+        rules: Mapping[str, str | None] | None = None,
         **options: Any,
     ) -> Self:
         """Load a model folder, a file of weights, the demo model ("demo"), or a model of the hub; in evaluation mode.
@@ -288,7 +296,9 @@ class GPT2PreTrainedModel(nn.Module):
         two are not the same. Parameters are contiguous, which copies the kernels; with `mmap` those that need no other
         dtype stay views of the mapped file, so that a program that only reads starts at once. `device_map` is a device
         for the whole model, or "auto" for the fastest. `quantization="int8"` makes the model a quantized one, which
-        files of a quantized model are without it: see docs/numerics.md.
+        files of a quantized model are without it: see docs/numerics.md. With a `mesh` and `rules` of
+        `pt.parameters.sharding` the model is cut over the processes of the mesh, all of which call this: each reads its
+        own part of each tensor from the mapped file.
 
         `options` say where the files are and which of them are read (`revision`, `token`, `cache_dir`,
         `local_files_only`, `subfolder`, `variant`, `use_safetensors` and so on), and change settings of the
@@ -308,6 +318,7 @@ class GPT2PreTrainedModel(nn.Module):
         read: Any = load
         if state_dict is not None or pretrained_model_name_or_path is None:
             read = partial(load_state, {name: to_numpy(tensor) for name, tensor in (state_dict or {}).items()})
+        check_meshed(mesh, rules, device_map=device_map, quantization=quantization)
         device = None if device_map is None else device_of(device_map)
         given, options = cls._constructors(options)
         made: list[Self] = []
@@ -324,6 +335,10 @@ class GPT2PreTrainedModel(nn.Module):
         stored = as_dtype("param_dtype", stored) or torch.get_default_dtype()
         model = made[0] if made else cls._unfilled(found.config, {})
         model._compute_in(as_dtype("dtype", dtype), attn_implementation or "sdpa")
+        if mesh is not None:
+            from gpt2_multi.pt.parameters.sharding import shard
+
+            model = shard(model, mesh, rules or {})
         model._fill(found, stored, mmap)
         model = model.eval() if device is None else model.eval().to(device)
         return cast(Self, (model, found.info)) if output_loading_info else model
@@ -368,6 +383,10 @@ class GPT2PreTrainedModel(nn.Module):
             self.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
 
     def _assign(self, arrays: Mapping[str, Any], dtype: torch.dtype, mmap: bool = False) -> None:
+        if any(map(is_split, self.parameters())):
+            from gpt2_multi.pt.parameters.shards import fill
+
+            return fill(self, arrays, dtype)
         tensors, others = {}, other_names(self)
         for name, weight in rows(self).items():
             found, kind = arrays.get(weight.name), dtype
@@ -417,15 +436,23 @@ class GPT2PreTrainedModel(nn.Module):
             check_rows(self)
         self._check_tie()
         writes = is_main_process and not (split and torch.distributed.get_rank())
-        made = (self._source(weight, state_dict) for weight in table(self.config, self.head))
-        sources = [source for source in made if writes]  # each is made, since all processes have to gather
+        sources = [self._source(weight, state_dict) for weight in table(self.config, self.head)]
         beside = made_of_own(self, state_dict) if is_callers(type(self)) else {}
-        if not writes:
-            return
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=sources[1][1].name)
         kind = "safetensors" if safe_serialization else "pytorch"
         names = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
-        save(save_directory, config, self.generation_config, sources, names, max_shard_size, kind, variant, beside)
+
+        def write(makes: Sequence[Any]) -> None:
+            own_makes = dict(zip(beside, makes[len(sources) :], strict=True))
+            made = [(*source[:2], make) for source, make in zip(sources, makes, strict=False)]
+            rest = {name: (*x[:2], own_makes[name]) for name, x in beside.items()}
+            if writes:
+                save(save_directory, config, self.generation_config, made, names, max_shard_size, kind, variant, rest)
+
+        tensors = self.parameters() if state_dict is None else state_dict.values()
+        write_together(tensors, [make for *_, make in (*sources, *beside.values())], write)
+        if not writes:
+            return
         if push_to_hub:
             self.push_to_hub(
                 **{"repo_id": Path(save_directory).name, **wanted}, max_shard_size=max_shard_size,
@@ -456,12 +483,12 @@ class GPT2PreTrainedModel(nn.Module):
     def _source(self, weight: Weight, state_dict: Mapping[str, Tensor] | None) -> Any:
         name, scaled = TORCH.spell(weight, self.base_model is not self), self._scale(weight)
         check_in(state_dict, name)
-        parameter = gather(self.parameter(weight) if state_dict is None else state_dict[name])
+        parameter = self.parameter(weight) if state_dict is None else state_dict[name]
         if scaled is None:
-            return weight, NUMPY[parameter.dtype], lambda: TORCH.layout(weight, to_numpy(parameter))
+            return weight, NUMPY[parameter.dtype], partial(whole_array, weight, parameter)
         check_in(state_dict, name + SCALE)
-        scale = gather(scaled if state_dict is None else state_dict[name + SCALE]).float()
-        return weight, DTYPE, lambda: Quantized(TORCH.layout(weight, to_numpy(parameter)), to_numpy(scale))
+        scale = scaled if state_dict is None else state_dict[name + SCALE]
+        return weight, DTYPE, lambda: Quantized(whole_array(weight, parameter), to_numpy(gather(scale).float()))
 
     def tie_weights(self) -> None:
         """Let the language-model head be the token embedding, where the configuration ties them."""
@@ -477,6 +504,7 @@ class GPT2PreTrainedModel(nn.Module):
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         """Use another token embedding; a tied head follows, and so does `vocab_size`."""
         check_not_quantized(self.config, type(self).__name__, "given other embeddings")
+        check_whole(self, "given other embeddings")
         self.body.wte = embedding
         self.config.vocab_size = len(embedding.weight)
         self.tie_weights()
@@ -488,6 +516,7 @@ class GPT2PreTrainedModel(nn.Module):
     def set_output_embeddings(self, head: nn.Linear) -> None:
         """Use another language-model head; unless its weight is the token embedding, the two are tied no more."""
         check_not_quantized(self.config, type(self).__name__, "given another head")
+        check_whole(self, "given another head")
         self.lm_head = head
         self.config.tie_word_embeddings = head.weight is self.body.wte.weight
 
@@ -504,6 +533,7 @@ class GPT2PreTrainedModel(nn.Module):
         std = None if mean_resizing else self.config.initializer_range
         if number is not None:
             check_not_quantized(self.config, type(self).__name__, "resized")
+            check_whole(self, "resized")
             self.config.vocab_size = number
             replace_parameter(self.body.wte, "weight", _resized(self.body.wte.weight, number, std))
             self.body.wte.num_embeddings = number
@@ -560,6 +590,7 @@ class GPT2PreTrainedModel(nn.Module):
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
         check_not_quantized(self.config, type(self).__name__, "pruned")
+        check_whole(self, "pruned")
         self.config.pruned_heads = self.config.pruned(heads_to_prune)
         for layer, heads in heads_to_prune.items():
             self.body.attentions()[layer].prune(heads)

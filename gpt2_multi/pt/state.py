@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt2_multi.errors import CheckpointError, InputError, shortened
@@ -16,6 +17,9 @@ from gpt2_multi.model.spelling import TORCH, out_first, turned
 from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.pt.layers import to_numpy, to_torch
 
+Make = Callable[[], Any]
+
+DONE, FAILED = -1, -2  # in place of the number of a tensor
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
@@ -101,6 +105,66 @@ def gather(x: Tensor) -> Tensor:
     return x.full_tensor().cpu() if is_split(x) else x  # type: ignore[attr-defined]
 
 
+def whole_array(weight: Weight, x: Tensor) -> Any:
+    """A row of the table from its parameter, which is gathered: one that is cut by heads has dimensions apart."""
+    found = gather(x.detach())
+    return TORCH.layout(weight, to_numpy(found.flatten(0, 1) if found.dim() > len(weight.shape) else found))
+
+
+def write_together(tensors: Iterable[object], makes: Sequence[Make], write: Callable[[Sequence[Make]], None]) -> None:
+    """Write tensors; where processes have parts of them, the first writes, and each gathers what the first asks for.
+
+    makes: what gathers a tensor, the same in all processes. write: called with what makes each of them. Where it fails,
+    all processes raise.
+    """
+    if not any(map(is_split, tensors)):
+        return write(makes)
+    if dist.get_rank():
+        while (number := _said(0)) >= 0:
+            makes[number]()
+        if number == FAILED:
+            raise CheckpointError("save_pretrained: nothing was saved, since the first process failed; see its error")
+        return
+
+    def made(number: int) -> Any:
+        _said(number)
+        return makes[number]()
+
+    try:
+        write([partial(made, number) for number in range(len(makes))])
+    except BaseException:
+        _said(FAILED)
+        raise
+    _said(DONE)
+
+
+def _said(number: int) -> int:
+    """What the first process says to all."""
+    accelerator = torch.accelerator.current_accelerator() if "nccl" in dist.get_backend() else None
+    said = torch.tensor(number, device=accelerator or "cpu")
+    dist.broadcast(said, 0)
+    return int(said)
+
+
+def check_whole(model: nn.Module, change: str) -> None:
+    """A model whose parameters processes share is not changed in shape."""
+    if any(map(is_split, model.parameters())):
+        name = type(model).__name__.removeprefix("FSDP")
+        raise InputError(
+            f"{name}: a model that is cut over processes cannot be {change}; do it before it is cut, or with what "
+            "save_pretrained writes"
+        )
+
+
+def check_meshed(mesh: object, rules: object, **others: object) -> None:
+    """A model on a mesh is placed by its rules alone."""
+    if mesh is None and rules is not None:
+        raise InputError("rules: expected a mesh beside them, found none; sharding.make_mesh makes one")
+    for name, given in others.items():
+        if mesh is not None and given is not None:
+            raise InputError(f"{name}: expected none beside a mesh, found {given!r}; leave one of the two out")
+
+
 def turn_kernels(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
     """Kernels of (in, out), as transformers' state dictionaries have them, become nn.Linear's (out, in)."""
     own = {name: x for name, x in state.items() if name.startswith(prefix) and isinstance(x, Tensor)}
@@ -140,22 +204,31 @@ def fill_own(model: Any, arrays: Mapping[str, Any]) -> None:
     """Give what is a model's own the values of a file, in place: who shares a parameter goes on to."""
     for name, x in own(model).items():
         if name in arrays:
-            x.copy_(turned(name, to_torch(arrays[name])))
+            value = turned(name, to_torch(arrays[name]))
+            x.copy_(cut_as(x, value) if is_split(x) else value)
+
+
+def cut_as(x: Any, value: Tensor) -> Tensor:
+    """A tensor that every process has, cut as another one is."""
+    from torch.distributed.tensor import distribute_tensor  # which few programs need
+
+    return distribute_tensor(value.to(x.dtype), x.device_mesh, x.placements, src_data_rank=None)
 
 
 def made_of_own(model: Any, state: Mapping[str, Tensor] | None) -> dict[str, Made]:
-    """What is its own, to be written; of a model that is split all processes call it together."""
+    """What is its own, to be written; of a model that is split all processes make each together."""
     found: dict[str, Made] = {}
     for name, parameter in own(model).items():
         check_in(state, name)
-        x = turned(name, gather(parameter if state is None else state[name]).detach())
+        x = (parameter if state is None else state[name]).detach()
         dtype = to_numpy(torch.empty(0, dtype=x.dtype)).dtype
-        found[name] = dtype, tuple(x.shape), partial(_array, x)
+        shape = turned(name, torch.empty(x.shape, device="meta")).shape
+        found[name] = dtype, tuple(shape), partial(_array, name, x)
     return found
 
 
-def _array(x: Tensor) -> Any:
-    return to_numpy(x.contiguous())
+def _array(name: str, x: Tensor) -> Any:
+    return to_numpy(turned(name, gather(x)).contiguous())
 
 
 def check_in(state: Mapping[str, Tensor] | None, name: str) -> None:

@@ -6,6 +6,7 @@ larger meshes, where GPT2_MULTI_THOROUGH asks for it.
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -178,6 +179,28 @@ def sizes(mesh, rules):
     return [name for name, cut in cuts(CONFIG, rules).items() if own[name] != cut.part(shape)]
 
 
+def files(mesh, rules, folder):
+    """Each reads its parts of the files, in bfloat16 too, and goes on as one process does; the first writes them again.
+
+    What is written are the files that one process writes, bit by bit.
+    """
+    torch.manual_seed(dist.get_rank())
+    model = pt.GPT2LMHeadModel.from_pretrained(folder / "model", mesh=mesh, rules=rules)
+    assert not any(x.is_meta for x in model.parameters()) and model.lm_head.weight is model.transformer.wte.weight
+    written = folder / "".join(filter(str.isalnum, f"{mesh.mesh_dim_names}{mesh.mesh.tolist()}{[*rules]}"))
+    model.save_pretrained(written, max_shard_size="9KB")
+    config, again = json.loads((written / "config.json").read_text()), pt.GPT2LMHeadModel.from_pretrained(written)
+    known = pt.GPT2LMHeadModel.from_pretrained(folder / "model")
+    pairs = zip(again.state_dict().values(), known.state_dict().values(), strict=True)
+    assert config["architectures"] == ["GPT2LMHeadModel"] and all(torch.equal(*pair) for pair in pairs)
+    half = dict(dtype="bfloat16", mesh=mesh, rules=rules)
+    half = pt.GPT2ForSequenceClassification.from_pretrained(folder / "model", num_labels=4, **half)
+    scores = half(IDS).logits.detach()
+    assert scores.dtype == torch.bfloat16 and half.transformer.wte.weight.dtype == torch.bfloat16
+    assert far(mean(scores, mesh), scores) == 0, "a new head is the same everywhere"
+    return far(losses(model.train(), mesh), losses(known.train()))
+
+
 QUESTIONS = {
     "float32": partial(learns, dtype="float32"),
     "float64": partial(learns, dtype="float64"),
@@ -222,6 +245,18 @@ FAULTS = {
         "mesh: expected axes among data, fsdp, tensor, fsdp among them, found dp; sharding.make_mesh makes one",
     ),
     "no mesh": (lambda mesh: shard(make(), "tensor=2", TENSOR), "mesh: expected a torch.distributed.DeviceMesh, found"),
+    "resized": (
+        lambda mesh: shard(make(), mesh, TENSOR).resize_token_embeddings(70),
+        "GPT2LMHeadModel: a model that is cut over processes cannot be resized; do it before it is cut",
+    ),
+    "pruned": (
+        lambda mesh: shard(make(), mesh, TENSOR).prune_heads({0: [1]}),
+        "GPT2LMHeadModel: a model that is cut over processes cannot be pruned",
+    ),
+    "unwritten": (
+        lambda mesh: shard(make(), mesh, TENSOR).save_pretrained(Path("/proc/none")),
+        "expected a folder to save the model in, found none",
+    ),
     "batch": (
         lambda mesh: shard_batch({"input_ids": IDS[:3]}, make_mesh("data=2")),
         "input_ids: expected a number of rows that 2 processes share equally, found 3",
@@ -236,7 +271,7 @@ def answers(rank, folder, count, meshes):
     found = {}
     for name, rules in meshes.items():
         mesh = make_mesh(name)
-        asked = QUESTIONS | (TENSORS if "tensor" in name else {})
+        asked = QUESTIONS | (TENSORS if "tensor" in name else {}) | {"files": partial(files, folder=folder)}
         found[name] = {question: call(mesh, rules) for question, call in asked.items()}
     mesh = make_mesh("tensor=2") if count == 2 else None
     for name, (call, _) in FAULTS.items() if mesh else ():
@@ -253,6 +288,7 @@ def answers(rank, folder, count, meshes):
 def found(tmp_path_factory):
     """What two processes have found; and what four have."""
     folder, answered = tmp_path_factory.mktemp("sharding"), {}
+    make().save_pretrained(folder / "model")
     for count, meshes in ((2, MESHES), *([(4, MORE)] if THOROUGH else [])):
         torch.multiprocessing.spawn(answers, (folder, count, meshes), nprocs=count)
         answered |= json.loads((folder / f"found{count}.json").read_text())
@@ -263,7 +299,7 @@ def found(tmp_path_factory):
 def test_a_mesh_computes_and_learns_what_one_process_does(mesh, found):
     answer = found[mesh]
     print(mesh, answer)
-    assert answer["float32"] < 1e-5
+    assert max(answer["float32"], answer["files"]) < 1e-5
     assert max(answer[name] for name in ("float64", "parts", "heads", "inside", "planned") if name in answer) < 1e-9
     assert answer["sizes"] == []
 
@@ -275,7 +311,7 @@ def test_dropout_is_the_same_on_a_tensor_axis_and_apart_in_its_heads(found):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_does_not_fit_is_one_sentence(name, found):
-    assert found[name].startswith("InputError: ") and FAULTS[name][1] in found[name], found[name]
+    assert found[name].startswith(("InputError: ", "CheckpointError: ")) and FAULTS[name][1] in found[name], found[name]
 
 
 @pytest.mark.parametrize(
@@ -292,6 +328,18 @@ def test_what_does_not_fit_is_one_sentence(name, found):
 def test_bad_rules_are_one_sentence(rules, sentence):
     with pytest.raises(InputError, match=sentence):
         cuts(CONFIG, rules)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"rules": FSDP}, "rules: expected a mesh beside them, found none; sharding.make_mesh makes one"),
+        ({"mesh": "data=2", "device_map": "cpu"}, "device_map: expected none beside a mesh, found 'cpu'; leave one"),
+    ],
+)
+def test_a_mesh_has_rules_and_rules_a_mesh(given, sentence):
+    with pytest.raises(InputError, match=sentence):
+        pt.GPT2LMHeadModel.from_pretrained("demo", **given)
 
 
 def test_a_quantized_model_is_refused():
