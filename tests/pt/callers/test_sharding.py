@@ -5,6 +5,9 @@ larger meshes, where GPT2_MULTI_THOROUGH asks for it.
 """
 
 import json
+import os
+import signal
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +19,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from gpt2_multi import GPT2Config, InputError, pt
+from gpt2_multi import CheckpointError, GPT2Config, InputError, pt
 from gpt2_multi.pt import training
+from gpt2_multi.pt.parameters.resuming import restore_state, save_state, saved_steps
 from gpt2_multi.pt.parameters.sharding import (
     DATA,
     FSDP,
@@ -201,6 +205,32 @@ def files(mesh, rules, folder):
     return far(losses(model.train(), mesh), losses(known.train()))
 
 
+def resumes(mesh, rules, folder):
+    """Goes on bit by bit from a state, on one process as well, by a whole model or by one that is cut."""
+    model = shard(make(), mesh, rules)
+    optimizer = torch.optim.AdamW(training.parameter_groups(model), lr=1e-2)
+    place = folder / f"states {mesh.mesh.tolist()} {[*rules]}"
+    batch = shard_batch({"input_ids": IDS, "labels": IDS}, mesh)
+
+    def go(model, optimizer, steps, batch=batch):
+        return [training.train_step(model, optimizer, [batch]) for _ in range(steps)]
+
+    go(model, optimizer, 2)
+    for step in range(1, 4):
+        save_state(place, model, optimizer, step)
+    rest = go(model, optimizer, 2)
+    assert saved_steps(place) == [2, 3]
+    again = shard(make(seed=5), mesh, rules)
+    optimizer = torch.optim.AdamW(training.parameter_groups(again), lr=1e-2)
+    assert restore_state(place, again, optimizer) == 3 and go(again, optimizer, 2) == rest
+    assert all(torch.equal(whole(x), whole(y)) for x, y in zip(again.parameters(), model.parameters(), strict=True))
+    rest = mean(rest, mesh)
+    alone = make(seed=6)
+    optimizer = torch.optim.AdamW(training.parameter_groups(alone), lr=1e-2)
+    restore_state(place, alone, optimizer, 2)
+    return far(go(alone, optimizer, 2, {"input_ids": IDS, "labels": IDS}), rest)
+
+
 QUESTIONS = {
     "float32": partial(learns, dtype="float32"),
     "float64": partial(learns, dtype="float64"),
@@ -272,6 +302,7 @@ def answers(rank, folder, count, meshes):
     for name, rules in meshes.items():
         mesh = make_mesh(name)
         asked = QUESTIONS | (TENSORS if "tensor" in name else {}) | {"files": partial(files, folder=folder)}
+        asked["resumes"] = partial(resumes, folder=folder)
         found[name] = {question: call(mesh, rules) for question, call in asked.items()}
     mesh = make_mesh("tensor=2") if count == 2 else None
     for name, (call, _) in FAULTS.items() if mesh else ():
@@ -299,7 +330,7 @@ def found(tmp_path_factory):
 def test_a_mesh_computes_and_learns_what_one_process_does(mesh, found):
     answer = found[mesh]
     print(mesh, answer)
-    assert max(answer["float32"], answer["files"]) < 1e-5
+    assert max(answer[name] for name in ("float32", "files", "resumes")) < 1e-5
     assert max(answer[name] for name in ("float64", "parts", "heads", "inside", "planned") if name in answer) < 1e-9
     assert answer["sizes"] == []
 
@@ -340,6 +371,119 @@ def test_bad_rules_are_one_sentence(rules, sentence):
 def test_a_mesh_has_rules_and_rules_a_mesh(given, sentence):
     with pytest.raises(InputError, match=sentence):
         pt.GPT2LMHeadModel.from_pretrained("demo", **given)
+
+
+def begun(seed=0, **settings):
+    model = make(seed=seed, **settings)
+    return model, torch.optim.AdamW(training.parameter_groups(model), lr=1e-2)
+
+
+def test_a_state_that_does_not_fit_is_one_sentence(tmp_path):
+    model, optimizer = begun()
+    with pytest.raises(CheckpointError, match="expected a saved state, found none; save_state writes one"):
+        restore_state(tmp_path, model, optimizer)
+    for step in (3, 3, 7):
+        save_state(tmp_path, model, optimizer, step)
+    assert saved_steps(tmp_path) == [3, 7]
+    with pytest.raises(CheckpointError, match="expected a saved state, found only those of the steps 3, 7"):
+        restore_state(tmp_path, model, optimizer, 4)
+    for settings, name in (
+        ({"n_layer": 1}, r"model.transformer.h.1.\S+ to be absent, found float32"),
+        ({"n_embd": 32}, r"model.transformer.wte.weight to be float32\[64, 32\], found float32\[64, 16\]"),
+    ):
+        with pytest.raises(CheckpointError, match=f"the state of step 7: expected {name}.*; make the model and the"):
+            restore_state(tmp_path, *begun(**settings))
+    for path in (tmp_path / "step-000000007").glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"the state of step 7 is damaged .*; delete it to go on from the one"):
+        restore_state(tmp_path, model, optimizer)
+    with pytest.raises(CheckpointError, match="the state could not be saved"):
+        save_state("/proc/none", model, optimizer, 1)
+
+
+def killed(rank, folder):
+    """Saves a state, and is killed, if it is the second of two processes, while it writes the next."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = shard(make(), make_mesh("fsdp=2"), FSDP)
+    optimizer = torch.optim.AdamW(training.parameter_groups(model), lr=1e-2)
+    losses(model, make_mesh("fsdp=2"), 2)
+    save_state(folder / "states", model, optimizer, 2)
+    if rank:
+        FileSystemWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    save_state(folder / "states", model, optimizer, 3)
+
+
+def restored(rank, folder):
+    """Goes on from the last whole state."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2)
+    mesh = make_mesh("tensor=2")
+    model = shard(make(seed=4), mesh, TENSOR)
+    optimizer = torch.optim.AdamW(training.parameter_groups(model), lr=1e-2)
+    assert restore_state(folder / "states", model, optimizer) == 2
+    save_state(folder / "states", model, optimizer, 3)
+    found = losses(model, mesh, 1)
+    if not rank:
+        (folder / "loss.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def anonymous():
+    """How many bytes a process has that are no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if "RssAnon" in line)
+
+
+def weighed(rank, folder):
+    """How much memory a process takes while it reads its parts, in parts, and while it saves them."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found, mesh = [], make_mesh("fsdp=2")
+
+    def peak(call):
+        top, is_done = [anonymous()], threading.Event()
+
+        def watch():
+            while not is_done.wait(0.002):
+                top.append(anonymous())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        answer = call()
+        is_done.set()
+        watcher.join()
+        found.append(max(top) - top[0])
+        return answer
+
+    read = partial(pt.GPT2LMHeadModel.from_pretrained, folder / "model", mesh=mesh, rules=FSDP)
+    pt.GPT2LMHeadModel.from_pretrained("demo", mesh=mesh, rules=FSDP)  # what the first of all takes
+    model = peak(read)
+    peak(partial(model.save_pretrained, folder / "saved"))
+    own = sum(x.to_local().nbytes for x in model.parameters())
+    (folder / f"memory{rank}.json").write_text(json.dumps([*found, own]))
+    dist.destroy_process_group()
+
+
+if THOROUGH:
+
+    def test_the_last_whole_state_survives_a_kill(tmp_path):
+        with pytest.raises(Exception, match="process"):
+            torch.multiprocessing.spawn(killed, (tmp_path,), nprocs=2)
+        assert saved_steps(tmp_path / "states") == [2] and (tmp_path / "states" / ".unfinished").exists()
+        model, optimizer = begun(seed=3)
+        assert restore_state(tmp_path / "states", model, optimizer) == 2
+        torch.multiprocessing.spawn(restored, (tmp_path,), nprocs=2)
+        assert saved_steps(tmp_path / "states") == [2, 3]
+        (loss,) = json.loads((tmp_path / "loss.json").read_text())
+        assert losses(model, None, 1) == pytest.approx([loss], abs=1e-5)
+
+    def test_no_process_holds_more_than_its_parts(tmp_path):
+        make(vocab_size=4000, n_embd=512, n_inner=None, n_layer=8).save_pretrained(tmp_path / "model")
+        torch.multiprocessing.spawn(weighed, (tmp_path,), nprocs=2)
+        for rank in range(2):
+            reading, saving, own = json.loads((tmp_path / f"memory{rank}.json").read_text())
+            print(reading / own, saving / own)
+            assert own > 2**25 and 0.8 * own < reading < 1.2 * own and saving < 4 * 4000 * 512 * 4 < own
 
 
 def test_a_quantized_model_is_refused():
