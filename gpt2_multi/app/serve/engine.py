@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 LOG = logging.getLogger(__name__)
+PAUSE = 1.0  # seconds without a job after which nobody seems to ask for one text after the other
 
 
 class Token(NamedTuple):
@@ -159,12 +160,16 @@ class Engine:
 
     def _has_work(self) -> bool:
         """Wait for work: whether there is any before the end."""
-        while not (self._waiting or self._running or self._is_ending) and self._warm():
+        with self._changed:
+            self._changed.wait_for(self._is_called, PAUSE if self._tokens else 0)
+        while not self._is_called() and self._warm():
             pass
         with self._changed:
-            while not (self._waiting or self._running or self._is_ending):
-                self._changed.wait()
+            self._changed.wait_for(self._is_called)
             return bool(self._waiting or self._running)
+
+    def _is_called(self) -> bool:
+        return bool(self._waiting or self._running or self._is_ending)
 
     def _warm(self) -> bool:
         """Have some of what is to come compiled, where the framework compiles: whether there may be more of it."""

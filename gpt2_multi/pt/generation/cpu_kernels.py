@@ -93,9 +93,22 @@ class Block(NamedTuple):
         qkv = self.c_attn(self.ln_1(x), None).view(*x.shape[:2], 3, *self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (R, H, T, D)
         k, v = cache.extend(layer, k, v)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        x = self.attn_proj(a.transpose(1, 2).flatten(2), x)
+        x = self.attn_proj(attended(q, k, v, bias, self.scale), x)
         return self.mlp_proj(self.c_fc(self.ln_2(x), None), x)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """(R, H, T, D), keys and values (R, H, S, D) and a bias of scores -> (R, T, E)
+
+    Of one token in each of several rows by a call for all heads, each of which is little for SDPA's own products.
+    """
+    rows, heads, length, size = q.shape
+    if length > 1 or rows == 1 or bias is None or bias.shape[1] > 1 or q.dtype != torch.float32:
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return a.transpose(1, 2).flatten(2)
+    added = bias.expand(rows, heads, 1, -1).reshape(rows * heads, 1, -1)
+    scores = torch.baddbmm(added, q.reshape(-1, 1, size), k.flatten(0, 1).mT, alpha=scale)  # (R * H, 1, S)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(rows, 1, -1)
 
 
 class Kernels(NamedTuple):

@@ -200,6 +200,26 @@ def test_a_prompt_is_echoed_with_what_it_scores(scripted):
     assert (only.text, only.reason, only.tokens) == ("\u00e9a", "length", [])
 
 
+def test_nothing_is_compiled_between_jobs_that_follow_each_other(scripted, monkeypatch):
+    calls, are_warm = [], threading.Event()
+
+    def warm(slots):
+        calls.append(len(calls))
+        if len(calls) == 3:
+            are_warm.set()
+        return len(calls) < 3
+
+    monkeypatch.setattr(Scripted, "warm", warm, raising=False)
+    monkeypatch.setattr(engines, "PAUSE", 600.0)
+    engine, _ = scripted
+    engine.start()
+    assert are_warm.wait(60)
+    for number in range(5):
+        assert ask(engine, [number], "abc", new=1).reason == "length"
+    engine.stop()
+    assert len(calls) == 3
+
+
 def test_as_many_wait_as_may(scripted):
     engine, _ = scripted
     heard = [ask(engine, [i]) for i in range(3)]
