@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -84,13 +85,15 @@ class Session:
 
     def obey(self, line: str) -> None:
         """Carry out a command: its name without the slash, and what stands behind it."""
-        said, _, value = line.partition(" ")
+        said, value = f"{line.strip()} ".split(" ", 1)
         name, value = said.replace("-", "_"), value.strip()
         commands: dict[str, Callable[[str], None]] = {
             "retry": self._retry, "undo": self._undo, "text": lambda _: _print(self.text + "\n"), "new": self._new,
             "save": self._save, "greedy": self._greedy, "help": _help,
         }  # fmt: skip
         if name in commands:
+            if value and name != "save":
+                raise InputError(f"/{said}: takes nothing behind it, found {value!r}; leave that out")
             commands[name](value)
         elif name in OPTIONS:
             self._set(name, value)
@@ -147,11 +150,13 @@ def interact(writer: Writer, start: str) -> None:
     """Take turns until the end of the input, or /quit. What the model writes goes to standard output."""
     with suppress(ImportError):
         import readline  # noqa: F401 - `input` has a history then, which is not where there is no such library
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that one line is refused, and those after it are read
     session = Session(writer, start, [])
     if sys.stdin.isatty():
         _say("What you type is a part of the text, and the model goes on with it. /help shows what else there is.")
     _print(start)
-    while (line := _line()) not in (None, "/quit"):
+    while (line := _line()) is not None and line.rstrip() != "/quit":
         try:
             if line.startswith("/") and not line.startswith("//"):
                 session.obey(line[1:])
@@ -183,15 +188,33 @@ def _line() -> str | None:
     lines: list[str] = []
     while not lines or lines[-1].endswith("\\"):
         try:
-            lines.append(input(("> " if not lines else "| ") if sys.stdin.isatty() else ""))
+            lines.append(_asked("> " if not lines else "| "))
         except KeyboardInterrupt:  # of a line, not of the program
             _print("\n")
             lines = []
         except EOFError:
             if sys.stdin.isatty():
-                _print("\n")
-            return None
+                _say("")
+            if not lines:
+                return None
+            break  # the end of the input is that of its last line
+        except UnicodeEncodeError:
+            _say("expected UTF-8, found bytes that are none; this line is left out")
+            lines = []
     return "\n".join(line.removesuffix("\\") for line in lines)
+
+
+def _asked(sign: str) -> str:
+    """A line, for which a sign asks whoever is there; UnicodeEncodeError where it is no text.
+
+    Where standard output is no terminal, it is given the text alone.
+    """
+    if sys.stdin.isatty() and not sys.stdout.isatty():
+        sys.stderr.write(sign)
+        sys.stderr.flush()
+    line = input(sign if sys.stdin.isatty() and sys.stdout.isatty() else "")
+    line.encode()
+    return line
 
 
 def _help(_: str) -> None:

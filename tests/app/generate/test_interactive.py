@@ -73,6 +73,19 @@ def test_lines_are_joined_and_slashes_are_written(tiny: Path) -> None:
     assert told(tiny, "//x", "/text")[0].endswith("\n/x" + written(tiny, "/x", 0) + "\n")
 
 
+def test_the_end_of_the_input_ends_a_line_too(tiny: Path) -> None:
+    args = ("--model", tiny, "--max-new-tokens", "9", "--interactive")
+    assert good("generate", *args, stdin=b"a\\\nHello\\") == written(tiny, "a\nHello", 0) + "\n"
+    assert told(tiny, "/quit ", "b") == ("", "")
+
+
+def test_a_line_that_is_no_text_is_refused_and_the_next_is_read(tiny: Path) -> None:
+    args = ("generate", "--model", tiny, "--max-new-tokens", "9", "--interactive")
+    result = run(*args, stdin=b"a\xff\nHello\n")
+    assert result.stdout == written(tiny, "Hello", 0) + "\n"
+    assert result.stderr.startswith("expected UTF-8, found bytes that are none; this line is left out")
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
@@ -83,6 +96,8 @@ def test_lines_are_joined_and_slashes_are_written(tiny: Path) -> None:
         ("/temperature 0", "temperature: expected a number from 1e-9"),
         ("/top-k 0.5", "top_k: expected a whole number"),
         ("/top-k many", "expected a number, found 'many'"),
+        ("/undo 3", "/undo: takes nothing behind it, found '3'; leave that out"),
+        ("/greedy 0.7", "/greedy: takes nothing behind it"),
         ("/save", "/save: expected the name of a file; give one"),
         ("/save /no/such/folder/a", "/save: /no/such/folder/a cannot be written (No such file or directory)"),
         ("/help", "What you type becomes a part of the text"),
