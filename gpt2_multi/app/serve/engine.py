@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 PAUSE = 1.0  # seconds without a job after which nobody seems to ask for one text after the other
+SCORED = 128  # tokens of echoed prompts, or one prompt, that are scored between two steps: others wait no longer
 
 
 class Token(NamedTuple):
@@ -190,8 +191,10 @@ class Engine:
         """Take in who may come, and give each text one token more."""
         self._open()
         self._end_early()
-        while self._slots.free and (text := self._next()):
+        budget = SCORED
+        while self._slots.free and budget > 0 and (text := self._next()):
             self._admit(text)
+            budget -= text.scored
         if self._running:
             self._tell(self._slots.step())
 
@@ -268,6 +271,11 @@ class Text:
         self.made = self.given = 0  # tokens, characters
         self.held, self.is_cut = "", False
         self.tokens: list[Token] = []  # which wait with it
+
+    @property
+    def scored(self) -> int:
+        """How many tokens of its prompt are scored before it begins."""
+        return len(self.job.ids) if self.job.echo and self.job.logprobs is not None else 0
 
     def begin(self, slots: Any) -> None:
         """Give the prompt, where that is asked for."""

@@ -220,6 +220,21 @@ def test_nothing_is_compiled_between_jobs_that_follow_each_other(scripted, monke
     assert len(calls) == 3
 
 
+def test_who_writes_gets_a_token_between_two_prompts_that_are_scored(scripted, monkeypatch):
+    engine, made = scripted
+    before = []  # each score, how many tokens were made
+    score = Scripted.score
+    monkeypatch.setattr(Scripted, "score", lambda *given: before.append(engine.counts["tokens"]) or score(*given))
+    monkeypatch.setattr(engines, "SCORED", 3)
+    writer = ask(engine, [1], new=5)
+    short, long = ([ask(engine, [5] * length, new=0, echo=True, logprobs=1)] for length in (2, 9))
+    engine.most = 9
+    more = [ask(engine, [6] * 9, new=0, echo=True, logprobs=1) for _ in range(2)]
+    engine.start()
+    assert {one.reason for one in [writer, *short, *long, *more]} == {"length"}
+    assert before == [0, 0, 1, 2] and made
+
+
 def test_as_many_wait_as_may(scripted):
     engine, _ = scripted
     heard = [ask(engine, [i]) for i in range(3)]
