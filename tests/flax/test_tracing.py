@@ -12,6 +12,8 @@ from gpt2_multi.model.checkpoint.quantized import with_method
 from gpt2_multi.model.config import GPT2Config
 from tests.support.effort import THOROUGH
 
+jax.config.update("jax_enable_x64", True)  # with which more dtypes can meet
+
 CONFIG = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=4, eos_token_id=None, pad_token_id=0)
 IDS = np.random.RandomState(0).randint(1, 50, (3, 6)).astype("int32")
 MASK = np.array([[1] * 4 + [0] * 2, [0] * 2 + [1] * 4, [1] * 6], "int32")

@@ -210,7 +210,7 @@ def keep_top_k(logits: Array, tokens: Array, k: Any) -> Array:
 
     def of_all() -> Array:
         keys = ordered(logits)
-        last = greatest(keys, lambda key: (keys >= key).sum(-1, keepdims=True) >= k)
+        last = greatest(keys, lambda key: (keys >= key).sum(-1, keepdims=True, dtype=jnp.int32) >= k)
         return without(logits, (keys < last) & (k > 0))
 
     return lax.cond((k <= tokens.shape[1]).all(), of_few, of_all)
