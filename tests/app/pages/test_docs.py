@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib.util
 import io
+import json
 import re
 import shlex
 import shutil
@@ -17,11 +18,14 @@ from click.testing import CliRunner
 
 from gpt2_multi.app import cli
 from gpt2_multi.files import hub
+from tests.support.effort import THOROUGH
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"^ *print\(.*\)  # (.+)$", re.MULTILINE)
+# Whose time goes to compiling one layer after the other, and which prints what is true of any number of layers.
+SHALLOW = () if THOROUGH else ("docs/keras.md",)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -33,13 +37,30 @@ def pages_with(language, text=""):
     return [page for page in PAGES if any(text in code for code in blocks(page, language))]
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """The demo's folder with the first of its layers alone."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("shallow") / "demo"
+    shutil.copytree(hub.DEMO, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8")) | {"n_layer": 1}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if ".h." not in name or ".h.0." in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # in Keras' savers
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated:UserWarning")  # of which devices have another
 @pytest.mark.parametrize("page", pages_with("python"))
-def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, shallow, monkeypatch):
     for framework in ("torch", "tensorflow", "flax"):
         pytest.importorskip(framework)
     monkeypatch.chdir(tmp_path)
+    if page in SHALLOW:
+        monkeypatch.setattr(hub, "DEMO", shallow)
     names = {}
     gc.freeze()  # what was imported just now: Keras collects garbage for every variable that is deleted
     for code in blocks(page, "python"):

@@ -16,13 +16,10 @@ import gpt2_multi
 
 FRAMEWORKS = frozenset({"torch", "tensorflow", "keras", "jax", "flax", "transformers"})
 MAY_LOAD = {
-    "gpt2_multi.pt": {"torch"},
-    "gpt2_multi.tf": {"tensorflow", "keras"},
-    "gpt2_multi.flax": {"jax", "flax"},
-    "gpt2_multi.app.train.engines.pt": {"torch"},
-    "gpt2_multi.app.train.engines.tf": {"tensorflow", "keras"},
-    "gpt2_multi.app.train.engines.flax": {"jax", "flax"},
-}
+    "pt": {"torch"},
+    "tf": {"tensorflow", "keras"},
+    "flax": {"jax", "flax"},
+}  # and so may the engine that trains with each
 OPTIONAL = {"gpt2_multi.app.evaluate.harness"}  # which lm_eval imports
 if not importlib.util.find_spec("starlette"):  # of the extra `serve`
     OPTIONAL |= {f"gpt2_multi.app.serve.{name}" for name in ("api", "guards", "server")}
@@ -47,19 +44,25 @@ def test_the_walk_finds_the_package() -> None:
     assert {"gpt2_multi.model.config", "gpt2_multi.files.hub", "gpt2_multi.pt"} <= set(modules())
 
 
-@pytest.mark.parametrize("package", MAY_LOAD)
-def test_a_package_loads_its_own_framework_only(package: str) -> None:
-    own = MAY_LOAD[package]
+def packages(name: str) -> tuple[str, str]:
+    """Those of a backend."""
+    return f"gpt2_multi.{name}", f"gpt2_multi.app.train.engines.{name}"
+
+
+@pytest.mark.parametrize("name", MAY_LOAD)
+def test_packages_load_their_own_framework_only(name: str) -> None:
+    own = MAY_LOAD[name]
     for framework in own:
         pytest.importorskip(framework)
-    inside = [module for module in modules() if module.startswith(package)]
+    inside = [module for module in modules() if module.startswith(packages(name))]
     before, after = loaded_by(*(f"import {', '.join(names)}" for names in (sorted(own), inside)))
     assert after & FRAMEWORKS <= own | before  # TensorFlow loads JAX where it is
 
 
 def test_a_module_of_the_core_loads_no_framework_and_may_be_the_first() -> None:
     """One process, which forgets the package after each module; what is not there in the end was never there."""
-    core = [module for module in modules() if module not in OPTIONAL and not module.startswith(tuple(MAY_LOAD))]
+    theirs = tuple(package for name in MAY_LOAD for package in packages(name))
+    core = [module for module in modules() if module not in OPTIONAL and not module.startswith(theirs)]
     forget = "[sys.modules.pop(name) for name in [*sys.modules] if name.partition('.')[0] == 'gpt2_multi']"
     (loaded,) = loaded_by("\n".join(f"import sys, {module}; {forget}" for module in core))
     assert not loaded & FRAMEWORKS and not loaded & {"conversion", "gpt2_multi_conversion"}
