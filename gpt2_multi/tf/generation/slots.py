@@ -177,6 +177,7 @@ class Slots:
         slot = self.join([0, 0][: self.model.config.n_positions - 1], NOBODY)
         self.step()
         self.leave(slot)
+        self.functions.score.get_concrete_function()
         return True
 
     def _read_prompts(self) -> list[tuple[Reading, tuple[Pair, ...]]]:

@@ -59,6 +59,7 @@ def test_each_row_has_its_own_options():
 def test_each_row_gets_what_it_gets_alone_by_one_trace(model, arrays):
     texts = Slots(model, 4)
     assert texts.warm() and not texts.warm()
+    assert all(function.experimental_get_tracing_count() == 1 for function in texts.functions)
     for seed in range(some(20, 2)):
         given = jobs(seed, 16, VOCAB, POSITIONS)
         assert served(texts, given, seed) == [made_alone(SMALL, arrays, job) for job in given]
