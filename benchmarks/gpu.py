@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -196,16 +197,25 @@ def training(small: bool, theirs: bool = False) -> None:
     if theirs:
         return
     rows = 2 if small else 8
-    for attention in ("sdpa", "eager"):
+    for attention in ("sdpa", "eager", "flash_attention_2"):
         with going_on("training, plain", attention):
             of_steps(here, f"training gpt2, {rows} x {length}, {attention} attention", attention, rows, length)
+    for attention in ("sdpa", "flash_attention_2"):
+        with going_on("training, documents in a row", attention):
+            what = f"training gpt2, {rows * 8} documents in a row of {rows * length}, {attention} attention"
+            of_steps(here, what, attention, 1, rows * length, documents=rows * 8)
 
 
-def of_steps(here: Torch, what: str, attention: str, rows: int, length: int, compiled: bool = False) -> None:
-    """Forward, backward and fused AdamW, bfloat16 by autocast."""
+def of_steps(
+    here: Torch, what: str, attention: str, rows: int, length: int, compiled: bool = False, documents: int = 0
+) -> None:
+    """Forward, backward and fused AdamW, bfloat16 by autocast; of so many documents of different lengths in a row."""
     torch, model = here.torch, here.model("gpt2", "float32", attention).train()
     optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), here.ids(rows, length)
     more = {"skip_logits": True} if "skip_logits" in signature(model.forward).parameters else {}
+    if documents:
+        ends = [length * (i + i % 2) // documents for i in range(documents)] + [length]  # short, long, short, ...
+        more["position_ids"] = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])[None].to(here.device)
 
     def loss() -> Any:
         with torch.autocast(here.device, torch.bfloat16):

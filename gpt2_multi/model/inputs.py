@@ -17,6 +17,9 @@ from gpt2_multi.model.config import GPT2Config
 Shape = Sequence[int | None]  # None: not known yet
 OLD_NAMES = {"past": "past_key_values", "lm_labels": "labels"}  # of 2019 and 2020 -> today's
 
+# What transformers' DataCollatorWithFlattening gives beside position_ids that begin again with each document.
+PACKED = frozenset(["cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"])
+
 
 class Facts(NamedTuple):
     """What is known of an array: `kind` is "integers", "floats", "strings" or "others".
@@ -107,17 +110,21 @@ def check_call(
     past: int | None,
     keys: int | None,
     values: bool = True,
+    are_apart: bool = False,
 ) -> None:
     """Every input of the body has to fit the configuration and the others.
 
     `tables` are the rows of the embeddings of tokens and of positions, `past` the tokens in the cache, `keys` the
     columns of a mask; None is not known yet. Without `values` shapes are looked at alone: nothing waits for the device.
+    Where `are_apart`, positions that begin again without a mask are those of documents that do not see each other.
     """
     batch, length = check_source(config, given).shape[:2]
     _check_beside(config, given, batch, length, keys)
     check_states(config, batch, given)
     if values:
         _check_values(given, tables, None if past is None or length is None else past + length)
+        if "position_ids" in given and not (are_apart and "attention_mask" not in given):
+            _warn_of_documents(given["position_ids"], given.get("attention_mask"))
 
 
 def _check_beside(
@@ -158,6 +165,60 @@ def _check_values(given: Mapping[str, Facts], tables: tuple[int, int], keys: int
         check_positions(*(extremes(given["position_ids"]) or (0, 0)), tables[1])
     elif keys is not None and keys > tables[1]:  # or no mask can make them too many
         check_positions(0, _counted(given.get("attention_mask"), keys) - 1, tables[1])
+
+
+def _warn_of_documents(places: Facts, mask: Facts | None) -> None:
+    """Positions that begin again look like those of several documents, which see each other all the same."""
+    found, keep = places.values(), None if mask is None else mask.values()
+    if found is None or found.shape[-1] < 2 or (mask is not None and (keep is None or len(mask.shape) != 2)):
+        return
+    keep = np.ones_like(found, bool) if keep is None else keep[:, -found.shape[-1] :] != 0
+    found = np.broadcast_to(found, keep.shape)
+    first = np.take_along_axis(found, keep.argmax(-1)[:, None], -1)
+    breaks = (np.diff(found) != 1) & keep[:, 1:] & keep[:, :-1]
+    if (breaks.any(-1) & (~breaks | (found[:, 1:] == first)).all(-1)).any():  # others are no documents
+        warnings.warn(
+            "position_ids: begin again within a row, whose tokens see all before them; to keep documents apart give an "
+            "attention_mask of rank 4 or, in PyTorch, no mask and use_cache=False",
+            stacklevel=2,
+        )
+
+
+def check_alone(position_ids: object, past: object, use_cache: bool | None) -> None:
+    """Documents in a row have positions of their own, and no cache."""
+    if position_ids is None:
+        raise InputError(
+            "position_ids: expected beside where documents begin, found None; give those that begin again with each, "
+            "as DataCollatorWithFlattening does with return_position_ids=True"
+        )
+    if past is not None or use_cache:
+        raise InputError("use_cache: documents in a row have no cache; leave it and past_key_values out")
+
+
+def check_documents(begins: Facts, told: Mapping[str, Facts]) -> None:
+    """What says where documents begin has to say what the positions (B, T) do, of which `begins` has a 1 at each."""
+    check_shape("position_ids", begins.shape, (None, None))
+    if (values := begins.values()) is None:
+        return
+    values = values.copy()
+    values[:, :1] = 1
+    ends = [*np.flatnonzero(values), values.size]
+    expected: dict[str, Any] = dict.fromkeys(["cu_seq_lens_q", "cu_seq_lens_k"], ends)
+    expected |= dict.fromkeys(["max_length_q", "max_length_k"], int(np.diff(ends).max(initial=0)))
+    for name, facts in told.items():
+        found = facts.values()
+        if name == "seq_idx":
+            check_shape(name, facts.shape, begins.shape)
+            fits = found is None or bool(((np.diff(found) != 0) == values[:, 1:]).all())
+        elif name.startswith("cu"):
+            fits = found is None or [*dict.fromkeys(found.tolist())] == ends
+        else:
+            fits = found is None or int(found) == expected[name]
+        if not fits:
+            wanted = "" if name == "seq_idx" else f"expected {np.array(expected[name]).tolist()} by position_ids, "
+            raise InputError(
+                f"{name}: {wanted}found {found.tolist()}; documents begin where positions do not go on by one"
+            )
 
 
 def _counted(mask: Facts | None, keys: int) -> int:

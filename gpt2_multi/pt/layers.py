@@ -71,11 +71,17 @@ def facts(name: str, x: object) -> Facts:
 
 
 def is_concrete(x: Tensor) -> bool:
-    """Whether a tensor has values already, and may be asked for them: not while anything is traced."""
+    """Whether a tensor has values already, and may be asked for them: not while anything is traced, or CUDA trains."""
+    waits = x.is_cuda and torch.is_grad_enabled()  # a step must not; CUDA's kernels stop at a wrong index themselves
+    return not waits and has_values(x)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor has values already, for which a device may have to be waited: not while anything is traced."""
     if torch.compiler.is_compiling() or x.is_meta or active_fake_mode() is not None:
         return False
-    if x.is_cuda and (torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing()):
-        return False  # a training step must not wait, a graph cannot; CUDA's kernels stop at a wrong index themselves
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
     is_plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__  # no fake one, no DTensor
     return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 

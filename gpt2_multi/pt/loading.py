@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from importlib.util import find_spec
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -22,6 +23,7 @@ from gpt2_multi.model.checkpoint.quantized import DTYPE, SCALE, Quantized, check
 from gpt2_multi.model.config import SETTINGS, GPT2Config, check_config
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight, table
+from gpt2_multi.pt.attention import FLASH
 from gpt2_multi.pt.layers import (
     NUMPY,
     SCALED,
@@ -577,11 +579,18 @@ class GPT2PreTrainedModel(nn.Module):
         self.gradient_checkpointing_disable()
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Compute attention by "sdpa" (PyTorch's fused kernels, the default) or "eager" (plain matrix products)."""
-        if attn_implementation not in ("sdpa", "eager"):
+        """Compute attention by "sdpa" (PyTorch's fused kernels, the default), "eager" (plain matrix products), or
+        "flash_attention_2" (the package flash-attn, in half precision on CUDA).
+
+        What flash-attn lacks, masks of rank 4, one new token, and probabilities, is computed as by the others.
+        """
+        is_flash = attn_implementation == FLASH
+        if attn_implementation not in ("sdpa", "eager") and not (is_flash and find_spec("flash_attn") is not None):
+            how = "install flash-attn for it, on a machine with CUDA (pip install flash-attn), or, since " * is_flash
             raise InputError(
-                f'attn_implementation: expected "sdpa" or "eager", found {attn_implementation!r}; "sdpa" runs the '
-                "fused kernels of PyTorch itself: leave it out"
+                f'attn_implementation: expected "sdpa" or "eager", found {attn_implementation!r}; {how}"sdpa" '
+                f"{'picks the flash kernel' if is_flash else 'runs the fused kernels'} of PyTorch itself"
+                f"{', ' if is_flash else ': '}leave it out"
             )
         self.body.attn_implementation = attn_implementation
         if self.config._attn_implementation != attn_implementation:  # a default leaves no trace

@@ -21,16 +21,23 @@ from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.outputs import BaseModelOutputWithPastAndCrossAttentions, Output
 from gpt2_multi.pt.attention import (
+    FLASH,
     Attention,
     Borrowed,
     Context,
     CrossAttention,
+    Kernel,
     KVCache,
+    begins,
     causal_bias,
+    check_flash,
+    documents,
     is_autocast,
+    kernel,
     key_bias,
     positions,
     score_dtype,
+    together,
 )
 from gpt2_multi.pt.layers import (
     bare_embedding,
@@ -144,6 +151,8 @@ def old_calls(forward: Callable[..., Any]) -> Callable[..., Any]:
         is_old = any(name in given for name in inputs.OLD_NAMES)
         if is_old:
             given = inputs.renamed(f"{type(self).__name__}.forward()", given)
+        if not inputs.PACKED.isdisjoint(given):
+            args, given = (), in_documents(signature(forward).bind_partial, self, args, given)
         ids = args[0] if args else given.get("input_ids")
         if "cache_position" in given:
             check_places(given.pop("cache_position"), ids, given)
@@ -168,6 +177,29 @@ def check_places(places: Tensor | None, ids: Tensor | None, given: Mapping[str, 
     inputs.check_cache_position(facts("cache_position", places), int(before), new)
 
 
+def in_documents(bind: Callable[..., Any], model: Any, args: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What is given of documents in a row, without what says again where each begins, and with no cache of them.
+
+    A mask (B, T) becomes one of rank 4, under which documents do not see each other.
+    """
+    told = {name: given.pop(name) for name in inputs.PACKED & given.keys()}
+    told = {name: x for name, x in told.items() if x is not None}
+    given = {name: x for name, x in bind(model, *args, **given).arguments.items() if name != "self"}
+    if not told:
+        return given
+    inputs.check_alone(given.get("position_ids"), given.get("past_key_values"), given.get("use_cache"))
+    places, mask = given["position_ids"], given.get("attention_mask")
+    inputs.check_documents(facts("position_ids", begins(places).long()), {n: fact(n, x) for n, x in told.items()})
+    if mask is not None and mask.dim() == 2:
+        given["attention_mask"] = together(begins(places).cumsum(-1)) & (mask != 0)[:, None, None]
+    return given | {"use_cache": False}
+
+
+def fact(name: str, x: Any) -> inputs.Facts:
+    """What is known of a tensor, or of a number."""
+    return facts(name, torch.as_tensor(x))
+
+
 def of_row(forward: Callable[..., Any], given: Mapping[str, Any], shape: torch.Size) -> Any:
     """A call whose ids are one row (T,), and so is what stands beside them, and what it gives for each token."""
     row = {name: x[None] if isinstance(x, Tensor) and x.shape == shape else x for name, x in given.items()}
@@ -190,7 +222,8 @@ class GPT2Model(GPT2PreTrainedModel):
     """The bare GPT-2, without a head.
 
     `dtype` is what it computes in, `param_dtype` what it stores; both may be names. Without `dtype` it computes in
-    whatever the parameters are stored in. `attn_implementation` is "sdpa" or "eager"; their results are equal.
+    whatever the parameters are stored in. `attn_implementation` is "sdpa", "eager" or "flash_attention_2", for which
+    the package flash-attn has to be there; their results are equal.
     """
 
     head = "base"
@@ -264,7 +297,9 @@ class GPT2Model(GPT2PreTrainedModel):
         booleans or integers (1 keeps) or floats (added to the scores); no mask shows a token what comes after it.
         past_key_values: a `KVCache`, a (key, value) pair for each layer, or a cache of transformers, which is extended
         in place and returned.
-        position_ids: (B, T) or (1, T); without them a token's position is the count of unmasked tokens before it.
+        position_ids: (B, T) or (1, T); without them a token's position is the count of unmasked tokens before it. With
+        them, and with neither a mask nor a cache (`use_cache=False`), a document begins wherever they do not go on by
+        one, and documents do not see each other, as in transformers.
         head_mask: (H,), (n_layer, H) or (n_layer, B, H, T, S). encoder_hidden_states: (B, encoder length, E),
         encoder_attention_mask: (B, encoder length).
 
@@ -281,9 +316,14 @@ class GPT2Model(GPT2PreTrainedModel):
                 encoder_attention_mask=encoder_attention_mask,
             )  # fmt: skip
         past = cache.length if cache is not None else 0
-        position_ids = positions(source, attention_mask, past) if position_ids is None else position_ids
-        x = self.embed(source, position_ids, token_type_ids)
-        context = self._context(x, cache, attention_mask, encoder_hidden_states, encoder_attention_mask)
+        places = positions(source, attention_mask, past) if position_ids is None else position_ids
+        x = self.embed(source, places, token_type_ids)
+        is_row = position_ids is not None and attention_mask is None and cache is None and x.shape[1] > 1
+        numbers = documents(cast(Tensor, position_ids)) if is_row else None
+        is_seen = self.config.output_attentions if output_attentions is None else output_attentions
+        by_runs = self._kernel(x, attention_mask, numbers, past, not is_seen and head_mask is None)
+        mask = together(numbers) if numbers is not None and by_runs is None else attention_mask
+        context = self._context(x, cache, mask, encoder_hidden_states, encoder_attention_mask, by_runs)
         self._wanted(context, output_attentions, output_hidden_states)
         for layer, (block, heads) in enumerate(zip(self.h, self._head_masks(head_mask), strict=True)):
             note(context.hidden, x)
@@ -314,6 +354,20 @@ class GPT2Model(GPT2PreTrainedModel):
             return (past if is_trusted else as_cache(past, len(self.h))).fork()
         return KVCache() if (self.config.use_cache if use_cache is None else use_cache) else None
 
+    def _kernel(
+        self, x: Tensor, mask: Tensor | None, numbers: Tensor | None, past: int, may_fuse: bool
+    ) -> Kernel | None:
+        """What computes this call's self-attention by runs of tokens; None where a bias serves.
+
+        `numbers` (B, T) are those of documents in a row, or None.
+        """
+        implementation = str(self.attn_implementation)
+        if implementation == FLASH:
+            check_flash(score_dtype(x), x.device, self.config.n_embd // self.config.n_head)
+        if not may_fuse or x.shape[1] == 1 or implementation == "eager" or self.config.reorder_and_upcast_attn:
+            return None
+        return kernel(implementation, x, mask, numbers, past)
+
     def _context(
         self,
         x: Tensor,
@@ -321,12 +375,13 @@ class GPT2Model(GPT2PreTrainedModel):
         mask: Tensor | None,
         states: Tensor | None,
         states_mask: Tensor | None,
+        by_runs: Kernel | None = None,
     ) -> Context:
         past, length = cache.length if cache is not None else 0, x.shape[1]
-        context = Context(cache=cache, states=states)
-        if mask is not None and mask.dim() == 2 and length == 1:
+        context = Context(cache=cache, states=states, kernel=by_runs)
+        if by_runs is None and mask is not None and mask.dim() == 2 and length == 1:
             context.bias = key_bias(mask, score_dtype(x))
-        elif mask is not None or (past and length > 1):
+        elif by_runs is None and (mask is not None or (past and length > 1)):
             context.bias = causal_bias(length, past + length, mask, score_dtype(x), x.device)
         if states is not None and states_mask is not None:
             context.states_bias = key_bias(states_mask, score_dtype(x))
@@ -387,7 +442,7 @@ def check_call(
     if cache is not None:
         if cache.capacity is not None:
             inputs.check_room(length, past, cache.capacity)
-    inputs.check_call(config, found, tables, past, past + (length or 0))
+    inputs.check_call(config, found, tables, past, past + (length or 0), are_apart=cache is None)
 
 
 def as_cache(past: Any, layers: int) -> KVCache | Borrowed:

@@ -80,3 +80,25 @@ def test_sizes_and_values_that_are_not_known_fit(given):
 def test_what_is_known_is_checked(given, sentence):
     with pytest.raises(InputError, match=sentence):
         check(Given(**given))
+
+
+def place(rows, mask=None, are_apart=False):
+    given = {"input_ids": inputs.Facts.of(np.zeros_like(rows)), "position_ids": inputs.Facts.of(np.array(rows))}
+    if mask is not None:
+        given["attention_mask"] = inputs.Facts.of(np.array(mask))
+    inputs.check_call(GPT2Config(), given, (50257, 1024), 0, len(rows[0]), are_apart=are_apart)
+
+
+def test_positions_that_begin_again_are_warned_of():
+    """But not where documents are apart, and not those of padding."""
+    for rows, mask in (([[0, 1, 0, 1]], None), ([[3, 3, 4]], None), ([[1, 0, 1, 0]], [[0, 1, 1, 1]])):
+        with pytest.warns(
+            UserWarning, match="position_ids: begin again within a row, whose tokens see all before them"
+        ):
+            place(rows, mask)
+    place([[0, 1, 0, 1]], are_apart=True)
+    place([[1, 1, 0, 1]], [[0, 0, 1, 1]])
+    place([[0, 1, 0, 0]], [[1, 1, 0, 0]])
+    place([[7, 3, 9, 4]])
+    with pytest.warns(UserWarning, match="position_ids"):
+        place([[0, 1, 0, 1]], [[1, 1, 1, 1]], are_apart=True)

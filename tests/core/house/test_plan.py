@@ -20,7 +20,10 @@ SHARED = (
     "generation/generate", "generation/decoding", "generation/beams", "generation/lookup", "generation/rules",
     "generation/slots",
 )  # fmt: skip
-PLACES = {("flax", "training"): "training/losses"}  # JAX has no loop of its own, so that training is a room there
+PLACES = {
+    ("flax", "training"): "training/losses",  # JAX has no loop of its own, so that training is a room there
+    ("pt", "attention"): "attention/attention",  # PyTorch has kernels for runs of tokens, so that attention is one
+}
 HEADS = (
     "GPT2LMHeadModel", "SequenceSummary", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification",
     "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
@@ -132,6 +135,9 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "recomputed",
                 "old_calls",
                 "check_places",
+                "in_documents",
+                "fact",
+                "GPT2Model._kernel",
                 "of_row",
                 "GPT2Model.dtype",
                 "GPT2Model.tables",

@@ -17,6 +17,7 @@ from torch.utils._pytree import register_pytree_node
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
+from gpt2_multi.pt.attention.kernels import Kernel
 from gpt2_multi.pt.layers import project, projection, replace_parameter
 
 Pair = tuple[Tensor, Tensor]
@@ -214,6 +215,7 @@ class Context:
     bias: Tensor | None = None  # (B or 1, H or 1, T, S)
     cache: KVCache | Borrowed | None = None
     eager: bool = False
+    kernel: Kernel | None = None  # what computes self-attention by runs of tokens, where something does
     states: Tensor | None = None  # (B, encoder length, E)
     states_bias: Tensor | None = None  # (B, 1, 1, encoder length)
     hidden: list[Tensor] | None = None  # lists to fill with what the caller wants to see
@@ -351,7 +353,11 @@ class Attention(BaseAttention):
         q, k, v = (split_heads(t, self.head_dim) for t in qkv.chunk(3, dim=-1))
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
-        x, probs = self.attend(q, k, v, context.bias, True, context.eager, head_mask)
+        if context.kernel is not None:
+            dropout = self.config.attn_pdrop if self.training else 0.0
+            x, probs = merge_heads(context.kernel(q, k, v, dropout, self.scale)), None
+        else:
+            x, probs = self.attend(q, k, v, context.bias, True, context.eager, head_mask)
         return Attended(self.resid_dropout(project(self.c_proj, x)), probs)
 
     @torch.no_grad()
