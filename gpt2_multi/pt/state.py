@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -154,6 +155,35 @@ def check_whole(model: nn.Module, change: str) -> None:
             f"{name}: a model that is cut over processes cannot be {change}; do it before it is cut, or with what "
             "save_pretrained writes"
         )
+
+
+def check_same(name: str, given: object, mesh: Any) -> None:
+    """The processes of a mesh axis have to be given the same, or each would compute a part of something else."""
+    said = crc32(repr(given).encode())
+    both = torch.tensor([said, -said], device=mesh.device_type)
+    dist.all_reduce(both, dist.ReduceOp.MAX, mesh.get_group())
+    if both.sum():
+        raise InputError(
+            f"{name}: expected the same in the {mesh.size()} processes of the mesh axis '{mesh.mesh_dim_names[0]}', "
+            "which compute it together, found others; give them the same rows"
+        )
+
+
+def check_alike(model: Any, name: str, given: object, max_time: float | None = None) -> None:
+    """What calls of a model follow from is the same in all processes that have parts of it, and their clocks are not.
+
+    Otherwise those that call it more often would wait for the others. Of a model that is whole nothing is asked.
+    """
+    mesh: Any = getattr(model, "device_mesh", None)
+    axes = [] if mesh is None else [axis for axis in ("fsdp", "tensor") if axis in mesh.mesh_dim_names]
+    parted = [mesh[axis] for axis in axes if mesh[axis].size() > 1]
+    if parted and max_time is not None:
+        raise InputError(
+            f"max_time: expected none for a model that is cut over processes, whose clocks differ, found {max_time}; "
+            "give max_new_tokens"
+        )
+    for axis in parted:
+        check_same(name, given, axis)
 
 
 def check_meshed(mesh: object, rules: object, **others: object) -> None:

@@ -28,6 +28,7 @@ from gpt2_multi.pt.generation.lookup import Assisted, Lookup
 from gpt2_multi.pt.generation.rules import as_tensors
 from gpt2_multi.pt.layers import facts, is_at_hand, to_numpy
 from gpt2_multi.pt.model import as_cache
+from gpt2_multi.pt.state import check_alike
 
 if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
@@ -112,6 +113,7 @@ def score(
     """
     from gpt2_multi.generation import scoring  # which few programs need
 
+    check_alike(self, "texts", (texts, stride, batch_size))
     was_training = self.training
     try:
         self.eval()  # dropout would score another model
@@ -150,6 +152,10 @@ def request_of(model: Any, config: GenerationConfig, given: Given) -> tuple[Requ
     )  # fmt: skip
     inputs.check_states(model.config, len(request.ids), found)
     check_assisted(request, given)
+    if hasattr(model, "device_mesh"):
+        check_alike(
+            model, "input_ids", (request.ids.tolist(), request.mask.tolist(), config.to_dict()), config.max_time
+        )
     if past is not None:
         check_past(model, past, request)
     where = [x.device for x in (given.input_ids, given.inputs_embeds) if isinstance(x, Tensor)]

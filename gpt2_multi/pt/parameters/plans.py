@@ -26,6 +26,7 @@ from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import TENSOR, Rules, table
 from gpt2_multi.pt.attention import Context
 from gpt2_multi.pt.layers import to_numpy
+from gpt2_multi.pt.state import check_same
 
 HEADED = ("attn", "crossattention")
 
@@ -217,22 +218,10 @@ def together(mesh: DeviceMesh, model: Any, args: tuple[Any, ...], given: dict[st
     In training they go on with the random state of the first, so that dropout is the same in all.
     """
     found = (args[0] if args else given.get("input_ids")), given.get("inputs_embeds")
-    check_same("input_ids", next((x for x in found if isinstance(x, Tensor)), None), mesh)
+    read = [(tuple(x.shape), to_numpy(own(x)).tobytes()) for x in found if isinstance(x, Tensor)]
+    check_same("input_ids", read, mesh)
     config = model.config
     if model.training and (config.embd_pdrop or config.resid_pdrop or config.attn_pdrop):
         state = random_state(mesh.device_type).to(mesh.device_type)
         dist.broadcast(state, group=mesh.get_group(), group_src=0)
         restore(mesh.device_type, state)
-
-
-def check_same(name: str, x: Tensor | None, mesh: DeviceMesh) -> None:
-    """All processes of a mesh axis have to be given the same, or each would compute a part of something else."""
-    shape, values = (None, b"") if x is None else (tuple(x.shape), to_numpy(own(x)).tobytes())
-    said = crc32(values, crc32(str(shape).encode()))
-    both = torch.tensor([said, -said], device=mesh.device_type)
-    dist.all_reduce(both, dist.ReduceOp.MAX, mesh.get_group())
-    if both.sum():
-        raise InputError(
-            f"{name}: expected the same in the {mesh.size()} processes of the mesh axis '{mesh.mesh_dim_names[0]}', "  # type: ignore[index]
-            "which compute it together, found others; give them the same rows, as sharding.shard_batch does"
-        )

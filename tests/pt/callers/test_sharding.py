@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from gpt2_multi import CheckpointError, GPT2Config, InputError, pt
+from gpt2_multi import CheckpointError, GPT2Config, GPT2Tokenizer, InputError, pt
 from gpt2_multi.pt import training
 from gpt2_multi.pt.parameters.resuming import restore_state, save_state, saved_steps
 from gpt2_multi.pt.parameters.sharding import (
@@ -231,7 +231,38 @@ def resumes(mesh, rules, folder):
     return far(go(alone, optimizer, 2, {"input_ids": IDS, "labels": IDS}), rest)
 
 
+def writes(mesh, rules):
+    """Greedy, sampled, by beams, padded, by lookup, static, streamed, continued, and scored, as one process does."""
+    one, many = one_and_many(mesh, rules)
+    tokenizer = GPT2Tokenizer.from_pretrained("demo")
+    padded = dict(attention_mask=(torch.arange(10) > torch.tensor([[0], [3], [5], [1]])).long(), max_new_tokens=8)
+    sampled = dict(do_sample=True, seed=3, top_k=20, max_new_tokens=12)
+    found = []
+    for model in (one.eval(), many.eval()):
+        first = model.generate(IDS, max_new_tokens=4, return_dict_in_generate=True)
+        again = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=2)
+        static = model.generate(IDS, max_new_tokens=6, cache_implementation="static")
+        made = [model.generate(IDS, **padded), model.generate(IDS, **sampled), again, static]
+        made += [model.generate(IDS, num_beams=3, max_new_tokens=5), *model.stream_tokens(IDS, **sampled)]
+        made.append(model.generate(IDS[:1], prompt_lookup_num_tokens=2, max_new_tokens=8))
+        found.append([x.tolist() for x in made])
+    texts, how = [], {"mesh": mesh, "rules": demo_rules(rules)}
+    for cut in (False, True):
+        model = pt.GPT2LMHeadModel.from_pretrained("demo", **(how if cut else {}))
+        known = model.generate("ROMEO:", tokenizer=tokenizer, max_new_tokens=40)  # enough that weights are packed
+        streamed = "".join(model.stream("ROMEO:", tokenizer=tokenizer, max_new_tokens=12, do_sample=True, seed=1))
+        scored = model.score(["ROMEO and Juliet", "to be"], tokenizer=tokenizer)
+        texts.append((known, streamed, [x.perplexity for x in scored]))
+    assert texts[0][:2] == texts[1][:2] and far(texts[0][2], texts[1][2]) < 1e-3
+    return found[0] == found[1]
+
+
+def demo_rules(rules):
+    return {axis: over for axis, over in rules.items() if axis != "vocab"}
+
+
 QUESTIONS = {
+    "writes": writes,
     "float32": partial(learns, dtype="float32"),
     "float64": partial(learns, dtype="float64"),
     "parts": learns_in_parts,
@@ -269,6 +300,14 @@ FAULTS = {
     ),
     "twice": (twice, "model: expected one that is whole, found parameters that are cut already"),
     "rows": (own_rows, "input_ids: expected the same in the 2 processes of the mesh axis 'tensor'"),
+    "prompts": (
+        lambda mesh: shard(make(), mesh, WORDS).generate(IDS // 2 + dist.get_rank(), max_new_tokens=2),
+        "input_ids: expected the same in the 2 processes of the mesh axis 'tensor', which compute it together",
+    ),
+    "clocks": (
+        lambda mesh: shard(make(), mesh, WORDS).generate(IDS, max_new_tokens=2, max_time=9),
+        "max_time: expected none for a model that is cut over processes, whose clocks differ, found 9",
+    ),
     "size": (lambda mesh: make_mesh("data=3"), "product is the number of processes, 2, found 'data=3', which needs 3"),
     "names": (
         lambda mesh: shard(make(), init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)), FSDP),
@@ -332,7 +371,7 @@ def test_a_mesh_computes_and_learns_what_one_process_does(mesh, found):
     print(mesh, answer)
     assert max(answer[name] for name in ("float32", "files", "resumes")) < 1e-5
     assert max(answer[name] for name in ("float64", "parts", "heads", "inside", "planned") if name in answer) < 1e-9
-    assert answer["sizes"] == []
+    assert answer["sizes"] == [] and answer["writes"]
 
 
 def test_dropout_is_the_same_on_a_tensor_axis_and_apart_in_its_heads(found):
