@@ -1,4 +1,4 @@
-"""JSON files: what is read is small, what is written is whole."""
+"""JSON files: what is read is small, what is written is whole, and by one process at a time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from codecs import BOM_UTF8
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
-from gpt2_multi.errors import CheckpointError, GPT2Error, remedy
+from gpt2_multi.errors import CheckpointError, GPT2Error, InputError, remedy
 
 LARGEST = 1 << 22  # bytes of JSON: what is made of them can be seventy times as large
 
@@ -69,3 +69,19 @@ def sync(file: BinaryIO) -> None:
     """Wait until what was written to a file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def hold(file: IO[Any], name: str) -> None:
+    """Keep an open file from every other process that holds it, until it is closed; InputError where one has it.
+
+    `name` is what the sentence begins with. Where the system or the disk has no locks, nothing is kept.
+    """
+    with suppress(ModuleNotFoundError):  # of Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{name}: another process writes there; wait for it, or name another") from None
+        except OSError:  # some network disks have no locks
+            pass

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.hub import SETTINGS, TOKENIZER, WEIGHTS, matches
-from gpt2_multi.files.json_files import read_json, sync, write_whole
+from gpt2_multi.files.json_files import hold, read_json, sync, write_whole
 
 DOCUMENTS, BYTES = 512, 1 << 18  # of a block, whichever is reached first
 
@@ -81,15 +81,20 @@ class Records:
             raise InputError(f"output: expected a name that ends in .jsonl, found {path}; change it")
         if not path.parent.is_dir():
             raise InputError(f"output: there is no folder {path.parent}; make it")
-        self._check_beside()
         self._file = path.open("a+b")
+        try:
+            hold(self._file, f"output: {path}")
+            self._check_beside()
+        except BaseException:
+            self._file.close()
+            raise
         self._file.seek(0)
         self.lines = sum(line.endswith(b"\n") for line in self._file)
         self._file.seek(0)
         self._line = 0
 
     def _check_beside(self) -> None:
-        if not self.path.exists() or not self.path.stat().st_size:
+        if not self.path.stat().st_size:
             write_whole(self.beside, json.dumps({"run": self.run}, indent=2) + "\n")
             return
         if not self.beside.exists():

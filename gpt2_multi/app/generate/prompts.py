@@ -16,7 +16,7 @@ from gpt2_multi.app.generate.writer import Writer
 from gpt2_multi.app.terminal import files_of
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.documents import LONGEST, STDIN, File, TextFile, read
-from gpt2_multi.files.json_files import sync
+from gpt2_multi.files.json_files import hold, sync
 from gpt2_multi.files.progress import watched
 
 FIELD = "prompt"
@@ -41,9 +41,10 @@ def continue_all(writer: Writer, source: str, target: Path, field: str | None, b
         raise InputError("--prompts: expected a file, found standard input, which is read but once; save it first")
     several = writer.config.num_return_sequences
     total = sum(1 for prompt, name in _prompts(files, field) if writer.count(prompt, name) >= 0)
-    done = _kept(target, _prompts(files, field), several, run)
-    rest = (prompt for prompt, _ in islice(_prompts(files, field), done, None))
-    with target.open("ab") as file:
+    with target.open("a+b") as file:
+        hold(file, f"--output {target}")
+        done = _kept(file, target, _prompts(files, field), several, run)
+        rest = (prompt for prompt, _ in islice(_prompts(files, field), done, None))
         try:
             for _ in watched(_written(writer, rest, file, batch_size, run), "Generating", total - done):
                 done += 1
@@ -98,23 +99,21 @@ def _line(record: dict[str, Any]) -> bytes:
     return f"{json.dumps(record)}\n".encode()
 
 
-def _kept(target: Path, prompts: Iterator[tuple[str, str]], several: int, run: str) -> int:
+def _kept(file: BinaryIO, target: Path, prompts: Iterator[tuple[str, str]], several: int, run: str) -> int:
     """For how many prompts the file has all texts, after which it is cut."""
-    if not target.exists():
-        return 0
     whole = lines = 0
-    with target.open("r+b") as file:
-        for prompt, name in prompts:
-            for _ in range(several):
-                line = file.readline(LONGEST)
-                if not line.endswith(b"\n"):
-                    file.truncate(whole)
-                    return lines // several
-                _check(target, lines + 1, line, prompt, name, run)
-                lines += 1
-            whole = file.tell()
-        if file.read(1):
-            raise InputError(f"{target}: has more lines than there are prompts; name another file")
+    file.seek(0)
+    for prompt, name in prompts:
+        for _ in range(several):
+            line = file.readline(LONGEST)
+            if not line.endswith(b"\n"):
+                file.truncate(whole)
+                return lines // several
+            _check(target, lines + 1, line, prompt, name, run)
+            lines += 1
+        whole = file.tell()
+    if file.read(1):
+        raise InputError(f"{target}: has more lines than there are prompts; name another file")
     return lines // several
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.files.folders import replaced
-from gpt2_multi.files.json_files import read_json, write_whole
+from gpt2_multi.files.json_files import hold, read_json, write_whole
 from gpt2_multi.model.checkpoint.saving import is_model_file
 
 KEPT = 2  # states of earlier steps, the last among them
@@ -26,7 +26,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.states, self.tokens = path, path / "state", path / "data"
-        self.begun, self.start = self.states / "run.json", self.states / "start"
+        self.begun, self.start, self.lock = self.states / "run.json", self.states / "start", self.states / "lock"
         self.metrics, self.curve, self.card = path / "metrics.jsonl", path / "curve.svg", path / "README.md"
         self.events = path / "logs"
         self._lock: Any = None
@@ -40,15 +40,19 @@ class Folder:
             raise InputError(f"--out {self.path}: has no run that could go on; leave out --resume")
         if steps and not resume:
             raise InputError(f"--out {self.path}: has a run, of {steps[-1]:,} steps; add --resume, or name another")
-        if not ours and self.path.is_dir() and any(self.path.iterdir()):
+        if not ours and self._has_others():
             raise InputError(f"--out {self.path}: expected an empty folder, found other things in it; name another")
         self.states.mkdir(parents=True, exist_ok=True)
-        if not ours:
+        self._lock = self.lock.open("w")
+        hold(self._lock, f"--out {self.path}")
+        if not self.begun.exists():
             self.begin({})
-        self._lock = locked(self.states / "lock")
-        if self._lock is None:
-            raise InputError(f"--out {self.path}: another process trains in it; wait for it, or name another")
         self._clear()
+
+    def _has_others(self) -> bool:
+        """Whether anything is there but what a process leaves that was killed before it began."""
+        ours, partial = (self.states, self.lock), f".{self.begun.name}."
+        return any(path not in ours and not path.name.startswith(partial) for path in self.path.rglob("*"))
 
     def release(self) -> None:
         """Let another process take the folder."""
@@ -99,18 +103,3 @@ class Folder:
 def stages(place: Path, stem: str) -> Iterator[Path]:
     """The folders that `folders.replaced` had not finished, for targets of such a name."""
     return (path for path in place.iterdir() if re.fullmatch(STAGE.format(stem), path.name) and path.is_dir())
-
-
-def locked(path: Path) -> Any:
-    """An open file that no other process can lock until this one ends; None where one has it."""
-    file = path.open("w")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ModuleNotFoundError:  # not every system has locks
-        pass
-    except OSError:
-        file.close()
-        return None
-    return file

@@ -120,6 +120,15 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "DOCUMENTS", 2)
 
 
+def test_one_run_at_a_time_writes_its_results(data, tmp_path, scorer):
+    pytest.importorskip("fcntl")
+    output = tmp_path / "kept.jsonl"
+    with Records(output, {}), pytest.raises(InputError, match="another process writes there"):
+        Records(output, {"model": "another"})
+    assert json.loads((tmp_path / "kept.json").read_text())["run"] == {}
+    assert len(results(data, scorer, output)) == 7
+
+
 def test_a_run_that_was_stopped_goes_on_and_writes_the_same_bytes(small_blocks, data, tmp_path, scorer):
     expected = results(data, scorer, tmp_path / "whole.jsonl")
     assert [each["document"] for each in expected] == [*range(7)] and expected == results(data, scorer, None)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gpt2_multi.app.generate import prompts as module
+from gpt2_multi.files.json_files import hold
 from tests.app.conftest import copy_of, good, needs_pt, refusal, run
 
 pytestmark = needs_pt
@@ -65,6 +66,14 @@ def test_lines_of_a_text_and_rows_of_parquet(tiny: Path, lines: Path, tmp_path: 
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"ask": ["Hello", "", "b b", "é"]}), tmp_path / "prompts.parquet")
     assert make(tiny, tmp_path / "prompts.parquet", tmp_path / "2.jsonl", *NEW, "--field", "ask") == found
+
+
+def test_one_process_at_a_time_writes_to_a_file(tiny: Path, lines: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    with (tmp_path / "out.jsonl").open("ab") as file:
+        hold(file, "this test")
+        said = refusal("generate", "--model", tiny, "--prompts", lines, "--output", file.name)
+    assert "out.jsonl: another process writes there" in said and not (tmp_path / "out.jsonl").read_bytes()
 
 
 def test_what_is_there_is_not_made_again(tiny: Path, lines: Path, tmp_path: Path, monkeypatch: Any) -> None:

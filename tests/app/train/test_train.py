@@ -345,7 +345,7 @@ def test_one_run_at_a_time_writes_to_a_folder(made: tuple[Path, str]) -> None:
 
     other = Folder(made[0])
     other.claim(resume=True)
-    assert "another process trains in it" in refusal("--out", made[0], "--resume")
+    assert "another process writes there" in refusal("--out", made[0], "--resume")
     other.release()
 
 

@@ -23,11 +23,11 @@ def words(path: Path, facts: Mapping[str, Any], plan: Plan, metrics: Metrics) ->
             f"{path}: saved after step {metrics.steps:,} of {plan.steps:,}{held}\n"
             f"  go on     gpt2-multi train --out {place} --resume"
         )
-    data = shlex.quote(facts["val"] or facts["data"][0])
+    unread = shlex.quote(facts["val"] or "other.txt")  # what it has learned by heart would measure nothing
     lines = [
         f"{path}: {metrics.steps:,} steps in {duration(metrics.seconds)}{held}",
         f'  write     gpt2-multi generate "Once upon a time" --model {place}',
-        f"  measure   gpt2-multi evaluate {place} {data}",
+        f"  measure   gpt2-multi evaluate {place} {unread}",
         f"  serve     gpt2-multi serve {place}",
         *(f"  better    {advice}" for advice in better(facts, plan, metrics)),
     ]
