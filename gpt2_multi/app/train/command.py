@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,19 @@ from gpt2_multi.app.terminal import BACKEND
 from gpt2_multi.app.train.plan import DECAY, EPOCHS, EVALUATIONS, HELD_OUT, LENGTH, MOST, NORM, WARMUP
 
 DTYPES = ("float32", "bfloat16", "float64")
-FRACTION = click.FloatRange(0, 1, max_open=True)
-POSITIVE = click.FloatRange(0, min_open=True)
+
+
+class Finite(click.FloatRange):
+    """A number within bounds; click itself lets nan through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or a refusal that names the option."""
+        found: float = super().convert(value, param, ctx)
+        return found if math.isfinite(found) else self.fail(f"expected a finite number, found {value}", param, ctx)
+
+
+FRACTION = Finite(0, 1, max_open=True)
+POSITIVE = Finite(0, min_open=True)
 
 
 @click.command()
@@ -32,8 +44,8 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--accumulate", type=click.IntRange(1), help="Compute a batch in so many parts, for less memory.")
 @click.option("--lr", type=POSITIVE, help="The learning rate at its highest. Default: by the size of the model.")
 @click.option("--warmup", type=click.IntRange(0), help=f"Steps until --lr is reached. Default: 1/{WARMUP} of all.")
-@click.option("--weight-decay", type=click.FloatRange(0), help=f"Of matrices and embeddings. Default: {DECAY}.")
-@click.option("--max-norm", type=click.FloatRange(0), help=f"Clip gradients to it; 0 for never. Default: {NORM}.")
+@click.option("--weight-decay", type=Finite(0), help=f"Of matrices and embeddings. Default: {DECAY}.")
+@click.option("--max-norm", type=Finite(0), help=f"Clip gradients to it; 0 for never. Default: {NORM}.")
 @click.option("--dropout", type=FRACTION, help="Of embeddings, residuals and attention. Default: the model's.")
 @click.option("--lora", type=click.IntRange(1), metavar="RANK", help="Train adapters of this rank alone.")
 @click.option("--val", metavar="FILE", help="What to measure the held-out loss on.")

@@ -150,8 +150,8 @@ def divided(tokens: Tokens, fraction: float, end: int | None) -> tuple[Tokens, T
     cut = len(tokens) - round(len(tokens) * fraction)
     if not 0 < cut < len(tokens):
         raise InputError(
-            f"val_fraction: {fraction} of {len(tokens)} tokens leaves a part without any; give a longer text, or choose "
-            "another"
+            f"val_fraction: {fraction} of {len(tokens)} tokens leaves a part without any; give a longer text, or "
+            "choose another"
         )
     reach = min(cut // 2, (len(tokens) - cut) // 2, 1 << 20)
     ends = cut - reach + 1 + np.flatnonzero(tokens[cut - reach : cut + reach] == end)  # each the place behind one
