@@ -119,6 +119,13 @@ def tf(session: nox.Session) -> None:
 
 
 @nox.session
+def large(session: nox.Session) -> None:
+    """Run what needs bitsandbytes and torchao: 46 MB to fetch, 150 MB on the disk, seconds to import."""
+    install(session, ".[pt,large]", *TOOLS, *PEERS)
+    pytest(session, "--backends=pt", "tests/pt/callers/large")
+
+
+@nox.session
 def pt_oldest(session: nox.Session) -> None:
     """Run PyTorch's tests on the oldest versions that pyproject.toml allows; the other sessions have the newest."""
     oldest(session, "pt", "accelerate==1.2.0", "peft==0.14.0", "transformers==4.46.3")  # all of one year

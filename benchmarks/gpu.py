@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # operations a second 
 PARTS = {  # part -> the packages that it needs, and its share of the time
     "generation": (("torch",), 0.25),
     "generation_transformers": (("torch", "transformers"), 0.25),
+    "quantized": (("torch", "bitsandbytes"), 0.1),
     "training": (("torch",), 0.2),
     "training_transformers": (("torch", "transformers"), 0.12),
     "jax": (("jax", "flax"), 0.18),
@@ -148,6 +150,27 @@ def generation(small: bool, theirs: bool = False) -> None:
         model, ids = here.model("gpt2-large", "bfloat16").eval(), here.ids(1, 1024)
         took = seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), here.wait)
         say("gpt2-large, bfloat16, prompt of 1024", here.who, took * 1e3, "ms")
+
+
+def quantized(small: bool) -> None:
+    """Milliseconds of a token, and bytes of the weights, in NF4 and in the two kinds of int8."""
+    from gpt2_multi import BitsAndBytesConfig
+    from gpt2_multi.pt import GPT2LMHeadModel
+
+    here, twice = Torch(small, False), {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    kinds: dict[str, dict[str, Any]] = {
+        "NF4": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **twice)},
+        "LLM.int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        "int8": {"quantization": "int8"},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        here.model("gpt2-xl", "bfloat16").cpu().save_pretrained(folder)
+        for name, given in kinds.items():
+            with going_on(what := f"gpt2-xl, {name}, batch 1", OURS):
+                here.forget()
+                model = GPT2LMHeadModel.from_pretrained(folder, dtype="bfloat16", device_map=here.device, **given)
+                say(f"{what}, weights", OURS, model.get_memory_footprint() / 1e9, "GB")
+                of_tokens(here, model, what, 1)
 
 
 def of_tokens(here: Torch, model: Any, what: str, rows: int) -> None:
@@ -283,8 +306,8 @@ def jax(small: bool) -> None:
 
 def part(name: str, small: bool) -> None:
     """Measure one part, in this process."""
-    if name == "jax":
-        jax(small)
+    if name in ("jax", "quantized"):
+        (jax if name == "jax" else quantized)(small)
     else:
         kind, _, theirs = name.partition("_")
         (generation if kind == "generation" else training)(small, bool(theirs))

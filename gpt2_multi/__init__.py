@@ -54,8 +54,8 @@ if TYPE_CHECKING:  # what type checkers read; `as` says that a name is given on
     from gpt2_multi.generation.config import GenerationConfig as GenerationConfig
     from gpt2_multi.generation.request import set_seed as set_seed
     from gpt2_multi.generation.scoring import TextScore as TextScore
+    from gpt2_multi.model.checkpoint.programs import BitsAndBytesConfig as BitsAndBytesConfig
     from gpt2_multi.model.config import AutoConfig as AutoConfig
-    from gpt2_multi.model.config import BitsAndBytesConfig as BitsAndBytesConfig
     from gpt2_multi.model.config import GPT2Config as GPT2Config
     from gpt2_multi.model.outputs import (
         BaseModelOutputWithPastAndCrossAttentions as BaseModelOutputWithPastAndCrossAttentions,
@@ -152,7 +152,8 @@ _ROOMS = {  # what each shows here; the packages of the frameworks show more
     "generation.config": ("GenerationConfig",),
     "generation.request": ("set_seed",),
     "generation.scoring": ("TextScore",),
-    "model.config": ("AutoConfig", "BitsAndBytesConfig", "GPT2Config"),
+    "model.checkpoint.programs": ("BitsAndBytesConfig",),
+    "model.config": ("AutoConfig", "GPT2Config"),
     "model.outputs": (
         "BaseModelOutputWithPastAndCrossAttentions",
         "CausalLMOutputWithCrossAttentions",

@@ -37,8 +37,8 @@ class Refused(NamedTuple):
 
 _QUANTIZED = Refused(
     (None, False),
-    'no other program quantizes a model here; leave it out, and give param_dtype="bfloat16" for half the memory, or '
-    'quantization="int8"',
+    "other programs quantize PyTorch's models alone, by quantization_config; leave it out, and give "
+    'param_dtype="bfloat16" for half the memory, or quantization="int8"',
 )
 _PARALLEL = Refused((None, False), "a model is loaded whole; leave it out, and split the model afterwards")
 _EXPORTED = Refused(
@@ -54,7 +54,7 @@ REFUSED: Mapping[str, Refused] = {
         'a model is made where its framework computes; load it within tf.device("cpu") or '
         'jax.default_device(jax.devices("cpu")[0])',
     ),
-    "max_memory": Refused((None,), 'a model is not split over devices; leave it out, or give device_map="cpu"'),
+    "max_memory": Refused((None,), "PyTorch's models alone are split over devices; leave it out"),
     "state_dict": Refused((None,), "only PyTorch's models have state dicts; give the folder that holds the weights"),
     "adapter_kwargs": Refused((None, {}), "adapters are PEFT's: PeftModel.from_pretrained(model, folder)"),
     "adapter_name": Refused((None, "default"), "adapters are PEFT's: PeftModel.from_pretrained(model, folder)"),

@@ -294,6 +294,12 @@ class GPT2Config:
         )
 
     @property
+    def quantizer(self) -> str | None:
+        """The program that has quantized the weights: "gpt2-multi" in int8, or another; None where none has."""
+        found = self.extra.get("quantization_config")
+        return found if found is None else str(found.get("quant_method") if isinstance(found, Mapping) else found)
+
+    @property
     def use_return_dict(self) -> bool:
         """Whether a call returns a dataclass where it is not told otherwise, or else a tuple."""
         return self.return_dict and not self.torchscript
@@ -467,10 +473,3 @@ def _find(name_or_path: str | os.PathLike[str], given: Mapping[str, Any]) -> tup
 
 _ALWAYS_WRITTEN = [f.name for f in fields(GPT2Config)].index("pad_token_id")
 AutoConfig = GPT2Config  # there is one architecture
-
-
-class BitsAndBytesConfig:
-    """What scripts of transformers ask bitsandbytes for. No model here is quantized so: `from_pretrained` says that."""
-
-    def __init__(self, **options: Any) -> None:
-        self.options = options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -247,6 +249,13 @@ def fingerprint(x: Tensor) -> Tensor:
     bits = x.detach().view(integers).flatten(0, -2)  # (N, E)
     wide = torch.int64 if x.itemsize == 1 else integers  # sums of bytes would say little
     return torch.cat([bits.sum(1, dtype=wide), bits.sum(0, dtype=wide), bits[:, 0]])
+
+
+def give_back() -> None:
+    """Have memory that was freed go back to the system; of blocks that are not huge, glibc keeps it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def initialise(weight: Weight, tensor: Tensor, scale: Tensor | None = None) -> Tensor:

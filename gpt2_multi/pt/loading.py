@@ -10,6 +10,7 @@ from functools import partial
 from importlib.util import find_spec
 from inspect import Parameter, signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
@@ -35,12 +36,16 @@ from gpt2_multi.pt.layers import (
     to_numpy,
     to_torch,
 )
+from gpt2_multi.pt.parameters import placement
+from gpt2_multi.pt.parameters import quantization as quantization_
 from gpt2_multi.pt.state import (
     check_in,
     check_meshed,
+    check_present,
     check_rows,
     check_transformer,
     check_whole,
+    fetched,
     fill_own,
     gather,
     is_callers,
@@ -51,6 +56,7 @@ from gpt2_multi.pt.state import (
     own_shapes,
     register_hooks,
     rows,
+    same,
     whole_array,
     write_together,
 )
@@ -60,6 +66,7 @@ if TYPE_CHECKING:
 
     from gpt2_multi.model.checkpoint import Loaded
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 _files_follow: ContextVar[bool] = ContextVar("files_follow", default=False)  # so that no parameter is filled twice
 
 
@@ -201,7 +208,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def _freeze(self) -> None:
         """Integers do not train, and so the rest of a quantized body does not, unless somebody wants it."""
-        if self.config.quantization is not None:
+        if self.config.quantizer is not None:
             self.body.requires_grad_(False)
 
     def _scale(self, weight: Weight) -> Any:
@@ -283,7 +290,10 @@ class GPT2PreTrainedModel(nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         attn_implementation: str | None = None,
         device_map: Any = None,
+        max_memory: Mapping[Any, int | str] | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
         quantization: str | None = None,
+        quantization_config: Any = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         mmap: bool = False,
@@ -315,13 +325,19 @@ class GPT2PreTrainedModel(nn.Module):
         CheckpointError or ConfigError for anything that does not fit, InputError for an argument that cannot be
         honoured, and TypeError for one that does not exist.
         """
-        from gpt2_multi.model.checkpoint import load, load_state, two_dtypes  # with all formats, when a file is met
+        from gpt2_multi.model.checkpoint import Programs, load, load_state, said_by, two_dtypes  # when a file is met
 
         read: Any = load
         if state_dict is not None or pretrained_model_name_or_path is None:
             read = partial(load_state, {name: to_numpy(tensor) for name, tensor in (state_dict or {}).items()})
-        check_meshed(mesh, rules, device_map=device_map, quantization=quantization)
-        device = None if device_map is None else device_of(device_map)
+        check_meshed(
+            mesh, rules, device_map=device_map, max_memory=max_memory, quantization=quantization,
+            quantization_config=quantization_config,
+        )  # fmt: skip
+        divided = placement.is_divided(device_map, max_memory)
+        for place in placement.places_of(device_map):
+            device_of(place)
+        device = None if divided or device_map is None else device_of(device_map)
         given, options = cls._constructors(options)
         made: list[Self] = []
 
@@ -331,19 +347,41 @@ class GPT2PreTrainedModel(nn.Module):
 
         found = read(
             pretrained_model_name_or_path, cls.head, config, options, quantization=quantization,
-            ignore_mismatched_sizes=ignore_mismatched_sizes, own=shapes if is_callers(cls) else None,
+            programs=Programs(said_by(quantization_config)), ignore_mismatched_sizes=ignore_mismatched_sizes,
+            own=shapes if is_callers(cls) else None,
         )  # fmt: skip
         dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype, dtype)
         stored = as_dtype("param_dtype", stored) or torch.get_default_dtype()
         model = made[0] if made else cls._unfilled(found.config, {})
         model._compute_in(as_dtype("dtype", dtype), attn_implementation or "sdpa")
+        check_meshed(mesh, rules, quantization_config=found.said)
         if mesh is not None:
             from gpt2_multi.pt.parameters.sharding import shard
 
             model = shard(model, mesh, rules or {})
-        model._fill(found, stored, mmap)
-        model = model.eval() if device is None else model.eval().to(device)
+        if found.said is not None:
+            quantization_.check_whole(max_memory)
+            device, divided = device_of("auto" if device_map is None else device_map), False
+        model._fill(found, stored, mmap or divided, device)
+        if divided:
+            model = placement.divide(model.eval(), device_map, max_memory, offload_folder)
+            model._settle(mmap)
+        else:
+            model = model.eval() if device is None else model.eval().to(device)
         return cast(Self, (model, found.info)) if output_loading_info else model
+
+    def _settle(self, mmap: bool) -> None:
+        """What accelerate has placed can be computed with, and is of no file that it was mapped from."""
+        offloaded = any(x.is_meta for x in self.parameters())
+        if offloaded and self.compute_dtype not in (None, next(self.parameters()).dtype):
+            raise InputError(
+                f"dtype: expected what the parameters of an offloaded model are stored in, found {self.compute_dtype}; "
+                "leave param_dtype out"
+            )
+        tied = self.body.wte.weight, getattr(getattr(self, "lm_head", None), "weight", None)
+        for x in () if mmap else self.parameters():
+            if not x.is_meta and not any(x is one for one in tied):  # which accelerate knows by their addresses
+                x.data = x.data.clone(memory_format=torch.contiguous_format)
 
     @classmethod
     def _constructors(cls, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -376,21 +414,29 @@ class GPT2PreTrainedModel(nn.Module):
         self.compute_dtype = self.body.compute_dtype = dtype
         self.set_attn_implementation(attn_implementation)
 
-    def _fill(self, found: Loaded, dtype: torch.dtype, mmap: bool) -> None:
+    def _fill(self, found: Loaded, dtype: torch.dtype, mmap: bool, device: torch.device | None) -> None:
         """Take over what was read: the table's weights, what a class of a caller's has besides, how it generates."""
-        self._assign({**found.arrays, **found.quantized}, dtype, mmap)
+        others = {} if found.said is None else quantization_.chosen(self, found.said, found.packed)
+        self._assign({**found.arrays, **found.quantized}, dtype, mmap, others)
+        if found.said is not None:
+            place = device or torch.device("cpu")
+            quantization_.install(self, found.said, others, found.arrays, found.packed, dtype, place)
         self._freeze()
         fill_own(self, found.beside)
         if self.generation_config is not None:
             self.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
 
-    def _assign(self, arrays: Mapping[str, Any], dtype: torch.dtype, mmap: bool = False) -> None:
+    def _assign(
+        self, arrays: Mapping[str, Any], dtype: torch.dtype, mmap: bool = False, later: Mapping[str, Weight] = NOTHING
+    ) -> None:
         if any(map(is_split, self.parameters())):
             from gpt2_multi.pt.parameters.shards import fill
 
             return fill(self, arrays, dtype)
         tensors, others = {}, other_names(self)
         for name, weight in rows(self).items():
+            if name in later:
+                continue
             found, kind = arrays.get(weight.name), dtype
             if found is None:
                 found = to_numpy(initialise(weight, torch.empty(weight.shape, dtype=dtype, device="cpu")))
@@ -434,12 +480,15 @@ class GPT2PreTrainedModel(nn.Module):
         split = any(map(is_split, self.parameters()))
         if not is_main_process and not split:
             return
+        quantization_.check_saved(self)
         if state_dict is None:
             check_rows(self)
         self._check_tie()
+        packed = quantization_.made_by_others(self)
         writes = is_main_process and not (split and torch.distributed.get_rank())
-        sources = [self._source(weight, state_dict) for weight in table(self.config, self.head)]
-        beside = made_of_own(self, state_dict) if is_callers(type(self)) else {}
+        saved = [weight for name, weight in rows(self).items() if name not in packed]
+        sources = [self._source(weight, state_dict) for weight in saved]
+        beside = packed | (made_of_own(self, state_dict) if is_callers(type(self)) else {})
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=sources[1][1].name)
         kind = "safetensors" if safe_serialization else "pytorch"
         names = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
@@ -476,7 +525,7 @@ class GPT2PreTrainedModel(nn.Module):
             return
         if self.head == "base" and head.shape != embedding.shape:  # of a class of a caller's, which only calls it so
             return
-        if head is not embedding and not torch.equal(head, embedding):
+        if head is not embedding and not same(head, embedding):
             raise CheckpointError(
                 "lm_head.weight differs from wte.weight although config.tie_word_embeddings is true, and a file would "
                 "lose it; set tie_word_embeddings to False, or call tie_weights()"
@@ -487,6 +536,8 @@ class GPT2PreTrainedModel(nn.Module):
         check_in(state_dict, name)
         parameter = self.parameter(weight) if state_dict is None else state_dict[name]
         if scaled is None:
+            if parameter.is_meta:  # offloaded: it is fetched when it is written
+                return weight, NUMPY[parameter.dtype], lambda: whole_array(weight, fetched(self, name))
             return weight, NUMPY[parameter.dtype], partial(whole_array, weight, parameter)
         check_in(state_dict, name + SCALE)
         scale = scaled if state_dict is None else state_dict[name + SCALE]
@@ -507,6 +558,7 @@ class GPT2PreTrainedModel(nn.Module):
         """Use another token embedding; a tied head follows, and so does `vocab_size`."""
         check_not_quantized(self.config, type(self).__name__, "given other embeddings")
         check_whole(self, "given other embeddings")
+        check_present(self, "given other embeddings")
         self.body.wte = embedding
         self.config.vocab_size = len(embedding.weight)
         self.tie_weights()
@@ -519,6 +571,7 @@ class GPT2PreTrainedModel(nn.Module):
         """Use another language-model head; unless its weight is the token embedding, the two are tied no more."""
         check_not_quantized(self.config, type(self).__name__, "given another head")
         check_whole(self, "given another head")
+        check_present(self, "given another head")
         self.lm_head = head
         self.config.tie_word_embeddings = head.weight is self.body.wte.weight
 
@@ -536,6 +589,7 @@ class GPT2PreTrainedModel(nn.Module):
         if number is not None:
             check_not_quantized(self.config, type(self).__name__, "resized")
             check_whole(self, "resized")
+            check_present(self, "resized")
             self.config.vocab_size = number
             replace_parameter(self.body.wte, "weight", _resized(self.body.wte.weight, number, std))
             self.body.wte.num_embeddings = number
@@ -598,8 +652,9 @@ class GPT2PreTrainedModel(nn.Module):
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
-        check_not_quantized(self.config, type(self).__name__, "pruned")
+        check_not_quantized(self.config, type(self).__name__, "pruned", ("gpt2-multi", "bitsandbytes", "torchao"))
         check_whole(self, "pruned")
+        check_present(self, "pruned")
         self.config.pruned_heads = self.config.pruned(heads_to_prune)
         for layer, heads in heads_to_prune.items():
             self.body.attentions()[layer].prune(heads)
@@ -631,8 +686,7 @@ def device_of(device_map: Any) -> torch.device:
     places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
     if len(places) != 1 or "disk" in places:
         raise InputError(
-            f"device_map: expected one place for the whole model, found {device_map!r}; load it without, and split it "
-            "by accelerate.dispatch_model(model, device_map)"
+            f"device_map: expected one place for the whole model, found {device_map!r}; give the name of one device"
         )
     (place,) = places
     known = devices()

@@ -79,6 +79,34 @@ def lend_embedding(model: Any) -> None:
         hook.weights_map = {"weight": embedding.weight.detach()} if lent is None else lent
 
 
+def fetched(model: Any, name: str) -> Tensor:
+    """A parameter, from where accelerate keeps it if it is offloaded."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    x: Tensor = getattr(module, leaf)
+    if not x.is_meta:
+        return x
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        if leaf in (getattr(one, "weights_map", None) or ()):
+            return torch.as_tensor(one.weights_map[leaf])  # type: ignore[union-attr]
+    raise CheckpointError(f"{name}: has no values: it is on the device meta, and no hook of accelerate knows them")
+
+
+def is_offloaded(model: Any) -> bool:
+    """Whether accelerate keeps weights of a model elsewhere, and fetches them for each call."""
+    return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+
+
+def check_present(model: Any, what: str) -> None:
+    """What changes parameters has to have them: hooks would go on fetching the old ones."""
+    if is_offloaded(model):
+        raise InputError(
+            f"{type(model).__name__}: an offloaded model cannot be {what}; load it without device_map, do that, and "
+            "save it"
+        )
+
+
 def check_tied(model: Any) -> None:
     """What splits layers may make two parameters of a tied head and its embedding: each would be trained alone."""
     head, embedding = (getattr(part, "weight", None) for part in (model.lm_head, model.body.wte))  # or wrapped
@@ -253,12 +281,17 @@ def made_of_own(model: Any, state: Mapping[str, Tensor] | None) -> dict[str, Mad
         x = (parameter if state is None else state[name]).detach()
         dtype = to_numpy(torch.empty(0, dtype=x.dtype)).dtype
         shape = turned(name, torch.empty(x.shape, device="meta")).shape
-        found[name] = dtype, tuple(shape), partial(_array, name, x)
+        make = partial(_offloaded, model, name) if state is None and x.is_meta else partial(_array, name, x)
+        found[name] = dtype, tuple(shape), make
     return found
 
 
 def _array(name: str, x: Tensor) -> Any:
     return to_numpy(turned(name, gather(x)).contiguous())
+
+
+def _offloaded(model: Any, name: str) -> Any:
+    return _array(name, fetched(model, name))
 
 
 def check_in(state: Mapping[str, Tensor] | None, name: str) -> None:

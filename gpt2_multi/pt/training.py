@@ -11,14 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.checkpoint.quantized import check_trained
 from gpt2_multi.model.outputs import Later
 from gpt2_multi.pt.attention import upcast
 from gpt2_multi.pt.layers import derived, facts, fingerprint, is_last, is_unchanged, linear, multiply
+from gpt2_multi.pt.state import is_offloaded
 
 IGNORED = -100
 ADAPTERS = "train what peft.get_peft_model adds to it"
+OFFLOADED = (
+    "device_map: expected a model of which something trains, found an offloaded one, whose weights are frozen; load it "
+    f"in one place, or {ADAPTERS}"
+)
 # Bytes of logits at a time: of each chunk the gradient of the head is read and written once, and what multiplies more
 # quickly for a byte that it reads needs more rows.
 CHUNK = {"cpu": 2**26, "others": 2**30}
@@ -185,25 +191,39 @@ def is_same(x: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.devi
 
 
 class Untrained(torch.autograd.Function):
-    """A loss that nothing trains by: `apply(loss, a tensor with a gradient)` gives it; its backward pass says so."""
+    """A loss that nothing trains by: `apply(loss, a tensor with a gradient, what it is of)`; `backward` says so."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, asked: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, asked: Tensor, found: str) -> Tensor:
+        ctx.found = found
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        check_trained(False, ADAPTERS)
-        return None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        if ctx.found == OFFLOADED:
+            raise InputError(OFFLOADED)
+        check_trained(False, ADAPTERS, ctx.found)
+        return None, None, None
 
 
 def trained(model: Any, loss: Tensor) -> Tensor:
-    """The loss of a model, by which a model in int8 is not trained in silence."""
+    """The loss of a model, by which a quantized or an offloaded one is not trained in silence."""
     is_asked = model.training and torch.is_grad_enabled() and not loss.requires_grad
-    if model.config.quantization is None or not (is_asked and is_unchanged(loss)) or torch.compiler.is_compiling():
+    if not is_asked or torch.compiler.is_compiling() or not is_unchanged(loss):
+        return loss
+    found = frozen(model)
+    if found is None:
         return loss
     asked = torch.zeros((), device=loss.device, requires_grad=True)
-    return Untrained.apply(loss, asked)  # type: ignore[no-untyped-call]
+    return Untrained.apply(loss, asked, found)  # type: ignore[no-untyped-call]
+
+
+def frozen(model: Any) -> str | None:
+    """What kind of a model this is, if it is one of those whose weights are frozen from the start."""
+    if model.config.quantizer is not None:
+        own = model.config.quantizer == "gpt2-multi"
+        return "one in int8" if own else f"one that {model.config.quantizer} has quantized"
+    return OFFLOADED if is_offloaded(model) else None
 
 
 def classification_loss(
@@ -273,8 +293,9 @@ def train_step(
     Gradients are averaged over the batches and clipped to `max_norm` (Pascanu et al. 2013).
     """
     found = list(model.parameters())
-    is_frozen = any(x.dtype == torch.int8 for x in found) and not any(x.requires_grad for x in found)
-    check_trained(not is_frozen, ADAPTERS)
+    quantized = {torch.int8: "one in int8", torch.uint8: "one in 4 bits"}
+    kinds = [quantized[x.dtype] for x in found if x.dtype in quantized]
+    check_trained(not kinds or any(x.requires_grad for x in found), ADAPTERS, *kinds[:1])
     batches = list(batches)
     optimizer.zero_grad(set_to_none=True)
     total = 0.0

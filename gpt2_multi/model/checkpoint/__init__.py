@@ -10,6 +10,8 @@ from gpt2_multi.model.checkpoint.loading import load as load
 from gpt2_multi.model.checkpoint.loading import load_state as load_state
 from gpt2_multi.model.checkpoint.loading import two_dtypes as two_dtypes
 from gpt2_multi.model.checkpoint.loading import warn_of_fresh as warn_of_fresh
+from gpt2_multi.model.checkpoint.programs import Programs as Programs
+from gpt2_multi.model.checkpoint.programs import said_by as said_by
 from gpt2_multi.model.checkpoint.quantized import Quantized as Quantized
 from gpt2_multi.model.checkpoint.saving import is_model_file as is_model_file
 from gpt2_multi.model.checkpoint.saving import save as save

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gpt2_multi.errors import InputError
@@ -15,6 +16,7 @@ from gpt2_multi.files.folders import PathLike
 from gpt2_multi.files.hub import SETTINGS, WEIGHTS, resolve
 from gpt2_multi.model.checkpoint.checkpoint import Checkpoint, Own
 from gpt2_multi.model.checkpoint.names import named
+from gpt2_multi.model.checkpoint.programs import Packed, Programs, Said, agreed, program_of, unpacked
 from gpt2_multi.model.checkpoint.quantized import Quantized, check_method, in_int8, quantize, with_method
 from gpt2_multi.model.checkpoint.source import Source, find
 from gpt2_multi.model.config import SETTINGS as KEYS
@@ -29,7 +31,8 @@ class Loaded(NamedTuple):
 
     `chosen` are the settings that the caller wants otherwise than the files, his generation_config among them, `info`
     what was not as a model needs it, and `beside` the tensors of a caller's class that the table does not have. Of a
-    quantized model, `quantized` has the tensors in int8 that `arrays` lacks.
+    quantized model, `quantized` has the tensors in int8 that `arrays` lacks. `said` is what another program is to make
+    of the weights, or has made; of the latter `packed` has the parts, by the names of the rows, which `arrays` lacks.
     """
 
     folder: Path | None
@@ -39,6 +42,8 @@ class Loaded(NamedTuple):
     info: dict[str, list[Any]]
     beside: dict[str, Array]
     quantized: dict[str, Quantized]
+    said: Said | None = None
+    packed: Mapping[str, Mapping[str, Array]] = MappingProxyType({})
 
 
 def load(
@@ -48,6 +53,7 @@ def load(
     given: Mapping[str, Any],
     *,
     quantization: str | None = None,
+    programs: Programs | None = None,
     ignore_mismatched_sizes: bool = False,
     own: Own | None = None,
 ) -> Loaded:
@@ -55,7 +61,8 @@ def load(
 
     `config` stands in the place of that of the files. `given` are arguments of `files.arguments` and settings of the
     configuration that are changed. `own` says what the model has besides the table. With `quantization`, and where the
-    files are quantized, `quantized` has rows in int8. Warns of what is initialised anew:
+    files are quantized, `quantized` has rows in int8. `programs` is of a framework for which other programs quantize,
+    with what is said to them. Warns of what is initialised anew:
     a task head that the files lack as a whole, what they lack besides the table, and tensors of other shapes. Raises
     CheckpointError or ConfigError for whatever does not fit, InputError for an argument that cannot be honoured, and
     TypeError for one that does not exist.
@@ -69,7 +76,8 @@ def load(
     stored, guessed = (GPT2Config(), "") if is_said else source.config(given)
     config = _wanted(stored, config, given, name_or_path, quantization)
     how: dict[str, Any] = {"ignore_mismatched_sizes": ignore_mismatched_sizes, "own": own}
-    return _loaded(folder, Checkpoint(source, config, head, given, guessed, **how), stored, given)
+    source, config, by = _programs(source, config, head, programs, quantization)
+    return _loaded(folder, Checkpoint(source, config, head, given, guessed, **how), stored, given, *by)
 
 
 def _file(name_or_path: PathLike) -> Path | None:
@@ -89,6 +97,7 @@ def load_state(
     given: Mapping[str, Any],
     *,
     quantization: str | None = None,
+    programs: Programs | None = None,
     ignore_mismatched_sizes: bool = False,
     own: Own | None = None,
 ) -> Loaded:
@@ -108,7 +117,8 @@ def load_state(
     format = "torch-safetensors" if out_first(shapes) else "safetensors"
     source = Source(where, format, where, named(tensors, FORMATS[format].spelling, str(where), **names))
     how: dict[str, Any] = {"ignore_mismatched_sizes": ignore_mismatched_sizes, "own": own}
-    return _loaded(folder, Checkpoint(source, config, head, given, **how), stored, given)
+    source, config, by = _programs(source, config, head, programs, quantization)
+    return _loaded(folder, Checkpoint(source, config, head, given, **how), stored, given, *by)
 
 
 def _sorted(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -134,13 +144,32 @@ def _wanted(
     return found
 
 
-def _loaded(folder: Path | None, found: Checkpoint, stored: GPT2Config, given: Mapping[str, Any]) -> Loaded:
+def _programs(
+    source: Source, config: GPT2Config, head: str, programs: Programs | None, quantization: str | None
+) -> tuple[Source, GPT2Config, tuple[Said | None, Packed]]:
+    """What is read as if no other program had quantized it; and what one is to make of the weights, or has made."""
+    if programs is None:
+        return source, config, (None, {})
+    if programs.wanted is not None and quantization is not None:
+        raise InputError("quantization: is this library's own, and quantization_config another program's; give one")
+    stored = program_of(config)
+    config = config if stored is None else with_method(config, None)
+    tensors, packed = unpacked(source.names.tensors, config, head, source.kind.spelling)
+    said = agreed(stored, programs.wanted, bool(packed), str(source.path))
+    return source._replace(names=source.names._replace(tensors=tensors)), config, (said, packed)
+
+
+def _loaded(
+    folder: Path | None, found: Checkpoint, stored: GPT2Config, given: Mapping[str, Any], said: Said | None,
+    packed: Packed,
+) -> Loaded:  # fmt: skip
     warn_of_fresh(found, stacklevel=5)
     chosen = _chosen(found.config, stored, given)
     whole = {name for name, row in found.weights.items() if in_int8(found.config, row)}
-    arrays = {name: found[name] for name in found if name not in whole}
+    by_other = {name: packed[place[0]] for name, place in found.places.items() if place[0] in packed}
+    arrays = {name: found[name] for name in found if name not in whole and name not in by_other}
     quantized = {name: found.quantized(name) or quantize(found.weights[name], found[name]) for name in whole}
-    return Loaded(folder, found.config, arrays, chosen, _info(found), found.beside, quantized)
+    return Loaded(folder, found.config, arrays, chosen, _info(found), found.beside, quantized, said, by_other)
 
 
 def _chosen(config: GPT2Config, stored: GPT2Config, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,18 +36,21 @@ def check_method(quantization: object) -> None:
         raise InputError(f'quantization: expected "int8" or None, found {shortened(repr(quantization))}')
 
 
-def check_not_quantized(config: GPT2Config, model: str, what: str) -> None:
-    """What changes a model's tables and kernels is not for integers, whose shapes and scales it would not keep."""
-    if config.quantization is not None:
+def check_not_quantized(config: GPT2Config, model: str, what: str, by: tuple[str, ...] = ("gpt2-multi",)) -> None:
+    """What changes a model's tables and kernels is not for integers, whose shapes and scales it would not keep.
+
+    by: the programs whose integers it is not for.
+    """
+    if config.quantizer in by:
         raise CheckpointError(f"{model}: a quantized model cannot be {what}; do that before")
 
 
-def check_trained(is_trained: bool, otherwise: str) -> None:
+def check_trained(is_trained: bool, otherwise: str, found: str = "one in int8") -> None:
     """Of a model in int8 that is trained something has to train: integers have no gradient, the floats are frozen."""
     if not is_trained:
         raise InputError(
-            "quantization: expected a model of which something trains, found one in int8, whose weights are frozen; "
-            f"train it without quantization, and quantize what comes out, or {otherwise}"
+            f"quantization: expected a model of which something trains, found {found}, whose weights are frozen; train "
+            f"it without quantization, and quantize what comes out, or {otherwise}"
         )
 
 

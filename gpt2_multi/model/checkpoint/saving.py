@@ -49,7 +49,7 @@ def save(
     `formats.table`; a `variant` has another name and leaves the others. The model's files are replaced together,
     other files of the folder stay: see `files.folders.replaced`.
     """
-    if config.quantization is not None and kind != "safetensors":
+    if config.quantizer is not None and kind != "safetensors":
         raise InputError(
             "safe_serialization: expected True for a quantized model, which safetensors alone have room for"
         )

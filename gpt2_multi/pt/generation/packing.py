@@ -6,9 +6,7 @@ after the last generation of a model its copies are freed, whatever became of it
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 import time
 import weakref
 from math import inf
@@ -19,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gpt2_multi.pt.layers import fingerprint, packed
+from gpt2_multi.pt.layers import fingerprint, give_back, packed
 
 IDLE = 20.0  # seconds
 LEAST = 32  # tokens to come, above which it is worth the time to pack for many rows; for one, twice as many
@@ -106,13 +104,6 @@ def pack(weight: Tensor) -> Tensor:
     if weight.dtype == torch.int8:
         return packed(weight)
     return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-
-
-def give_back() -> None:
-    """Have memory that was freed go back to the system; of blocks that are not huge, glibc keeps it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def forget() -> None:

@@ -172,6 +172,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "_constructors",
                     "_compute_in",
                     "_fill",
+                    "_settle",
                     "_check_tie",
                     "tie_weights",
                     "activation_checkpointing_enable",
@@ -319,7 +320,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
         "pt": {"layers": ["bare_embedding"]},
     },
     "PyTorch has no training loop of its own that could tell who trains a model in int8": {
-        "pt": {"training": ["trained", "Untrained", "Untrained.forward", "Untrained.backward"]},
+        "pt": {"training": ["trained", "frozen", "Untrained", "Untrained.forward", "Untrained.backward"]},
     },
     "XLA writes in place what it need not reshape: in TensorFlow's loop a cache is flat": {
         "tf": {

@@ -113,7 +113,7 @@ def test_a_misspelt_argument_is_an_error(package: Package, folder: Path) -> None
 
 def test_a_quantized_or_a_split_model_is_refused(package: Package, folder: Path) -> None:
     for name, value in (("load_in_8bit", True), ("quantization_config", object()), ("tp_plan", "auto")):
-        with pytest.raises(InputError, match=f"^{name}: expected None, found "):
+        with pytest.raises(InputError, match=f"^{name}: expected (None|a BitsAndBytesConfig, .*), found "):
             package.GPT2LMHeadModel.from_pretrained(folder, **{name: value})
 
 
@@ -124,7 +124,7 @@ def test_attention_of_others_and_several_places_are_refused(package: Package, fo
     ):
         load(folder, attn_implementation="flash_attention_2")
     with pytest.raises(InputError, match="device_map: expected "):
-        load(folder, device_map={"transformer": "cpu", "lm_head": "disk"})
+        load(folder, device_map={"transformer": "disk", "lm_head": "nowhere"})
     if package.name == "pt":
         for place in ("cpu", {"": "cpu"}, "auto"):
             assert load(folder, device_map=place).device.type == package.package.loading.devices()[0].partition(":")[0]

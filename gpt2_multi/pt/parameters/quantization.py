@@ -1,0 +1,214 @@
+"""Weights that bitsandbytes and torchao quantize: a layer of theirs for each product of the blocks, made one by one.
+
+Embeddings, norms, biases and heads stay as they are. A weight is read, quantized and dropped, so that the model is
+never in memory as a whole before it is small.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2_multi.errors import CheckpointError, InputError, shortened
+from gpt2_multi.files.arrays import Array, Made, release
+from gpt2_multi.model.checkpoint.programs import SCB, Said, is_skipped
+from gpt2_multi.model.spelling import TORCH
+from gpt2_multi.model.weights import Weight
+from gpt2_multi.pt.layers import contiguous, give_back, to_numpy, to_torch
+from gpt2_multi.pt.state import rows
+
+Layer = Callable[[nn.Linear, Tensor], nn.Module]  # a layer, and its weight (out, in): the one that stands in its place
+KINDS = ("Linear4bit", "Linear8bitLt")
+
+
+def check_whole(max_memory: Any) -> None:
+    """A quantized model is small, and in one place."""
+    if max_memory is not None:
+        raise InputError(
+            "max_memory: expected None for a quantized model, which is in one place; leave it out, and name one device "
+            "in device_map"
+        )
+
+
+def chosen(model: Any, said: Said, packed: Mapping[str, Any]) -> dict[str, Weight]:
+    """The rows that are quantized, by the names of their parameters: what the files have so, or products of blocks."""
+    found = rows(model)
+    if packed:
+        return {name: row for name, row in found.items() if row.name in packed}
+    path = {name: name.removesuffix(".weight") for name in found}
+    return {name: row for name, row in found.items() if row.kind == "kernel" and not is_skipped(path[name], said)}
+
+
+def install(
+    model: Any,
+    said: Said,
+    found: Mapping[str, Weight],
+    arrays: Mapping[str, Array],
+    packed: Mapping[str, Mapping[str, Array]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Put the quantized layers into a model, which has all else; of `arrays` one is read at a time."""
+    made = maker(said)
+    for name, row in found.items():
+        path = name.removesuffix(".weight")
+        layer = model.get_submodule(path)
+        if row.name in packed:
+            new = restored(said, layer, packed[row.name], name, device)
+        else:
+            weight = contiguous(TORCH.layout(row, to_torch(arrays[row.name])), dtype).to(device)
+            new = made(layer, weight)
+            del weight
+            release(arrays[row.name])
+            give_back()  # what was between, which the allocator would keep
+        model.set_submodule(path, new.requires_grad_(False))
+    mark(model, said)
+
+
+def mark(model: Any, said: Said) -> None:
+    """Say of a model what PEFT, accelerate and the files ask."""
+    model.quantization_method = said["quant_method"]
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = bool(said.get("load_in_4bit")), bool(said.get("load_in_8bit"))
+    model.config.quantization_config = dict(said)
+
+
+def maker(said: Said) -> Layer:
+    """What quantizes a layer; InputError where the program is not installed."""
+    if said["quant_method"] == "torchao":
+        return torchao_maker(said)
+    bnb = imported("bitsandbytes")
+    return partial(in_8_bits if said["load_in_8bit"] else in_4_bits, bnb, said)
+
+
+def imported(name: str) -> Any:
+    """A program that quantizes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kernels for machines other than this one
+            return __import__(name)
+    except ImportError:
+        raise InputError(f'quantization_config: needs {name}: pip install "gpt2-multi[large]"') from None
+
+
+def in_4_bits(bnb: Any, said: Said, layer: nn.Linear, weight: Tensor) -> nn.Module:
+    """A layer in NF4 or FP4."""
+    new = empty_in_4_bits(bnb, said, layer)
+    device = weight.device
+    new.weight = bnb.nn.Params4bit(
+        weight,
+        compress_statistics=said["bnb_4bit_use_double_quant"],
+        quant_type=said["bnb_4bit_quant_type"],
+        module=new,
+    ).to(device)
+    return new
+
+
+def empty_in_4_bits(bnb: Any, said: Said, layer: nn.Linear) -> Any:
+    """A layer in 4 bits that has no weight yet, with the bias of another."""
+    new = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, layer.bias is not None, getattr(torch, said["bnb_4bit_compute_dtype"]),
+        said["bnb_4bit_use_double_quant"], said["bnb_4bit_quant_type"], device="meta",
+    )  # fmt: skip
+    new.bias = layer.bias
+    # On some processors it would pack its weight anew at the first call, with scales in bfloat16, and save these.
+    new.support_avx512bf16_for_cpu = False
+    return new
+
+
+def in_8_bits(bnb: Any, said: Said, layer: nn.Linear, weight: Tensor) -> nn.Module:
+    """A layer in the integers of LLM.int8."""
+    new = empty_in_8_bits(bnb, said, layer)
+    new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+    return new
+
+
+def empty_in_8_bits(bnb: Any, said: Said, layer: nn.Linear) -> Any:
+    """A layer in 8 bits that has no weight yet, with the bias of another."""
+    new = bnb.nn.Linear8bitLt(
+        layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False,
+        threshold=said["llm_int8_threshold"], device="meta",
+    )  # fmt: skip
+    new.bias = layer.bias
+    return new
+
+
+def restored(said: Said, layer: nn.Linear, parts: Mapping[str, Array], name: str, device: torch.device) -> nn.Module:
+    """A layer from what a file has of it: in 4 bits its state, in 8 bits its scales."""
+    bnb = imported("bitsandbytes")
+    tensors = {part: to_torch(array).clone() for part, array in parts.items()}
+    shape = (layer.out_features, layer.in_features)
+    try:
+        if SCB in tensors:
+            new, found = empty_in_8_bits(bnb, said, layer), tuple(tensors[""].shape)
+            new.weight = bnb.nn.Int8Params(tensors[""], False, SCB=tensors[SCB]).to(device)
+            fits = tensors[SCB].shape == shape[:1]
+        else:
+            new, data = empty_in_4_bits(bnb, said, layer), tensors.pop("")
+            stats = {part.removeprefix("."): x for part, x in tensors.items()}
+            new.weight = bnb.nn.Params4bit.from_prequantized(data, stats, device=device, module=new)
+            found = tuple(new.weight.quant_state.shape)
+            fits = data.numel() * 2 == layer.in_features * layer.out_features
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{name}: not what bitsandbytes writes ({shortened(str(error))}); fetch it again"
+        ) from None
+    if found != shape or not fits:
+        raise CheckpointError(f"{name}: bitsandbytes has quantized {found}, expected {shape}; fetch or save it again")
+    return new
+
+
+def torchao_maker(said: Said) -> Layer:
+    """What quantizes a layer by torchao, which leaves it an nn.Linear with a weight of another kind."""
+    imported("torchao")
+    from torchao.core.config import config_from_dict
+    from torchao.quantization import quantize_
+
+    try:
+        config = config_from_dict(dict(said["quant_type"]["default"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"quantization_config: torchao knows no such quant_type: {shortened(str(error))}") from None
+
+    def made(layer: nn.Linear, weight: Tensor) -> nn.Module:
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                quantize_(layer, config)
+        except (AssertionError, ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+            why = shortened(" ".join(str(error).split()), 300)
+            raise InputError(
+                f"quantization_config: torchao cannot make {type(config).__name__} of a weight "
+                f"{tuple(weight.shape)} in {weight.dtype} on {weight.device}: {why}"
+            ) from None
+        return layer
+
+    return made
+
+
+def quantized(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of bitsandbytes in a model, by their names."""
+    return ((name, part) for name, part in model.named_modules() if type(part).__name__ in KINDS)
+
+
+def check_saved(model: Any) -> None:
+    """What torchao has quantized has no form in files that a GPT-2 elsewhere would read."""
+    if model.config.quantizer == "torchao":
+        raise CheckpointError(
+            f"save_pretrained: the weights of this {type(model).__name__} are torchao's, which no file of a GPT-2 has; "
+            "save the model without quantization_config, and give it when you load that"
+        )
+
+
+def made_by_others(model: Any) -> dict[str, Made]:
+    """What bitsandbytes has made of weights, to be written under the names that transformers reads."""
+    found: dict[str, Made] = {}
+    for path, layer in quantized(model):
+        for name, x in layer.state_dict().items():
+            if name != "bias":
+                found[f"{path}.{name}"] = to_numpy(x.new_empty(0)).dtype, tuple(x.shape), partial(to_numpy, x)
+    return found
