@@ -307,8 +307,10 @@ class GPT2PreTrainedModel(nn.Module):
         for what config.json names. `param_dtype` (transformers' old `torch_dtype`) says it of the parameters, where the
         two are not the same. Parameters are contiguous, which copies the kernels; with `mmap` those that need no other
         dtype stay views of the mapped file, so that a program that only reads starts at once. `device_map` is a device
-        for the whole model, or "auto" for the fastest. `quantization="int8"` makes the model a quantized one, which
-        files of a quantized model are without it: see docs/numerics.md. With a `mesh` and `rules` of
+        for the whole model, or "auto" for the fastest; a dict of parts, or "auto" with `max_memory` by device, spreads
+        it over several and a disk, where `offload_folder` is: see docs/large.md. `quantization="int8"` makes the model
+        a quantized one, which files of a quantized model are without it: see docs/numerics.md. `quantization_config`
+        has bitsandbytes or torchao quantize it: see docs/large.md. With a `mesh` and `rules` of
         `pt.parameters.sharding` the model is cut over the processes of the mesh, all of which call this: each reads its
         own part of each tensor from the mapped file.
 
