@@ -246,7 +246,7 @@ def writes(mesh, rules):
         made += [model.generate(IDS, num_beams=3, max_new_tokens=5), *model.stream_tokens(IDS, **sampled)]
         made.append(model.generate(IDS[:1], prompt_lookup_num_tokens=2, max_new_tokens=8))
         found.append([x.tolist() for x in made])
-    texts, how = [], {"mesh": mesh, "rules": demo_rules(rules)}
+    texts, how = [], {"mesh": mesh, "rules": demo_rules(mesh, rules)}
     for cut in (False, True):
         model = pt.GPT2LMHeadModel.from_pretrained("demo", **(how if cut else {}))
         known = model.generate("ROMEO:", tokenizer=tokenizer, max_new_tokens=40)  # enough that weights are packed
@@ -257,14 +257,15 @@ def writes(mesh, rules):
     return found[0] == found[1]
 
 
-def demo_rules(rules):
-    return {axis: over for axis, over in rules.items() if axis != "vocab"}
+def demo_rules(mesh, rules):
+    """What divides of the demo model, which has 6 heads."""
+    left_out = {"vocab", "head"} if mesh["tensor"].size() == 4 else {"vocab"}
+    return {axis: over for axis, over in rules.items() if axis not in left_out}
 
 
 QUESTIONS = {
     "writes": writes,
-    "float32": partial(learns, dtype="float32"),
-    "float64": partial(learns, dtype="float64"),
+    "learns": partial(learns, dtype="float64"),  # and `files` in float32
     "parts": learns_in_parts,
     "heads": heads,
     "inside": inside,
@@ -369,8 +370,8 @@ def found(tmp_path_factory):
 def test_a_mesh_computes_and_learns_what_one_process_does(mesh, found):
     answer = found[mesh]
     print(mesh, answer)
-    assert max(answer[name] for name in ("float32", "files", "resumes")) < 1e-5
-    assert max(answer[name] for name in ("float64", "parts", "heads", "inside", "planned") if name in answer) < 1e-9
+    assert max(answer[name] for name in ("files", "resumes")) < 1e-5
+    assert max(answer[name] for name in ("learns", "parts", "heads", "inside", "planned") if name in answer) < 1e-9
     assert answer["sizes"] == [] and answer["writes"]
 
 
