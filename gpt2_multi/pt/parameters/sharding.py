@@ -30,7 +30,7 @@ from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import DATA, FSDP, MESH_AXES, TENSOR, Rules, Weight, mesh_sizes, sizes, table
 from gpt2_multi.pt.parameters.plans import tensor_parallel_plan, together, unflattened
-from gpt2_multi.pt.state import is_split
+from gpt2_multi.pt.state import check_present, is_split
 
 ROW_AXES = MESH_AXES[:2]  # over which the rows of a batch are cut
 ENGINES = {  # which axes each mesh axis can cut
@@ -100,7 +100,7 @@ def cuts(config: GPT2Config, rules: Rules, head: str = "lm") -> dict[str, Cut]:
     does not exist, or cannot be cut there, and where one mesh axis would cut two axes of a parameter.
     """
     check_rules(config, rules)
-    if config.quantization is not None:
+    if config.quantizer is not None:
         raise InputError("rules: expected none for a quantized model, which is not cut over devices; load it without")
     return {TORCH.spell(row, head != "base"): _cut(row, rules) for row in table(config, head)}
 
@@ -139,6 +139,7 @@ def shard(model: Any, mesh: DeviceMesh, rules: Rules) -> Any:
         _check_divisible(cut, shape)
     if any(map(is_split, model.parameters())):
         raise InputError("model: expected one that is whole, found parameters that are cut already; shard it once")
+    check_present(model, "cut over devices")
     for x in model.parameters():
         agree(x.detach(), mesh)
     for module in [module for module in model.modules() if hasattr(module, "c_attn")]:

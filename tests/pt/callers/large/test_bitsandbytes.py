@@ -10,6 +10,7 @@ import transformers
 import gpt2_multi
 from gpt2_multi import BitsAndBytesConfig, GPT2Tokenizer, pt
 from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.pt.parameters.sharding import FSDP, cuts
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 9, 8], [7, 3, 99, 0, 1, 2, 50]])
 STEPS = {"max_new_tokens": 8, "do_sample": False}
@@ -108,6 +109,8 @@ def test_what_it_cannot_do_is_a_sentence(base, tmp_path):
         model(IDS, labels=IDS).loss.backward()
     with pytest.raises(CheckpointError, match="a quantized model cannot be pruned"):
         model.prune_heads({0: [0]})
+    with pytest.raises(InputError, match="rules: expected none for a quantized model"):
+        cuts(model.config, FSDP)
     with pytest.raises(InputError, match="safe_serialization: expected True for a quantized model"):
         model.save_pretrained(tmp_path / "bin", safe_serialization=False)
     model.save_pretrained(tmp_path / "saved")
