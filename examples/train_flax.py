@@ -59,7 +59,9 @@ class Plan:
     length: int
     learning_rate: float
     weight_decay: float
+    max_norm: float
     warmup: int
+    dtype: str
     seed: int
 
 
@@ -94,9 +96,11 @@ def encode(path: Path, tokenizer: GPT2Tokenizer) -> tuple[Any, Any]:
 def prepare(plan: Plan, mesh: str, scan_layers: bool) -> tuple[FlaxGPT2LMHeadModel, TrainState]:
     """The model, and the state before the first update, on the devices of the mesh."""
     options = {"mesh": make_mesh(mesh), "rules": FSDP | TENSOR, "scan_layers": scan_layers}
-    model, params = FlaxGPT2LMHeadModel.from_pretrained(plan.model, **options, _do_init=False)
+    dtypes = {"dtype": plan.dtype, "param_dtype": "float32"}
+    model, params = FlaxGPT2LMHeadModel.from_pretrained(plan.model, **options, **dtypes, _do_init=False)
     rate = cosine_rate(plan.learning_rate, plan.steps, plan.warmup)
-    return model, create_train_state(model, optimizer(rate, plan.weight_decay), params, seed=plan.seed)
+    adamw = optimizer(rate, plan.weight_decay, plan.max_norm or None)
+    return model, create_train_state(model, adamw, params, seed=plan.seed)
 
 
 def resume(state: TrainState, plan: Plan, run: Run) -> tuple[TrainState, Losses]:
@@ -183,7 +187,9 @@ def draw(path: Path, losses: Losses) -> None:
 @click.option("--length", default=128, type=click.IntRange(2), help="Tokens per window.")
 @click.option("--learning-rate", default=3e-4, help="At its highest, after the warm-up.")
 @click.option("--weight-decay", default=0.1, help="Of matrices and embeddings.")
+@click.option("--max-norm", default=1.0, type=click.FloatRange(0), help="Clip gradients to it; 0 for never.")
 @click.option("--warmup", default=20, type=click.IntRange(0), help="Updates until the learning rate is at its highest.")
+@click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]), help="Weights stay in float32.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Of batches and dropout.")
 @click.option("--eval-every", default=50, type=click.IntRange(1), help="Updates between two held-out losses.")
 @click.option("--save-every", default=100, type=click.IntRange(1), help="Updates between two states.")
