@@ -238,7 +238,7 @@ def _text_of(row: Any, field: str, where: str) -> str:
         raise InputError(f"{where}: expected an object with the field {field!r}, found {described(row)}; mend the line")
     if field not in row:
         known = ", ".join(map(repr, list(row)[:9])) or "none"
-        raise InputError(f"{where}: expected the field {field!r}, found {shortened(known)}; say which is the text")
+        raise InputError(f"{where}: expected the field {field!r}, found {shortened(known)}; name the text by --field")
     if not isinstance(row[field], str):
         raise InputError(f"{where}: expected a text in {field!r}, found {described(row[field])}; leave the row out")
     text: str = row[field]

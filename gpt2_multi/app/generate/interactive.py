@@ -24,7 +24,7 @@ A backslash at the end of a line takes another line. Begin with // for a text th
 Ctrl-C stops the text that is being made, Ctrl-D ends.
 
 /retry          make the last continuation anew
-/undo           take back the last turn
+/undo           take back the last turn, /retry or /new, and so on to the beginning
 /text           show the whole text
 /new            begin a new text
 /save FILE      write the text to a file
@@ -41,23 +41,39 @@ class Turn(NamedTuple):
     written: str
 
 
+class Text(NamedTuple):
+    """What a text began with, and its turns."""
+
+    start: str
+    turns: tuple[Turn, ...] = ()
+
+    def __str__(self) -> str:
+        return self.start + "".join(turn.typed + turn.written for turn in self.turns)
+
+
 @dataclass
 class Session:
-    """A text that grows by turns. The noise of a turn is of its own seed: the first one's, and one more each time."""
+    """A text that grows by turns. The noise of a turn is of its own seed: the first one's, and one more each time.
+
+    texts: what it was before each change, and last what it is.
+    """
 
     writer: Writer
-    start: str
-    turns: list[Turn]
+    texts: list[Text]
     made: int = 0  # how many continuations, those that were taken back too
 
     @property
-    def text(self) -> str:
-        """All of it."""
-        return self.start + "".join(turn.typed + turn.written for turn in self.turns)
+    def text(self) -> Text:
+        """What it is now."""
+        return self.texts[-1]
 
     def go_on(self, typed: str) -> None:
-        """Add what was typed, and let the model write; what it has written is kept when it is stopped."""
-        prompt, written = self.text + typed, ""
+        """Add what was typed, and let the model write."""
+        self._write(self.text, typed)
+
+    def _write(self, before: Text, typed: str) -> None:
+        """Let the model go on with a text; what it has written is kept when it is stopped."""
+        prompt, written = f"{before}{typed}", ""
         try:
             with _noted() as stopped:
                 for piece in self._ready(prompt).stream(prompt, self._count()):
@@ -69,7 +85,7 @@ class Session:
             pass
         finally:
             self.made += 1
-        self.turns.append(Turn(typed, written))
+        self.texts.append(before._replace(turns=(*before.turns, Turn(typed, written))))
         _print("\n")
 
     def _count(self) -> int:
@@ -88,7 +104,7 @@ class Session:
         said, value = f"{line.strip()} ".split(" ", 1)
         name, value = said.replace("-", "_"), value.strip()
         commands: dict[str, Callable[[str], None]] = {
-            "retry": self._retry, "undo": self._undo, "text": lambda _: _print(self.text + "\n"), "new": self._new,
+            "retry": self._retry, "undo": self._undo, "text": lambda _: _print(f"{self.text}\n"), "new": self._new,
             "save": self._save, "greedy": self._greedy, "help": _help,
         }  # fmt: skip
         if name in commands:
@@ -102,34 +118,29 @@ class Session:
             raise InputError(f"/{said}: no such command{near or '; /help shows all'}")
 
     def _retry(self, _: str) -> None:
-        self._check_turns("retry")
-        turn = self.turns.pop()
-        try:
-            self.go_on(turn.typed)
-        except GPT2Error:
-            self.turns.append(turn)
-            raise
+        if not self.text.turns:
+            raise InputError("/retry: there is no turn yet; type the beginning of a text")
+        *before, turn = self.text.turns
+        self._write(self.text._replace(turns=tuple(before)), turn.typed)
 
     def _undo(self, _: str) -> None:
-        self._check_turns("undo")
-        self.turns.pop()
-        _print(self.text + "\n")
-
-    def _check_turns(self, name: str) -> None:
-        if not self.turns:
-            raise InputError(f"/{name}: there is no turn yet; type the beginning of a text")
+        if len(self.texts) == 1:
+            raise InputError("/undo: nothing has changed yet; type the beginning of a text")
+        self.texts.pop()
+        _print(f"{self.text}\n")
 
     def _new(self, _: str) -> None:
-        self.start, self.turns = "", []
+        if self.text != Text(""):
+            self.texts.append(Text(""))
 
     def _save(self, name: str) -> None:
         if not name:
             raise InputError("/save: expected the name of a file; give one")
         try:
-            write_whole(Path(name), self.text)
+            write_whole(Path(name), str(self.text))
         except (OSError, UnicodeEncodeError) as error:
             raise InputError(f"/save: {name} cannot be written ({getattr(error, 'strerror', error)})") from None
-        _say(f"{name}: {len(self.text)} characters")
+        _say(f"{name}: {len(str(self.text))} characters")
 
     def _greedy(self, _: str) -> None:
         self._give({"do_sample": False})
@@ -152,7 +163,7 @@ def interact(writer: Writer, start: str) -> None:
         import readline  # noqa: F401 - `input` has a history then, which is not where there is no such library
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # so that one line is refused, and those after it are read
-    session = Session(writer, start, [])
+    session = Session(writer, [Text(start)])
     if sys.stdin.isatty():
         _say("What you type is a part of the text, and the model goes on with it. /help shows what else there is.")
     _print(start)

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
 from enum import Enum
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -116,6 +117,7 @@ class Service:
     async def completions(self, call: Call) -> Response:
         """Completions, whole or as a stream; called off where the client goes."""
         self.model()
+        protocol.check_query(call.query_params)
         given = protocol.read(await body_of(call))
         asked, served = Fields.of(given), self.model()
         jobs = await asyncio.get_running_loop().run_in_executor(self.tokenizing, served.jobs, asked)
@@ -175,8 +177,7 @@ async def _leaving(receive: Receive) -> None:
 
 async def body_of(call: Call) -> bytes:
     """The body of a request: JSON, not too large, and there in time; RequestError otherwise."""
-    if call.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(415, "expected Content-Type: application/json")
+    _check_kind(call.headers.get("content-type", ""))
     if call.headers.get("content-encoding", "identity") != "identity":
         raise RequestError(415, "expected no Content-Encoding")
     declared = call.headers.get("content-length", "0")
@@ -194,6 +195,16 @@ async def body_of(call: Call) -> bytes:
     except ClientDisconnect:
         raise RequestError(GONE, "the client is gone") from None
     return bytes(body)
+
+
+def _check_kind(given: str) -> None:
+    """RequestError where a body is no JSON in UTF-8, which alone is JSON: other bytes may be UTF-8 of another text."""
+    kind = Message()
+    kind["content-type"] = given
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise RequestError(415, "expected Content-Type: application/json")
+    if kind.get_content_charset("utf-8") not in ("utf-8", "utf8", "us-ascii"):
+        raise RequestError(415, "expected a charset of utf-8; send the body in it, and say so or nothing")
 
 
 def _too_large() -> RequestError:

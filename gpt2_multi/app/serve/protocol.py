@@ -235,6 +235,13 @@ def read(body: bytes) -> Mapping[str, Any]:
     return found
 
 
+def check_query(names: Iterable[str]) -> None:
+    """RequestError where the address has a field of the body, which nobody would read; OpenAI's clients add others."""
+    for name in names:
+        if name in CHECKS:
+            raise refused(name, "belongs into the body, not into the address")
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 

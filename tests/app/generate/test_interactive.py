@@ -59,6 +59,14 @@ def test_a_turn_is_taken_back_or_made_anew(tiny: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a b.txt").read_text() == f"Hello{first}" and said.endswith(f"{len(first) + 5} characters\n")
 
 
+def test_undo_goes_back_through_all_of_it(tiny: Path) -> None:
+    first, other = written(tiny, "Hello", 0), written(tiny, "Hello", 1)
+    found, said = told(tiny, "Hello", "/retry", "/new", "/new", "/undo", "/undo", "/undo", "/undo")
+    assert found == f"{first}\n{other}\nHello{other}\nHello{first}\n\n"  # a text that is new already is not begun anew
+    assert said.startswith("/undo: nothing has changed yet")
+    assert told(tiny, "/new", "/undo", args=("Hello",))[0] == "Hello" + "Hello\n"
+
+
 def test_options_change_on_the_way(tiny: Path) -> None:
     found, said = told(tiny, "/temperature 0.5", "/max-new-tokens 3", "/top-k", "Hello", "/greedy", "/undo", "Hello")
     cool = written(tiny, "Hello", 0, "--temperature", "0.5")
@@ -92,7 +100,7 @@ def test_a_line_that_is_no_text_is_refused_and_the_next_is_read(tiny: Path) -> N
         ("/temp 1", "/temp: no such command; did you mean 'temperature'?"),
         ("/xyz", "/xyz: no such command; /help shows all"),
         ("/retry", "/retry: there is no turn yet; type the beginning of a text"),
-        ("/undo", "/undo: there is no turn yet"),
+        ("/undo", "/undo: nothing has changed yet"),
         ("/temperature 0", "temperature: expected a number from 1e-9"),
         ("/top-k 0.5", "top_k: expected a whole number"),
         ("/top-k many", "expected a number, found 'many'"),

@@ -323,10 +323,18 @@ def test_only_json_is_read(demo):
         {},
         {"content-type": "text/plain"},
         {"content-type": "application/json", "content-encoding": "gzip"},
+        {"content-type": "application/json; charset=latin-1"},
+        {"content-type": 'application/json; x=utf-8; charset="utf-16"'},
     ):
         error(CLIENT.post(demo.url + PATH, content=b'{"prompt": "a"}', headers=headers), 415)
     good = {"content-type": "Application/JSON; charset=utf-8"}
     assert CLIENT.post(demo.url + PATH, content=b'{"max_tokens": 1}', headers=good, timeout=60).status_code == 200
+
+
+def test_a_field_in_the_address_is_not_passed_over(demo):
+    found = CLIENT.post(f"{demo.url}{PATH}?api-version=1&temperature=0", json={"prompt": "a", "max_tokens": 1})
+    assert error(found, 400)["message"] == "temperature: belongs into the body, not into the address"
+    assert CLIENT.post(f"{demo.url}{PATH}?api-version=1", json={"max_tokens": 1}, timeout=60).status_code == 200
 
 
 def test_other_addresses_and_methods_are_refused(demo):

@@ -50,7 +50,7 @@ def test_a_parquet_file_is_read_by_groups_of_rows(tmp_path):
     seen: list[int] = []
     assert list(read(find([tmp_path]).files, "body", seen.append)) == rows * 3
     assert sum(seen) == sum(path.stat().st_size for path in tmp_path.iterdir()) and len(seen) == 12
-    with pytest.raises(InputError, match=r"0.parquet: expected the field 'text', found 'n', 'body'; say which"):
+    with pytest.raises(InputError, match=r"0.parquet: expected the field 'text', found 'n', 'body'; name the text by"):
         list(documents([tmp_path]))
     with pytest.raises(InputError, match=r"0.parquet, row 1: expected a text in 'n', found an int; leave the row out"):
         list(documents([tmp_path], "n"))
@@ -102,7 +102,7 @@ def test_a_pipe_is_a_text_of_unknown_size(tmp_path):
         ("a.jsonl", b"[" * 10**5, "a.jsonl, line 1: not valid JSON ("),
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl, line 1: not valid JSON (Exceeds the limit"),
         ("a.jsonl", b'{"text": "a"}\n["a"]', "line 2: expected an object with the field 'text', found a list"),
-        ("a.jsonl", b'{"content": "a"}', "line 1: expected the field 'text', found 'content'; say which is the text"),
+        ("a.jsonl", b'{"content": "a"}', "line 1: expected the field 'text', found 'content'; name the text by --fiel"),
         ("a.jsonl", b"{}", "line 1: expected the field 'text', found none"),
         ("a.jsonl", b'{"text": null}', "line 1: expected a text in 'text', found a NoneType"),
         ("a.jsonl", b'{"text": "\xff"}', "line 1: expected UTF-8, found the byte 0xff (invalid start byte); convert"),
