@@ -211,6 +211,12 @@ class GPT2PreTrainedModel(nn.Module):
         if self.config.quantizer is not None:
             self.body.requires_grad_(False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.config.quantizer == "torchao":
+            quantization_.follow(self, fn)
+        return found
+
     def _scale(self, weight: Weight) -> Any:
         """The scales of a row that is in int8."""
         layer, _, leaf = TORCH.spell(weight, self.base_model is not self).rpartition(".")
@@ -331,6 +337,7 @@ class GPT2PreTrainedModel(nn.Module):
 
         read: Any = load
         if state_dict is not None or pretrained_model_name_or_path is None:
+            quantization_.check_plain(state_dict or {})
             read = partial(load_state, {name: to_numpy(tensor) for name, tensor in (state_dict or {}).items()})
         check_meshed(
             mesh, rules, device_map=device_map, max_memory=max_memory, quantization=quantization,
@@ -482,15 +489,15 @@ class GPT2PreTrainedModel(nn.Module):
         split = any(map(is_split, self.parameters()))
         if not is_main_process and not split:
             return
-        quantization_.check_saved(self)
         if state_dict is None:
             check_rows(self)
         self._check_tie()
         packed = quantization_.made_by_others(self)
+        parts, said = quantization_.parts_of_torchao(self)
         writes = is_main_process and not (split and torch.distributed.get_rank())
-        saved = [weight for name, weight in rows(self).items() if name not in packed]
+        saved = [weight for name, weight in rows(self).items() if name not in packed and name not in said]
         sources = [self._source(weight, state_dict) for weight in saved]
-        beside = packed | (made_of_own(self, state_dict) if is_callers(type(self)) else {})
+        beside = packed | parts | (made_of_own(self, state_dict) if is_callers(type(self)) else {})
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=sources[1][1].name)
         kind = "safetensors" if safe_serialization else "pytorch"
         names = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
@@ -500,7 +507,8 @@ class GPT2PreTrainedModel(nn.Module):
             made = [(*source[:2], make) for source, make in zip(sources, makes, strict=False)]
             rest = {name: (*x[:2], own_makes[name]) for name, x in beside.items()}
             if writes:
-                save(save_directory, config, self.generation_config, made, names, max_shard_size, kind, variant, rest)
+                how = max_shard_size, kind, variant, rest, said
+                save(save_directory, config, self.generation_config, made, names, *how)
 
         tensors = self.parameters() if state_dict is None else state_dict.values()
         write_together(tensors, [make for *_, make in (*sources, *beside.values())], write)
