@@ -162,6 +162,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "_materialise",
                     "_initialise",
                     "_freeze",
+                    "_apply",
                     "_scale",
                     "_unfilled",
                     "__init_subclass__",
