@@ -37,8 +37,8 @@ class Refused(NamedTuple):
 
 _QUANTIZED = Refused(
     (None, False),
-    "other programs quantize PyTorch's models alone, by quantization_config; leave it out, and give "
-    'param_dtype="bfloat16" for half the memory, or quantization="int8"',
+    "other programs quantize PyTorch's models alone, by quantization_config=BitsAndBytesConfig(load_in_4bit=True) or "
+    'others; leave it out, and give that, param_dtype="bfloat16" for half the memory, or quantization="int8"',
 )
 _PARALLEL = Refused((None, False), "a model is loaded whole; leave it out, and split the model afterwards")
 _EXPORTED = Refused(

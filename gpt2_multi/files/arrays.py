@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -144,4 +143,3 @@ def tensor(data: Array, offset: int, dtype: np.dtype[Any], shape: Shape, name: s
 
 
 Made = tuple[np.dtype[Any], tuple[int, ...], Callable[[], Array]]  # a tensor to write: its dtype, shape, and maker
-NOTHING: Mapping[str, str] = MappingProxyType({})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -50,6 +50,7 @@ from gpt2_multi.pt.state import (
     gather,
     is_callers,
     is_split,
+    joined,
     made_of_own,
     other_names,
     own,
@@ -167,6 +168,10 @@ class GPT2PreTrainedModel(nn.Module):
         place = getattr(getattr(self.body.wte, "_hf_hook", None), "execution_device", None)
         return first if first.type != "meta" or place is None else torch.device(place)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        check_present(self, "cast or moved")  # hooks know tensors by addresses, which others would have then
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     @contextmanager
     def building(self, param_dtype: torch.dtype | str | None) -> Iterator[None]:
         """Make parameters without memory, then allocate each once, in `param_dtype`, and initialise it by the table."""
@@ -210,12 +215,6 @@ class GPT2PreTrainedModel(nn.Module):
         """Integers do not train, and so the rest of a quantized body does not, unless somebody wants it."""
         if self.config.quantizer is not None:
             self.body.requires_grad_(False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.config.quantizer == "torchao":
-            quantization_.follow(self, fn)
-        return found
 
     def _scale(self, weight: Weight) -> Any:
         """The scales of a row that is in int8."""
@@ -277,7 +276,7 @@ class GPT2PreTrainedModel(nn.Module):
         """How many numbers its parameters are; a tied head counts once."""
         embeddings = {id(table.weight) for table in (self.body.wte, self.body.wpe)} if exclude_embeddings else set()
         counted = [p for p in self.parameters() if id(p) not in embeddings and (p.requires_grad or not only_trainable)]
-        return sum(p.numel() for p in counted)
+        return sum(quantization_.unpacked_numel(p) for p in counted)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """How many bytes its parameters are; a tied head counts once."""
@@ -337,15 +336,15 @@ class GPT2PreTrainedModel(nn.Module):
 
         read: Any = load
         if state_dict is not None or pretrained_model_name_or_path is None:
-            quantization_.check_plain(state_dict or {})
-            read = partial(load_state, {name: to_numpy(tensor) for name, tensor in (state_dict or {}).items()})
+            read = partial(load_state, {name: to_numpy(joined(name, x)) for name, x in (state_dict or {}).items()})
         check_meshed(
             mesh, rules, device_map=device_map, max_memory=max_memory, quantization=quantization,
             quantization_config=quantization_config,
         )  # fmt: skip
         divided = placement.is_divided(device_map, max_memory)
-        for place in placement.places_of(device_map):
-            device_of(place)
+        for name, given in (("device_map", device_map), ("max_memory", max_memory)):
+            for place in placement.places_of(given, name):
+                device_of(place, name)
         device = None if divided or device_map is None else device_of(device_map)
         given, options = cls._constructors(options)
         made: list[Self] = []
@@ -489,15 +488,15 @@ class GPT2PreTrainedModel(nn.Module):
         split = any(map(is_split, self.parameters()))
         if not is_main_process and not split:
             return
+        quantization_.check_saved(self)
         if state_dict is None:
             check_rows(self)
         self._check_tie()
         packed = quantization_.made_by_others(self)
-        parts, said = quantization_.parts_of_torchao(self)
         writes = is_main_process and not (split and torch.distributed.get_rank())
-        saved = [weight for name, weight in rows(self).items() if name not in packed and name not in said]
+        saved = [weight for name, weight in rows(self).items() if name not in packed]
         sources = [self._source(weight, state_dict) for weight in saved]
-        beside = packed | parts | (made_of_own(self, state_dict) if is_callers(type(self)) else {})
+        beside = packed | (made_of_own(self, state_dict) if is_callers(type(self)) else {})
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=sources[1][1].name)
         kind = "safetensors" if safe_serialization else "pytorch"
         names = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
@@ -507,8 +506,7 @@ class GPT2PreTrainedModel(nn.Module):
             made = [(*source[:2], make) for source, make in zip(sources, makes, strict=False)]
             rest = {name: (*x[:2], own_makes[name]) for name, x in beside.items()}
             if writes:
-                how = max_shard_size, kind, variant, rest, said
-                save(save_directory, config, self.generation_config, made, names, *how)
+                save(save_directory, config, self.generation_config, made, names, max_shard_size, kind, variant, rest)
 
         tensors = self.parameters() if state_dict is None else state_dict.values()
         write_together(tensors, [make for *_, make in (*sources, *beside.values())], write)
@@ -691,22 +689,22 @@ def load_tf_weights_in_gpt2(
     return model
 
 
-def device_of(device_map: Any) -> torch.device:
+def device_of(device_map: Any, name: str = "device_map") -> torch.device:
     """The place of a whole model, as transformers spells it; InputError for several places, or one that is not here."""
-    places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
-    if len(places) != 1 or "disk" in places:
+    places = [*device_map.values()] if isinstance(device_map, Mapping) else [device_map]
+    if not places or any(place != places[0] for place in places) or "disk" in places:
         raise InputError(
             f"device_map: expected one place for the whole model, found {device_map!r}; give the name of one device"
         )
-    (place,) = places
-    known = devices()
+    place, known = places[0], devices()
     try:
         device = torch.device(known[0] if place in ("auto", "balanced", "balanced_low_0", "sequential") else place)
     except (RuntimeError, TypeError):
         device = None
     if device is None or not {str(device), f"{device.type}:0" if device.index is None else ""} & {*known, "meta"}:
         names = ", ".join(f'"{name}"' for name in known)
-        raise InputError(f'device_map: expected "auto" or one of {names}, found {place!r}')
+        choices = f'"auto" or one of {names}' if name == "device_map" else f"one of {names}"
+        raise InputError(f"{name}: expected {choices}, found {place!r}")
     return device
 
 
@@ -725,5 +723,6 @@ def dtypes(device: str) -> list[str]:
 
 
 def load_on(device: str, model_class: type[GPT2PreTrainedModel], name: Any, **options: Any) -> GPT2PreTrainedModel:
-    """What `from_pretrained` of a class gives, on a device, for a program that does not change it."""
-    return model_class.from_pretrained(name, mmap=True, **options).to(device)
+    """What `from_pretrained` of a class gives, for a program that does not change it; a device_map says it of parts."""
+    model = model_class.from_pretrained(name, mmap=True, **options)
+    return model if options.get("device_map") is not None else model.to(device)

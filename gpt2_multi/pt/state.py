@@ -28,6 +28,7 @@ def register_hooks(model: nn.Module) -> None:
     """Let `state_dict` and `load_state_dict` of a model, and of whatever holds it, do as the functions below."""
     model.register_state_dict_post_hook(leave_out_head)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_pre_hook(turn_kernels)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(as_cut)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_pre_hook(fill_in_head)  # type: ignore[no-untyped-call]
 
 
@@ -51,6 +52,8 @@ def fill_in_head(
     """One of the two names stands for both, as one parameter; two tensors that differ cannot be tied."""
     if not is_tied(model):
         return
+    if state.get(prefix + HEAD) is model.get_parameter(HEAD) and prefix + EMBEDDING in state:
+        del state[prefix + HEAD]  # torch.distributed.checkpoint puts the old one where a dictionary has none
     fill_in(state, [prefix + EMBEDDING, prefix + HEAD], errors)
     fill_in(state, [prefix + EMBEDDING + SCALE, prefix + HEAD + SCALE], errors)
 
@@ -228,6 +231,20 @@ def turn_kernels(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> 
     own = {name: x for name, x in state.items() if name.startswith(prefix) and isinstance(x, Tensor)}
     if out_first({name: tuple(x.shape) for name, x in own.items()}) is False:
         state.update({name: turned(name, x) for name, x in own.items()})
+
+
+def as_cut(model: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    """Fused projections have dimensions apart in a model that was cut, and one in a model that is whole."""
+    for name, parameter in model.named_parameters():
+        x = state.get(prefix + name)
+        if isinstance(x, Tensor) and not is_split(x) and joined(name, x).shape == joined(name, parameter).shape:
+            state[prefix + name] = x if x.shape == parameter.shape else x.reshape(parameter.shape)
+
+
+def joined(name: str, x: Tensor) -> Tensor:
+    """A fused projection as files have it: of a model that was cut its queries, keys and values are apart."""
+    dims = 2 if name.endswith(".weight") else 1
+    return x.flatten(0, 1) if ".c_attn." in name and x.dim() == dims + 1 else x
 
 
 def rows(model: Any) -> dict[str, Weight]:

@@ -96,6 +96,23 @@ def test_a_state_dictionary_of_transformers_is_taken(changes):
     model.transformer.load_state_dict(theirs.transformer.state_dict())
 
 
+def test_the_whole_state_of_a_model_that_was_cut_is_taken():
+    model = make()
+    apart = {name: x.unflatten(0, (3, -1)) if ".c_attn." in name else x for name, x in model.state_dict().items()}
+    other = make(seed=1)
+    other.load_state_dict(apart)
+    for found in (other, pt.GPT2LMHeadModel.from_pretrained(None, config=SMALL, state_dict=apart)):
+        assert torch.equal(logits(found), logits(model))
+
+
+def test_a_whole_state_without_the_head_is_taken():
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    model, other = make(), make(seed=1)
+    set_model_state_dict(other, model.state_dict(), options=StateDictOptions(full_state_dict=True))
+    assert torch.equal(logits(other), logits(model)) and is_tied(other)
+
+
 def test_copies_pickles_and_averages_keep_the_tie():
     model = make()
     average = torch.optim.swa_utils.AveragedModel(model)

@@ -64,17 +64,24 @@ def pipeline(
     options = {name: value for name, value in options.items() if name not in IDLE}
     backend = one_of("framework", framework, "backend", backend)
     dtype = one_of("torch_dtype", torch_dtype, "dtype", dtype)
-    device = one_device(device_map, device)
     check_options(options)
     if model is None or isinstance(model, (str, os.PathLike)):
         row, folder = backends.resolve(backend), resolve(DEMO if model is None else model, **place)
         more = {**({} if config is None else {"config": config}), **(model_kwargs or {})}
+        for name in ("torch_dtype", "dtype"):
+            dtype = one_of("model_kwargs", more.pop(name, None), "dtype", dtype)
+        device_map = one_of("model_kwargs", more.pop("device_map", None), "device_map", device_map)
+        if is_spread(device_map, more):
+            check_alone(device)
+            more["device_map"], device = device_map, None
+        else:
+            device = one_device(device_map, device)
         model = row.load(folder, device_name(row.devices(), device), dtype or "float32", **more)
         tokenizer = folder if tokenizer is None else tokenizer
     elif not hasattr(model, "stream_tokens"):
         raise InputError(f"model: expected a name, a folder or a language model, found {type(model).__name__}")
     else:
-        model = placed(model, backend, device, dtype)
+        model = placed(model, backend, one_device(device_map, device), dtype)
     return TextGenerationPipeline(model, read(tokenizer), options, batch_size)
 
 
@@ -89,6 +96,18 @@ def one_device(device_map: Any, device: Any) -> Any:
     """The device that is given under one of two names; a map may have several names for it."""
     device = one_of("device_map", None if device_map == "auto" else device_map, "device", device)
     return next(iter(device.values())) if isinstance(device, Mapping) and len(set(device.values())) == 1 else device
+
+
+def is_spread(device_map: Any, loading: Mapping[str, Any]) -> bool:
+    """Whether a model is to be in several places, or on a disk, which is for from_pretrained to arrange."""
+    places = list(map(str, device_map.values())) if isinstance(device_map, Mapping) else []
+    return loading.get("max_memory") is not None or "disk" in places or len(set(places)) > 1
+
+
+def check_alone(device: Any) -> None:
+    """A model in several places is not in another one as well."""
+    if device is not None:
+        raise InputError(f"device: expected none beside a device_map of several places, found {device!r}; give one")
 
 
 def read(tokenizer: GPT2Tokenizer | str | os.PathLike[str] | None) -> GPT2Tokenizer:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from gpt2_multi.files import containers
-from gpt2_multi.files.arrays import NOTHING, Made
+from gpt2_multi.files.arrays import Made
 from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.format import (
@@ -30,12 +29,8 @@ def _read_safetensors(main: Path) -> Tensors:
     return containers.read_safetensors(main)
 
 
-def write_safetensors(
-    folder: Path, tensors: dict[str, Made], config: GPT2Config, size: int | str, metadata: Mapping[str, str] = NOTHING
-) -> None:
-    """Write a folder of safetensors, each of which says `metadata`."""
-    write = partial(containers.write_safetensors, metadata=metadata)
-    containers.write_shards(folder / "model.safetensors", tensors, write, size)
+def _write_safetensors(folder: Path, tensors: dict[str, Made], config: GPT2Config, size: int | str) -> None:
+    containers.write_shards(folder / "model.safetensors", tensors, containers.write_safetensors, size)
     config.save_pretrained(folder)
 
 
@@ -114,12 +109,12 @@ _MAIN = {format: (files[0], files[-1]) for format, files in WEIGHTS.items()}  # 
 
 SAFETENSORS = Format(
     "transformers' safetensors", TRANSFORMERS, _MAIN["safetensors"], WEIGHTS["safetensors"],
-    _safetensors, write_safetensors, beside,
+    _safetensors, _write_safetensors, beside,
     others=("*.safetensors",), is_it=_with_kernels(_safetensors, False),
 )  # fmt: skip
 TORCH_SAFETENSORS = Format(
     "a state dictionary of gpt2_multi.pt in safetensors", TORCH, _MAIN["safetensors"], WEIGHTS["safetensors"],
-    _safetensors, write_safetensors, beside,
+    _safetensors, _write_safetensors, beside,
     others=("*.safetensors",), is_it=_with_kernels(_safetensors, True),
 )  # fmt: skip
 TF_SAFETENSORS = Format(

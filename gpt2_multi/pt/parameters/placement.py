@@ -29,8 +29,8 @@ def is_divided(device_map: Any, max_memory: Any) -> bool:
     "auto" alone may be so only where there is a GPU, and accelerate to look at how much room it has.
     """
     if isinstance(device_map, Mapping):
-        places = set(device_map.values())
-        return len(places) > 1 or DISK in places
+        places = [*device_map.values()]
+        return DISK in places or any(place != places[0] for place in places)
     if isinstance(device_map, str) and device_map in NAMES:
         return max_memory is not None or (torch.accelerator.is_available() and find_spec("accelerate") is not None)
     if max_memory is not None:
@@ -38,10 +38,10 @@ def is_divided(device_map: Any, max_memory: Any) -> bool:
     return False
 
 
-def places_of(device_map: Any) -> list[Any]:
-    """The devices that somebody names, each once; the disk is none."""
-    found = device_map.values() if isinstance(device_map, Mapping) else ()
-    return [place for place in dict.fromkeys(found) if place != DISK]
+def places_of(given: Any, name: str) -> list[Any]:
+    """The devices that the values of a device_map name, or the keys of a max_memory, each once; the disk is none."""
+    found = () if not isinstance(given, Mapping) else given if name == "max_memory" else given.values()
+    return [place for i, place in enumerate(found) if place != DISK and place not in [*found][:i]]
 
 
 def divide(model: Any, device_map: Any, max_memory: Mapping[Any, Any] | None, offload_folder: Any) -> Any:
@@ -126,7 +126,10 @@ def offloading(model: Any, offload_folder: str | os.PathLike[str] | None) -> str
             "offload_folder: expected a folder on a disk, for what fits nowhere else, found None; give one, or a "
             "device_map without the disk"
         )
-    Path(offload_folder).mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="offloaded-", dir=offload_folder)
+    try:
+        Path(offload_folder).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="offloaded-", dir=offload_folder)
+    except OSError as error:
+        raise InputError(f"offload_folder: expected a folder to write to, found {offload_folder}: {error}") from None
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     return folder

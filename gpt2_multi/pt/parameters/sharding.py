@@ -140,6 +140,7 @@ def shard(model: Any, mesh: DeviceMesh, rules: Rules) -> Any:
     if any(map(is_split, model.parameters())):
         raise InputError("model: expected one that is whole, found parameters that are cut already; shard it once")
     check_present(model, "cut over devices")
+    _check_named(model, found)
     for x in model.parameters():
         agree(x.detach(), mesh)
     for module in [module for module in model.modules() if hasattr(module, "c_attn")]:
@@ -152,8 +153,31 @@ def shard(model: Any, mesh: DeviceMesh, rules: Rules) -> Any:
         model.register_forward_pre_hook(partial(together, mesh["tensor"]), with_kwargs=True)
     if shape["tensor"] == 1 or shape["data"] * shape["fsdp"] > 1:
         _fully_shard(model, mesh["data", "fsdp"] if shape["data"] > 1 else mesh["fsdp"], found)
+    if mesh.size() > shape["tensor"]:
+        model.register_forward_pre_hook(partial(only_cut, frozenset(name for name, _ in model.named_parameters())))
     model.device_mesh = mesh
     return model
+
+
+def _check_named(model: Any, found: Mapping[str, Cut]) -> None:
+    names = dict(model.named_parameters(remove_duplicate=False))
+    if lacking := [name for name in found if name not in names]:
+        raise InputError(
+            f"model: expected the parameters of a GPT-2, found none under {lacking[0]}, as where PEFT or a "
+            "parametrization has wrapped a layer; leave the layers as they are, or call torch's fully_shard for the "
+            "blocks and the model"
+        )
+
+
+def only_cut(names: frozenset[str], model: Any, _: Any) -> None:
+    """Before a training step: what was added to a model after it was cut has no part in the mean of gradients."""
+    if not model.training or torch.compiler.is_compiling():
+        return
+    if added := [name for name, x in model.named_parameters() if x.requires_grad and name not in names]:
+        raise InputError(
+            f"model: expected parameters that were there when it was cut, found {added[0]}, which each process would "
+            "train alone; add it first, and call torch's fully_shard for the blocks and the model"
+        )
 
 
 def _fully_shard(model: Any, mesh: DeviceMesh, found: Mapping[str, Cut]) -> None:

@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.utils import parametrize
 
 from gpt2_multi import CheckpointError, GPT2Config, GPT2Tokenizer, InputError, pt
 from gpt2_multi.pt import training
@@ -282,7 +283,25 @@ def own_rows(mesh):
     shard(make(), mesh, WORDS)(IDS + dist.get_rank())
 
 
+def wrapped(mesh):
+    model = make()
+    parametrize.register_parametrization(model.transformer.h[0].mlp.c_fc, "weight", torch.nn.Identity())
+    shard(model, mesh, WORDS)
+
+
+def added(_):
+    model = shard(make(), make_mesh("fsdp=2"), FSDP)
+    model.transformer.h[1].adapter = torch.nn.Linear(2, 2)
+    model.eval()(IDS)
+    model.train()(IDS)
+
+
 FAULTS = {
+    "wrapped": (wrapped, "model: expected the parameters of a GPT-2, found none under transformer.h.0.mlp.c_fc.weight"),
+    "added": (
+        added,
+        "model: expected parameters that were there when it was cut, found transformer.h.1.adapter.weight, which each",
+    ),
     "heads": (
         lambda mesh: shard(make(n_head=1), mesh, TENSOR),
         "h.0.attn.c_attn.weight: the axis 'head' has 1 entries, which 2 processes of the mesh axis 'tensor' cannot",

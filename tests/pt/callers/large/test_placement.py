@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
-from gpt2_multi import GPT2Tokenizer, pt
+from gpt2_multi import GPT2Tokenizer, pipeline, pt
 from gpt2_multi.errors import InputError
 
 IDS = torch.arange(12).view(2, 6)
@@ -52,6 +52,27 @@ def test_what_an_offloaded_model_cannot_do_is_a_sentence(tmp_path):
     for change in (lambda: model.resize_token_embeddings(2000), lambda: model.prune_heads({0: [0]})):
         with pytest.raises(InputError, match=r"an offloaded model cannot be (resized|pruned); load it without"):
             change()
+    for change in (model.half, model.cpu):  # after which hooks may give a layer another's weights
+        with pytest.raises(InputError, match=r"an offloaded model cannot be cast or moved; load it without"):
+            change()
+
+
+def test_a_pipeline_leaves_the_places_to_from_pretrained(tmp_path):
+    expected = pipeline(framework="pt")("ROMEO:", max_new_tokens=4)
+    loading = {"offload_folder": tmp_path, "torch_dtype": torch.float32}
+    for given in (
+        {"device_map": MAPS["layers"]["device_map"], "model_kwargs": loading},
+        {"device_map": "auto", "model_kwargs": loading | {"max_memory": {"cpu": "5MB"}}},
+        {"model_kwargs": loading | MAPS["fitting"]},
+    ):
+        made = pipeline(framework="pt", **given)
+        assert (
+            set(made.model.hf_device_map.values()) == {"cpu", "disk"} and made("ROMEO:", max_new_tokens=4) == expected
+        )
+    with pytest.raises(InputError, match="device: expected none beside a device_map of several places, found -1"):
+        pipeline(framework="pt", device=-1, **given)
+    with pytest.raises(InputError, match="model_kwargs: is 'auto', and device_map is 'cpu'; give one"):
+        pipeline(framework="pt", device_map="cpu", **given)
 
 
 def test_the_folder_of_a_model_is_its_own_and_goes_with_it(tmp_path):
@@ -69,6 +90,9 @@ FAULTS = {
     "rest": ({"device_map": {"lm_head": "cpu", "transformer.h": "disk"}}, "gives no place to transformer.wte.weight"),
     "folder": ({"device_map": {"": "disk"}}, "offload_folder: expected a folder on a disk"),
     "room": ({"device_map": "auto", "max_memory": {"cpu": "much"}}, "max_memory: expected room by device"),
+    "gpu": ({"device_map": "auto", "max_memory": {99: "1GB"}}, "max_memory: expected one of"),
+    "file": ({"device_map": {"": "disk"}, "offload_folder": __file__}, "offload_folder: expected a folder to write to"),
+    "list": ({"device_map": ["cpu"]}, 'device_map: expected "auto" or one of'),
     "alone": ({"max_memory": {"cpu": "1GB"}}, 'max_memory: expected device_map="auto"'),
     "dtype": (
         {"device_map": {"": "disk"}, "dtype": "bfloat16", "param_dtype": "float32", "offload_folder": "here"},
