@@ -45,6 +45,7 @@ from gpt2_multi.pt.state import (
     check_rows,
     check_transformer,
     check_whole,
+    cut_again,
     fetched,
     fill_own,
     gather,
@@ -485,6 +486,7 @@ class GPT2PreTrainedModel(nn.Module):
         from gpt2_multi.model.checkpoint import save
 
         wanted = arguments.sort_saving("save_pretrained", options)
+        cut_again(self)
         split = any(map(is_split, self.parameters()))
         if not is_main_process and not split:
             return

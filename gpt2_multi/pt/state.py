@@ -132,6 +132,13 @@ def is_split(x: object) -> bool:
     return hasattr(x, "full_tensor")
 
 
+def cut_again(model: nn.Module) -> None:
+    """Let FSDP2 give back the whole parameters that it keeps after a call, whose memory no array may share."""
+    for module in model.modules():
+        if callable(reshard := getattr(type(module), "reshard", None)):
+            reshard(module)
+
+
 def gather(x: Tensor) -> Tensor:
     """A tensor of which other processes have parts, as one, on the CPU: all of them have to call it together."""
     return x.full_tensor().cpu() if is_split(x) else x  # type: ignore[attr-defined]

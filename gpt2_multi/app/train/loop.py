@@ -97,16 +97,18 @@ class Loop:
         return step
 
     def _part(self, batch: Batch) -> Batch:
-        """The rows of this process, in parts: (B, T) -> (A, B / (A P), T)"""
-        shape = self.plan.accumulate, self.team.processes, -1, self.plan.length
-        return {name: ids.reshape(shape)[:, self.team.process] for name, ids in batch.items()}
+        """The rows of this process, one of P shares, in parts: (B, T) -> (A, B / (A P), T)"""
+        share, shares = self.team.share(self.plan.mesh)
+        shape = self.plan.accumulate, shares, -1, self.plan.length
+        return {name: ids.reshape(shape)[:, share] for name, ids in batch.items()}
 
     def held_out(self) -> float | None:
         """The mean loss of the tokens that were held out, without dropout."""
         if self.held is None:
             return None
+        share, shares = self.team.share(self.plan.mesh)
         found = []
         for batch in self.held:
-            rows = {name: ids[self.team.process :: self.team.processes] for name, ids in batch.items()}
+            rows = {name: ids[share::shares] for name, ids in batch.items()}
             found.append(self.engine.evaluate(rows))
         return sum(float(total) for total, _ in found) / max(sum(float(count) for _, count in found), 1.0)

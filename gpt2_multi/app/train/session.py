@@ -59,8 +59,8 @@ class Session:
         self.together(lambda: self._begin(resume))
         self.begun = Beginning.read(self.folder)
         self.plan, self.step = self.begun.plan, self.folder.steps()[-1] if resume else 0
-        check_parts(self.plan, self.team.processes)
         with self.failing(), ExitStack() as stack:
+            check_parts(self.plan, self.team.share(self.plan.mesh)[1])
             stop, progress = Stop(), Progress(self.plan, self.step, self.is_first)
             stop.say = progress.say
             loop = self._loop(stack, resume, progress)

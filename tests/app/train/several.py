@@ -41,8 +41,10 @@ def run(backend: str, folder: Path, output: Path, mesh: str = "") -> dict[str, A
     plan = plan_of(backend, mesh=mesh)
     engine, found = build(plan, folder, team), {"processes": team.processes, "process": team.process}
 
+    share = team.share(mesh)
+
     def steps(engine: Any, numbers: range) -> list[list[float]]:
-        rows = {step: batch(step, team.process, team.processes) for step in numbers}
+        rows = {step: batch(step, *share) for step in numbers}
         return [[float(x) for x in engine.train(rows[step], step, plan.rate(step))] for step in numbers]
 
     found["losses"] = steps(engine, range(3))
@@ -56,7 +58,7 @@ def run(backend: str, folder: Path, output: Path, mesh: str = "") -> dict[str, A
     again.load_state(output / "state")
     found["again"] = steps(again, range(3, 6))
     engine.save_model(model)
-    held = {name: value[1] for name, value in batch(9, team.process, team.processes).items()}
+    held = {name: value[1] for name, value in batch(9, *share).items()}
     found["held"] = [float(x) for x in engine.evaluate(held)]
     found["agreed"] = [team.agreed(team.process == 1), team.agreed(False)]
     found["devices"] = engine.devices

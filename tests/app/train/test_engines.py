@@ -135,7 +135,13 @@ def test_a_state_of_another_model_and_a_damaged_one_are_refused(
 @pytest.mark.parametrize(
     ("framework", "changes", "sentence"),
     [
-        ("pt", {"mesh": "data=2"}, "--mesh data=2: PyTorch has the whole model in each process"),
+        (
+            "pt",
+            {"mesh": "data=2,tensor=2"},
+            "data=2,tensor=2: expected 4 processes, found one; start it by torch",
+        ),
+        ("pt", {"mesh": "data=1", "lora": 2}, "--lora: PEFT's adapters want a whole model, which --mesh data=1 cuts"),
+        ("pt", {"mesh": "rows=1"}, "expected the axes data, fsdp, tensor"),
         ("tf", {"mesh": "data=2"}, "--mesh data=2: TensorFlow has the whole model on each device"),
         ("tf", {"device": "gpu:9"}, "--device: expected one of cpu, found 'gpu:9'"),
         ("flax", {"device": "gpu:9"}, "--device: expected one of cpu, or with a number such as cpu:0, found 'gpu:9'"),

@@ -21,7 +21,7 @@ from tests.support.fixtures import write_model
 
 ROOT = Path(__file__).resolve().parents[3]
 NEEDED = {"pt": "torch", "tf": "tensorflow", "flax": "flax"}
-MESHES = {"pt": [""], "tf": [""], "flax": ["", "data=2,fsdp=2", "fsdp=2,tensor=2"]}
+MESHES = {"pt": ["", "fsdp=2", "tensor=2"], "tf": [""], "flax": ["", "data=2,fsdp=2", "fsdp=2,tensor=2"]}
 
 
 def ports(number: int) -> list[int]:

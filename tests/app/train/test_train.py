@@ -304,7 +304,7 @@ def test_a_loss_that_is_no_number_is_a_sentence(book: Path, tmp_path: Path) -> N
         (("{book}", "--steps", 3, "--epochs", 1), "drop one", 2),
         (("{book}", "--max-norm", "nan"), "'--max-norm': expected a finite number, found nan", 2),
         (("{book}", "--epochs", "inf"), "expected a finite number, found inf", 2),
-        (("{book}", "--mesh", "data=2"), "use --backend flax", 1),
+        (("{book}", "--mesh", "data=2"), "torchrun --nproc-per-node 2, or give --mesh data=1", 1),
         (("{book}", "--device", "cuda:7"), 'expected "auto" or one of', 1),
         (("{book}", "--model", "n_layer=2,n_heads=3", "--tokenizer", "demo"), "n_head", 1),
         (("{book}", "--model", "n_layer=2", "--tokenizer", "train:many"), "train:2000", 1),

@@ -21,7 +21,9 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.utils import parametrize
 
 from gpt2_multi import CheckpointError, GPT2Config, GPT2Tokenizer, InputError, pt
+from gpt2_multi.files.containers import read_safetensors
 from gpt2_multi.pt import training
+from gpt2_multi.pt.layers import to_torch
 from gpt2_multi.pt.parameters.resuming import restore_state, save_state, saved_steps
 from gpt2_multi.pt.parameters.sharding import (
     DATA,
@@ -34,6 +36,7 @@ from gpt2_multi.pt.parameters.sharding import (
     shard_batch,
     tensor_parallel_plan,
 )
+from tests.app.train import several
 from tests.support.effort import THOROUGH
 
 CONFIG = GPT2Config(
@@ -193,6 +196,8 @@ def files(mesh, rules, folder):
     model = pt.GPT2LMHeadModel.from_pretrained(folder / "model", mesh=mesh, rules=rules)
     assert not any(x.is_meta for x in model.parameters()) and model.lm_head.weight is model.transformer.wte.weight
     written = folder / "".join(filter(str.isalnum, f"{mesh.mesh_dim_names}{mesh.mesh.tolist()}{[*rules]}"))
+    with torch.no_grad():
+        model(IDS)  # FSDP2 has whole parameters from now on
     model.save_pretrained(written, max_shard_size="9KB")
     config, again = json.loads((written / "config.json").read_text()), pt.GPT2LMHeadModel.from_pretrained(written)
     known = pt.GPT2LMHeadModel.from_pretrained(folder / "model")
@@ -230,6 +235,36 @@ def resumes(mesh, rules, folder):
     optimizer = torch.optim.AdamW(training.parameter_groups(alone), lr=1e-2)
     restore_state(place, alone, optimizer, 2)
     return far(go(alone, optimizer, 2, {"input_ids": IDS, "labels": IDS}), rest)
+
+
+def trains(mesh, _, folder):
+    """The engine of `gpt2-multi train`: what it learns, measures, writes and goes on with is that of one process."""
+    from gpt2_multi.app.train.engines import pt as engines
+
+    team = engines.join("cpu")
+    alone = engines.PTTeam.__new__(engines.PTTeam)
+    alone.process, alone.processes, alone.place = 0, 1, team.place
+    shape = ",".join(f"{axis}={size}" for axis, size in zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True))
+    found, written = [], []
+    for one, name in ((alone, ""), (team, shape)):
+        share, plan = one.share(name), several.plan_of("pt", mesh=name)
+        model, state = (folder / f"{kind} {name}" for kind in ("trained", "state"))
+        state.mkdir(exist_ok=True)
+        engine, again = (engines.build(plan, folder / "model", one) for _ in range(2))
+
+        def train(engine, step, share=share, plan=plan):
+            return map(float, engine.train(several.batch(step, *share), step, plan.rate(step)))
+
+        answers = [*train(engine, 0), *train(engine, 1)]
+        answers += map(float, engine.evaluate({key: x[1] for key, x in several.batch(9, *share).items()}))
+        engine.save_model(None if dist.get_rank() else model)  # after a call without gradients
+        engine.save_state(None if dist.get_rank() else state)
+        dist.barrier()
+        again.load_state(folder / "state ")  # of one process
+        found.append([*answers, *train(engine, 2), *train(again, 2)])
+        files = {**read_safetensors(state / "state.safetensors"), **read_safetensors(model / "model.safetensors")}
+        written.append({key: to_torch(x) for key, x in files.items()})
+    return max(far(*found), *(far(x, written[1][key]) for key, x in written[0].items()))
 
 
 def writes(mesh, rules):
@@ -361,7 +396,7 @@ def answers(rank, folder, count, meshes):
     for name, rules in meshes.items():
         mesh = make_mesh(name)
         asked = QUESTIONS | (TENSORS if "tensor" in name else {}) | {"files": partial(files, folder=folder)}
-        asked["resumes"] = partial(resumes, folder=folder)
+        asked |= {"resumes": partial(resumes, folder=folder), "trains": partial(trains, folder=folder)}
         found[name] = {question: call(mesh, rules) for question, call in asked.items()}
     mesh = make_mesh("tensor=2") if count == 2 else None
     for name, (call, _) in FAULTS.items() if mesh else ():
@@ -390,7 +425,8 @@ def test_a_mesh_computes_and_learns_what_one_process_does(mesh, found):
     answer = found[mesh]
     print(mesh, answer)
     assert max(answer[name] for name in ("files", "resumes")) < 1e-5
-    assert max(answer[name] for name in ("learns", "parts", "heads", "inside", "planned") if name in answer) < 1e-9
+    exact = "learns", "parts", "heads", "inside", "planned", "trains"
+    assert max(answer[name] for name in exact if name in answer) < 1e-9
     assert answer["sizes"] == [] and answer["writes"]
 
 

@@ -148,10 +148,10 @@ def rate(config: GPT2Config, is_new: bool) -> float:
     return float(f"{best if is_new else min(best, 6e-5 * (768 / config.n_embd) ** 2):.2g}")
 
 
-def check_parts(plan: Plan, processes: int) -> None:
-    """InputError where a batch has no equal parts."""
-    if plan.batch_size % (parts := plan.accumulate * processes):
-        what = f"{plan.accumulate} parts" + (f" of each of {processes} processes" if processes > 1 else "")
+def check_parts(plan: Plan, shares: int) -> None:
+    """InputError where a batch has no equal parts, each of which so many processes share."""
+    if plan.batch_size % (parts := plan.accumulate * shares):
+        what = f"{plan.accumulate} parts" + (f", each for {shares} processes" if shares > 1 else "")
         raise InputError(
             f"--batch-size: expected a multiple of {parts}, for {what}, found {plan.batch_size}; choose another"
         )

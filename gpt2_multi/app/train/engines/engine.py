@@ -32,6 +32,9 @@ class Team(Protocol):
     process: int
     processes: int
 
+    def share(self, mesh: str) -> tuple[int, int]:
+        """Which part of the rows of a batch this process has on a mesh, and of how many parts, which are equal."""
+
     def agreed(self, flag: bool) -> bool:
         """Whether any process says yes; all of them wait for each other."""
 
@@ -42,8 +45,9 @@ class Team(Protocol):
 class Engine(Protocol):
     """A model that is trained. Each process has one, and calls the same in the same order.
 
-    A batch has the rows of this process alone, of the one batch that all processes have together. The dropout of a step
-    follows from the seed, the step, the process and the part of the batch, so that no generator is saved.
+    A batch has the rows of this process alone, `Team.share` of the one batch that all processes have together. The
+    dropout of a step follows from the seed, the step, the process and the part of the batch, so that no generator is
+    saved.
     """
 
     device: str  # what it computes on, for people, such as "NVIDIA H100 80GB HBM3" or "cpu"

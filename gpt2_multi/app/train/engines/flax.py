@@ -48,6 +48,10 @@ class FlaxTeam:
         self.process, self.processes = jax.process_index(), jax.process_count()
         self.places = places_of(device)
 
+    def share(self, mesh: str) -> tuple[int, int]:
+        """See `Team.share`; each process gives its rows to the mesh, which shares them anew."""
+        return self.process, self.processes
+
     def agreed(self, flag: bool) -> bool:
         """See `Team.agreed`."""
         return bool(np.any(self.all(np.array(flag))))

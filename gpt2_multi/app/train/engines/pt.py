@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_multi.app.train.engines.engine import Batch, Update, first_factor, read_state, write_state
+from gpt2_multi.app.train.engines.engine import Array, Batch, Update, first_factor, read_state, write_state
 from gpt2_multi.app.train.plan import BETAS, EPSILON, LORA_LAYERS, LORA_SCALE, Plan
 from gpt2_multi.errors import InputError
-from gpt2_multi.files.arrays import Made
+from gpt2_multi.model.weights import mesh_sizes
 from gpt2_multi.pt.heads import GPT2LMHeadModel
 from gpt2_multi.pt.layers import NUMPY, to_numpy, to_torch
 from gpt2_multi.pt.loading import device_of, devices, dtypes
+from gpt2_multi.pt.parameters.plans import FusedLinear, own
+from gpt2_multi.pt.parameters.sharding import FSDP, TENSOR, make_mesh
+from gpt2_multi.pt.state import cut_as, gather, is_split, write_together
 from gpt2_multi.pt.training import IGNORED, parameter_groups
 
 PARAMETER, UPDATES, MOMENTS = "parameter", "updates", ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
@@ -31,11 +38,34 @@ class PTTeam:
     """The processes that torchrun started, or this one alone. See `Team`."""
 
     def __init__(self, device: str) -> None:
-        self.process, self.processes, self._group = 0, 1, None
-        if "WORLD_SIZE" in os.environ:
+        self.process, self.processes = 0, 1
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
             dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+        if dist.is_initialized():
             self.process, self.processes = dist.get_rank(), dist.get_world_size()
         self.place = place_of(device)
+        self._meshes: dict[str, DeviceMesh] = {}
+
+    def mesh(self, shape: str) -> DeviceMesh | None:
+        """The processes as a mesh of this shape, which is made once; None without a shape, and in one process."""
+        needed = math.prod(mesh_sizes(shape).values())
+        if not shape or self.processes == needed == 1:
+            return None
+        if not dist.is_initialized():
+            raise InputError(
+                f"--mesh {shape}: expected {needed} processes, found one; start it by torchrun --nproc-per-node "
+                f"{needed}, or give --mesh data=1"
+            )
+        if shape not in self._meshes:
+            self._meshes[shape] = make_mesh(shape, self.place.type)
+        return self._meshes[shape]
+
+    def share(self, mesh: str) -> tuple[int, int]:
+        """See `Team.share`; the processes of a tensor axis have the same rows."""
+        if (found := self.mesh(mesh)) is None:
+            return self.process, self.processes
+        data, fsdp, _ = found.get_coordinate() or ()
+        return data * found.size(1) + fsdp, found.size(0) * found.size(1)
 
     def agreed(self, flag: bool) -> bool:
         """See `Team.agreed`; on the CPU, so that no accelerator is waited for."""
@@ -59,11 +89,13 @@ class PTEngine:
         self.devices = team.processes
         stored = "float64" if plan.dtype == "float64" else "float32"
         dtypes: Any = {"dtype": plan.dtype, "param_dtype": stored}
-        self._model = GPT2LMHeadModel.from_pretrained(folder, **dtypes, **plan.settings).to(self._place)
+        mesh, (_, self._shares) = team.mesh(plan.mesh), team.share(plan.mesh)
+        where: Any = {"mesh": mesh, "rules": FSDP | TENSOR} if mesh else {"device_map": str(self._place)}
+        self._model = GPT2LMHeadModel.from_pretrained(folder, **dtypes, **where, **plan.settings)
         self._trained: nn.Module = adapted(self._model, plan) if plan.lora else self._model
         self._trained.train()
         self._named = {name: p for name, p in self._trained.named_parameters() if p.requires_grad}
-        self._call = DistributedDataParallel(self._trained) if team.processes > 1 else self._trained
+        self._call = self._trained if mesh or team.processes == 1 else DistributedDataParallel(self._trained)
         groups = parameter_groups(self._trained, plan.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=True)
 
@@ -75,18 +107,22 @@ class PTEngine:
         items = max(int((batch["labels"][..., 1:] != IGNORED).sum()), 1)
         found = []
         for part in range(parts):
-            with self._unreduced() if part < parts - 1 else nullcontext():
-                loss = self._loss(batch, part, items)
-                loss.backward()
+            self._reduce(part == parts - 1)
+            loss = self._loss(batch, part, items)
+            loss.backward()
             found.append(loss.detach())
         norm = self._clip()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
-        return Update(self._summed(torch.stack(found).sum()).div_(self._team.processes), norm)
+        return Update(self._summed(torch.stack(found).sum()).div_(self._shares), norm)
 
-    def _unreduced(self) -> AbstractContextManager[Any]:
-        return self._call.no_sync() if isinstance(self._call, DistributedDataParallel) else nullcontext()
+    def _reduce(self, is_last: bool) -> None:
+        """Let processes that have the same parameters add up their gradients after the last part of a batch alone."""
+        if isinstance(self._call, DistributedDataParallel):
+            self._call.require_backward_grad_sync = is_last
+        elif isinstance(self._call, FSDPModule):
+            self._call.set_requires_all_reduce(is_last)
 
     def _loss(self, batch: Batch, part: int, items: int) -> Any:
         """The part of the mean loss that a part of a batch has, ()."""
@@ -97,13 +133,16 @@ class PTEngine:
         """The norm of all gradients, (), which are then no longer than `max_norm`."""
         gradients = [p.grad for p in self._named.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.plan.max_norm:
-            torch._foreach_mul_(gradients, (self.plan.max_norm / norm).clamp(max=1.0))
+            torch._foreach_mul_([*map(own, gradients)], (self.plan.max_norm / norm).clamp(max=1.0))
         return norm
 
     def _summed(self, x: Tensor) -> Tensor:
+        """The sum over all shares of the rows."""
         if self._team.processes > 1:
             dist.all_reduce(x)
+            x *= self._shares / self._team.processes  # those of a tensor axis have the same
         return x
 
     @torch.no_grad()
@@ -122,14 +161,25 @@ class PTEngine:
 
     def save_model(self, folder: Path | None) -> None:
         """See `Engine.save_model`."""
-        if folder is not None:
-            merged = merged_weights(self._model) if self.plan.lora else None
-            self._model.save_pretrained(folder, state_dict=merged)
+        merged = merged_weights(self._model) if self.plan.lora and folder is not None else None
+        self._model.save_pretrained(folder or "", folder is not None, merged)
 
     def save_state(self, folder: Path | None) -> None:
         """See `Engine.save_state`."""
-        if folder is not None:
-            write_state(folder, {name: made(tensor) for name, tensor in self._state()})
+        tensors = [(name, self._shape(name, tensor), tensor) for name, tensor in self._state()]
+
+        def write(makes: Sequence[Any]) -> None:
+            if folder is not None:
+                beside = zip(tensors, makes, strict=True)
+                write_state(folder, {name: (NUMPY[x.dtype], shape, make) for (name, shape, x), make in beside})
+
+        write_together(self._named.values(), [partial(whole_array, x, shape) for _, shape, x in tensors], write)
+
+    def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of a tensor of the state in a model that is not cut, whose fused projections have one dimension."""
+        path = name.partition(".")[2].rpartition(".")[0]
+        is_apart = isinstance(self._trained.get_submodule(path), FusedLinear)
+        return (math.prod(tensor.shape[:2]), *tensor.shape[2:]) if is_apart else tuple(tensor.shape)
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         """Each trained parameter with its moments, and how many updates they are the mean of."""
@@ -144,14 +194,12 @@ class PTEngine:
     @torch.no_grad()
     def load_state(self, folder: Path) -> None:
         """See `Engine.load_state`."""
-        kinds = (PARAMETER, *MOMENTS)
-        shapes = {f"{kind}.{name}": tuple(p.shape) for name, p in self._named.items() for kind in kinds}
-        found = read_state(folder, {**shapes, UPDATES: ()})
+        found = read_state(folder, {name: self._shape(name, tensor) for name, tensor in self._state()})
         for name, parameter in self._named.items():
-            parameter.copy_(to_torch(found[f"{PARAMETER}.{name}"]))
-            sources = {moment: found[f"{moment}.{name}"] for moment in MOMENTS} | {"step": found[UPDATES]}
-            state = {kind: to_torch(array).to(self._place, copy=True) for kind, array in sources.items()}
-            self._optimizer.state[parameter] = state
+            refill(parameter, found[f"{PARAMETER}.{name}"])
+            state = {moment: refill(torch.zeros_like(parameter), found[f"{moment}.{name}"]) for moment in MOMENTS}
+            step = to_torch(found[UPDATES]).to(self._place, copy=True)
+            self._optimizer.state[parameter] = {**state, "step": step}
 
     def product(self, size: int) -> float:
         """See `Engine.product`."""
@@ -171,8 +219,8 @@ def join(device: str) -> PTTeam:
 
 def build(plan: Plan, folder: Path, team: PTTeam) -> PTEngine:
     """See `engine.build`."""
-    if plan.mesh:
-        raise InputError(f"--mesh {plan.mesh}: PyTorch has the whole model in each process; use --backend flax")
+    if plan.lora and plan.mesh:
+        raise InputError(f"--lora: PEFT's adapters want a whole model, which --mesh {plan.mesh} cuts; leave --mesh out")
     if plan.dtype not in (known := dtypes(str(team.place))):
         raise InputError(f"--dtype: {team.place} does not compute in {plan.dtype}; choose one of {', '.join(known)}")
     return PTEngine(plan, folder, team)
@@ -188,9 +236,16 @@ def place_of(device: str) -> torch.device:
     return place
 
 
-def made(tensor: Tensor) -> Made:
-    """A tensor to write, which comes to the CPU when its turn is."""
-    return NUMPY[tensor.dtype], tuple(tensor.shape), lambda: to_numpy(tensor)
+def whole_array(tensor: Tensor, shape: tuple[int, ...]) -> Array:
+    """A tensor to write, which comes to the CPU when its turn is, from all processes that have parts of it."""
+    found: Array = to_numpy(gather(tensor).view(shape))
+    return found
+
+
+def refill(tensor: Tensor, array: Array) -> Tensor:
+    """Give a tensor the values of a file, of which each process reads its part; returns it."""
+    value = to_torch(array).view(tensor.shape)
+    return tensor.copy_(cut_as(tensor, value) if is_split(tensor) else value)
 
 
 def seed_of(*numbers: int) -> int:

@@ -58,6 +58,10 @@ class TFTeam:
             lambda context: each[context.replica_id_in_sync_group % len(each)]
         )
 
+    def share(self, mesh: str) -> tuple[int, int]:
+        """See `Team.share`."""
+        return self.process, self.processes
+
     def agreed(self, flag: bool) -> bool:
         """See `Team.agreed`."""
         if self.processes == 1:
@@ -198,7 +202,7 @@ def join(device: str) -> TFTeam:
 def build(plan: Plan, folder: Path, team: TFTeam) -> TFEngine:
     """See `engine.build`."""
     if plan.mesh:
-        raise InputError(f"--mesh {plan.mesh}: TensorFlow has the whole model on each device; use --backend flax")
+        raise InputError(f"--mesh {plan.mesh}: TensorFlow has the whole model on each device; use --backend pt or flax")
     rows, share = plan.batch_size // plan.accumulate, int(team.strategy.num_replicas_in_sync)
     if rows % share:
         raise InputError(
