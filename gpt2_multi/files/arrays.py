@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -143,3 +144,4 @@ def tensor(data: Array, offset: int, dtype: np.dtype[Any], shape: Shape, name: s
 
 
 Made = tuple[np.dtype[Any], tuple[int, ...], Callable[[], Array]]  # a tensor to write: its dtype, shape, and maker
+NOTHING: Mapping[str, str] = MappingProxyType({})

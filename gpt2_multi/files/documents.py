@@ -55,13 +55,14 @@ def find(sources: Iterable[str | os.PathLike[str]], field: str | None = None) ->
     """
     files: list[File] = []
     others: list[Path] = []
-    for source in map(str, sources):
+    names = list(map(str, sources))
+    for source in names:
         paths = [] if source == "-" else _matching(source)
         found = [file for path in paths for file in _files(path, others)] if paths else [_stdin(field)]
         if [file.path for file in found if file.size == 0] == [Path(source)]:
             raise InputError(f"{source}: the file is empty; leave it out")
         files += [file for file in found if file.size != 0]
-    _check_found(files, others, field)
+    _check_found(names, files, others, field)
     return Found(files, others)
 
 
@@ -104,16 +105,23 @@ def _walk(folder: Path, others: list[Path]) -> Iterator[File]:
                 others.append(path)
 
 
-def _check_found(files: Sequence[File], others: Sequence[Path], field: str | None) -> None:
+def _check_found(names: Sequence[str], files: Sequence[File], others: Sequence[Path], field: str | None) -> None:
     if not files:
         tokens = [path for path in others if path.suffix in TOKENS]
         advice = f"name files of tokens by themselves, or by a pattern like {tokens[0].parent}/train*" if tokens else ""
         raise InputError(
-            f"the sources have no text: expected .txt, .jsonl or .parquet, found {len(others)} other files; "
-            f"{advice or 'name the files themselves'}"
+            f"{shortened(', '.join(names))}: expected .txt, .jsonl or .parquet, found {_count(others)}; "
+            f"{advice or 'name the texts themselves'}"
         )
     if field is not None and not any(file.kind in ("lines", "parquet") for file in files):
         raise InputError(f"field: {files[0].name} has no fields, which .jsonl and .parquet have; leave it out")
+
+
+def _count(others: Sequence[Path]) -> str:
+    """Words for the files that are not read, the first of them by its name."""
+    if not others:
+        return "no files"
+    return str(others[0]) if len(others) == 1 else f"{len(others)} other files, such as {others[0]}"
 
 
 def documents(sources: Iterable[str | os.PathLike[str]], field: str | None = None) -> Iterator[str]:

@@ -32,6 +32,11 @@ NUMPY = {
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: _BFLOAT16,
 }
+_EXTENDED = {  # what NumPy has by ml_dtypes alone: the integers that both know it as
+    torch.bfloat16: (torch.int16, _BFLOAT16),
+    torch.float8_e4m3fn: (torch.int8, np.dtype(ml_dtypes.float8_e4m3fn)),
+    torch.float8_e5m2: (torch.int8, np.dtype(ml_dtypes.float8_e5m2)),
+}
 _FORWARD, _LINEAR = nn.Linear.forward, F.linear
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 gelu = partial(F.gelu, approximate="tanh")
@@ -45,17 +50,19 @@ def as_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> Tensor:
-    """A tensor on the array's memory, bfloat16 included."""
-    if array.dtype == _BFLOAT16:  # which torch.from_numpy does not know
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    """A tensor on the array's memory, bfloat16 and float8 included."""
+    for dtype, (integers, known) in _EXTENDED.items():  # which torch.from_numpy does not know
+        if array.dtype == known:
+            return torch.from_numpy(array.view(f"i{integers.itemsize}")).view(dtype)
     return torch.from_numpy(array)
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """An array with the tensor's values, bfloat16 included, on its memory where that is the CPU's."""
+    """An array with the tensor's values, bfloat16 and float8 included, on its memory where that is the CPU's."""
     tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(_BFLOAT16)
+    if tensor.dtype in _EXTENDED:
+        integers, dtype = _EXTENDED[tensor.dtype]
+        return tensor.view(integers).numpy().view(dtype)
     return tensor.numpy()
 
 

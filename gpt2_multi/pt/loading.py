@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -169,10 +169,6 @@ class GPT2PreTrainedModel(nn.Module):
         place = getattr(getattr(self.body.wte, "_hf_hook", None), "execution_device", None)
         return first if first.type != "meta" or place is None else torch.device(place)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        check_present(self, "cast or moved")  # hooks know tensors by addresses, which others would have then
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
     @contextmanager
     def building(self, param_dtype: torch.dtype | str | None) -> Iterator[None]:
         """Make parameters without memory, then allocate each once, in `param_dtype`, and initialise it by the table."""
@@ -216,6 +212,13 @@ class GPT2PreTrainedModel(nn.Module):
         """Integers do not train, and so the rest of a quantized body does not, unless somebody wants it."""
         if self.config.quantizer is not None:
             self.body.requires_grad_(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        check_present(self, "cast or moved")  # hooks know tensors by addresses, which others would have then
+        found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.config.quantizer == "torchao":
+            quantization_.follow(self, fn)
+        return found
 
     def _scale(self, weight: Weight) -> Any:
         """The scales of a row that is in int8."""
@@ -337,6 +340,7 @@ class GPT2PreTrainedModel(nn.Module):
 
         read: Any = load
         if state_dict is not None or pretrained_model_name_or_path is None:
+            quantization_.check_plain(state_dict or {})
             read = partial(load_state, {name: to_numpy(joined(name, x)) for name, x in (state_dict or {}).items()})
         check_meshed(
             mesh, rules, device_map=device_map, max_memory=max_memory, quantization=quantization,
@@ -490,15 +494,15 @@ class GPT2PreTrainedModel(nn.Module):
         split = any(map(is_split, self.parameters()))
         if not is_main_process and not split:
             return
-        quantization_.check_saved(self)
         if state_dict is None:
             check_rows(self)
         self._check_tie()
         packed = quantization_.made_by_others(self)
+        parts, said = quantization_.parts_of_torchao(self)
         writes = is_main_process and not (split and torch.distributed.get_rank())
-        saved = [weight for name, weight in rows(self).items() if name not in packed]
+        saved = [weight for name, weight in rows(self).items() if name not in packed and name not in said]
         sources = [self._source(weight, state_dict) for weight in saved]
-        beside = packed | (made_of_own(self, state_dict) if is_callers(type(self)) else {})
+        beside = packed | parts | (made_of_own(self, state_dict) if is_callers(type(self)) else {})
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=sources[1][1].name)
         kind = "safetensors" if safe_serialization else "pytorch"
         names = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
@@ -508,7 +512,8 @@ class GPT2PreTrainedModel(nn.Module):
             made = [(*source[:2], make) for source, make in zip(sources, makes, strict=False)]
             rest = {name: (*x[:2], own_makes[name]) for name, x in beside.items()}
             if writes:
-                save(save_directory, config, self.generation_config, made, names, max_shard_size, kind, variant, rest)
+                how = max_shard_size, kind, variant, rest, said
+                save(save_directory, config, self.generation_config, made, names, *how)
 
         tensors = self.parameters() if state_dict is None else state_dict.values()
         write_together(tensors, [make for *_, make in (*sources, *beside.values())], write)

@@ -53,6 +53,7 @@ class Session:
     def __init__(self, asked: Asked, folder: Folder, team: Team) -> None:
         self.asked, self.folder, self.team, self.is_first = asked, folder, team, team.process == 0
         self.saved = 0  # the step of the last whole save
+        self.trains = False
 
     def run(self, resume: bool) -> int:
         """Begin or go on, train, and say what comes next."""
@@ -66,6 +67,7 @@ class Session:
             loop = self._loop(stack, resume, progress)
             stack.enter_context(progress)
             stack.enter_context(stop)
+            self.trains = True
             self.step = loop.run(self.step, stop)
         return self._end(stop.signal)
 
@@ -91,9 +93,16 @@ class Session:
         except Exception as error:
             if (sentence := sentence_of(error, self.folder.path)) is None:
                 raise
-            saved = f"; the save of step {self.saved:,} is whole" if self.saved else ""
-            saved += ", and --resume goes on from it" if self.saved and is_elsewhere(error) else ""
-            raise InputError(sentence + saved) if self.is_first else Elsewhere(1) from error
+            raise InputError(sentence + self._kept(error)) if self.is_first else Elsewhere(1) from error
+
+    def _kept(self, error: Exception) -> str:
+        """What is saved when an error ends the training; nothing of it where the run could not go on."""
+        if not self.trains:
+            return ""
+        if not self.saved:
+            return "; nothing was saved yet"
+        on = ", and --resume goes on from it" if is_elsewhere(error) else ""
+        return f"; the save of step {self.saved:,} is whole{on}"
 
     def _begin(self, resume: bool) -> None:
         self.folder.claim(resume)

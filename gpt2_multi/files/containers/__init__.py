@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gpt2_multi.files.containers.hdf5 import write_hdf5 as write_hdf5
     from gpt2_multi.files.containers.msgpack_files import read_msgpack as read_msgpack
     from gpt2_multi.files.containers.msgpack_files import write_msgpack as write_msgpack
+    from gpt2_multi.files.containers.safetensors import read_metadata as read_metadata
     from gpt2_multi.files.containers.safetensors import read_safetensors as read_safetensors
     from gpt2_multi.files.containers.safetensors import read_shards as read_shards
     from gpt2_multi.files.containers.safetensors import write_safetensors as write_safetensors
@@ -32,6 +33,7 @@ _MODULES = {
     "hdf5": "hdf5",
     "msgpack": "msgpack_files",
     "safetensors": "safetensors",
+    "metadata": "safetensors",
     "shards": "safetensors",
     "bundle": "tf_bundle",
     "torch": "torch_save",

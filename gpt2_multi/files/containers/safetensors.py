@@ -17,17 +17,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt2_multi.errors import CheckpointError, remedy, shortened
-from gpt2_multi.files.arrays import Made, chunks
+from gpt2_multi.files.arrays import NOTHING, Made, chunks
 from gpt2_multi.files.folders import PathLike
 from gpt2_multi.files.json_files import LARGEST, read_json, sync, write_json
 
 Array = np.ndarray[Any, Any]
 
+METADATA = "__metadata__"
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "I8": np.dtype("i1"),
@@ -62,8 +65,20 @@ def read_safetensors(path: PathLike) -> dict[str, Array]:
         raise CheckpointError(f"{path}: no such file; check the path, or fetch the model again") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {remedy(path)}") from None
-    header.pop("__metadata__", None)
+    header.pop(METADATA, None)
     return {name: _view(path, name, entry, data) for name, entry in header.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What one whole file, or the files of an index together, say beside their tensors."""
+    places = [path]
+    if path.suffix == ".json":
+        places = [_beside(path, name) for name in sorted(set(read_json(path)["weight_map"].values()))]
+    found: dict[str, str] = {}
+    for place in places:
+        with place.open("rb") as file:
+            found |= json.loads(file.read(int.from_bytes(file.read(8), "little"))).get(METADATA, {})
+    return found
 
 
 def _view(path: Path, name: str, entry: Mapping[str, Any], data: Array) -> Array:
@@ -102,10 +117,15 @@ def _beside(index: Path, name: str) -> Path:
     return index.with_name(name)
 
 
-def write_safetensors(path: PathLike, tensors: Mapping[str, Made], framework: str = "pt") -> None:
-    """Write tensors given as name -> (dtype, shape, function that makes the array), one in memory at a time."""
+def write_safetensors(
+    path: PathLike, tensors: Mapping[str, Made], framework: str = "pt", metadata: Mapping[str, str] = NOTHING
+) -> None:
+    """Write tensors given as name -> (dtype, shape, function that makes the array), one in memory at a time.
+
+    `metadata` is what the file says besides.
+    """
     spelled = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": framework}}  # what transformers asks for
+    header: dict[str, Any] = {METADATA: {"format": framework, **metadata}}  # the format is what transformers asks for
     offset = 0
     for name, (dtype, shape, _) in tensors.items():
         end = offset + _size(dtype, shape)

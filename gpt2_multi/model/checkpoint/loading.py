@@ -154,9 +154,10 @@ def _programs(
         raise InputError("quantization: is this library's own, and quantization_config another program's; give one")
     stored = program_of(config)
     config = config if stored is None else with_method(config, None)
-    tensors, packed = unpacked(source.names.tensors, config, head, source.kind.spelling)
-    said = agreed(stored, programs.wanted, bool(packed), str(source.path))
-    return source._replace(names=source.names._replace(tensors=tensors)), config, (said, packed)
+    tensors, packed = unpacked(source, config, head)
+    said = agreed(stored, programs.wanted, packed, str(source.path))
+    names = source.names._replace(tensors=tensors, originals={name: name for name in tensors} | source.names.originals)
+    return source._replace(names=names), config, (said, packed)
 
 
 def _loaded(

@@ -5,8 +5,9 @@ What is asked is a dict, as config.json has it under `quantization_config`, in t
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,13 +15,15 @@ import numpy as np
 
 from gpt2_multi.errors import CheckpointError, ConfigError, InputError, described, nearest, shortened
 from gpt2_multi.files.arrays import Array
+from gpt2_multi.model.checkpoint.source import Source
 from gpt2_multi.model.config import INT8, GPT2Config
 from gpt2_multi.model.fields import float_name
-from gpt2_multi.model.spelling import Spelling
 from gpt2_multi.model.weights import Weight, table
 
 PROGRAMS = ("bitsandbytes", "torchao")
 STATE = ".quant_state.bitsandbytes__"  # what is left of a name in 4 bits behind ".weight"
+PART = re.compile(r"(.+)\._weight_(\w+)")  # a tensor of a weight of torchao, in a file
+SAYS = "says torchao"  # among the parts of such a weight: what a file says of it
 SCB = ".SCB"  # scales in 8 bits, beside ".weight"
 Said = Mapping[str, Any]
 
@@ -128,16 +131,18 @@ def program_of(config: GPT2Config) -> Said | None:
         raise ConfigError(str(error)) from None
 
 
-def agreed(stored: Said | None, wanted: Said | None, is_packed: bool, where: str) -> Said | None:
+def agreed(stored: Said | None, wanted: Said | None, packed: Packed, where: str) -> Said | None:
     """What a model is to be, by its files and by its caller, who may not want others than the files have."""
-    if is_packed and stored is None:
+    by = {"torchao" if SAYS in parts else "bitsandbytes" for parts in packed.values()}
+    if by and (stored is None or by != {stored["quant_method"]}):
         raise CheckpointError(
-            f"{where}: holds weights that bitsandbytes has quantized, of which config.json says nothing, or which are "
-            "wanted otherwise; load what was quantized"
+            f"{where}: holds weights that {' and '.join(sorted(by))} has quantized, of which config.json says nothing, "
+            "or which are wanted otherwise; load what was quantized"
         )
-    if not is_packed or wanted is None:
+    if not by or wanted is None:
         return stored if wanted is None else wanted
-    fixed = ("quant_method", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    of_bitsandbytes = ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    fixed = ("quant_method", *of_bitsandbytes, "quant_type")
     for name in fixed:
         if stored is not None and stored.get(name) != wanted.get(name):
             raise InputError(
@@ -160,28 +165,56 @@ Packed = dict[
 ]  # a weight's name in its file -> its parts by what follows this name, or its layer's
 
 
-def unpacked(
-    tensors: Mapping[str, Array], config: GPT2Config, head: str, spelling: Spelling
-) -> tuple[dict[str, Array], Packed]:
-    """The tensors of a file with what bitsandbytes has packed taken out; and that, by the names of the weights.
+def unpacked(source: Source, config: GPT2Config, head: str) -> tuple[dict[str, Array], Packed]:
+    """The tensors of a file with what another program has packed taken out; and that, by the names of the weights.
 
     In its place are zeros of the shape that the weight has there, which take no memory.
     """
+    tensors, spelling = source.names.tensors, source.kind.spelling
     names = [name for name in tensors if any(f"{name}{STATE}{kind}" in tensors for kind in ("nf4", "fp4"))]
     names += [name for name in tensors if _layer(name) + SCB in tensors and name.endswith(".weight")]
-    if not names:
+    packed = {name: _parts(tensors, name) for name in names} | _of_torchao(source)
+    if not packed:
         return dict(tensors), {}
-    packed = {name: _parts(tensors, name) for name in names}
-    parts = {f"{name}{part}" for name in names for part in packed[name]}
+    parts = {f"{_layer(name)}._weight_{part}" for name in packed for part in packed[name] if SAYS in packed[name]}
+    parts |= {f"{name}{part}" for name in names for part in packed[name]}
     parts |= {f"{_layer(name)}{part}" for name in names for part in (SCB, ".weight_format")}
     rest = {name: array for name, array in tensors.items() if name not in parts}
     rows = {spelling.spell(row, rooted): row for row in _all_rows(config, head) for rooted in (False, True)}
     dtype = next((array.dtype for array in rest.values() if array.dtype.kind not in "iu"), np.dtype(np.float32))
-    for name in names:
+    for name in packed:
         if name not in rows:
-            raise CheckpointError(f"{name}: is quantized by bitsandbytes, and no weight of this GPT-2")
+            raise CheckpointError(f"{name}: is quantized by another program, and no weight of this GPT-2")
         rest[name] = np.broadcast_to(np.zeros((), dtype), spelling.shape(rows[name]))
     return rest, packed
+
+
+def _of_torchao(source: Source) -> Packed:
+    """What a file has of the weights that torchao has quantized, and under SAYS the text that it says of each."""
+    found: Packed = {}
+    for name, array in source.names.tensors.items():
+        if parts := PART.fullmatch(name):
+            found.setdefault(f"{parts[1]}.weight", {})[parts[2]] = array
+    says = source.metadata if found else {}
+    for name, given in found.items():
+        parts = PART.fullmatch(source.names.originals[f"{_layer(name)}._weight_{next(iter(given))}"])
+        text = says.get(f"{parts[1]}.weight") if parts else None
+        if text is None:
+            raise CheckpointError(
+                f"{source.path}: has parts of {name}, as torchao writes them, and does not say what they are parts of; "
+                "save or fetch it again"
+            )
+        given[SAYS] = np.frombuffer(text.encode(), np.uint8)
+    return found
+
+
+def metadata(names: Iterable[str], said: Mapping[str, str]) -> dict[str, str]:
+    """What a file says of tensors with these names, as torchao has it: which are whole, and what others are parts of.
+
+    `said` is torchao's own of each of the latter.
+    """
+    whole = {name: '{"_type": "Tensor"}' for name in names if not PART.fullmatch(name)}
+    return {**whole, **said, "tensor_names": json.dumps([*whole, *said])}
 
 
 def _all_rows(config: GPT2Config, head: str) -> list[Weight]:

@@ -115,7 +115,7 @@ def apart(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Arr
 
 def check_stored(source: str, name: str, weight: Weight, array: Array, scale: Array | None) -> None:
     """A tensor holds floats, or integers with a scale for each output of a row that may be quantized."""
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and array.dtype.itemsize > 1:  # in 8 bits floats lack a scale, too
         return
     if array.dtype != DTYPE or not is_quantized(weight):
         raise CheckpointError(

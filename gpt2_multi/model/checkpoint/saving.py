@@ -11,14 +11,16 @@ import numpy as np
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.files import arguments, containers
-from gpt2_multi.files.arrays import Array, Made
+from gpt2_multi.files.arrays import NOTHING, Array, Made
 from gpt2_multi.files.containers.safetensors import fitting
 from gpt2_multi.files.folders import PathLike, replaced
 from gpt2_multi.files.hub import SETTINGS, WEIGHTS, matches, push, varied
 from gpt2_multi.files.json_files import read_json, write_json
+from gpt2_multi.model.checkpoint.programs import metadata
 from gpt2_multi.model.checkpoint.quantized import DTYPE, SCALE, Quantized, scale_shape
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.table import FORMATS
+from gpt2_multi.model.formats.transformers import write_safetensors
 from gpt2_multi.model.spelling import TRANSFORMERS, Spelling, parts_of
 from gpt2_multi.model.weights import Weight
 
@@ -42,10 +44,12 @@ def save(
     kind: str = "safetensors",
     variant: str | None = None,
     own: Mapping[str, Made] | None = None,
+    said: Mapping[str, str] = NOTHING,
 ) -> None:
     """Write config.json, generation_config.json (where there is one) and the weights, or their shards and index.
 
-    `own` are tensors that a caller's class has besides the table, by their names in the file. `kind` is a key of
+    `own` are tensors that a caller's class has besides the table, by their names in the file, and `said` is what
+    torchao says of weights of which these are parts. `kind` is a key of
     `formats.table`; a `variant` has another name and leaves the others. The model's files are replaced together,
     other files of the folder stay: see `files.folders.replaced`.
     """
@@ -55,7 +59,8 @@ def save(
         )
     with replaced(folder, partial(is_model_file, kind=kind, variant=variant)) as stage:
         tensors = {**spelled(sources, head, FORMATS[kind].spelling), **(own or {})}
-        FORMATS[kind].write(stage, tensors, config, max_shard_size)
+        write = partial(write_safetensors, metadata=metadata(tensors, said)) if said else FORMATS[kind].write
+        write(stage, tensors, config, max_shard_size)
         if generation_config is not None:
             generation_config.save_pretrained(stage)
         for path in list(stage.iterdir()) if variant else []:

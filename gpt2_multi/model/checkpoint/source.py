@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2_multi.errors import CheckpointError, shortened
+from gpt2_multi.files import containers
 from gpt2_multi.files.arrays import Array, Shape, reading
 from gpt2_multi.files.folders import PathLike
-from gpt2_multi.files.hub import matches, varied
+from gpt2_multi.files.hub import WEIGHTS, matches, varied
 from gpt2_multi.model.checkpoint.names import Names, named
 from gpt2_multi.model.checkpoint.sizes import guess, said, sized
 from gpt2_multi.model.config import GPT2Config
@@ -46,6 +47,12 @@ class Source(NamedTuple):
                 f"{self.kind.spelling.spell(_LN_F)}, whatever stands before it; found {some}"
             )
         return f"{self.path} (names after {names.prefix!r})" if names.prefix else str(self.path)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What safetensors say beside their tensors; other files say nothing."""
+        is_there = self.main.exists() and self.kind.own == WEIGHTS["safetensors"]
+        return containers.read_metadata(self.main) if is_there else {}
 
     def config(self, given: Mapping[str, Any]) -> tuple[GPT2Config, str]:
         """The configuration that the files have, or else that of their shapes; and what was guessed, in a sentence.

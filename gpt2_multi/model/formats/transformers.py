@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpt2_multi.files import containers
-from gpt2_multi.files.arrays import Made
+from gpt2_multi.files.arrays import NOTHING, Made
 from gpt2_multi.files.hub import WEIGHTS
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.formats.format import (
@@ -29,8 +30,12 @@ def _read_safetensors(main: Path) -> Tensors:
     return containers.read_safetensors(main)
 
 
-def _write_safetensors(folder: Path, tensors: dict[str, Made], config: GPT2Config, size: int | str) -> None:
-    containers.write_shards(folder / "model.safetensors", tensors, containers.write_safetensors, size)
+def write_safetensors(
+    folder: Path, tensors: dict[str, Made], config: GPT2Config, size: int | str, metadata: Mapping[str, str] = NOTHING
+) -> None:
+    """Write a folder of safetensors, each of which says `metadata`."""
+    write = partial(containers.write_safetensors, metadata=metadata)
+    containers.write_shards(folder / "model.safetensors", tensors, write, size)
     config.save_pretrained(folder)
 
 
@@ -109,12 +114,12 @@ _MAIN = {format: (files[0], files[-1]) for format, files in WEIGHTS.items()}  # 
 
 SAFETENSORS = Format(
     "transformers' safetensors", TRANSFORMERS, _MAIN["safetensors"], WEIGHTS["safetensors"],
-    _safetensors, _write_safetensors, beside,
+    _safetensors, write_safetensors, beside,
     others=("*.safetensors",), is_it=_with_kernels(_safetensors, False),
 )  # fmt: skip
 TORCH_SAFETENSORS = Format(
     "a state dictionary of gpt2_multi.pt in safetensors", TORCH, _MAIN["safetensors"], WEIGHTS["safetensors"],
-    _safetensors, _write_safetensors, beside,
+    _safetensors, write_safetensors, beside,
     others=("*.safetensors",), is_it=_with_kernels(_safetensors, True),
 )  # fmt: skip
 TF_SAFETENSORS = Format(

@@ -6,10 +6,12 @@ never in memory as a whole before it is small.
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from gpt2_multi.errors import CheckpointError, InputError, shortened
 from gpt2_multi.files.arrays import Array, Made, release
-from gpt2_multi.model.checkpoint.programs import SCB, Said, is_skipped
+from gpt2_multi.model.checkpoint.programs import SAYS, SCB, STATE, Said, is_skipped
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight
 from gpt2_multi.pt.layers import contiguous, give_back, to_numpy, to_torch
@@ -34,6 +36,16 @@ def check_whole(max_memory: Any) -> None:
             "max_memory: expected None for a quantized model, which is in one place; leave it out, and name one device "
             "in device_map"
         )
+
+
+def check_plain(state: Mapping[str, Any]) -> None:
+    """A state dictionary that a model is made of has no weights of torchao, which config.json would have to name."""
+    for name, x in state.items():
+        if is_of_torchao(x):
+            raise InputError(
+                f"state_dict: {name} is a {type(x).__name__} of torchao; give it to load_state_dict of a model with "
+                "the same quantization_config, or load a folder that save_pretrained wrote"
+            )
 
 
 def chosen(model: Any, said: Said, packed: Mapping[str, Any]) -> dict[str, Weight]:
@@ -59,7 +71,9 @@ def install(
     for name, row in found.items():
         path = name.removesuffix(".weight")
         layer = model.get_submodule(path)
-        if row.name in packed:
+        if SAYS in packed.get(row.name, ()):
+            new = restored_by_torchao(layer, packed[row.name], name, dtype, device)
+        elif row.name in packed:
             new = restored(said, layer, packed[row.name], name, device)
         else:
             weight = contiguous(TORCH.layout(row, to_torch(arrays[row.name])), dtype).to(device)
@@ -76,6 +90,33 @@ def mark(model: Any, said: Said) -> None:
     model.quantization_method = said["quant_method"]
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = bool(said.get("load_in_4bit")), bool(said.get("load_in_8bit"))
     model.config.quantization_config = dict(said)
+    model.register_load_state_dict_pre_hook(take_over)
+    if said["quant_method"] == "torchao":  # where PEFT looks for what merged weights are quantized by
+        config = SimpleNamespace(get_apply_tensor_subclass=partial(torchao_config, said))
+        model.hf_quantizer = SimpleNamespace(quantization_config=config, is_trainable=False)
+
+
+def take_over(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dictionary is loaded: what it has of quantized weights has to be quantized as the model's are."""
+    said = model.config.quantization_config
+    for path, layer in list(model.named_modules()):
+        name = f"{prefix}{path}.weight"
+        kind = type(layer).__name__
+        if name not in state or not (kind in KINDS or is_of_torchao(getattr(layer, "weight", None))):
+            continue
+        whole = STATE + str(said.get("bnb_4bit_quant_type")) if kind == KINDS[0] else ""
+        fits = type(state[name]).__name__ == type(layer.weight).__name__ or kind in KINDS
+        if not fits or state[name].dtype != layer.weight.dtype or name + whole not in state:
+            raise CheckpointError(
+                f"load_state_dict: {name} is not quantized as the model's is, by {said['quant_method']}; give it to "
+                "from_pretrained as state_dict, with this quantization_config"
+            )
+        if whole:
+            parts = {key[len(name) :]: state.pop(key) for key in list(state) if key.startswith(name)}
+            parts = {part: to_numpy(x) for part, x in parts.items()}
+            new = restored(said, layer, parts, name, layer.weight.device).requires_grad_(False)
+            model.set_submodule(path, new)
+            state[name] = new.weight
 
 
 def maker(said: Said) -> Layer:
@@ -163,16 +204,21 @@ def restored(said: Said, layer: nn.Linear, parts: Mapping[str, Array], name: str
     return new
 
 
-def torchao_maker(said: Said) -> Layer:
-    """What quantizes a layer by torchao, which leaves it an nn.Linear with a weight of another kind."""
+def torchao_config(said: Said) -> Any:
+    """torchao's own configuration of what is said."""
     imported("torchao")
     from torchao.core.config import config_from_dict
-    from torchao.quantization import quantize_
 
     try:
-        config = config_from_dict(dict(said["quant_type"]["default"]))
+        return config_from_dict(dict(said["quant_type"]["default"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"quantization_config: torchao knows no such quant_type: {shortened(str(error))}") from None
+
+
+def torchao_maker(said: Said) -> Layer:
+    """What quantizes a layer by torchao, which leaves it an nn.Linear with a weight of another kind."""
+    config = torchao_config(said)
+    from torchao.quantization import quantize_
 
     def made(layer: nn.Linear, weight: Tensor) -> nn.Module:
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -202,13 +248,90 @@ def unpacked_numel(parameter: nn.Parameter) -> int:
     return math.prod(shape)
 
 
-def check_saved(model: Any) -> None:
-    """What torchao has quantized has no form in files that a GPT-2 elsewhere would read."""
-    if model.config.quantizer == "torchao":
-        raise CheckpointError(
-            f"save_pretrained: the weights of this {type(model).__name__} are torchao's, which no file of a GPT-2 has; "
-            "save the model without quantization_config, and give it when you load that"
+def restored_by_torchao(
+    layer: nn.Linear, parts: Mapping[str, Array], name: str, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """A layer from what a file has of its weight, tensors and a text, of which torchao makes one in this dtype."""
+    imported("torchao")
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+    before = f"{name.removesuffix('.weight')}._weight_"
+    tensors = {f"{before}{part}": to_torch(array).clone() for part, array in parts.items() if part != SAYS}
+    says, shape = bytes(parts[SAYS]).decode(), (layer.out_features, layer.in_features)
+    try:
+        made, rest = unflatten_tensor_state_dict(tensors, {name: says, "tensor_names": json.dumps([name])})
+        weight = cast(made[name], dtype).to(device)
+        found, is_whole = tuple(weight.dequantize().shape), not rest and tuple(weight.shape) == shape
+    except (
+        AssertionError,
+        AttributeError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        why = shortened(" ".join(str(error).split()))
+        raise CheckpointError(f"{name}: not what torchao writes ({why}); fetch or save it again") from None
+    if found != shape or not is_whole:
+        raise CheckpointError(f"{name}: torchao has quantized {found}, expected {shape}; fetch or save it again")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def is_of_torchao(weight: Any) -> bool:
+    """Whether torchao has made a weight."""
+    return type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def cast(weight: Any, dtype: torch.dtype) -> Any:
+    """A weight of torchao that stands for numbers in another dtype; what it has of them, it keeps."""
+    if weight.dtype == dtype:
+        return weight
+    kinds = ("tensor_data_names", "optional_tensor_data_names", "tensor_attribute_names")
+    names = [name for kind in (*kinds, "optional_tensor_attribute_names") for name in getattr(weight, kind, ())]
+    if "dtype" not in names:
+        raise InputError(
+            f"dtype: expected {weight.dtype}, in which torchao has made a {type(weight).__name__}, found {dtype}; load "
+            "what was quantized, with this dtype"
         )
+    return type(weight)(**{name: getattr(weight, name) for name in names} | {"dtype": dtype})
+
+
+def follow(model: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Have the weights of torchao cast as others of a model were, which torch leaves as they are."""
+    for layer in model.modules():
+        weight: Any = getattr(layer, "weight", None)
+        if is_of_torchao(weight):
+            dtype = change(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
+            layer.weight = nn.Parameter(cast(weight, dtype), requires_grad=False)
+
+
+def parts_of_torchao(model: Any) -> tuple[dict[str, Made], dict[str, str]]:
+    """What torchao has made of weights, to be written as it and transformers do; and what it says of each."""
+    found: dict[str, Made] = {}
+    said: dict[str, str] = {}
+    if model.config.quantizer != "torchao":
+        return found, said
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    for name in rows(model):
+        weight = model.get_parameter(name)
+        if not is_of_torchao(weight):
+            continue
+        try:
+            parts, says = flatten_tensor_state_dict({name: weight})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"save_pretrained: {name} is a {type(weight).__name__}, which torchao does not write "
+                f"({shortened(str(error))}); save the model without quantization_config, and give it when you load that"
+            ) from None
+        said[name] = says[name]
+        for part, x in parts.items():
+            leaf = part.rpartition("._weight_")[2]
+            make = partial(lambda weight, leaf: to_numpy(getattr(weight, leaf)), weight, leaf)
+            found[part] = to_numpy(x.new_empty(0)).dtype, tuple(x.shape), make
+    return found, said
 
 
 def made_by_others(model: Any) -> dict[str, Made]:

@@ -127,7 +127,10 @@ def test_sources_that_are_not_there_are_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"field: .*book.txt has no fields, which .jsonl and .parquet have"):
         find([tmp_path], "body")
     (tmp_path / "book.txt").unlink()
-    with pytest.raises(InputError, match=r"found 1 other files; name files of tokens .* pattern like .*/train\*"):
+    with pytest.raises(InputError, match=r"found .*train.bin; name files of tokens .* pattern like .*/train\*"):
+        find([tmp_path])
+    (tmp_path / "train.bin").unlink()
+    with pytest.raises(InputError, match=f"{tmp_path}: expected .txt, .jsonl or .parquet, found no files; name"):
         find([tmp_path])
 
 

@@ -293,6 +293,7 @@ def test_a_loss_that_is_no_number_is_a_sentence(book: Path, tmp_path: Path) -> N
     said = refusal(book, "--out", tmp_path / "out", *given)
     assert "no finite number" in said and "lower --lr" in said and "the save of step 1 is whole" in said
     assert len(rows(tmp_path / "out")) < 20
+    assert "nothing was saved yet" in refusal(book, "--out", tmp_path / "none", *given, "--save-every", 20)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +313,9 @@ def test_a_loss_that_is_no_number_is_a_sentence(book: Path, tmp_path: Path) -> N
         (("{book}", "--model", SIZES, "--tokenizer", "demo", "--lora", 2), "learn nothing", 1),
         (("{book}", "--length", 300), "the model reads 256 tokens", 1),
         (("{book}", "--batch-size", 6, "--accumulate", 4), "a multiple of 4", 1),
-        (("{book}", "--batch-size", 3000), "expected at least", 1),
+        (("{book}", "--batch-size", 9000), "of 8, the shortest there are, and a batch has 9000; give a smaller", 1),
+        (("{book}", "--length", 256, "--accumulate", 9000), "of 256, and a batch has 9000; give a shorter --length", 1),
+        (("{book}", "--steps", 4, "--warmup", 5), "no more than the 4 steps", 1),
         (("{book}", "--model", "nowhere/at/all"), "nowhere/at/all", 1),
         (("{book}", "--val-fraction", 1e-4), "too few to measure on", 1),
         (("--resume",), "has no run that could go on", 1),
@@ -358,6 +361,16 @@ def test_what_is_damaged_is_named(made: tuple[Path, str], tmp_path: Path) -> Non
         (out / name).write_bytes(whole[: len(whole) // 2])
         assert name in refusal("--out", out, "--resume")
         (out / name).write_bytes(whole)
+    whole = (out / "metrics.jsonl").read_bytes()
+    for flip in (0x80, 0x04):  # in "step": no UTF-8, and another name
+        (out / "metrics.jsonl").write_bytes(whole[:2] + bytes([whole[2] ^ flip]) + whole[3:])
+        assert "metrics.jsonl, line 1: is not what" in refusal("--out", out, "--resume")
+    (out / "metrics.jsonl").write_bytes(whole)
+    for name in ("config.json", "metrics.jsonl", "data/train/shards.json"):
+        (out / name).rename(tmp_path / "kept")
+        said = refusal("--out", out, "--resume")
+        assert name in said and "start another run" in said and "goes on from it" not in said
+        (tmp_path / "kept").rename(out / name)
     shutil.rmtree(out / "state" / "00000020")
     good("--out", out, "--resume")
     assert figures(out) == figures(made[0])

@@ -24,14 +24,16 @@ export class Popup {
     return this.options[Math.max(this.active, 0)];
   }
 
-  // Offer options, each {parts, percent, isNow, take}, under a rectangle of the window; `active` is -1 for none yet.
-  open(options, rect, { label, hint = "", active = 0, isWide = true }) {
+  // Offer options, each {text, percent, isNow, take}, under a rectangle of the window; `active` is -1 for none yet.
+  // While they grow, those that are there keep their elements: a finger may lie on one.
+  open(options, rect, { label, hint = "", active = 0, isWide = true, grows = false }) {
+    this.#list(options);
     this.options = options;
+    this.list.setAttribute("aria-busy", String(grows));
     this.active = active;
     this.waiting.hidden = true;
     this.list.setAttribute("aria-label", label);
     this.hint.textContent = hint;
-    this.list.replaceChildren(...options.map(element));
     this.#show(rect, isWide);
     this.#activate();
   }
@@ -49,6 +51,7 @@ export class Popup {
     this.active = -1;
     this.hint.textContent = "";
     this.list.replaceChildren();
+    this.list.removeAttribute("aria-busy");
     this.root.parentElement.style.minHeight = "";
     this.area.removeAttribute("aria-activedescendant");
   }
@@ -58,6 +61,22 @@ export class Popup {
     const count = this.options.length;
     this.active = this.active < 0 ? (by > 0 ? 0 : count - 1) : (this.active + by + count) % count;
     this.#activate();
+  }
+
+  // What is offered no longer grows.
+  settle() {
+    this.list.setAttribute("aria-busy", "false");
+  }
+
+  #list(options) {
+    const isGrown = this.list.ariaBusy === "true";
+    if (!isGrown) this.list.replaceChildren();
+    options.forEach((option, index) => {
+      const item = this.list.children[index];
+      if (!item) this.list.append(element(option, index));
+      else if (option.text !== this.options[index].text) item.replaceChildren(...element(option, index).childNodes);
+    });
+    while (this.list.children.length > options.length) this.list.lastElementChild.remove();
   }
 
   // Below the place, and above the lowest line: the text is given room where it ends before.

@@ -7,6 +7,7 @@ const LETTERS = 4; // of a token of English, before the server has counted any
 const MARGIN = 0.97; // of what should just fit
 const GONE = "The server does not answer. Is gpt2-multi serve still running? Your text is kept here.";
 const UNREADABLE = "The server's answer is no completion.";
+const BROKEN = "The server's answer broke off.";
 
 export class Refused extends Error {
   constructor(status, sentence, code) {
@@ -25,23 +26,28 @@ export class Server {
 
   // The model: its name, and how much it reads where the server says so.
   async model() {
-    const { data } = await this.#call("v1/models");
+    const { data } = await (await this.#call("v1/models")).json().catch(unreadable);
     this.limit = data[0].max_model_len ?? this.limit;
     return data[0].id;
   }
 
-  // Three continuations of the end of a text: {choices, seed, read}, `read` being how much of it the model saw.
-  async complete(text, { temperature, topP, length, seed }, signal) {
-    const asked = { max_tokens: length, temperature, top_p: topP, n: CHOICES, logprobs: ALTERNATIVES };
+  // Three continuations of the end of a text: {choices, seed, read}, `read` being how much of it the model saw. It is
+  // also given to `grown`, time and again while it is written. Without a temperature three would be the same.
+  async complete(text, { temperature, topP, length, seed }, signal, grown) {
+    const asked = { max_tokens: length, temperature, top_p: topP, n: temperature ? CHOICES : 1, logprobs: ALTERNATIVES };
+    Object.assign(asked, { stream: true, stream_options: { include_usage: true } });
     if (seed !== null) asked.seed = seed;
     let most = this.limit === null ? text.length : this.#room(length);
     for (let tries = TRIES; ; tries--) {
       const prompt = ending(text, most);
       try {
-        const answer = await this.#call("v1/completions", { ...asked, prompt }, signal);
-        if (!answer?.choices?.every?.((choice) => typeof choice.text === "string")) throw new Refused(0, UNREADABLE);
+        const answer = { choices: [], read: prompt.length };
+        for await (const event of this.#events("v1/completions", { ...asked, prompt }, signal)) {
+          extend(answer, event);
+          grown(answer);
+        }
         this.#count(prompt.length, answer.usage?.prompt_tokens);
-        return { ...answer, read: prompt.length };
+        return answer;
       } catch (error) {
         if (error.code !== "context_length_exceeded" || tries === 1 || prompt.length < 2) throw error;
         this.#learn(error.message, prompt.length);
@@ -77,12 +83,60 @@ export class Server {
     try {
       const response = await fetch(path, { ...how, headers, signal, cache: "no-store" });
       if (!response.ok) throw await refusal(response);
-      return await response.json().catch(unreadable);
+      return response;
     } catch (error) {
-      if (error instanceof Refused || error.name === "AbortError") throw error;
-      throw new Refused(0, GONE);
+      throw failure(error);
     }
   }
+
+  // The server-sent events of an answer, up to the one that says that all is there.
+  async *#events(path, body, signal) {
+    const reader = (await this.#call(path, body, signal)).body.getReader();
+    const decoder = new TextDecoder();
+    let [rest, sentence] = ["", UNREADABLE];
+    try {
+      for (;;) {
+        const { done, value } = await reader.read().catch((error) => Promise.reject(failure(error)));
+        if (done && sentence) throw new Refused(0, sentence);
+        if (done) return;
+        const events = (rest + decoder.decode(value, { stream: true })).split("\n\n");
+        rest = events.pop();
+        for (const event of events) {
+          sentence = event === "data: [DONE]" ? "" : BROKEN;
+          if (sentence) yield parsed(event);
+        }
+      }
+    } finally {
+      reader.cancel().catch(() => {});
+    }
+  }
+}
+
+function parsed(event) {
+  try {
+    return JSON.parse(event.replace(/^data: /u, ""));
+  } catch (error) {
+    return unreadable(error);
+  }
+}
+
+// Put what an event brings to the choices that are there, in the order in which they began.
+function extend(answer, event) {
+  const { choices, seed, usage, error } = event ?? {};
+  if (error) throw new Refused(0, spelled(error.message), error.code);
+  if (!choices?.every?.((piece) => typeof piece.text === "string")) throw new Refused(0, UNREADABLE);
+  Object.assign(answer, { seed, usage });
+  for (const { index, text, logprobs } of choices) {
+    const found = answer.choices.find((choice) => choice.index === index);
+    const choice = found ?? { index, text: "", logprobs: {} };
+    if (!found) answer.choices.push(choice);
+    choice.text += text;
+    for (const [name, more] of Object.entries(logprobs ?? {})) (choice.logprobs[name] ??= []).push(...more);
+  }
+}
+
+function failure(error) {
+  return error instanceof Refused || error.name === "AbortError" ? error : new Refused(0, GONE);
 }
 
 // The end of a text, of at most so many characters, from where a word begins: with its space, as tokens do.
@@ -95,7 +149,7 @@ export function ending(text, most) {
 }
 
 function unreadable(error) {
-  throw error.name === "SyntaxError" ? new Refused(0, UNREADABLE) : error;
+  throw error.name === "SyntaxError" ? new Refused(0, UNREADABLE) : failure(error);
 }
 
 async function refusal(response) {
@@ -106,5 +160,9 @@ async function refusal(response) {
 function sentence(response, message) {
   const seconds = Number(response.headers.get("retry-after"));
   if (response.status === 429) return `The server is busy; ask again in ${seconds > 1 ? `${seconds} seconds` : "a second"}.`;
+  return spelled(message);
+}
+
+function spelled(message) {
   return `${message[0].toUpperCase()}${message.slice(1)}${/[.!?]$/u.test(message) ? "" : "."}`;
 }

@@ -35,13 +35,15 @@ export class Writing extends EventTarget {
     this.#say("Asking the model …");
     this.popup.wait(this.editor.rect(place.end));
     try {
-      const answer = await this.server.complete(place.before, this.settings.values, aborter.signal);
+      const grown = (answer) => this.aborter === aborter && this.#offer(answer, place, byPause);
+      const answer = await this.server.complete(place.before, this.settings.values, aborter.signal, grown);
       if (this.aborter !== aborter) return;
       this.aborter = null;
       this.#offer(answer, place, byPause);
     } catch (error) {
       if (this.aborter !== aborter) return; // dropped
-      this.drop();
+      if (this.popup.isOpen) this.#settle(); // what is there can be taken
+      else this.drop();
       this.#say(error.message, true, error.status);
     }
   }
@@ -97,21 +99,35 @@ export class Writing extends EventTarget {
     return this.pointed !== null && this.place === null;
   }
 
+  #settle() {
+    this.aborter = null;
+    this.popup.settle();
+  }
+
+  // Offer an answer, whole or while it grows.
   #offer({ choices, seed, read }, place, byPause) {
-    const distinct = [...new Map(choices.map((choice) => [choice.text, choice])).values()];
-    const options = distinct
-      .filter((choice) => choice.text !== "")
-      .map((choice) => ({ text: choice.text, take: () => this.#take(choice, place) }));
-    this.dispatchEvent(new CustomEvent("answered", { detail: seed }));
+    const grows = this.isAsking;
+    const shown = (grows ? choices : distinct(choices)).filter((choice) => choice.text !== "");
+    const options = shown.map((choice) => ({ text: choice.text, choice, take: () => this.#take(choice, place) }));
+    const isFirst = !this.popup.isOpen;
+    if (grows && !options.length) return;
+    if (isFirst || !grows) this.dispatchEvent(new CustomEvent("answered", { detail: seed }));
     if (!options.length) {
       this.drop();
       return this.#say("The model would end the text here.");
     }
     const label = options.length === 1 ? "1 suggestion" : `${options.length} suggestions`;
     const part = read < place.before.length ? ` from the last ${words(place.before.slice(-read))} words` : "";
-    const active = byPause ? -1 : 0;
-    this.#say(`${label}${part}. ${KEYS}`);
-    this.popup.open(options, this.editor.rect(place.end), { label, hint: KEYS, active });
+    const active = isFirst ? (byPause ? -1 : 0) : this.#chosen(options);
+    if (isFirst || !grows) this.#say(`${grows ? "The model is writing" : `${label}${part}`}. ${KEYS}`);
+    this.popup.open(options, this.editor.rect(place.end), { label, hint: KEYS, active, grows });
+  }
+
+  // Where among options is what was chosen before they grew; of those that became the same one is left.
+  #chosen(options) {
+    const before = this.popup.options[this.popup.active]?.choice;
+    const place = options.findIndex(({ choice }) => choice === before);
+    return place < 0 && before ? options.findIndex(({ text }) => text === before.text) : place;
   }
 
   #take(choice, place) {
@@ -133,6 +149,11 @@ export class Writing extends EventTarget {
     this.dispatchEvent(new CustomEvent("say", { detail: { sentence, isError, status } }));
     this.dispatchEvent(new Event("state"));
   }
+}
+
+function distinct(choices) {
+  const texts = choices.map((choice) => choice.text);
+  return choices.filter((choice, index) => texts.indexOf(choice.text) === index);
 }
 
 // How many words a text has.

@@ -58,8 +58,13 @@ class Beginning:
         """The tokens to learn from, and those held out, as the run began with them, whatever became of the texts."""
 
         def found(name: str, sources: tuple[str, ...]) -> Tokens:
-            place = folder.tokens / name
-            return reopen(place) if (place / INDEX).exists() else open_files(find(sources).files)
+            index = folder.tokens / name / INDEX
+            if index.exists():
+                return reopen(index.parent)
+            files = [] if "-" in sources else find(sources).files
+            if not files or any(file.kind != "tokens" for file in files):
+                raise gone(index)
+            return open_files(files)
 
         learned, held = divide(self.asked, found, self.facts["end"])
         if fingerprint(learned) != self.plan.data:
@@ -106,11 +111,18 @@ def go_on(asked: Asked, folder: Folder) -> Beginning:
     saved = Beginning.read(folder)
     changed, plan = going_on(asked, saved.asked, saved.plan)
     start = resolve(saved.asked.model or "") if plan.lora else folder.path
+    if not plan.lora and not (config := start / "config.json").exists():  # a guess at its heads may be another model
+        raise gone(config)
     if plan.lora and weights_hash(start) != saved.facts["weights"]:
         raise CheckpointError(f"--model {saved.asked.model}: its weights are no more what they were; start another run")
     beginning = Beginning(changed, plan, start, saved.facts)
     folder.begin(beginning.to_dict())
     return beginning
+
+
+def gone(path: Path) -> CheckpointError:
+    """The error of a file of a run that is not there any more."""
+    return CheckpointError(f"{path}: is gone, and the run needs it to go on; put it back, or start another run")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

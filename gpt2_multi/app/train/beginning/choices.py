@@ -15,6 +15,7 @@ from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import parameter_count
 
 TOKENS, ROWS = 2048, 4  # of a batch at least
+SHORTEST = 8  # tokens of a window that nobody chose
 NAMED = ("model", "tokenizer", "val")  # options that may be paths
 
 
@@ -104,6 +105,8 @@ def plan_of(asked: Asked, backend: str, config: GPT2Config, is_new: bool, tokens
     epochs = EPOCHS if asked.epochs is None else asked.epochs
     steps = asked.steps or max(1, round(epoch * epochs))
     steps = steps if asked.steps or asked.epochs else min(steps, MOST)
+    if (asked.warmup or 0) > steps:
+        raise InputError(f"--warmup: expected no more than the {steps} steps of the run, found {asked.warmup}")
     return Plan(
         backend=backend,
         dtype=asked.dtype or "float32",
@@ -113,7 +116,7 @@ def plan_of(asked: Asked, backend: str, config: GPT2Config, is_new: bool, tokens
         accumulate=asked.accumulate or 1,
         length=length,
         learning_rate=asked.lr or rate(config, is_new or bool(asked.lora)),
-        warmup=min(asked.warmup if asked.warmup is not None else -(-steps // WARMUP), steps),
+        warmup=asked.warmup if asked.warmup is not None else -(-steps // WARMUP),
         weight_decay=DECAY if asked.weight_decay is None else asked.weight_decay,
         max_norm=NORM if asked.max_norm is None else asked.max_norm,
         lora=asked.lora or 0,
@@ -134,9 +137,24 @@ def sizes(asked: Asked, config: GPT2Config, tokens: int) -> tuple[int, int]:
     while not asked.batch_size and rows > 1 and (rows * parts + 1) * length > tokens:
         rows //= 2
     batch_size = asked.batch_size or rows * parts
-    while not asked.length and length > 8 and (batch_size + 1) * length > tokens:
+    while not asked.length and length > SHORTEST and (batch_size + 1) * length > tokens:
         length //= 2
+    _check_fit(asked, length, batch_size, tokens)
     return length, batch_size
+
+
+def _check_fit(asked: Asked, length: int, batch_size: int, tokens: int) -> None:
+    """Whether the tokens are enough for a batch and one window to spare; InputError names the options that ask more."""
+    if (most := max(tokens // length - 1, 0)) >= batch_size:
+        return
+    shorter = {"batch_size": "a smaller --batch-size", "length": "a shorter --length", "accumulate": "fewer parts"}
+    given = [name for name in shorter if getattr(asked, name)]
+    least = "" if asked.length else ", the shortest there are"
+    raise InputError(
+        f"{option([*given, 'data'][0])}: the text to learn from is {tokens} tokens, enough for {most} windows of "
+        f"{length}{least}, and a batch has {batch_size}; give {' or '.join(shorter[name] for name in given)}"
+        f"{' or ' if given else ''}a longer text"
+    )
 
 
 def rate(config: GPT2Config, is_new: bool) -> float:

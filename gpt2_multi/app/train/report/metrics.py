@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.files.json_files import sync, write_whole
 
+NEEDED = "step", "loss", "seconds"  # of a line, to go on behind it
+
 
 class Point(NamedTuple):
     """What one evaluation saw, per token."""
@@ -76,11 +78,15 @@ def line(row: dict[str, Any]) -> str:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file; the last one may be torn off, by a process that was killed."""
-    with path.open(encoding="utf-8") as file:
-        for text in file:
-            if not text.endswith("\n"):
+    with path.open("rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
                 return
             try:
-                yield json.loads(text)
-            except ValueError:
-                raise CheckpointError(f"{path}: has a line that is not JSON; start another run") from None
+                row = json.loads(text)
+                whole = all(isinstance(row[name], int | float) for name in NEEDED)
+            except (ValueError, KeyError, TypeError):
+                whole = False
+            if not whole:
+                raise CheckpointError(f"{path}, line {number}: is not what a run writes; start another run")
+            yield row

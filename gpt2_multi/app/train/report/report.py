@@ -63,11 +63,7 @@ class Report:
 
     def _check(self, step: int, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = "the loss is" if not math.isfinite(loss) else "the gradients are"
-            raise InputError(
-                f"step {step + 1}: {what} no finite number; begin another run with a lower --lr, a longer --warmup, "
-                "or --dtype float32"
-            )
+            raise diverged(step + 1, "the gradients are" if math.isfinite(loss) else "the loss is")
 
     def _row(self, step: int, loss: float, norm: float, passed: float) -> dict[str, Any]:
         tokens = self.plan.batch_size * self.plan.length
@@ -80,7 +76,7 @@ class Report:
         held_out = measure()
         self.restart()
         if held_out is not None and not math.isfinite(held_out):
-            raise InputError(f"step {step}: the held-out loss is no finite number; begin another run with a lower --lr")
+            raise diverged(step, "the held-out loss is")
         self._rows[-1]["val_loss"] = held_out
         left = (self.plan.steps - step) * self.seconds / step
         self.progress.evaluated(step, held_out, left)
@@ -102,3 +98,11 @@ class Report:
     def restart(self) -> None:
         """Measure the speed from now on: evaluations and saves are no training."""
         self._since = time.perf_counter()
+
+
+def diverged(step: int, what: str) -> InputError:
+    """The error of a run whose figures are no numbers any more."""
+    return InputError(
+        f"step {step}: {what} no finite number; begin another run with a lower --lr, a longer --warmup, "
+        "or --dtype float32"
+    )

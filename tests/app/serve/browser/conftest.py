@@ -102,18 +102,21 @@ class Model:
         if answer == "gone":
             route.abort("connectionrefused")
         elif isinstance(answer, list):
-            route.fulfill(json=self._completion(answer))
+            length = len(self.asked[-1]["prompt"])
+            choices = [choice(index, tokens, length) for index, tokens in enumerate(answer)]
+            route.fulfill(body=stream(choices), content_type="text/event-stream")
         else:
             status, body, headers = (*answer, {})[:3]
             route.fulfill(status=status, body=body if isinstance(body, str) else json.dumps(body), headers=headers)
 
-    def _completion(self, choices: list[list[str]]) -> dict[str, Any]:
-        length = len(self.asked[-1]["prompt"])
-        return {
-            "choices": [choice(index, tokens, length) for index, tokens in enumerate(choices)],
-            "seed": 11,
-            "usage": {"prompt_tokens": 3},
-        }
+
+def stream(choices: list[dict[str, Any]]) -> str:
+    """An answer as server-sent events."""
+    events = [*({"choices": [choice], "seed": 11} for choice in choices), TALLY]
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+
+
+TALLY = {"choices": [], "seed": 11, "usage": {"prompt_tokens": 3}}
 
 
 def choice(index: int, tokens: list[str], start: int) -> dict[str, Any]:

@@ -10,6 +10,14 @@ from playwright.sync_api import Locator, Page, Response, expect
 
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 
+# The browser does not always keep what was read as a stream: a copy of the last answer does.
+KEEP = """const ask = window.fetch;
+window.fetch = async (...how) => {
+  const response = await ask(...how);
+  window.answered = response.clone().text().catch(() => "");
+  return response;
+}"""
+
 
 class Pen:
     """Writes on the page, and reads it."""
@@ -20,6 +28,7 @@ class Pen:
         self.options = page.get_by_role("option")
         self.notice = page.get_by_role("status")
         self.marks = page.locator("#mirror span")
+        page.add_init_script(KEEP)
         page.goto(url)
         expect(page.locator("#model")).not_to_have_text("GPT-2")
 
@@ -51,11 +60,12 @@ class Pen:
         with self.page.expect_response(lambda found: is_answer(found)) as info:
             self.press(by)
         self.offered()
-        return json.loads(info.value.request.post_data or ""), info.value.json()
+        return json.loads(info.value.request.post_data or ""), joined(self.page.evaluate("answered"))
 
     def offered(self) -> Locator:
-        """Wait for options."""
+        """Wait for options that are whole."""
         self.options.first.wait_for()
+        expect(self.page.get_by_role("listbox")).to_have_attribute("aria-busy", "false")
         return self.options
 
     def dropped(self) -> None:
@@ -86,6 +96,20 @@ class Pen:
         x, y = self.centre(locator)
         self.page.mouse.move(x - 1, y)
         self.page.mouse.move(x, y)
+
+
+def joined(stream: str) -> dict[str, Any]:
+    """The answer that a stream's events make together."""
+    *events, last = [event.removeprefix("data: ") for event in stream.split("\n\n")[:-1]]
+    assert last == "[DONE]"
+    choices: dict[int, dict[str, Any]] = {}
+    for event in map(json.loads, events):
+        for piece in event["choices"]:
+            choice = choices.setdefault(piece["index"], {"text": "", "logprobs": {}})
+            choice["text"] += piece["text"]
+            for name, more in (piece["logprobs"] or {}).items():
+                choice["logprobs"].setdefault(name, []).extend(more)
+    return {**json.loads(events[-1]), "choices": list(choices.values())}
 
 
 def is_answer(response: Response) -> bool:

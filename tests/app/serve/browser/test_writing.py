@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from tests.app.serve.browser.conftest import Model, choice
+from tests.app.serve.browser.conftest import Model, choice, stream
 from tests.app.serve.browser.pen import Pen
 
 START = "ROMEO:\nWhat say you, my"
@@ -54,7 +55,8 @@ def test_the_same_seed_gives_what_the_server_gives(pen: Pen, address: str) -> No
     pen.write(START)
     asked, answer = pen.ask()
     assert asked == {
-        "prompt": START, "n": 3, "max_tokens": 9, "temperature": 1.2, "top_p": 0.5, "seed": 7, "logprobs": 5
+        "prompt": START, "n": 3, "max_tokens": 9, "temperature": 1.2, "top_p": 0.5, "seed": 7, "logprobs": 5,
+        "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     assert [choice["text"] for choice in ask_directly(address, asked)] == [c["text"] for c in answer["choices"]]
     assert all(len(choice["logprobs"]["tokens"]) <= 9 for choice in answer["choices"])
@@ -64,7 +66,8 @@ def test_the_same_seed_gives_what_the_server_gives(pen: Pen, address: str) -> No
 def ask_directly(address: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
     """The choices for a request that no page makes."""
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(asked).encode(), headers)
+    whole = {name: value for name, value in asked.items() if not name.startswith("stream")}
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(whole).encode(), headers)
     with urllib.request.urlopen(request) as response:
         return json.load(response)["choices"]
 
@@ -120,6 +123,97 @@ def test_percentages_are_the_models_own(pen: Pen) -> None:
         float(text.removesuffix(" %").removeprefix("< ")) for text in pen.page.locator(".share").all_text_contents()
     ]
     assert shown == pytest.approx([100 * math.exp(value) for value in likeliest], abs=0.5)
+
+
+# --- while it is written ---------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """A server whose answer a test writes, piece by piece."""
+
+    def __init__(self, pen: Pen) -> None:
+        self.pen = pen
+        self.sent = Counter[int]()  # characters of each choice
+        pen.page.evaluate(
+            """() => { window.fetch = async (path, { signal }) => new Response(new ReadableStream({ start(to) {
+              window.gone = false;
+              window.end = () => to.close();
+              window.send = (text) => to.enqueue(new TextEncoder().encode(text));
+              signal.addEventListener("abort", () => { window.gone = true; to.error(signal.reason); });
+            } })) }"""
+        )
+        pen.write("one")
+        pen.press("Tab")
+        expect(pen.page.locator("#waiting")).to_be_visible()
+
+    def send(self, *pieces: tuple[int, list[str]]) -> None:
+        """Send pieces, each a choice's number and its tokens."""
+        for index, tokens in pieces:
+            event = {"choices": [choice(index, tokens, len("one") + self.sent[index])], "seed": 5}
+            self.sent[index] += len("".join(tokens))
+            self.raw(f"data: {json.dumps(event)}\n\n")
+
+    def raw(self, text: str) -> None:
+        """Send a part of an answer."""
+        self.pen.page.evaluate("text => send(text)", text)
+
+    def is_left(self) -> bool:
+        """Whether the page has gone."""
+        return self.pen.page.evaluate("gone")
+
+
+def test_suggestions_grow_in_their_places(pen: Pen) -> None:
+    slow = Slow(pen)
+    slow.send((1, [" two"]), (0, [" two"]))
+    expect(pen.options).to_have_text(["two", "two"])
+    pen.say("The model is writing")
+    pen.press("ArrowDown")
+    first = pen.options.first.element_handle()
+    slow.send((2, [" <b>"]), (0, ["!"]), (1, []))
+    expect(pen.options).to_have_text(["two", "two!", "<b>"])
+    assert first.evaluate("element => element === document.querySelector('[role=option]')")  # what a finger lies on
+    slow.send((1, ["!"]))
+    slow.raw("data: [DONE]\n\n")
+    pen.page.evaluate("end()")
+    expect(pen.options).to_have_text(["two!", "<b>"])  # the same is offered once
+    assert pen.page.locator("[aria-selected=true]").all_text_contents() == ["two!"]
+    pen.say("^2 suggestions")
+    pen.press("Tab")
+    assert pen.text == "one two!" and pen.marks.all_text_contents() == [" two", "!"]
+
+
+@pytest.mark.parametrize("key", ["Tab", "Escape", "x"])
+def test_who_has_seen_enough_stops_it(pen: Pen, key: str) -> None:
+    slow = Slow(pen)
+    slow.send((0, [" two"]), (1, [" 2"]))
+    expect(pen.options).to_have_text(["two", "2"])
+    pen.press(key)
+    pen.dropped()
+    assert slow.is_left() and pen.text == {"Tab": "one two", "x": "onex"}.get(key, "one")
+    expect(pen.page.get_by_role("button", name="Suggest")).to_be_visible()
+
+
+@pytest.mark.parametrize(
+    ("last", "sentence"),
+    [("", r"The server's answer broke off\."), ('data: {"error": {"message": "too late"}}\n\n', r"Too late\.")],
+)
+def test_what_came_before_a_fault_can_be_taken(pen: Pen, last: str, sentence: str) -> None:
+    slow = Slow(pen)
+    slow.send((0, [" two"]))
+    slow.raw(last)
+    pen.page.evaluate("end()") if not last else None
+    pen.say(sentence)
+    pen.offered()
+    pen.press("Enter")
+    assert pen.text == "one two"
+
+
+def test_the_likeliest_is_asked_for_once(pen: Pen, model: Model) -> None:
+    model.answers = [[[" x"]]]
+    pen.set("temperature", "0")
+    pen.write("one")
+    pen.ask()
+    assert model.asked[0]["n"] == 1 and pen.options.count() == 1
 
 
 # --- choosing and dropping -------------------------------------------------------------------------------------------
@@ -246,7 +340,7 @@ def test_alternatives_by_keys(written: Pen) -> None:
 def test_the_text_can_end_where_the_model_might_have(pen: Pen) -> None:
     written = choice(0, [" x", " y"], 3)
     written["logprobs"]["top_logprobs"] = [{" x": -0.1}, {" y": -0.1, "<|endoftext|>": -2.0}]
-    pen.page.route("**/v1/completions", lambda route: route.fulfill(json={"choices": [written], "seed": 1}))
+    pen.page.route("**/v1/completions", lambda route: route.fulfill(body=stream([written])))
     pen.write("one")
     pen.ask()
     pen.press("Enter", "Alt+ArrowDown", "ArrowDown")

@@ -1,6 +1,7 @@
 """bitsandbytes quantizes our classes as it does transformers', whose files are the same; adapters train on top."""
 
 import copy
+from functools import partial
 
 import peft
 import pytest
@@ -123,6 +124,18 @@ def test_what_it_cannot_do_is_a_sentence(base, tmp_path):
     ):
         with pytest.raises((InputError, CheckpointError), match=sentence):
             load(tmp_path / "saved", **given)
+
+
+@pytest.mark.parametrize("kind", ["twice", "int8"])
+def test_it_takes_over_a_state_that_is_quantized_alike(kind, base):
+    load = partial(pt.GPT2LMHeadModel.from_pretrained, base, quantization_config=BitsAndBytesConfig(**KINDS[kind]))
+    floats = pt.GPT2LMHeadModel.from_pretrained(base)
+    other, model = load(state_dict={name: 0.5 * x for name, x in floats.state_dict().items()}), load()
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(logits(model), logits(other))
+    for state in (floats.state_dict(), load(quantization_config=BitsAndBytesConfig(load_in_4bit=True)).state_dict()):
+        with pytest.raises(CheckpointError, match=r"load_state_dict: .* is not quantized as the model's is, by bits"):
+            model.load_state_dict(state)
 
 
 def test_damaged_files_are_a_sentence(base, tmp_path):

@@ -1,10 +1,16 @@
 """torchao quantizes our nn.Linears by its own configurations, or by transformers' around them."""
 
+from functools import partial
+
 import peft
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torchao import quantization as ao
+from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
+from torchao.prototype.safetensors.safetensors_utils import is_metadata_torchao
 
 from gpt2_multi import pt
 from gpt2_multi.errors import CheckpointError, InputError
@@ -36,13 +42,81 @@ def test_what_runs_on_a_cpu(name, base):
     torch.testing.assert_close(half.float(), found, atol=0.3, rtol=0.3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", HERE)
+def test_files_are_those_that_torchao_and_transformers_write(name, dtype, base, tmp_path):
+    load = pt.GPT2LMHeadModel.from_pretrained
+    model = load(base, quantization_config=HERE[name](), param_dtype=dtype, dtype=dtype)
+    model.save_pretrained(tmp_path / "ours", max_shard_size="100KB")
+    again = load(tmp_path / "ours", dtype="auto")
+    assert torch.equal(again(IDS).logits, model(IDS).logits) and again.dtype == model.dtype
+    assert all(type(x) is type(y) for x, y in zip(again.parameters(), model.parameters(), strict=True))
+    load(tmp_path / "ours", quantization_config=HERE[name]()).save_pretrained(tmp_path / "one")
+    with safe_open(tmp_path / "one" / "model.safetensors", framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    assert is_metadata_torchao(metadata) and metadata["format"] == "pt"
+    read, rest = unflatten_tensor_state_dict(tensors, metadata)
+    known = load(tmp_path / "ours").state_dict()
+    assert not rest and {key: type(x) for key, x in read.items()} == {key: type(x) for key, x in known.items()}
+    tensors, metadata = flatten_tensor_state_dict(known)
+    save_file(tensors, tmp_path / "one" / "model.safetensors", metadata)
+    assert torch.equal(load(tmp_path / "one")(IDS).logits, load(tmp_path / "ours")(IDS).logits)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_model_is_cast_and_takes_over_a_state(name, base):
+    load = partial(pt.GPT2LMHeadModel.from_pretrained, base, quantization_config=HERE[name]())
+    model, other = load(), load()
+    for x in other.parameters():
+        if type(x) is torch.nn.Parameter:
+            x.data.mul_(0.5)
+    exact = other(IDS).logits
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(IDS).logits, exact)
+    half = model.bfloat16()(IDS).logits
+    assert half.dtype == torch.bfloat16 == model.transformer.h[0].attn.c_attn.weight.dtype
+    torch.testing.assert_close(half.float(), exact, atol=0.3, rtol=0.3)
+
+
+def test_damaged_files_are_a_sentence(base, tmp_path):
+    load = pt.GPT2LMHeadModel.from_pretrained
+    load(base, quantization_config=ao.Int8WeightOnlyConfig()).save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "transformer.h.0.attn.c_attn"
+    with safe_open(path, framework="pt") as file:
+        whole, says = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    said, scale, values = f"{name}.weight", f"{name}._weight_scale", f"{name}._weight_qdata"
+    for tensors, metadata in (
+        ({key: x for key, x in whole.items() if key != scale}, says),
+        (whole | {scale: whole[scale][:5].clone()}, says),
+        (whole | {values: whole[values][:64].clone()}, says),
+        (whole | {f"{name}._weight_more": whole[scale].clone()}, says),
+        (whole, says | {said: says[said].replace("Int8Tensor", "os.system")}),
+        (whole, says | {said: says[said][:30]}),
+        (whole, says | {said: "[]"}),
+        (whole, says | {said: says[said].replace('"float32"', '"load"')}),
+        (whole, {key: x for key, x in says.items() if key != said}),
+        (whole, {"format": "pt"}),
+    ):
+        save_file(tensors, path, metadata)
+        with pytest.raises(CheckpointError, match=rf"{said}(: not what torchao writes|: torchao has|, as torchao)"):
+            load(tmp_path)
+
+
 def test_what_it_cannot_do_is_a_sentence(base, tmp_path):
     load = pt.GPT2LMHeadModel.from_pretrained
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match=r"torchao cannot make Int4WeightOnlyConfig of a weight .* on cpu: "):
             load(base, quantization_config=ao.Int4WeightOnlyConfig(group_size=32))
-    with pytest.raises(CheckpointError, match=r"save_pretrained: the weights .* are torchao's, which no file"):
-        load(base, quantization_config=ao.Int8WeightOnlyConfig()).save_pretrained(tmp_path)
+    model = load(base, quantization_config=ao.Int8WeightOnlyConfig())
+    with pytest.raises(InputError, match=r"state_dict: transformer.h.0.* is a Int8Tensor of torchao"):
+        load(base, state_dict=model.state_dict())
+    with pytest.raises(CheckpointError, match=r"load_state_dict: .*c_attn.weight is not quantized as the model's is"):
+        model.load_state_dict(load(base).state_dict())
+    with pytest.raises(InputError, match="safe_serialization: expected True for a quantized model"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="quantization_config: the files have quant_type="):
+        load(tmp_path, quantization_config=ao.Float8WeightOnlyConfig())
     wrong = {"quant_method": "torchao", "quant_type": {"default": {"_type": "none", "_version": 1, "_data": {}}}}
     with pytest.raises(InputError, match="torchao knows no such quant_type"):
         load(base, quantization_config=wrong)
@@ -54,3 +128,5 @@ def test_adapters_train_on_top(base):
     optimizer = torch.optim.AdamW([x for x in adapted.parameters() if x.requires_grad], lr=1e-2)
     losses = [pt.train_step(adapted, optimizer, [{"input_ids": IDS, "labels": IDS}]) for _ in range(6)]
     assert losses[-1] < losses[0]
+    before = adapted.eval()(IDS).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, before, atol=0.2, rtol=0)
