@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 LEAST_TEMPERATURE = 1e-9  # below which a sample is the likeliest token
-BUSY, RETRY = "too many requests wait; ask again later", {"retry-after": "1"}
+RETRY = {"retry-after": "1"}
 FAILURES = {  # why a row ended before its end, and what is answered then
     "deadline": (504, "the time for a request was over; ask for fewer tokens, or start the server with --timeout"),
     "cancelled": (503, "the server ends; ask again later"),
