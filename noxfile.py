@@ -85,7 +85,8 @@ def tests(session: nox.Session) -> None:
     install(session, ".[all,docs,examples]", *TOOLS, *PEERS)
     # One part after the other: what TensorFlow and JAX compile stays in memory as long as the process.
     generation = "tests/tf/generation"
-    parts = [[*CORE, "tests/pt"], [generation], ["tests/tf", f"--ignore={generation}"], ["tests/flax"]]
+    app, *others = sorted(CORE, key="tests/app".__ne__)
+    parts = [[*others, "tests/pt"], [app], [generation], ["tests/tf", f"--ignore={generation}"], ["tests/flax"]]
     for part in [[]] if session.posargs else parts:
         pytest(session, "--backends=pt,tf,flax", *part)
 
