@@ -33,7 +33,7 @@ from gpt2_multi.pt.generation.decoding import (
 from gpt2_multi.pt.layers import facts, is_own, is_unchanged, project, projection
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import ACTIVATIONS, GPT2Model, give, old_calls, recast
-from gpt2_multi.pt.state import check_tied, lend_embedding
+from gpt2_multi.pt.state import check_tied, is_replicated, lend_embedding, local
 from gpt2_multi.pt.training import (
     chunk_rows,
     classification_loss,
@@ -409,17 +409,19 @@ def answer(
     if not ((skip_logits or can_wait) and is_chunked(model, hidden)):
         logits = compute(hidden)
         return trained(model, lm_loss(logits, labels, mask, items)), None if skip_logits else logits
-    weight, dtype = model.lm_head.weight, head_dtype(model, hidden)
+    weight, dtype = local(model.lm_head.weight), head_dtype(model, hidden)
     loss = head_loss(hidden, weight, labels, mask, items, dtype)
     return trained(model, loss), None if skip_logits else later_logits(hidden, weight, dtype)
 
 
 def is_chunked(model: Any, hidden: Tensor) -> bool:
     """Whether the loss computes logits by itself: many, of a head that nobody has hooked, replaced or adapted."""
-    own = GPT2LMHeadModel.logits
-    if not is_own(model.lm_head) or getattr(getattr(model, "logits", None), "__func__", own) is not own:
+    logits = GPT2LMHeadModel.logits
+    if getattr(getattr(model, "logits", None), "__func__", logits) is not logits:
         return False
-    weight = model.lm_head.weight
+    if not is_own(model.lm_head) and not is_replicated(model.lm_head):
+        return False
+    weight = local(model.lm_head.weight)
     fits = model.lm_head.bias is None and weight.device == hidden.device
     is_seen = torch.compiler.is_compiling() or is_unchanged(hidden)
     return fits and is_seen and chunk_rows(hidden, weight) < hidden.shape[:-1].numel()

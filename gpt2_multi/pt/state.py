@@ -21,6 +21,7 @@ from gpt2_multi.pt.layers import to_numpy, to_torch
 Make = Callable[[], Any]
 
 DONE, FAILED = -1, -2  # in place of the number of a tensor
+REPLICATED = "_replicated"  # of a layer that each process has whole: the hooks that are for this
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
@@ -125,6 +126,19 @@ def same(left: Tensor, right: Tensor) -> bool:
     if left is right or left.is_meta or right.is_meta:
         return left.shape == right.shape
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right.to(left.device))
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def is_replicated(layer: Any) -> bool:
+    """Whether each process has an nn.Linear whole, and nobody has hooked it but who has put it on a mesh."""
+    hooks = layer._forward_pre_hooks, layer._forward_hooks
+    weight: Any = getattr(layer, "weight", None)
+    is_hooked = layer._backward_hooks or layer._backward_pre_hooks or getattr(layer, REPLICATED, None) != hooks
+    return type(layer) is nn.Linear and not is_hooked and all(x.is_replicate() for x in weight.placements)
 
 
 def is_split(x: object) -> bool:

@@ -26,7 +26,7 @@ from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import TENSOR, Rules, table
 from gpt2_multi.pt.attention import Context
 from gpt2_multi.pt.layers import to_numpy
-from gpt2_multi.pt.state import check_same
+from gpt2_multi.pt.state import REPLICATED, check_same, local
 
 HEADED = ("attn", "crossattention")
 
@@ -80,12 +80,7 @@ class FusedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.weight, DTensor) and self.weight.placements[0].is_shard():
             x = entering(x, self.weight.device_mesh)
-        return F.linear(x, own(self.weight).flatten(0, 1), own(self.bias).flatten())
-
-
-def own(x: Tensor) -> Tensor:
-    """What this process has of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
+        return F.linear(x, local(self.weight).flatten(0, 1), local(self.bias).flatten())
 
 
 def entering(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -115,7 +110,10 @@ class Replicated(ParallelStyle):
         distribute(module, device_mesh, Replicate(), self.src_data_rank)
         if isinstance(module, FusedLinear):
             return module
-        return distribute_module(module, device_mesh, lambda *_: None, self._wrapped, self._unwrapped)
+        distribute_module(module, device_mesh, lambda *_: None, self._wrapped, self._unwrapped)
+        hooks = module._forward_pre_hooks.copy(), module._forward_hooks.copy()
+        setattr(module, REPLICATED, hooks)
+        return module
 
     @staticmethod
     def _wrapped(_: nn.Module, given: Any, mesh: DeviceMesh) -> Any:
@@ -218,7 +216,7 @@ def together(mesh: DeviceMesh, model: Any, args: tuple[Any, ...], given: dict[st
     In training they go on with the random state of the first, so that dropout is the same in all.
     """
     found = (args[0] if args else given.get("input_ids")), given.get("inputs_embeds")
-    read = [(tuple(x.shape), to_numpy(own(x)).tobytes()) for x in found if isinstance(x, Tensor)]
+    read = [(tuple(x.shape), to_numpy(local(x)).tobytes()) for x in found if isinstance(x, Tensor)]
     check_same("input_ids", read, mesh)
     config = model.config
     if model.training and (config.embd_pdrop or config.resid_pdrop or config.attn_pdrop):

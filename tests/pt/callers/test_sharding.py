@@ -10,6 +10,7 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -119,6 +120,14 @@ def learns_in_parts(mesh, rules):
     found, expected = losses(models[1], mesh, 3, skip_logits=True), losses(models[0], None, 3, skip_logits=True)
     training.CHUNK["cpu"] = known
     return far(found, expected)
+
+
+def learns_in_chunks(mesh, rules):
+    """By rules that leave the head whole in each process."""
+    with mock.patch.object(training, "walk", wraps=training.walk) as walk:
+        found = learns_in_parts(mesh, {axis: over for axis, over in rules.items() if axis != "vocab"})
+    assert walk.call_count == 6, "no process has all logits at once"
+    return found
 
 
 def heads(mesh, rules):
@@ -307,7 +316,7 @@ QUESTIONS = {
     "inside": inside,
     "sizes": sizes,
 }
-TENSORS = {"drops": drops, "planned": planned}  # questions of a tensor axis
+TENSORS = {"chunks": learns_in_chunks, "drops": drops, "planned": planned}  # questions of a tensor axis
 
 
 def twice(mesh):
@@ -425,7 +434,7 @@ def test_a_mesh_computes_and_learns_what_one_process_does(mesh, found):
     answer = found[mesh]
     print(mesh, answer)
     assert max(answer[name] for name in ("files", "resumes")) < 1e-5
-    exact = "learns", "parts", "heads", "inside", "planned", "trains"
+    exact = "learns", "parts", "chunks", "heads", "inside", "planned", "trains"
     assert max(answer[name] for name in exact if name in answer) < 1e-9
     assert answer["sizes"] == [] and answer["writes"]
 

@@ -26,9 +26,9 @@ from gpt2_multi.model.weights import mesh_sizes
 from gpt2_multi.pt.heads import GPT2LMHeadModel
 from gpt2_multi.pt.layers import NUMPY, to_numpy, to_torch
 from gpt2_multi.pt.loading import device_of, devices, dtypes
-from gpt2_multi.pt.parameters.plans import FusedLinear, own
+from gpt2_multi.pt.parameters.plans import FusedLinear
 from gpt2_multi.pt.parameters.sharding import FSDP, TENSOR, make_mesh
-from gpt2_multi.pt.state import cut_as, gather, is_split, write_together
+from gpt2_multi.pt.state import cut_as, gather, is_split, local, write_together
 from gpt2_multi.pt.training import IGNORED, parameter_groups
 
 PARAMETER, UPDATES, MOMENTS = "parameter", "updates", ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
@@ -135,7 +135,7 @@ class PTEngine:
         norm = nn.utils.get_total_norm(gradients, foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.plan.max_norm:
-            torch._foreach_mul_([*map(own, gradients)], (self.plan.max_norm / norm).clamp(max=1.0))
+            torch._foreach_mul_([*map(local, gradients)], (self.plan.max_norm / norm).clamp(max=1.0))
         return norm
 
     def _summed(self, x: Tensor) -> Tensor:
