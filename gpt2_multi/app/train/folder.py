@@ -6,14 +6,17 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from zlib import crc32
 
-from gpt2_multi.errors import InputError
+from gpt2_multi.errors import CheckpointError, InputError
 from gpt2_multi.files.folders import replaced
 from gpt2_multi.files.json_files import hold, read_json, write_whole
 from gpt2_multi.model.checkpoint.saving import is_model_file
 
+SUMS = "sums.json"  # in a state: the checksums of its files
 KEPT = 2  # states of earlier steps, the last among them
 STAGE = r"\.(?:{})\.[a-z0-9_]{{8}}"  # how `folders.replaced` calls a folder until it is whole
 
@@ -93,11 +96,34 @@ class Folder:
         """Write a state: whole, or not at all."""
         with replaced(self.state(step), lambda _: True) as stage:
             write(stage)
+            (stage / SUMS).write_text(json.dumps(sums(stage)), encoding="utf-8")
+
+    def check(self, step: int) -> None:
+        """CheckpointError where a state is not what was written: a flipped bit is a number like another to a reader."""
+        state = self.state(step)
+        kept = read_json(state / SUMS) if (state / SUMS).exists() else {}
+        there = sums(state)
+        if wrong := [name for name, found in kept.items() if name in there and there[name] != found]:
+            raise CheckpointError(f"{state / wrong[0]}: is damaged, for its checksum is another")
 
     def prune(self) -> None:
         """Take away the states before the last ones, and the first weights, which no state needs."""
         for path in [*map(self.state, self.steps()[:-KEPT]), self.start]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def sums(state: Path) -> dict[str, int]:
+    """The checksum of each file of a state."""
+    found = {}
+    for path in sorted(path for path in state.rglob("*") if path.is_file() and path.name != SUMS):
+        with path.open("rb") as file:
+            found[path.relative_to(state).as_posix()] = reduce(lambda sum_, part: crc32(part, sum_), parts(file), 0)
+    return found
+
+
+def parts(file: BinaryIO) -> Iterator[bytes]:
+    """A file, a few megabytes after the other."""
+    return iter(lambda: file.read(1 << 22), b"")
 
 
 def stages(place: Path, stem: str) -> Iterator[Path]:

@@ -132,6 +132,7 @@ class Session:
         """Be what was saved last."""
         state = self.folder.state(self.step)
         try:
+            self.folder.check(self.step)
             self.engine.load_state(state)
         except CheckpointError as error:
             ways = "start another run" if len(self.folder.steps()) == 1 else f"delete {state} to go on from that before"

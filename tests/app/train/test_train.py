@@ -366,6 +366,11 @@ def test_what_is_damaged_is_named(made: tuple[Path, str], tmp_path: Path) -> Non
         (out / "metrics.jsonl").write_bytes(whole[:2] + bytes([whole[2] ^ flip]) + whole[3:])
         assert "metrics.jsonl, line 1: is not what" in refusal("--out", out, "--resume")
     (out / "metrics.jsonl").write_bytes(whole)
+    state = out / "state" / "00000020" / "state.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    assert "state.safetensors: is damaged" in refusal("--out", out, "--resume")
+    state.write_bytes(whole)
     for name in ("config.json", "metrics.jsonl", "data/train/shards.json"):
         (out / name).rename(tmp_path / "kept")
         said = refusal("--out", out, "--resume")
