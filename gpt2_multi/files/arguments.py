@@ -40,7 +40,7 @@ _QUANTIZED = Refused(
     "other programs quantize PyTorch's models alone, by quantization_config=BitsAndBytesConfig(load_in_4bit=True) or "
     'others; leave it out, and give that, param_dtype="bfloat16" for half the memory, or quantization="int8"',
 )
-_PARALLEL = Refused((None, False), "a model is loaded whole; leave it out, and split the model afterwards")
+_PARALLEL = Refused((None, False), "a model is cut by mesh and rules, in PyTorch and JAX; leave it out, and give these")
 _EXPORTED = Refused(
     (None, False), "save_pretrained writes no SavedModel; call export_saved_model(folder, tokenizer=...)"
 )
