@@ -3,7 +3,9 @@
 Two processes run all cases, once; a test looks at what the first has found.
 """
 
+import faulthandler
 import json
+import os
 from functools import partial
 
 import pytest
@@ -175,6 +177,7 @@ FAULTS = {  # what would be another result without a word -> what is said
 
 def run_cases(rank, folder):
     """One of the two processes."""
+    faulthandler.enable()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
     for name, (call, _) in {**CASES, **FAULTS}.items():
@@ -186,7 +189,9 @@ def run_cases(rank, folder):
     found["dtype"] = str(model(IDS).logits.dtype), generated(model), trained(other)
     if not rank:
         (folder / "found.json").write_text(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # an interpreter that ends beside threads of torch's aborts now and then
 
 
 @pytest.fixture(scope="module")

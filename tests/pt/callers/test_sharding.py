@@ -4,6 +4,7 @@ Two processes answer all questions, once, in about 8 s; a test looks at what the
 larger meshes, where GPT2_MULTI_THOROUGH asks for it.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -399,6 +400,7 @@ FAULTS = {
 
 def answers(rank, folder, count, meshes):
     """One of the processes."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{count}", rank=rank, world_size=count)
     found = {}
@@ -415,7 +417,9 @@ def answers(rank, folder, count, meshes):
             found[name] = f"{type(error).__name__}: {error}"
     if not rank:
         (folder / f"found{count}.json").write_text(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # an interpreter that ends beside threads of torch's aborts now and then
 
 
 @pytest.fixture(scope="module")
