@@ -19,10 +19,9 @@ from gpt2_multi.model.checkpoint.quantized import GREATEST, LEAST, UNIFORM
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.fields import float_name
 from gpt2_multi.model.inputs import Facts
-from gpt2_multi.model.weights import table
+from gpt2_multi.model.weights import ROW_AXES, table
 
 MOST_PARTS = 8  # of a kernel that one row is multiplied by, however many threads there are
-ROW_AXES = ("data", "fsdp")  # of a mesh, over which the rows of a batch are cut
 _STOCK = nn.DenseGeneral.__call__, nn.Embed.attend
 POLICIES = (  # of jax.checkpoint_policies
     "everything_saveable",

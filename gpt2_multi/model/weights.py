@@ -162,6 +162,7 @@ def weight_of(param: Param, config: GPT2Config, layer: int | None) -> Weight:
 Rules = Mapping[str, str | None]  # which mesh axis cuts a named axis; None: whole, as without a rule
 
 MESH_AXES = ("data", "fsdp", "tensor")
+ROW_AXES = MESH_AXES[:2]  # over which the rows of a batch are cut
 DATA: dict[str, str] = {}  # every device holds every parameter
 FSDP = {"embed": "fsdp"}  # Rajbhandari et al. 2020: parameters, gradients and the optimizer's state are cut
 TENSOR = {"head": "tensor", "mlp": "tensor"}  # Shoeybi et al. 2019; "vocab" too where it divides: 50257 does not
@@ -184,6 +185,18 @@ def _mesh_axis(part: str) -> tuple[str, int]:
     return name, int(size)
 
 
+def check_named_axes(rules: object, known: Sequence[str], why: Mapping[str, str] | None = None) -> None:
+    """Rules have to be a dict of known named axes; `why` says of others what they are, where that is worth saying."""
+    if not isinstance(rules, Mapping):
+        raise InputError(
+            f"rules: expected a dict such as sharding.FSDP, found {type(rules).__name__}; dict(...) makes one"
+        )
+    for axis in rules:
+        if axis not in known:
+            hint = (why or {}).get(axis) or nearest(axis, known)
+            raise InputError(f"rules: expected named axes among {', '.join(known)}, found '{axis}'{hint}")
+
+
 def check_cut_once(name: str, axes: Sequence[str], rules: Rules) -> None:
     """A mesh axis cuts a parameter of these named axes along one of them at most."""
     cut = [axis for axis in axes if rules.get(axis) is not None]
@@ -196,10 +209,10 @@ def check_cut_once(name: str, axes: Sequence[str], rules: Rules) -> None:
                 )
 
 
-def check_shared(name: str, axis: str, entries: int, over: str, devices: int) -> None:
-    """The entries of a parameter's named axis have to be shared equally."""
-    if entries % devices:
+def check_shared(name: str, axis: str, entries: int, over: str, count: int, what: str = "devices") -> None:
+    """The entries of a parameter's named axis have to be shared equally, by devices or by processes."""
+    if entries % count:
         raise InputError(
-            f"{name}: the axis '{axis}' has {entries} entries, which {devices} devices of the mesh axis '{over}' "
+            f"{name}: the axis '{axis}' has {entries} entries, which {count} {what} of the mesh axis '{over}' "
             f"cannot share equally; change the mesh or leave '{axis}' out of the rules"
         )

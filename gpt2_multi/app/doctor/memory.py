@@ -16,10 +16,12 @@ from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import (
     FSDP,
     MESH_AXES,
+    ROW_AXES,
     TENSOR,
     Rules,
     Weight,
     check_cut_once,
+    check_named_axes,
     check_shared,
     mesh_sizes,
     sizes,
@@ -30,7 +32,6 @@ WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS = {"adamw": 2, "lion": 1, "sgd": 0}  # numbers that an optimizer keeps of each parameter
 CHUNK = 2**30  # bytes of the logits that are there at once where the loss is computed in chunks
 WAYS = ("with checkpointing", "without checkpointing")
-ROW_AXES = ("data", "fsdp")  # over which the rows of a batch are cut
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ class Job:
         if self.config.quantization is not None or self.config.add_cross_attention:
             kind = "a quantized model" if self.config.quantization is not None else "cross-attention"
             raise InputError(f"{kind} cannot be planned; plan a model of the same sizes without it")
-        for axis, over in self.rules.items():
-            for name, kind, known in ((axis, "named axes", [*sizes(self.config)]), (over, "mesh axes", MESH_AXES[1:])):
-                if name is not None and name not in known:
-                    raise InputError(
-                        f"rules: expected {kind} among {', '.join(known)}, found '{name}'{nearest(name, known)}"
-                    )
+        check_named_axes(self.rules, [*sizes(self.config)])
+        known = MESH_AXES[1:]
+        for over in self.rules.values():
+            if over is not None and over not in known:
+                raise InputError(
+                    f"rules: expected mesh axes among {', '.join(known)}, found '{over}'{nearest(over, known)}"
+                )
 
 
 @dataclass(frozen=True)

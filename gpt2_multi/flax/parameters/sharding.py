@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_multi.errors import InputError, nearest
-from gpt2_multi.flax.layers import ROW_AXES, on_host
+from gpt2_multi.flax.layers import on_host
 from gpt2_multi.flax.parameters.axes import moved
 from gpt2_multi.flax.parameters.tree import Tree, check_tree, leaves
 from gpt2_multi.model import inputs
@@ -28,9 +28,11 @@ from gpt2_multi.model.weights import (
     DATA,
     FSDP,
     MESH_AXES,
+    ROW_AXES,
     TENSOR,
     Rules,
     check_cut_once,
+    check_named_axes,
     check_shared,
     mesh_sizes,
     sizes,
@@ -128,16 +130,8 @@ def _rows_placed(name: str, value: Any, mesh: Mesh, dim: int) -> Array:
 
 def check_rules(config: GPT2Config, rules: Rules, scan_layers: bool) -> None:
     """Rules have to name axes of the table."""
-    given: object = rules
-    if not isinstance(given, Mapping):
-        raise InputError(
-            f"rules: expected a dict such as sharding.FSDP, found {type(given).__name__}; dict(...) makes one"
-        )
     known = [*sizes(config), *["layer"] * scan_layers]
-    for axis in rules:
-        if axis not in known:
-            why = " (only scanned layers have it)" if axis == "layer" else nearest(axis, known)
-            raise InputError(f"rules: expected named axes among {', '.join(known)}, found '{axis}'{why}")
+    check_named_axes(rules, known, {"layer": " (only scanned layers have it)"})
 
 
 def _check_mesh(mesh: Mesh, rules: Rules) -> None:

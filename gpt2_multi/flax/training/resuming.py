@@ -22,6 +22,7 @@ from gpt2_multi.errors import CheckpointError
 from gpt2_multi.flax.parameters.tree import check_alive
 from gpt2_multi.flax.training.state import TrainState, named, refilled
 from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint.states import check_fit, chosen_step
 
 
 def save_state(folder: str | os.PathLike[str], state: TrainState, keep: int | None = 2) -> None:
@@ -47,11 +48,7 @@ def restore_state(folder: str | os.PathLike[str], state: TrainState, step: int |
     CheckpointError where there is no such state, and where it does not fit.
     """
     check_alive("state", state)
-    there = saved_steps(folder)
-    if not there or step not in (None, *there):
-        steps = f"only those of the steps {', '.join(map(str, there))}" if there else "none"
-        raise CheckpointError(f"{folder}: expected a saved state, found {steps}; save_state writes one")
-    step = there[-1] if step is None else step
+    step = chosen_step(folder, saved_steps(folder), step)
     what, wanted = f"{folder}: the state of step {step}", named(state)
     try:
         found = _read(folder, step, what, wanted)
@@ -72,7 +69,7 @@ def saved_steps(folder: str | os.PathLike[str]) -> list[int]:
 
 def _read(folder: str | os.PathLike[str], step: int, what: str, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
     with _manager(folder, None) as manager:
-        _check_fit(what, _shapes(dict(manager.item_metadata(step))), _shapes(wanted))
+        check_fit(what, _shapes(dict(manager.item_metadata(step))), _shapes(wanted))
         target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
         return manager.restore(step, args=ocp.args.StandardRestore(target))  # type: ignore[no-any-return]
 
@@ -87,15 +84,6 @@ def _manager(folder: str | os.PathLike[str], keep: int | None) -> ocp.Checkpoint
 
 def _shapes(arrays: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{np.dtype(x.dtype).name}{list(x.shape)}" for name, x in arrays.items()}
-
-
-def _check_fit(what: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    for name in {**expected, **found}:
-        if found.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{what}: expected {name} to be {expected.get(name, 'absent')}, found {found.get(name, 'none')}; make "
-                "the model and the optimizer as they were when it was saved"
-            )
 
 
 def _line(error: Exception) -> str:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from gpt2_multi.errors import CheckpointError
 from gpt2_multi.model import inputs
+from gpt2_multi.model.checkpoint.states import check_fit, chosen_step
 from gpt2_multi.pt.parameters.sharding import cuts
 
 STEP = re.compile(r"step-(\d{9,})")  # a state that is whole
@@ -69,17 +70,13 @@ def restore_state(
     none. Rates and other settings stay those of `optimizer`. Every process has to call it. Raises CheckpointError where
     there is no such state, and where it does not fit.
     """
-    there = saved_steps(folder)
-    if not there or step not in (None, *there):
-        steps = f"only those of the steps {', '.join(map(str, there))}" if there else "none"
-        raise CheckpointError(f"{folder}: expected a saved state, found {steps}; save_state writes one")
-    step = there[-1] if step is None else step
+    step = chosen_step(folder, saved_steps(folder), step)
     what, place = f"{folder}: the state of step {step}", Path(folder) / f"step-{step:09}"
     try:
         found = FileSystemReader(place).read_metadata().state_dict_metadata
         begin(optimizer, _moving(model, found))
         wanted = _named(model, optimizer)
-        _check_fit(what, {name: _kind(x) for name, x in found.items()}, {name: _kind(x) for name, x in wanted.items()})
+        check_fit(what, {name: _kind(x) for name, x in found.items()}, {name: _kind(x) for name, x in wanted.items()})
         with alone():
             load(wanted, checkpoint_id=place)
     except CheckpointError:
@@ -153,15 +150,6 @@ def _named(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _apart(x: Tensor, shape: tuple[int, ...] | None) -> Tensor:
     return x if shape is None or x.shape == shape else x.view(shape)
-
-
-def _check_fit(what: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    for name in {**expected, **found}:
-        if found.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{what}: expected {name} to be {expected.get(name, 'absent')}, found {found.get(name, 'none')}; make "
-                "the model and the optimizer as they were when it was saved"
-            )
 
 
 def _kind(x: Any) -> str:

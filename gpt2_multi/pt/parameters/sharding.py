@@ -28,11 +28,24 @@ from gpt2_multi.errors import InputError, nearest
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import TORCH
-from gpt2_multi.model.weights import DATA, FSDP, MESH_AXES, TENSOR, Rules, Weight, mesh_sizes, sizes, table
+from gpt2_multi.model.weights import (
+    DATA,
+    FSDP,
+    MESH_AXES,
+    ROW_AXES,
+    TENSOR,
+    Rules,
+    Weight,
+    check_cut_once,
+    check_named_axes,
+    check_shared,
+    mesh_sizes,
+    sizes,
+    table,
+)
 from gpt2_multi.pt.parameters.plans import tensor_parallel_plan, together, unflattened
 from gpt2_multi.pt.state import check_present, is_split
 
-ROW_AXES = MESH_AXES[:2]  # over which the rows of a batch are cut
 ENGINES = {  # which axes each mesh axis can cut
     "fsdp": ("vocab", "position", "embed", "head", "mlp", "label", "summary", "span"),
     "tensor": ("vocab", "position", "head", "mlp", "label", "span"),
@@ -111,20 +124,10 @@ def _cut(row: Weight, rules: Rules) -> Cut:
     names, lengths = dims[0]
     if names[0] in ("qkv", "kv"):
         dims[:1] = [(names[:1], lengths[:1]), (names[1:], lengths[1:])]
-    axes, over = tuple(names[0] for names, _ in dims), dict[str, int]()
-    for dim, axis in enumerate(axes):
-        if (mesh_axis := rules.get(axis)) is not None:
-            if mesh_axis in over:
-                _refuse_twice(row, axes[over[mesh_axis]], axis, mesh_axis)
-            over[mesh_axis] = dim
+    axes = tuple(names[0] for names, _ in dims)
+    check_cut_once(row.name, axes, rules)
+    over = {by: dim for dim, axis in enumerate(axes) if (by := rules.get(axis)) is not None}
     return Cut(row, tuple(math.prod(n) for _, n in dims), axes, tuple(n[0] for _, n in dims), over)
-
-
-def _refuse_twice(row: Weight, other: str, axis: str, over: str) -> None:
-    raise InputError(
-        f"rules: '{other}' and '{axis}' are both cut over '{over}', but {row.name} has both, and a mesh axis can cut "
-        "only one; take another mesh axis, or leave one out"
-    )
 
 
 def shard(model: Any, mesh: DeviceMesh, rules: Rules) -> Any:
@@ -239,17 +242,8 @@ def _own_rows(name: str, x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def check_rules(config: GPT2Config, rules: Rules) -> None:
     """Rules have to name axes of the table, and mesh axes that can cut them."""
-    given: object = rules
-    if not isinstance(given, Mapping):
-        raise InputError(
-            f"rules: expected a dict such as sharding.FSDP, found {type(given).__name__}; dict(...) makes one"
-        )
-    known = [*sizes(config)]
+    check_named_axes(rules, [*sizes(config)])
     for axis, over in rules.items():
-        if axis not in known:
-            raise InputError(
-                f"rules: expected named axes among {', '.join(known)}, found '{axis}'{nearest(axis, known)}"
-            )
         if over is not None and axis not in ENGINES.get(over, ()):
             _refuse_axis(axis, over)
 
@@ -288,14 +282,7 @@ def check_mesh(mesh: DeviceMesh, rules: Rules) -> dict[str, int]:
 
 def _check_divisible(cut: Cut, shape: Mapping[str, int]) -> None:
     for over, dim in cut.over.items():
-        _check_parts(cut, dim, cut.entries[dim], over, shape[over])
+        check_shared(cut.row.name, cut.axes[dim], cut.entries[dim], over, shape[over], "processes")
     if cut.over.get("tensor") == cut.by_fsdp and shape["tensor"] > 1:  # then parts of parts
-        _check_parts(cut, cut.by_fsdp, cut.shape[cut.by_fsdp] // shape["tensor"], "fsdp", shape["fsdp"])
-
-
-def _check_parts(cut: Cut, dim: int, size: int, over: str, count: int) -> None:
-    if size % count:
-        raise InputError(
-            f"{cut.row.name}: the axis '{cut.axes[dim]}' has {size} entries, which {count} processes of the mesh axis "
-            f"'{over}' cannot share equally; change the mesh or leave '{cut.axes[dim]}' out of the rules"
-        )
+        dim, count = cut.by_fsdp, shape["tensor"]
+        check_shared(cut.row.name, cut.axes[dim], cut.shape[dim] // count, "fsdp", shape["fsdp"], "processes")

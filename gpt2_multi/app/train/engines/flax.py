@@ -28,9 +28,9 @@ from gpt2_multi.flax.training.lora import A, LoraConfig
 from gpt2_multi.flax.training.losses import IGNORED
 from gpt2_multi.flax.training.optimizers import optimizer
 from gpt2_multi.flax.training.state import create_train_state, eval_step, named, refilled, train_step
+from gpt2_multi.model.weights import ROW_AXES
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"  # of the environment
-ROWS = ("data", "fsdp")  # the axes of a mesh that rows are cut over
 
 
 class FlaxTeam:
@@ -75,7 +75,7 @@ class FlaxEngine:
         self._plan, self._team = plan, team
         mesh = make_mesh(plan.mesh or f"data={len(team.places)}", team.places)
         self.device, self.devices = team.places[0].device_kind, mesh.size
-        self._parts = int(np.prod([mesh.shape[axis] for axis in ROWS]))  # that the rows of a batch are cut into
+        self._parts = int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))  # that the rows of a batch are cut into
         check_rows(plan, mesh.shape)
         stored = "float64" if plan.dtype == "float64" else "float32"
         self._model, params = FlaxGPT2LMHeadModel.from_pretrained(
@@ -181,7 +181,7 @@ def places_of(device: str) -> list[jax.Device]:
 
 def check_rows(plan: Plan, mesh: Any) -> None:
     """Devices share the rows of each part of a batch equally."""
-    rows, parts = plan.batch_size // plan.accumulate, int(np.prod([mesh[axis] for axis in ROWS]))
+    rows, parts = plan.batch_size // plan.accumulate, int(np.prod([mesh[axis] for axis in ROW_AXES]))
     if rows % parts:
         raise InputError(
             f"--batch-size: expected a multiple of {parts * plan.accumulate}, for {parts} devices that share the rows "
