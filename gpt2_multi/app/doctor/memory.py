@@ -201,8 +201,8 @@ def of_block(job: Job, mesh: Mapping[str, int], layer: int, tokens: int) -> int:
 def logits(job: Job, mesh: Mapping[str, int], rows: int, width: int) -> int:
     """The logits, their logarithms of probabilities in float32, and the gradient of these; or those of a chunk.
 
-    In PyTorch a model that is cut computes them at once.
+    In PyTorch a head that is cut by words computes them at once.
     """
     wide, every = max(width, 4), rows * job.length * job.config.vocab_size
-    is_whole = job.backend == "pt" and math.prod(mesh.values()) > 1
+    is_whole = job.backend == "pt" and by(job, mesh, "vocab") > 1
     return every * (width + 2 * wide) if is_whole else min(every * wide, CHUNK) * 2

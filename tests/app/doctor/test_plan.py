@@ -70,6 +70,16 @@ def test_rules_that_leave_heads_whole_divide_the_rest() -> None:
     assert cut.generation["cache"] == whole.generation["cache"]
 
 
+def test_logits_are_those_of_a_chunk_unless_words_are_cut() -> None:
+    """As `learns_in_chunks` of tests/pt/callers/test_sharding.py sees it of a model that is cut."""
+    job = Job(GPT2Config(**SIZES), length=64)
+    words = Job(GPT2Config(**SIZES), length=64, rules={**job.rules, "vocab": "tensor"})
+    whole, every = needed(job, "").training["logits"], 8 * 64 * 300 * 4
+    assert whole == 2 * every and needed(job, "data=2,fsdp=2,tensor=2").training["logits"] == whole / 4
+    assert needed(words, "fsdp=4").training["logits"] == whole / 4
+    assert needed(words, "tensor=2").training["logits"] == 3 * every
+
+
 def test_flax_leaves_whole_what_no_rule_names() -> None:
     job = Job(GPT2Config(**SIZES), length=64, rules={"head": "tensor"})
     pt, flax = (needed(Job(**{**vars(job), "backend": name}), "fsdp=4").training["weights"] for name in ("pt", "flax"))
