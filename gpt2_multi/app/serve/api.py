@@ -28,11 +28,10 @@ from starlette.types import Receive, Scope, Send
 from gpt2_multi.app.serve import metrics, protocol
 from gpt2_multi.app.serve.completions import Request, Served
 from gpt2_multi.app.serve.guards import CLOSE, GONE, Guard, answer
-from gpt2_multi.app.serve.protocol import Fields, RequestError
+from gpt2_multi.app.serve.protocol import RETRY, Fields, RequestError
 
 BODY = 1 << 20  # bytes of a request, of which a prompt as long as GPT-2 reads takes a hundredth
 BODY_SECONDS = 30.0  # in which all of it has to come
-RETRY = {"retry-after": "1"}
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}  # of the page's files
 PAGE = {f"/{file.name}".removesuffix("index.html"): file for file in (files(__package__) / "page").iterdir()}
 PATHS = ("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2_multi.app.serve import protocol
 from gpt2_multi.app.serve.engine import Done, Engine, Event, Full, Job, Piece, Ticket, Token
-from gpt2_multi.app.serve.protocol import Fields, Head, RequestError
+from gpt2_multi.app.serve.protocol import RETRY, Fields, Head, RequestError
 from gpt2_multi.errors import GPT2Error
 from gpt2_multi.generation import texts
 from gpt2_multi.generation.config import GenerationConfig
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from gpt2_multi.tokenizer.tokenizer import GPT2Tokenizer
 
 LEAST_TEMPERATURE = 1e-9  # below which a sample is the likeliest token
-RETRY = {"retry-after": "1"}
 FAILURES = {  # why a row ended before its end, and what is answered then
     "deadline": (504, "the time for a request was over; ask for fewer tokens, or start the server with --timeout"),
     "cancelled": (503, "the server ends; ask again later"),

@@ -23,6 +23,7 @@ LONGEST = 1024  # bytes of stop strings: each is searched for in every text
 MODEL_OWNER = "gpt2-multi"
 NEVER = -9999.0  # the log-probability of what cannot be, as JSON has no infinity
 DONE = "data: [DONE]\n\n"
+RETRY = {"retry-after": "1"}  # a header: after how many seconds to ask again
 
 
 class RequestError(Exception):

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2_multi.app.serve.api import BODY_SECONDS, Service
 from gpt2_multi.app.serve.guards import OTHER, SECURITY, Guard
-from gpt2_multi.app.serve.protocol import RequestError
+from gpt2_multi.app.serve.protocol import RETRY, RequestError
 
 HEADERS = 16 << 10  # bytes of a request before its body
 HEADER_SECONDS = 10.0  # in which they have to come
@@ -41,7 +41,7 @@ class Connection(H11Protocol):
         # Else a body waits until the client has acknowledged its headers, for which it takes its time: 40 ms.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if len(self.connections) > (self.limit_concurrency or sys.maxsize):
-            self._refuse(RequestError(503, "too many connections; ask again later", headers={"retry-after": "1"}))
+            self._refuse(RequestError(503, "too many connections; ask again later", headers=RETRY))
         else:
             self._watch()
 
