@@ -70,6 +70,11 @@ class Running:
             time.sleep(0.01)
         raise AssertionError("it does not come")
 
+    def begin_lines(self):
+        """Begin the log anew when all that was asked is logged: an answer is there a moment before its line."""
+        self.until(lambda: not self.server.server_state.tasks)
+        self.lines.clear()
+
 
 @contextmanager
 def running(found=None, key=None, rows=40) -> Iterator[Running]:

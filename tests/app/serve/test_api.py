@@ -399,7 +399,7 @@ def test_a_page_from_elsewhere_is_refused(demo):
 
 
 def test_a_log_has_no_word_of_a_text(demo):
-    demo.lines.clear()
+    demo.begin_lines()
     good(demo, prompt="Wherefore", max_tokens=3, user="Capulet", logit_bias={"1023": -100})
     error(ask(demo, prompt="Wherefore", suffix="Montague"), 400)
     CLIENT.get(demo.url + "/v1/models?Wherefore=Capulet")
@@ -409,7 +409,7 @@ def test_a_log_has_no_word_of_a_text(demo):
 
 
 def test_what_is_no_http_is_counted_and_logged_without_a_word_of_it(demo):
-    demo.lines.clear()
+    demo.begin_lines()
     counted = demo.service.metrics.requests["other", 400]
     with socket.create_connection(demo.address) as client:
         client.sendall(b"Wherefore art thou\r\n\r\n")
