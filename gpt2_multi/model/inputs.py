@@ -124,7 +124,7 @@ def check_call(
     if values:
         _check_values(given, tables, None if past is None or length is None else past + length)
         if "position_ids" in given and not (are_apart and "attention_mask" not in given):
-            _warn_of_documents(given["position_ids"], given.get("attention_mask"))
+            warn_of_documents(given["position_ids"], given.get("attention_mask"))
 
 
 def _check_beside(
@@ -167,7 +167,7 @@ def _check_values(given: Mapping[str, Facts], tables: tuple[int, int], keys: int
         check_positions(0, _counted(given.get("attention_mask"), keys) - 1, tables[1])
 
 
-def _warn_of_documents(places: Facts, mask: Facts | None) -> None:
+def warn_of_documents(places: Facts, mask: Facts | None = None) -> None:
     """Positions that begin again look like those of several documents, which see each other all the same."""
     found, keep = places.values(), None if mask is None else mask.values()
     if found is None or found.shape[-1] < 2 or (mask is not None and (keep is None or len(mask.shape) != 2)):

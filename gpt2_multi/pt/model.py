@@ -45,10 +45,13 @@ from gpt2_multi.pt.layers import (
     embedding,
     facts,
     gelu,
+    has_values,
     is_at_hand,
+    is_concrete,
     perceptron,
     project,
     projection,
+    to_numpy,
 )
 from gpt2_multi.pt.loading import GPT2PreTrainedModel
 
@@ -242,6 +245,7 @@ class GPT2Model(GPT2PreTrainedModel):
         self.gradient_checkpointing = False
         self.every_n_layers = 1
         self.checkpointing_options: dict[str, Any] = {"use_reentrant": False}
+        self.has_looked = False  # at positions that a step on CUDA gave
         self.set_attn_implementation(attn_implementation)
         with self.building(param_dtype):
             self.wte = embedding(config)
@@ -315,6 +319,7 @@ class GPT2Model(GPT2PreTrainedModel):
                 position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
             )  # fmt: skip
+            self._look_once(position_ids, attention_mask, cache)
         past = cache.length if cache is not None else 0
         places = positions(source, attention_mask, past) if position_ids is None else position_ids
         x = self.embed(source, places, token_type_ids)
@@ -333,6 +338,15 @@ class GPT2Model(GPT2PreTrainedModel):
         x = recast(self.ln_f, self.compute_dtype, x)
         note(context.hidden, x)
         return self._answer(x, cache, past_key_values, context, return_dict)
+
+    def _look_once(self, position_ids: Tensor | None, mask: Tensor | None, cache: Any) -> None:
+        """Where CUDA trains, no step waits for values; of documents that see each other the first says so."""
+        if position_ids is None or self.has_looked or is_concrete(position_ids) or not has_values(position_ids):
+            return
+        self.has_looked = True
+        if cache is not None or mask is not None:
+            looked_at = partial(map, lambda x: facts("", x)._replace(values=lambda: to_numpy(x)))
+            inputs.warn_of_documents(*looked_at((position_ids,) if mask is None else (position_ids, mask)))
 
     def embed(self, source: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """The first block's input, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""

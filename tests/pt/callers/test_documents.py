@@ -6,6 +6,7 @@ flash-attn runs on CUDA alone: a module with the same functions, whose mathemati
 from __future__ import annotations
 
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
-from gpt2_multi.pt import GPT2LMHeadModel, GPT2Model
+from gpt2_multi.pt import GPT2LMHeadModel, GPT2Model, layers
+from gpt2_multi.pt import model as model_module
 from gpt2_multi.pt.attention import kernels
 
 NONE = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -254,6 +256,22 @@ def test_as_in_transformers() -> None:
                 found = ours(**given, **more).logits
             close(found, theirs(**given, **more).logits)
             assert (found - ours(**given, use_cache=False).logits).abs().max() > 1e-3
+
+
+def test_the_first_step_on_cuda_says_that_documents_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no step waits for values: one does, of the two that have a mask or a cache."""
+    for module in (layers, model_module):
+        monkeypatch.setattr(module, "is_concrete", lambda x: False)
+    given = row(texts())
+    for more in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones(1, 21)}):
+        ours = made()
+        with pytest.warns(UserWarning, match="position_ids: begin again within a row"):
+            ours(**given, **more)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ours(**given, **more)
+            made()(**given, use_cache=False)
+            made()(given["input_ids"][:, :12], position_ids=torch.arange(12)[None], use_cache=True)
 
 
 def is_conv(name: str) -> bool:
