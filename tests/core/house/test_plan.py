@@ -138,6 +138,7 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                 "in_documents",
                 "fact",
                 "GPT2Model._kernel",
+                "GPT2Model._look_once",
                 "of_row",
                 "GPT2Model.dtype",
                 "GPT2Model.tables",
