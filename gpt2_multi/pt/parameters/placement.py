@@ -65,7 +65,9 @@ def divide(model: Any, device_map: Any, max_memory: Mapping[Any, Any] | None, of
     if len(places) == 1 and DISK not in places:
         return model.to(*places)
     folder = offloading(model, offload_folder) if DISK in places else None
-    accelerate.dispatch_model(model, found, offload_dir=folder)
+    computes = next((place for place in found.values() if place not in ("cpu", DISK)), "cpu")
+    hooks = {"main_device": computes, "force_hooks": True}  # said, as accelerate of 2024 refuses the disk alone
+    accelerate.dispatch_model(model, found, offload_dir=folder, **hooks)
     model.hf_device_map = found
     if any(x.is_meta for x in model.parameters()):
         model.requires_grad_(False)  # a gradient would be of a copy that is gone after the call
