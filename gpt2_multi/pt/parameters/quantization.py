@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from gpt2_multi.errors import CheckpointError, InputError, shortened
 from gpt2_multi.files.arrays import Array, Made, release
@@ -27,6 +28,7 @@ from gpt2_multi.pt.state import rows
 
 Layer = Callable[[nn.Linear, Tensor], nn.Module]  # a layer, and its weight (out, in): the one that stands in its place
 KINDS = ("Linear4bit", "Linear8bitLt")
+OLDEST = {"bitsandbytes": "0.48.1", "torchao": "0.18"}  # before, saved weights in 8 bits came back as others, or not
 
 
 def check_whole(max_memory: Any) -> None:
@@ -132,9 +134,15 @@ def imported(name: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kernels for machines other than this one
-            return __import__(name)
+            found: Any = __import__(name)
     except ImportError:
         raise InputError(f'quantization_config: needs {name}: pip install "gpt2-multi[large]"') from None
+    if TorchVersion(found.__version__) < OLDEST[name]:
+        raise InputError(
+            f"quantization_config: needs {name} {OLDEST[name]} or newer, found {found.__version__}: "
+            'pip install -U "gpt2-multi[large]"'
+        )
+    return found
 
 
 def in_4_bits(bnb: Any, said: Said, layer: nn.Linear, weight: Tensor) -> nn.Module:

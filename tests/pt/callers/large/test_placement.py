@@ -2,6 +2,9 @@
 
 import gc
 import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +13,9 @@ pytest.importorskip("accelerate")
 
 from gpt2_multi import GPT2Tokenizer, pipeline, pt
 from gpt2_multi.errors import InputError
+from gpt2_multi.pt.parameters.quantization import OLDEST
 
+ROOT = Path(__file__).resolve().parents[4]
 IDS = torch.arange(12).view(2, 6)
 STEPS = {"max_new_tokens": 8, "do_sample": False}
 MAPS = {
@@ -122,3 +127,12 @@ def test_a_program_that_is_not_installed_is_a_sentence(name, given, monkeypatch)
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=rf'needs {name}: pip install "gpt2-multi\[large\]"'):
         pt.GPT2LMHeadModel.from_pretrained("demo", **given)
+
+
+def test_a_program_that_is_too_old_is_a_sentence(monkeypatch):
+    """Its oldest version is that of pyproject.toml, which the sentence has pip read."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(__version__="0.48.0+cpu"))
+    with pytest.raises(InputError, match=r"needs bitsandbytes 0\.48\.1 or newer, found 0\.48\.0\+cpu: pip install -U"):
+        pt.GPT2LMHeadModel.from_pretrained("demo", quantization_config={"load_in_8bit": True})
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert extras["large"] == ["accelerate>=1.2", *(f"{name}>={version}" for name, version in OLDEST.items())]
