@@ -50,7 +50,7 @@ from gpt2_multi.flax.parameters.tree import (
     rows_of,
 )
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.model import inputs
+from gpt2_multi.model import checkpoint, inputs
 from gpt2_multi.model.checkpoint.quantized import check_not_quantized, in_int8, quantize
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.weights import table
@@ -307,13 +307,11 @@ class FlaxGPT2PreTrainedModel:
         """
         if rules and mesh is None:
             raise InputError("rules: expected a mesh beside them, found none; sharding.make_mesh makes one")
-        from gpt2_multi.model.checkpoint import load, two_dtypes  # with all formats, when a file is met
-
-        found = load(
+        found = checkpoint.load(
             pretrained_model_name_or_path, cls.head, config, options, quantization=quantization,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         )  # fmt: skip
-        dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype)
+        dtype, stored = checkpoint.two_dtypes(found.config, dtype, param_dtype, torch_dtype)
         sizes: dict[str, Any] = {"seed": seed, "remat": remat, "scan_layers": scan_layers}
         model = cls(found.config, dtype=dtype, param_dtype=stored or "float32", _do_init=False, **sizes)
         params = model._assign({**found.arrays, **found.quantized}, mesh, rules or {})
@@ -368,10 +366,10 @@ class FlaxGPT2PreTrainedModel:
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("Flax")], dtype=str(dtype))
         sources = [(row, dtypes[row.name], rows[row.name]) for row in table(config, self.head)]
         if jax.process_index() == 0 and is_main_process:
-            from gpt2_multi.model.checkpoint import save
-
             kind = "safetensors" if safe_serialization else "flax-msgpack"
-            save(save_directory, config, self.generation_config, sources, self.head, max_shard_size, kind, variant)
+            checkpoint.save(
+                save_directory, config, self.generation_config, sources, self.head, max_shard_size, kind, variant
+            )
         else:
             for _, _, gather in sources:
                 gather()
@@ -388,9 +386,7 @@ class FlaxGPT2PreTrainedModel:
 
         `options` are those of `save_pretrained` for the weights, and of `files.hub.push`.
         """
-        from gpt2_multi.model.checkpoint import upload
-
-        return upload(partial(self.save_pretrained, params=params), repo_id, options)
+        return checkpoint.upload(partial(self.save_pretrained, params=params), repo_id, options)
 
     def resize_token_embeddings(
         self,

@@ -13,8 +13,9 @@ from gpt2_multi.pt.heads import (
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
 )
-from gpt2_multi.pt.loading import GPT2PreTrainedModel, load_tf_weights_in_gpt2
+from gpt2_multi.pt.loading import GPT2PreTrainedModel
 from gpt2_multi.pt.model import GPT2Model
+from gpt2_multi.pt.parameters.filling import load_tf_weights_in_gpt2
 from gpt2_multi.pt.training import cosine_schedule, parameter_groups, train_step
 
 # There is one architecture, and so an Auto class is the class of its task.

@@ -3,73 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.errors import InputError
 from gpt2_multi.files import arguments
 from gpt2_multi.generation.config import GenerationConfig
-from gpt2_multi.model import inputs
-from gpt2_multi.model.checkpoint.quantized import DTYPE, SCALE, Quantized, check_not_quantized, quantize
-from gpt2_multi.model.config import SETTINGS, GPT2Config, check_config
+from gpt2_multi.model import checkpoint, inputs
+from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.spelling import TORCH
-from gpt2_multi.model.weights import Weight, table
-from gpt2_multi.pt.attention import FLASH
-from gpt2_multi.pt.layers import (
-    NUMPY,
-    SCALED,
-    as_dtype,
-    castable,
-    contiguous,
-    initialise,
-    replace_parameter,
-    to_numpy,
-    to_torch,
-)
-from gpt2_multi.pt.parameters import placement
-from gpt2_multi.pt.parameters import quantization as quantization_
+from gpt2_multi.model.weights import Weight
+from gpt2_multi.pt.attention import check_implementation
+from gpt2_multi.pt.layers import SCALED, as_dtype, replace_parameter
+from gpt2_multi.pt.parameters import filling, initialising, placement, saving
+from gpt2_multi.pt.parameters.quantization import follow, unpacked_numel
 from gpt2_multi.pt.state import (
-    check_in,
+    check_changeable,
     check_meshed,
     check_present,
-    check_rows,
-    check_transformer,
-    check_whole,
     cut_again,
-    fetched,
-    fill_own,
-    gather,
     is_callers,
     is_split,
-    joined,
-    made_of_own,
-    other_names,
-    own,
     own_shapes,
     register_hooks,
-    rows,
-    same,
-    whole_array,
-    write_together,
 )
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from gpt2_multi.model.checkpoint import Loaded
-
-NOTHING: Mapping[str, Any] = MappingProxyType({})
-_files_follow: ContextVar[bool] = ContextVar("files_follow", default=False)  # so that no parameter is filled twice
 
 
 class GPT2PreTrainedModel(nn.Module):
@@ -111,10 +77,14 @@ class GPT2PreTrainedModel(nn.Module):
         inside = getattr(self, "transformer", self)
         if isinstance(inside, GPT2PreTrainedModel):
             return inside
-        found = [module for module in inside.modules() if isinstance(module, GPT2PreTrainedModel)]
-        if not found:
+        found = next((part for part in inside.modules() if isinstance(part, GPT2PreTrainedModel)), None)
+        if found is None:
             raise InputError(f"transformer: expected a GPT2Model, or a wrapper of one, found {type(inside).__name__}")
-        return found[0]
+        return found
+
+    def _inside(self) -> dict[str, GPT2PreTrainedModel]:
+        """The GPT-2s inside this one, by their paths: its body, and more in a class of a caller's."""
+        return {path: part for path, part in self.named_modules() if path and isinstance(part, GPT2PreTrainedModel)}
 
     @property
     def base_model(self) -> Any:
@@ -169,78 +139,17 @@ class GPT2PreTrainedModel(nn.Module):
         place = getattr(getattr(self.body.wte, "_hf_hook", None), "execution_device", None)
         return first if first.type != "meta" or place is None else torch.device(place)
 
-    @contextmanager
-    def building(self, param_dtype: torch.dtype | str | None) -> Iterator[None]:
-        """Make parameters without memory, then allocate each once, in `param_dtype`, and initialise it by the table."""
-        device = nn.LayerNorm(1).weight.device  # as whoever moves new parameters elsewhere has it
-        device = torch.device("meta") if _files_follow.get() else device
-        with torch.device("meta"):
-            yield
-        self._materialise(device, as_dtype("param_dtype", param_dtype))
-
-    @torch.no_grad()
-    def _materialise(self, device: torch.device, dtype: torch.dtype | None) -> None:
-        for module in self.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.is_meta:  # `to` and `to_empty` cannot change a fake one
-                    kept = dtype if dtype is not None and name in castable(module) else parameter.dtype
-                    replace_parameter(module, name, torch.empty(parameter.shape, dtype=kept, device=device))
-        if device.type != "meta":
-            self._initialise()
-
-    def post_init(self) -> None:
-        """What a class of your own calls last in its __init__: its own layers get their first values, and heads tie."""
-        inner = [(path, part) for path, part in self.named_modules() if path and isinstance(part, GPT2PreTrainedModel)]
-        done = {f"{path}.{row}" for path, part in inner for row in rows(part)}
-        for path in dict.fromkeys(name.rpartition(".")[0] for name in own(self) if name not in done):
-            self._init_weights(self.get_submodule(path))
-        self._tie_linear()
-
-    def init_weights(self) -> None:
-        """Give every parameter its first value again."""
-        if not next(self.parameters()).is_meta:
-            self._initialise()
-        self.post_init()
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        for weight in table(self.config, self.head):
-            initialise(weight, self.parameter(weight), self._scale(weight))
-        self._freeze()
-
-    def _freeze(self) -> None:
-        """Integers do not train, and so the rest of a quantized body does not, unless somebody wants it."""
-        if self.config.quantizer is not None:
-            self.body.requires_grad_(False)
+    building = initialising.building
+    post_init = initialising.post_init
+    init_weights = initialising.init_weights
+    _init_weights = initialising._init_weights
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         check_present(self, "cast or moved")  # hooks know tensors by addresses, which others would have then
         found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.config.quantizer == "torchao":
-            quantization_.follow(self, fn)
+            follow(self, fn)
         return found
-
-    def _scale(self, weight: Weight) -> Any:
-        """The scales of a row that is in int8."""
-        layer, _, leaf = TORCH.spell(weight, self.base_model is not self).rpartition(".")
-        return getattr(self.get_submodule(layer), SCALED, None) if leaf == "weight" else None
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """First values of a layer that the table does not have; a class of your own may have others."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.weight.normal_(std=self.config.initializer_range)
-        if isinstance(module, nn.LayerNorm) and module.weight is not None:
-            module.weight.fill_(1)
-        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
-            module.bias.zero_()
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            module.weight[module.padding_idx].zero_()
-
-    def _tie_linear(self) -> None:
-        head = getattr(self, "lm_head", None)
-        if isinstance(head, nn.Linear) and head.weight.shape == self.body.wte.weight.shape:
-            self.tie_weights()
 
     def parameter(self, weight: Weight) -> nn.Parameter:
         """The parameter that a row of the table is; nn.Linear stores kernels as (out, in)."""
@@ -258,9 +167,7 @@ class GPT2PreTrainedModel(nn.Module):
         **options: Any,
     ) -> Self:
         """A new model of a configuration; see `from_pretrained` for what else it takes."""
-        from gpt2_multi.model.checkpoint import two_dtypes
-
-        dtype, stored = two_dtypes(config, dtype, param_dtype, torch_dtype, dtype)
+        dtype, stored = checkpoint.two_dtypes(config, dtype, param_dtype, torch_dtype, dtype)
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=stored, attn_implementation=attn_implementation or "sdpa")
         options = arguments.sort(options)[1]
         if is_callers(cls) and not kinds.keys() <= signature(cls).parameters.keys():
@@ -280,7 +187,7 @@ class GPT2PreTrainedModel(nn.Module):
         """How many numbers its parameters are; a tied head counts once."""
         embeddings = {id(table.weight) for table in (self.body.wte, self.body.wpe)} if exclude_embeddings else set()
         counted = [p for p in self.parameters() if id(p) not in embeddings and (p.requires_grad or not only_trainable)]
-        return sum(quantization_.unpacked_numel(p) for p in counted)
+        return sum(unpacked_numel(p) for p in counted)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """How many bytes its parameters are; a tied head counts once."""
@@ -331,41 +238,33 @@ class GPT2PreTrainedModel(nn.Module):
         `state_dict` in that of their weights; with both the name may be None. A task head that the files lack, and with
         `ignore_mismatched_sizes` what has another shape, is initialised anew, with a warning. What a class of your own
         has besides is read where the files have it, and is else as its __init__ made it; arguments that are no settings
-        go to that __init__. With
-        `output_loading_info` the answer is a pair: the model, and what was missing, unexpected and mismatched. Raises
-        CheckpointError or ConfigError for anything that does not fit, InputError for an argument that cannot be
-        honoured, and TypeError for one that does not exist.
+        go to that __init__. With `output_loading_info` the answer is a pair: the model, and what was missing,
+        unexpected and mismatched. Raises CheckpointError or ConfigError for anything that does not fit, InputError for
+        an argument that cannot be honoured, and TypeError for one that does not exist.
         """
-        from gpt2_multi.model.checkpoint import Programs, load, load_state, said_by, two_dtypes  # when a file is met
-
-        read: Any = load
+        read: Any = checkpoint.load
         if state_dict is not None or pretrained_model_name_or_path is None:
-            quantization_.check_plain(state_dict or {})
-            read = partial(load_state, {name: to_numpy(joined(name, x)) for name, x in (state_dict or {}).items()})
+            read = partial(checkpoint.load_state, filling.arrays_of(state_dict or {}))
         check_meshed(
             mesh, rules, device_map=device_map, max_memory=max_memory, quantization=quantization,
             quantization_config=quantization_config,
         )  # fmt: skip
-        divided = placement.is_divided(device_map, max_memory)
-        for name, given in (("device_map", device_map), ("max_memory", max_memory)):
-            for place in placement.places_of(given, name):
-                device_of(place, name)
-        device = None if divided or device_map is None else device_of(device_map)
-        given, options = cls._constructors(options)
+        device, divided = placement.wanted(device_map, max_memory, devices())
+        given, options = filling.constructors(cls, options)
         made: list[Self] = []
 
         def shapes(config: GPT2Config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-            made.append(cls._unfilled(config, given))
+            made.append(initialising.unfilled(cls, config, given))
             return own_shapes(made[0])
 
+        programs = checkpoint.Programs(checkpoint.said_by(quantization_config))
         found = read(
-            pretrained_model_name_or_path, cls.head, config, options, quantization=quantization,
-            programs=Programs(said_by(quantization_config)), ignore_mismatched_sizes=ignore_mismatched_sizes,
-            own=shapes if is_callers(cls) else None,
+            pretrained_model_name_or_path, cls.head, config, options, quantization=quantization, programs=programs,
+            ignore_mismatched_sizes=ignore_mismatched_sizes, own=shapes if is_callers(cls) else None,
         )  # fmt: skip
-        dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype, dtype)
+        dtype, stored = checkpoint.two_dtypes(found.config, dtype, param_dtype, torch_dtype, dtype)
         stored = as_dtype("param_dtype", stored) or torch.get_default_dtype()
-        model = made[0] if made else cls._unfilled(found.config, {})
+        model = made[0] if made else initialising.unfilled(cls, found.config, {})
         model._compute_in(as_dtype("dtype", dtype), attn_implementation or "sdpa")
         check_meshed(mesh, rules, quantization_config=found.said)
         if mesh is not None:
@@ -373,97 +272,19 @@ class GPT2PreTrainedModel(nn.Module):
 
             model = shard(model, mesh, rules or {})
         if found.said is not None:
-            quantization_.check_whole(max_memory)
-            device, divided = device_of("auto" if device_map is None else device_map), False
-        model._fill(found, stored, mmap or divided, device)
+            device, divided = placement.of_quantized(device_map, max_memory, devices()), False
+        filling.fill(model, found, stored, mmap or divided, device)
+        if model.generation_config is not None:
+            model.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
         if divided:
-            model = placement.divide(model.eval(), device_map, max_memory, offload_folder)
-            model._settle(mmap)
+            model = placement.divide(model.eval(), device_map, max_memory, offload_folder, mmap)
         else:
             model = model.eval() if device is None else model.eval().to(device)
         return cast(Self, (model, found.info)) if output_loading_info else model
 
-    def _settle(self, mmap: bool) -> None:
-        """What accelerate has placed can be computed with, and is of no file that it was mapped from."""
-        offloaded = any(x.is_meta for x in self.parameters())
-        if offloaded and self.compute_dtype not in (None, next(self.parameters()).dtype):
-            raise InputError(
-                f"dtype: expected what the parameters of an offloaded model are stored in, found {self.compute_dtype}; "
-                "leave param_dtype out"
-            )
-        tied = self.body.wte.weight, getattr(getattr(self, "lm_head", None), "weight", None)
-        for x in () if mmap else self.parameters():
-            if not x.is_meta and not any(x is one for one in tied):  # which accelerate knows by their addresses
-                x.data = x.data.clone(memory_format=torch.contiguous_format)
-
-    @classmethod
-    def _constructors(cls, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What of the options goes to the __init__ of a caller's class; and the others."""
-        if not is_callers(cls):
-            return {}, dict(options)
-        takes = signature(cls).parameters
-        is_open = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in takes.values())
-        known = {*SETTINGS, *arguments.ARGUMENTS} - (takes.keys() & {*arguments.NAMES})
-        given = {name: x for name, x in options.items() if name not in known and (is_open or name in takes)}
-        return given, {name: x for name, x in options.items() if name not in given}
-
-    @classmethod
-    def _unfilled(cls, config: GPT2Config, given: Mapping[str, Any]) -> Self:
-        """A model without memory for the table; a subclass may have more, and take a configuration alone."""
-        token = _files_follow.set(True)
-        try:
-            model = cls(config, **given)
-        finally:
-            _files_follow.reset(token)
-        check_transformer(model)
-        model._tie_linear()
-        device = nn.LayerNorm(1).weight.device
-        for part in model.modules():  # another GPT-2 inside, which the files need not have
-            if isinstance(part, GPT2PreTrainedModel) and part not in (model, model.body):
-                part._materialise(device, None)
-        return model
-
     def _compute_in(self, dtype: torch.dtype | None, attn_implementation: str) -> None:
         self.compute_dtype = self.body.compute_dtype = dtype
         self.set_attn_implementation(attn_implementation)
-
-    def _fill(self, found: Loaded, dtype: torch.dtype, mmap: bool, device: torch.device | None) -> None:
-        """Take over what was read: the table's weights, what a class of a caller's has besides, how it generates."""
-        others = {} if found.said is None else quantization_.chosen(self, found.said, found.packed)
-        self._assign({**found.arrays, **found.quantized}, dtype, mmap, others)
-        if found.said is not None:
-            place = device or torch.device("cpu")
-            quantization_.install(self, found.said, others, found.arrays, found.packed, dtype, place)
-        self._freeze()
-        fill_own(self, found.beside)
-        if self.generation_config is not None:
-            self.generation_config = GenerationConfig.of_folder(found.folder, found.config, found.chosen)
-
-    def _assign(
-        self, arrays: Mapping[str, Any], dtype: torch.dtype, mmap: bool = False, later: Mapping[str, Weight] = NOTHING
-    ) -> None:
-        if any(map(is_split, self.parameters())):
-            from gpt2_multi.pt.parameters.shards import fill
-
-            return fill(self, arrays, dtype)
-        tensors, others = {}, other_names(self)
-        for name, weight in rows(self).items():
-            if name in later:
-                continue
-            found, kind = arrays.get(weight.name), dtype
-            if found is None:
-                found = to_numpy(initialise(weight, torch.empty(weight.shape, dtype=dtype, device="cpu")))
-                found = found if self._scale(weight) is None else quantize(weight, found)
-            if isinstance(found, Quantized):
-                tensors[name + SCALE], kind = to_torch(found.scale).clone(), torch.int8
-                found = found.values
-            tensor = TORCH.layout(weight, to_torch(found))
-            tensors[name] = tensor.to(kind) if mmap else contiguous(tensor, kind)
-        self.load_state_dict(tensors, strict=False, assign=True)  # every row is there; a subclass may have more
-        for name, row in others.items():
-            path, _, leaf = name.rpartition(".")
-            setattr(self.get_submodule(path), leaf, self.get_parameter(row))
-        self.to(dtype)
 
     def save_pretrained(
         self,
@@ -487,39 +308,24 @@ class GPT2PreTrainedModel(nn.Module):
         The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`.
         Raises CheckpointError, and leaves what was there, where a tensor is not what the configuration says.
         """
-        from gpt2_multi.model.checkpoint import save
-
         wanted = arguments.sort_saving("save_pretrained", options)
         cut_again(self)
         split = any(map(is_split, self.parameters()))
         if not is_main_process and not split:
             return
-        if state_dict is None:
-            check_rows(self)
-        self._check_tie()
-        packed = quantization_.made_by_others(self)
-        parts, said = quantization_.parts_of_torchao(self)
+        found = saving.written(self, state_dict)
         writes = is_main_process and not (split and torch.distributed.get_rank())
-        saved = [weight for name, weight in rows(self).items() if name not in packed and name not in said]
-        sources = [self._source(weight, state_dict) for weight in saved]
-        beside = packed | parts | (made_of_own(self, state_dict) if is_callers(type(self)) else {})
-        config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=sources[1][1].name)
+        config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=found.dtype)
         kind = "safetensors" if safe_serialization else "pytorch"
-        names = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
+        head = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
 
-        def write(makes: Sequence[Any]) -> None:
-            own_makes = dict(zip(beside, makes[len(sources) :], strict=True))
-            made = [(*source[:2], make) for source, make in zip(sources, makes, strict=False)]
-            rest = {name: (*x[:2], own_makes[name]) for name, x in beside.items()}
+        def write(made: saving.Written) -> None:
+            how = max_shard_size, kind, variant, made.beside, made.said
             if writes:
-                how = max_shard_size, kind, variant, rest, said
-                save(save_directory, config, self.generation_config, made, names, *how)
+                checkpoint.save(save_directory, config, self.generation_config, made.sources, head, *how)
 
-        tensors = self.parameters() if state_dict is None else state_dict.values()
-        write_together(tensors, [make for *_, make in (*sources, *beside.values())], write)
-        if not writes:
-            return
-        if push_to_hub:
+        found.together(self.parameters() if state_dict is None else state_dict.values(), write)
+        if writes and push_to_hub:
             self.push_to_hub(
                 **{"repo_id": Path(save_directory).name, **wanted}, max_shard_size=max_shard_size,
                 safe_serialization=safe_serialization, variant=variant,
@@ -530,33 +336,7 @@ class GPT2PreTrainedModel(nn.Module):
 
         `options` are those of `save_pretrained` for the weights, and of `files.hub.push`.
         """
-        from gpt2_multi.model.checkpoint import upload
-
-        return upload(self.save_pretrained, repo_id, options)
-
-    def _check_tie(self) -> None:
-        head, embedding = getattr(getattr(self, "lm_head", None), "weight", None), self.body.wte.weight
-        if not self.config.tie_word_embeddings or head is None:
-            return
-        if self.head == "base" and head.shape != embedding.shape:  # of a class of a caller's, which only calls it so
-            return
-        if head is not embedding and not same(head, embedding):
-            raise CheckpointError(
-                "lm_head.weight differs from wte.weight although config.tie_word_embeddings is true, and a file would "
-                "lose it; set tie_word_embeddings to False, or call tie_weights()"
-            )
-
-    def _source(self, weight: Weight, state_dict: Mapping[str, Tensor] | None) -> Any:
-        name, scaled = TORCH.spell(weight, self.base_model is not self), self._scale(weight)
-        check_in(state_dict, name)
-        parameter = self.parameter(weight) if state_dict is None else state_dict[name]
-        if scaled is None:
-            if parameter.is_meta:  # offloaded: it is fetched when it is written
-                return weight, NUMPY[parameter.dtype], lambda: whole_array(weight, fetched(self, name))
-            return weight, NUMPY[parameter.dtype], partial(whole_array, weight, parameter)
-        check_in(state_dict, name + SCALE)
-        scale = scaled if state_dict is None else state_dict[name + SCALE]
-        return weight, DTYPE, lambda: Quantized(whole_array(weight, parameter), to_numpy(gather(scale).float()))
+        return checkpoint.upload(self.save_pretrained, repo_id, options)
 
     def tie_weights(self) -> None:
         """Let the language-model head be the token embedding, where the configuration ties them."""
@@ -571,9 +351,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         """Use another token embedding; a tied head follows, and so does `vocab_size`."""
-        check_not_quantized(self.config, type(self).__name__, "given other embeddings")
-        check_whole(self, "given other embeddings")
-        check_present(self, "given other embeddings")
+        check_changeable(self, "given other embeddings")
         self.body.wte = embedding
         self.config.vocab_size = len(embedding.weight)
         self.tie_weights()
@@ -584,9 +362,7 @@ class GPT2PreTrainedModel(nn.Module):
 
     def set_output_embeddings(self, head: nn.Linear) -> None:
         """Use another language-model head; unless its weight is the token embedding, the two are tied no more."""
-        check_not_quantized(self.config, type(self).__name__, "given another head")
-        check_whole(self, "given another head")
-        check_present(self, "given another head")
+        check_changeable(self, "given another head")
         self.lm_head = head
         self.config.tie_word_embeddings = head.weight is self.body.wte.weight
 
@@ -602,9 +378,7 @@ class GPT2PreTrainedModel(nn.Module):
         number = inputs.new_vocabulary(new_num_tokens, self.config.vocab_size, pad_to_multiple_of)
         std = None if mean_resizing else self.config.initializer_range
         if number is not None:
-            check_not_quantized(self.config, type(self).__name__, "resized")
-            check_whole(self, "resized")
-            check_present(self, "resized")
+            check_changeable(self, "resized")
             self.config.vocab_size = number
             replace_parameter(self.body.wte, "weight", _resized(self.body.wte.weight, number, std))
             self.body.wte.num_embeddings = number
@@ -653,23 +427,14 @@ class GPT2PreTrainedModel(nn.Module):
 
         What flash-attn lacks, masks of rank 4, one new token, and probabilities, is computed as by the others.
         """
-        is_flash = attn_implementation == FLASH
-        if attn_implementation not in ("sdpa", "eager") and not (is_flash and find_spec("flash_attn") is not None):
-            how = "install flash-attn for it, on a machine with CUDA (pip install flash-attn), or, since " * is_flash
-            raise InputError(
-                f'attn_implementation: expected "sdpa" or "eager", found {attn_implementation!r}; {how}"sdpa" '
-                f"{'picks the flash kernel' if is_flash else 'runs the fused kernels'} of PyTorch itself"
-                f"{', ' if is_flash else ': '}leave it out"
-            )
+        check_implementation(attn_implementation)
         self.body.attn_implementation = attn_implementation
         if self.config._attn_implementation != attn_implementation:  # a default leaves no trace
             self.config._attn_implementation = attn_implementation
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Cut attention heads away: {layer: heads}, numbered as in the whole model; `config.pruned_heads` has them."""
-        check_not_quantized(self.config, type(self).__name__, "pruned", ("gpt2-multi", "bitsandbytes", "torchao"))
-        check_whole(self, "pruned")
-        check_present(self, "pruned")
+        check_changeable(self, "pruned", ("gpt2-multi", "bitsandbytes", "torchao"))
         self.config.pruned_heads = self.config.pruned(heads_to_prune)
         for layer, heads in heads_to_prune.items():
             self.body.attentions()[layer].prune(heads)
@@ -678,41 +443,6 @@ class GPT2PreTrainedModel(nn.Module):
 def _resized(rows: Tensor, number: int, std: float | None) -> Tensor:
     new = rows.mean(0, keepdim=True).repeat(max(number - len(rows), 0), 1)
     return torch.cat([rows[:number], new if std is None else new.normal_(std=std)])
-
-
-def load_tf_weights_in_gpt2(
-    model: GPT2PreTrainedModel, path: Any, gpt2_checkpoint_path: str | os.PathLike[str] | None = None
-) -> GPT2PreTrainedModel:
-    """Fill a model from OpenAI's TensorFlow checkpoint, a prefix or a folder; TensorFlow is not needed.
-
-    The old function of transformers. It was given a configuration before the path: of three arguments the second is not
-    looked at, since the model's own configuration counts. Raises CheckpointError for what does not fit.
-    """
-    from gpt2_multi.model.checkpoint import open, warn_of_fresh
-
-    found = open(path if gpt2_checkpoint_path is None else gpt2_checkpoint_path, model.config, model.head)
-    warn_of_fresh(found, stacklevel=3)
-    model._assign(dict(found), next(model.parameters()).dtype)
-    return model
-
-
-def device_of(device_map: Any, name: str = "device_map") -> torch.device:
-    """The place of a whole model, as transformers spells it; InputError for several places, or one that is not here."""
-    places = [*device_map.values()] if isinstance(device_map, Mapping) else [device_map]
-    if not places or any(place != places[0] for place in places) or "disk" in places:
-        raise InputError(
-            f"device_map: expected one place for the whole model, found {device_map!r}; give the name of one device"
-        )
-    place, known = places[0], devices()
-    try:
-        device = torch.device(known[0] if place in ("auto", "balanced", "balanced_low_0", "sequential") else place)
-    except (RuntimeError, TypeError):
-        device = None
-    if device is None or not {str(device), f"{device.type}:0" if device.index is None else ""} & {*known, "meta"}:
-        names = ", ".join(f'"{name}"' for name in known)
-        choices = f'"auto" or one of {names}' if name == "device_map" else f"one of {names}"
-        raise InputError(f"{name}: expected {choices}, found {place!r}")
-    return device
 
 
 def devices() -> list[str]:

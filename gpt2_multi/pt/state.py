@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gpt2_multi.errors import CheckpointError, InputError, shortened
-from gpt2_multi.files.arrays import Made
-from gpt2_multi.model.checkpoint.quantized import SCALE
+from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.model.checkpoint.quantized import SCALE, check_not_quantized
 from gpt2_multi.model.spelling import TORCH, out_first, turned
 from gpt2_multi.model.weights import Weight, table
-from gpt2_multi.pt.layers import to_numpy, to_torch
+from gpt2_multi.pt.layers import SCALED
 
 Make = Callable[[], Any]
 
@@ -158,12 +157,6 @@ def gather(x: Tensor) -> Tensor:
     return x.full_tensor().cpu() if is_split(x) else x  # type: ignore[attr-defined]
 
 
-def whole_array(weight: Weight, x: Tensor) -> Any:
-    """A row of the table from its parameter, which is gathered: one that is cut by heads has dimensions apart."""
-    found = gather(x.detach())
-    return TORCH.layout(weight, to_numpy(found.flatten(0, 1) if found.dim() > len(weight.shape) else found))
-
-
 def write_together(tensors: Iterable[object], makes: Sequence[Make], write: Callable[[Sequence[Make]], None]) -> None:
     """Write tensors; where processes have parts of them, the first writes, and each gathers what the first asks for.
 
@@ -207,6 +200,16 @@ def check_whole(model: nn.Module, change: str) -> None:
             f"{name}: a model that is cut over processes cannot be {change}; do it before it is cut, or with what "
             "save_pretrained writes"
         )
+
+
+def check_changeable(model: Any, change: str, by: Sequence[str] = ("gpt2-multi",)) -> None:
+    """A model whose parameters change in shape has to have them, whole and as floats.
+
+    by: the programs whose integers do not change so.
+    """
+    check_not_quantized(model.config, type(model).__name__, change, (*by,))
+    check_whole(model, change)
+    check_present(model, change)
 
 
 def check_same(name: str, given: object, mesh: Any) -> None:
@@ -274,6 +277,12 @@ def rows(model: Any) -> dict[str, Weight]:
     return {TORCH.spell(weight, rooted): weight for weight in table(model.config, model.head)}
 
 
+def scale_of(model: Any, name: str) -> Tensor | None:
+    """The scales of a parameter that is in int8."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), SCALED, None) if leaf == "weight" else None
+
+
 def own(model: Any) -> dict[str, Tensor]:
     """What a caller's class has besides the table: parameters and buffers that are saved, each once."""
     known, named = rows(model), dict(model.named_parameters(remove_duplicate=False))
@@ -295,41 +304,11 @@ def own_shapes(model: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     return {name: tuple(turned(name, x).shape) for name, x in own(model).items()}, other_names(model)
 
 
-@torch.no_grad()
-def fill_own(model: Any, arrays: Mapping[str, Any]) -> None:
-    """Give what is a model's own the values of a file, in place: who shares a parameter goes on to."""
-    for name, x in own(model).items():
-        if name in arrays:
-            value = turned(name, to_torch(arrays[name]))
-            x.copy_(cut_as(x, value) if is_split(x) else value)
-
-
 def cut_as(x: Any, value: Tensor) -> Tensor:
     """A tensor that every process has, cut as another one is."""
     from torch.distributed.tensor import distribute_tensor  # which few programs need
 
     return distribute_tensor(value.to(x.dtype), x.device_mesh, x.placements, src_data_rank=None)
-
-
-def made_of_own(model: Any, state: Mapping[str, Tensor] | None) -> dict[str, Made]:
-    """What is its own, to be written; of a model that is split all processes make each together."""
-    found: dict[str, Made] = {}
-    for name, parameter in own(model).items():
-        check_in(state, name)
-        x = (parameter if state is None else state[name]).detach()
-        dtype = to_numpy(torch.empty(0, dtype=x.dtype)).dtype
-        shape = turned(name, torch.empty(x.shape, device="meta")).shape
-        make = partial(_offloaded, model, name) if state is None and x.is_meta else partial(_array, name, x)
-        found[name] = dtype, tuple(shape), make
-    return found
-
-
-def _array(name: str, x: Tensor) -> Any:
-    return to_numpy(turned(name, gather(x)).contiguous())
-
-
-def _offloaded(model: Any, name: str) -> Any:
-    return _array(name, fetched(model, name))
 
 
 def check_in(state: Mapping[str, Tensor] | None, name: str) -> None:
@@ -358,16 +337,4 @@ def check_transformer(model: Any) -> None:
         raise InputError(
             f"{type(model).__name__}: expected a GPT2Model as self.transformer, which files fill, found none; give it "
             "that name in __init__"
-        )
-
-
-def check_rows(model: Any) -> None:
-    """A file keeps the table, and what a class has besides; what else somebody put into a model would be lost."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    is_whole = all(name in named for name in rows(model))
-    if (extra := list(own(model))) and not (is_whole and is_callers(type(model))):
-        raise CheckpointError(
-            f"save_pretrained: {shortened(', '.join(extra))} of {type(model).__name__} is none of GPT-2's tensors, "
-            "and a file would lose it; make it in the __init__ of a class of your own, or use "
-            "torch.save(model.state_dict(), path) and load_state_dict"
         )

@@ -17,7 +17,7 @@ import tensorflow as tf
 from gpt2_multi.errors import InputError
 from gpt2_multi.files import arguments
 from gpt2_multi.generation.config import GenerationConfig, as_generation_config
-from gpt2_multi.model import inputs
+from gpt2_multi.model import checkpoint, inputs
 from gpt2_multi.model.checkpoint.quantized import DTYPE, in_int8
 from gpt2_multi.model.config import GPT2Config, check_config
 from gpt2_multi.model.outputs import Output
@@ -207,13 +207,11 @@ class TFGPT2PreTrainedModel(keras.Model):
         mismatched. Raises CheckpointError or ConfigError for anything that does not fit, InputError for an argument
         that cannot be honoured, and TypeError for one that does not exist.
         """
-        from gpt2_multi.model.checkpoint import load, two_dtypes  # with all formats, when a file is met
-
-        found = load(
+        found = checkpoint.load(
             pretrained_model_name_or_path, cls.head, config, options, quantization=quantization,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
         )  # fmt: skip
-        dtype, stored = two_dtypes(found.config, dtype, param_dtype, torch_dtype)
+        dtype, stored = checkpoint.two_dtypes(found.config, dtype, param_dtype, torch_dtype)
         reading = _READING.set(True)
         try:
             model = cls(found.config, dtype=dtype, param_dtype=stored, name=name)
@@ -257,8 +255,6 @@ class TFGPT2PreTrainedModel(keras.Model):
         updates are merged in. Raises CheckpointError, and leaves what was there, where a tensor is not what the
         configuration says, or the model is quantized.
         """
-        from gpt2_multi.model.checkpoint import save
-
         wanted = arguments.sort_saving("save_pretrained", options)
         if not is_main_process:
             return
@@ -268,7 +264,9 @@ class TFGPT2PreTrainedModel(keras.Model):
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("TF")], dtype=self.variable_dtype)
         sources = map(self._source, table(config, self.head))
         kind = "safetensors" if safe_serialization else "tf-h5"
-        save(save_directory, config, self.generation_config, sources, self.head, max_shard_size, kind, variant)
+        checkpoint.save(
+            save_directory, config, self.generation_config, sources, self.head, max_shard_size, kind, variant
+        )
         if push_to_hub:
             self.push_to_hub(
                 **{"repo_id": Path(save_directory).name, **wanted}, max_shard_size=max_shard_size,
@@ -280,9 +278,7 @@ class TFGPT2PreTrainedModel(keras.Model):
 
         `options` are those of `save_pretrained` for the weights, and of `files.hub.push`.
         """
-        from gpt2_multi.model.checkpoint import upload
-
-        return upload(self.save_pretrained, repo_id, options)
+        return checkpoint.upload(self.save_pretrained, repo_id, options)
 
     def _source(self, weight: Weight) -> Any:
         value = self.parameter(weight)

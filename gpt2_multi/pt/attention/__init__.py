@@ -18,6 +18,7 @@ from gpt2_multi.pt.attention.kernels import FLASH as FLASH
 from gpt2_multi.pt.attention.kernels import Kernel as Kernel
 from gpt2_multi.pt.attention.kernels import begins as begins
 from gpt2_multi.pt.attention.kernels import check_flash as check_flash
+from gpt2_multi.pt.attention.kernels import check_implementation as check_implementation
 from gpt2_multi.pt.attention.kernels import documents as documents
 from gpt2_multi.pt.attention.kernels import kernel as kernel
 from gpt2_multi.pt.attention.kernels import together as together

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +122,18 @@ class Flash:
         if runs.queries is not None:
             found = found.new_zeros(shape.numel() // shape[2:].numel(), *shape[2:]).index_copy(0, runs.queries, found)
         return found.view(shape).transpose(1, 2)
+
+
+def check_implementation(name: str) -> None:
+    """What computes attention has one of these names, and flash-attn is installed where it is to."""
+    is_flash = name == FLASH
+    if name not in ("sdpa", "eager") and not (is_flash and find_spec("flash_attn") is not None):
+        how = "install flash-attn for it, on a machine with CUDA (pip install flash-attn), or, since " * is_flash
+        raise InputError(
+            f'attn_implementation: expected "sdpa" or "eager", found {name!r}; {how}"sdpa" '
+            f"{'picks the flash kernel' if is_flash else 'runs the fused kernels'} of PyTorch itself"
+            f"{', ' if is_flash else ': '}leave it out"
+        )
 
 
 def check_flash(dtype: torch.dtype, device: torch.device, head_dim: int) -> None:

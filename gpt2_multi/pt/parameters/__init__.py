@@ -1,1 +1,1 @@
-"""The parameters of a PyTorch model: how they are cut over a mesh of processes."""
+"""The parameters of a PyTorch model: first values, files, places, quantization, and parts in several processes."""

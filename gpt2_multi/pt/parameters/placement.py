@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,52 @@ from gpt2_multi.pt.state import EMBEDDING, is_tied
 
 NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 DISK = "disk"
+
+
+def wanted(
+    device_map: Any, max_memory: Mapping[Any, Any] | None, known: Sequence[str]
+) -> tuple[torch.device | None, bool]:
+    """The one place of a model, if somebody says it, and whether accelerate has to place it instead.
+
+    known: the devices that are here. Raises InputError for others.
+    """
+    divided = is_divided(device_map, max_memory)
+    for name, given in (("device_map", device_map), ("max_memory", max_memory)):
+        for place in places_of(given, name):
+            device_of(place, known, name)
+    return None if divided or device_map is None else device_of(device_map, known), divided
+
+
+def device_of(device_map: Any, known: Sequence[str], name: str = "device_map") -> torch.device:
+    """The place of a whole model, as transformers spells it; InputError for several places, or one that is not here.
+
+    known: the devices that are here, the fastest first.
+    """
+    places = [*device_map.values()] if isinstance(device_map, Mapping) else [device_map]
+    if not places or any(place != places[0] for place in places) or DISK in places:
+        raise InputError(
+            f"device_map: expected one place for the whole model, found {device_map!r}; give the name of one device"
+        )
+    place = places[0]
+    try:
+        device = torch.device(known[0] if place in NAMES else place)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or not {str(device), f"{device.type}:0" if device.index is None else ""} & {*known, "meta"}:
+        names = ", ".join(f'"{name}"' for name in known)
+        choices = f'"auto" or one of {names}' if name == "device_map" else f"one of {names}"
+        raise InputError(f"{name}: expected {choices}, found {place!r}")
+    return device
+
+
+def of_quantized(device_map: Any, max_memory: Any, known: Sequence[str]) -> torch.device:
+    """The place of a model that other programs quantize, which is small: one, and the fastest if nobody says it."""
+    if max_memory is not None:
+        raise InputError(
+            "max_memory: expected None for a quantized model, which is in one place; leave it out, and name one device "
+            "in device_map"
+        )
+    return device_of("auto" if device_map is None else device_map, known)
 
 
 def is_divided(device_map: Any, max_memory: Any) -> bool:
@@ -44,13 +90,43 @@ def places_of(given: Any, name: str) -> list[Any]:
     return [place for i, place in enumerate(found) if place != DISK and place not in [*found][:i]]
 
 
-def divide(model: Any, device_map: Any, max_memory: Mapping[Any, Any] | None, offload_folder: Any) -> Any:
+def divide(
+    model: Any, device_map: Any, max_memory: Mapping[Any, Any] | None, offload_folder: Any, mmap: bool = False
+) -> Any:
     """Put the parts of a model where a map says, or where they fit; what is offloaded does not train.
 
     max_memory: {device: bytes, or a text such as "10GB"}. A folder of its own in `offload_folder` has what is on the
-    disk, as long as the model is there. Raises InputError for a map that lacks parts or names others, and for too
-    little room.
+    disk, as long as the model is there. With `mmap`, what stays on the CPU may be of the file that it is mapped from.
+    Raises InputError for a map that lacks parts or names others, for too little room, and where an offloaded model is
+    to compute in another dtype than it is stored in.
     """
+    model = dispatched(model, device_map, max_memory, offload_folder)
+    check_offloaded(model)
+    if not mmap:
+        leave_file(model)
+    return model
+
+
+def check_offloaded(model: Any) -> None:
+    """An offloaded model computes with what is fetched, as it is."""
+    offloaded = any(x.is_meta for x in model.parameters())
+    if offloaded and model.compute_dtype not in (None, next(model.parameters()).dtype):
+        raise InputError(
+            f"dtype: expected what the parameters of an offloaded model are stored in, found {model.compute_dtype}; "
+            "leave param_dtype out"
+        )
+
+
+def leave_file(model: Any) -> None:
+    """Give parameters memory of their own, which may be mapped from a file."""
+    tied = model.body.wte.weight, getattr(getattr(model, "lm_head", None), "weight", None)
+    for x in model.parameters():
+        if not x.is_meta and not any(x is one for one in tied):  # which accelerate knows by their addresses
+            x.data = x.data.clone(memory_format=torch.contiguous_format)
+
+
+def dispatched(model: Any, device_map: Any, max_memory: Mapping[Any, Any] | None, offload_folder: Any) -> Any:
+    """A model whose parts accelerate has put in their places."""
     try:
         import accelerate
     except ImportError:

@@ -31,15 +31,6 @@ KINDS = ("Linear4bit", "Linear8bitLt")
 OLDEST = {"bitsandbytes": "0.48.1", "torchao": "0.18"}  # before, saved weights in 8 bits came back as others, or not
 
 
-def check_whole(max_memory: Any) -> None:
-    """A quantized model is small, and in one place."""
-    if max_memory is not None:
-        raise InputError(
-            "max_memory: expected None for a quantized model, which is in one place; leave it out, and name one device "
-            "in device_map"
-        )
-
-
 def check_plain(state: Mapping[str, Any]) -> None:
     """A state dictionary that a model is made of has no weights of torchao, which config.json would have to name."""
     for name, x in state.items():

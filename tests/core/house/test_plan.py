@@ -85,7 +85,6 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     for name in (
                         "body",
                         "parameter",
-                        "_source",
                         "get_input_embeddings",
                         "set_input_embeddings",
                         "get_output_embeddings",
@@ -159,30 +158,16 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
                     "disable_input_require_grads",
                     "dtype",
                     "device",
-                    "building",
-                    "_materialise",
-                    "_initialise",
-                    "_freeze",
+                    "_inside",
                     "_apply",
-                    "_scale",
-                    "_unfilled",
                     "__init_subclass__",
-                    "post_init",
-                    "init_weights",
-                    "_init_weights",
-                    "_tie_linear",
-                    "_constructors",
                     "_compute_in",
-                    "_fill",
-                    "_settle",
-                    "_check_tie",
                     "tie_weights",
                     "activation_checkpointing_enable",
                     "activation_checkpointing_disable",
                     "set_attn_implementation",
                 )
-            ]
-            + ["load_tf_weights_in_gpt2", "device_of"],
+            ],
             "training": ["parameter_groups", "train_step"],  # Keras and Optax have theirs
             "generation/decoding": [
                 "Prompt.each",
@@ -201,6 +186,10 @@ EXCEPTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
             ],
             "generation/lookup": ["AssistedState", "Assisted.start", "Assisted.read", "catch_up"],
         },
+    },
+    "PyTorch fills parameters, and writes them, in a room of their own: they may be cut, offloaded or quantized": {
+        "tf": {"loading": ["GPT2PreTrainedModel._assign", "GPT2PreTrainedModel._source"]},
+        "flax": {"loading": ["GPT2PreTrainedModel._assign"]},
     },
     "Keras makes, names, restores and compiles layers by calls of its own": {
         "tf": {

@@ -25,7 +25,8 @@ from gpt2_multi.errors import InputError
 from gpt2_multi.model.weights import mesh_sizes
 from gpt2_multi.pt.heads import GPT2LMHeadModel
 from gpt2_multi.pt.layers import NUMPY, to_numpy, to_torch
-from gpt2_multi.pt.loading import device_of, devices, dtypes
+from gpt2_multi.pt.loading import devices, dtypes
+from gpt2_multi.pt.parameters.placement import device_of
 from gpt2_multi.pt.parameters.plans import FusedLinear
 from gpt2_multi.pt.parameters.sharding import FSDP, TENSOR, make_mesh
 from gpt2_multi.pt.state import cut_as, gather, is_split, local, write_together
@@ -230,7 +231,7 @@ def place_of(device: str) -> torch.device:
     """Where a process computes: several of one machine each on an accelerator of its own."""
     known = devices()
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    place = device_of(device or known[local % max(len(known) - 1, 1)])
+    place = device_of(device or known[local % max(len(known) - 1, 1)], known)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     return place
