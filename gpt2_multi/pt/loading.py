@@ -301,9 +301,9 @@ class GPT2PreTrainedModel(nn.Module):
         """Write config.json and model.safetensors (shards and an index beyond `max_shard_size`) as transformers does.
 
         Without `safe_serialization` it is pytorch_model.bin. Only the main process writes; a `variant` such as "fp16"
-        stands in the files' names. `state_dict` has the parameters where they are not the model's own; of a model whose
-        parameters are split over processes, all of these call it, and the first writes. With `push_to_hub` the same is
-        uploaded: `options` are those of `push_to_hub`.
+        stands in the files' names. `state_dict` has the parameters where they are not the model's own, quantized as
+        those are. Of a model whose parameters are split over processes, all of these call it, and the first writes.
+        With `push_to_hub` the same is uploaded: `options` are those of `push_to_hub`.
 
         The model's files are replaced together, other files of the folder stay: see `files.folders.replaced`.
         Raises CheckpointError, and leaves what was there, where a tensor is not what the configuration says.

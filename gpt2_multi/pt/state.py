@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gpt2_multi.errors import CheckpointError, InputError
+from gpt2_multi.errors import CheckpointError, InputError, shortened
 from gpt2_multi.model.checkpoint.quantized import SCALE, check_not_quantized
 from gpt2_multi.model.spelling import TORCH, out_first, turned
 from gpt2_multi.model.weights import Weight, table
 from gpt2_multi.pt.layers import SCALED
 
 Make = Callable[[], Any]
+State = Mapping[str, Tensor] | None  # tensors in the place of a model's own
 
 DONE, FAILED = -1, -2  # in place of the number of a tensor
 REPLICATED = "_replicated"  # of a layer that each process has whole: the hooks that are for this
@@ -311,10 +312,22 @@ def cut_as(x: Any, value: Tensor) -> Tensor:
     return distribute_tensor(value.to(x.dtype), x.device_mesh, x.placements, src_data_rank=None)
 
 
-def check_in(state: Mapping[str, Tensor] | None, name: str) -> None:
-    """A state dictionary that is saved in the place of the model's own has all its tensors."""
-    if state is not None and name not in state:
+def taken(state: State, name: str, own: Any = None) -> Any:
+    """A tensor to be saved: of a state dictionary in the place of the model's own, which has all, or its own."""
+    if state is None:
+        return own
+    if name not in state:
         raise CheckpointError(f"state_dict: lacks {name}; give all of model.state_dict(), or leave it out")
+    return state[name]
+
+
+def check_kind(name: str, found: str, expected: str) -> None:
+    """A tensor in the place of a model's own is of its kind, which is what config.json says of the file."""
+    if found != expected:
+        raise CheckpointError(
+            f"state_dict: {name} is {shortened(found, 400)}, expected {shortened(expected, 400)}, as in the model; "
+            "give what its state_dict() has, or leave it out"
+        )
 
 
 def other_names(model: Any) -> dict[str, str]:

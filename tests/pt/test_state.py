@@ -255,6 +255,28 @@ def test_a_class_on_the_base_class_loads_the_body_and_keeps_what_is_its_own(opti
         )
 
 
+def test_a_state_that_is_saved_is_in_int8_where_the_model_is(tmp_path):
+    make().save_pretrained(tmp_path / "m")
+    floats = pt.GPT2LMHeadModel.from_pretrained(tmp_path / "m")
+    model = pt.GPT2LMHeadModel.from_pretrained(tmp_path / "m", quantization="int8")
+    own, name = model.state_dict(), "transformer.h.0.attn.c_attn.weight"
+    for state in (own, {key: x.clone() for key, x in own.items()}, own | {name: own[name].flip(0)}):
+        model.save_pretrained(tmp_path / "own", state_dict=state)
+        found = pt.GPT2LMHeadModel.from_pretrained(tmp_path / "own").state_dict()
+        assert all(torch.equal(x, state[key]) for key, x in found.items()) and found.keys() == own.keys()
+    for holder, state, sentence in (
+        (
+            model,
+            floats.state_dict(),
+            r"transformer\.wte\.weight is float32\[.*\], expected int8, as in the model; give",
+        ),
+        (model, {key: x for key, x in own.items() if key != f"{name}_scale"}, f"lacks {name}_scale"),
+        (floats, own, r"transformer\.wte\.weight is int8\[.*\], expected floats, as in the model; give"),
+    ):
+        with pytest.raises(CheckpointError, match=f"^state_dict: {sentence}"):
+            holder.save_pretrained(tmp_path / "own", state_dict=state)
+
+
 @pytest.mark.filterwarnings("ignore:.*initialised anew")
 def test_a_head_of_a_subclass_is_listed_as_missing_and_comes_back(tmp_path):
     make().save_pretrained(tmp_path / "m")

@@ -24,7 +24,7 @@ from gpt2_multi.model.checkpoint.programs import SAYS, SCB, STATE, Said, is_skip
 from gpt2_multi.model.spelling import TORCH
 from gpt2_multi.model.weights import Weight
 from gpt2_multi.pt.layers import contiguous, give_back, to_numpy, to_torch
-from gpt2_multi.pt.state import rows
+from gpt2_multi.pt.state import State, check_kind, rows, taken
 
 Layer = Callable[[nn.Linear, Tensor], nn.Module]  # a layer, and its weight (out, in): the one that stands in its place
 KINDS = ("Linear4bit", "Linear8bitLt")
@@ -306,26 +306,21 @@ def follow(model: Any, change: Callable[[Tensor], Tensor]) -> None:
             layer.weight = nn.Parameter(cast(weight, dtype), requires_grad=False)
 
 
-def parts_of_torchao(model: Any) -> tuple[dict[str, Made], dict[str, str]]:
-    """What torchao has made of weights, to be written as it and transformers do; and what it says of each."""
+def parts_of_torchao(model: Any, state: State = None) -> tuple[dict[str, Made], dict[str, str]]:
+    """What torchao has made of weights, to be written as it and transformers do; and what it says of each.
+
+    Weights of a state dictionary in the place of the model's own have to be made as these are.
+    """
     found: dict[str, Made] = {}
     said: dict[str, str] = {}
-    if model.config.quantizer != "torchao":
-        return found, said
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-
-    for name in rows(model):
-        weight = model.get_parameter(name)
-        if not is_of_torchao(weight):
+    for name in rows(model) if model.config.quantizer == "torchao" else ():
+        own = model.get_parameter(name)
+        if not is_of_torchao(own):
             continue
-        try:
-            parts, says = flatten_tensor_state_dict({name: weight})
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"save_pretrained: {name} is a {type(weight).__name__}, which torchao does not write "
-                f"({shortened(str(error))}); save the model without quantization_config, and give it when you load that"
-            ) from None
-        said[name] = says[name]
+        weight = taken(state, name, own)
+        check_kind(name, kind_of(weight), kind_of(own))
+        parts, said[name] = flattened(name, weight)
+        check_kind(name, said[name], flattened(name, own)[1])
         for part, x in parts.items():
             leaf = part.rpartition("._weight_")[2]
             make = partial(lambda weight, leaf: to_numpy(getattr(weight, leaf)), weight, leaf)
@@ -333,11 +328,37 @@ def parts_of_torchao(model: Any) -> tuple[dict[str, Made], dict[str, str]]:
     return found, said
 
 
-def made_by_others(model: Any) -> dict[str, Made]:
-    """What bitsandbytes has made of weights, to be written under the names that transformers reads."""
+def flattened(name: str, weight: Tensor) -> tuple[dict[str, Tensor], str]:
+    """The tensors that a weight of torchao is made of, by their names in a file, and what it says of them."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    try:
+        parts, says = flatten_tensor_state_dict({name: weight})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"save_pretrained: {name} is a {type(weight).__name__}, which torchao does not write "
+            f"({shortened(str(error))}); save the model without quantization_config, and give it when you load that"
+        ) from None
+    return parts, says[name]
+
+
+def kind_of(x: Tensor) -> str:
+    """What a tensor is of, and its shape."""
+    kind = type(x).__name__ if is_of_torchao(x) else str(x.dtype).removeprefix("torch.")
+    return f"{kind}{list(x.shape)}"
+
+
+def made_by_others(model: Any, state: State = None) -> dict[str, Made]:
+    """What bitsandbytes has made of weights, to be written under the names that transformers reads.
+
+    Tensors of a state dictionary in the place of the model's own have to be made as these are.
+    """
     found: dict[str, Made] = {}
     for path, layer in quantized(model):
-        for name, x in layer.state_dict().items():
-            if name != "bias":
-                found[f"{path}.{name}"] = to_numpy(x.new_empty(0)).dtype, tuple(x.shape), partial(to_numpy, x)
+        for name, own in layer.state_dict(prefix=f"{path}.").items():
+            if name != f"{path}.bias":
+                x = taken(state, name, own)
+                like = own.new_empty(x.shape) if STATE in name else own  # a text, with numbers that may be longer
+                check_kind(name, kind_of(x), kind_of(like))
+                found[name] = to_numpy(x.new_empty(0)).dtype, tuple(x.shape), partial(to_numpy, x)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -18,9 +18,19 @@ from gpt2_multi.model.spelling import TORCH, turned
 from gpt2_multi.model.weights import Weight
 from gpt2_multi.pt.layers import NUMPY, to_numpy
 from gpt2_multi.pt.parameters import quantization
-from gpt2_multi.pt.state import check_in, fetched, gather, is_callers, own, rows, same, scale_of, write_together
-
-State = Mapping[str, Tensor] | None  # tensors in the place of a model's own
+from gpt2_multi.pt.state import (
+    State,
+    check_kind,
+    fetched,
+    gather,
+    is_callers,
+    own,
+    rows,
+    same,
+    scale_of,
+    taken,
+    write_together,
+)
 
 
 class Written(NamedTuple):
@@ -59,8 +69,8 @@ def written(model: Any, state: State) -> Written:
     if state is None:
         check_rows(model)
     check_tie(model)
-    packed = quantization.made_by_others(model)
-    parts, said = quantization.parts_of_torchao(model)
+    packed = quantization.made_by_others(model, state)
+    parts, said = quantization.parts_of_torchao(model, state)
     saved = [(name, weight) for name, weight in rows(model).items() if name not in packed and name not in said]
     sources = [source(model, name, weight, state) for name, weight in saved]
     besides = made_of_own(model, state) if is_callers(type(model)) else {}
@@ -69,16 +79,23 @@ def written(model: Any, state: State) -> Written:
 
 def source(model: Any, name: str, weight: Weight, state: State) -> Source:
     """A row of the table, its dtype, and what makes its array: of one in int8, with its scales."""
-    check_in(state, name)
-    parameter = model.parameter(weight) if state is None else state[name]
+    parameter = model.parameter(weight) if state is None else taken(state, name)
     scale = scale_of(model, name)
+    if state is not None:
+        check_row(name, parameter, in_int8=scale is not None)
     if scale is None:
         if parameter.is_meta:  # offloaded: it is fetched when it is written
             return weight, NUMPY[parameter.dtype], lambda: whole_array(weight, fetched(model, name))
         return weight, NUMPY[parameter.dtype], partial(whole_array, weight, parameter)
-    check_in(state, name + SCALE)
-    scale = scale if state is None else state[name + SCALE]
+    scale = taken(state, name + SCALE, scale)
     return weight, DTYPE, lambda: Quantized(whole_array(weight, parameter), to_numpy(gather(scale).float()))
+
+
+def check_row(name: str, x: Tensor, in_int8: bool) -> None:
+    """What is written of a row are floats, or the integers of this library."""
+    expected = "int8" if in_int8 else "floats"
+    fits = x.dtype == torch.int8 if in_int8 else x.dtype in NUMPY and not quantization.is_of_torchao(x)
+    check_kind(name, expected if fits else quantization.kind_of(x), expected)
 
 
 def whole_array(weight: Weight, x: Tensor) -> Array:
@@ -91,8 +108,7 @@ def made_of_own(model: Any, state: State) -> dict[str, Made]:
     """What is its own, to be written; of a model that is split all processes make each together."""
     found: dict[str, Made] = {}
     for name, parameter in own(model).items():
-        check_in(state, name)
-        x = (parameter if state is None else state[name]).detach()
+        x = taken(state, name, parameter).detach()
         dtype = to_numpy(torch.empty(0, dtype=x.dtype)).dtype
         shape = turned(name, torch.empty(x.shape, device="meta")).shape
         make = partial(_offloaded, model, name) if state is None and x.is_meta else partial(_array, name, x)

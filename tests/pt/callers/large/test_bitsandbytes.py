@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -23,6 +24,11 @@ KINDS = {
     "bfloat16": NF4 | {"bnb_4bit_compute_dtype": "bfloat16"},
     "int8": {"load_in_8bit": True},
     "some": NF4 | {"llm_int8_skip_modules": ["c_fc", "lm_head"]},
+}
+OTHERS = {  # what is wrong with weights in FP4, or, for those in int8, in NF4
+    "nf4": "lacks {}.weight.quant_state.bitsandbytes__nf4; give all",
+    "twice": "{}.weight.absmax is float32.*, expected uint8",
+    "int8": "{}.weight is uint8.*, expected int8",
 }
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -136,6 +142,35 @@ def test_it_takes_over_a_state_that_is_quantized_alike(kind, base):
     for state in (floats.state_dict(), load(quantization_config=BitsAndBytesConfig(load_in_4bit=True)).state_dict()):
         with pytest.raises(CheckpointError, match=r"load_state_dict: .* is not quantized as the model's is, by bits"):
             model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_a_state_has_is_what_is_saved(kind, base, tmp_path):
+    load = partial(pt.GPT2LMHeadModel.from_pretrained, base, quantization_config=BitsAndBytesConfig(**KINDS[kind]))
+    model, floats = load(), pt.GPT2LMHeadModel.from_pretrained(base)
+    other = load(state_dict={name: 0.5 * x for name, x in floats.state_dict().items()})
+    own = model.state_dict()
+    for name, state, expected in (
+        ("own", own, model),
+        ("clones", {name: x.clone() for name, x in own.items()}, model),
+        ("gathered", accelerate.Accelerator(cpu=True).get_state_dict(model), model),
+        ("other", other.state_dict(), other),
+    ):
+        model.save_pretrained(tmp_path / name, state_dict=state)
+        assert torch.equal(logits(pt.GPT2LMHeadModel.from_pretrained(tmp_path / name)), logits(expected)), name
+    path, scales = "transformer.h.0.attn.c_attn", ".SCB" if kind == "int8" else ".weight.absmax"
+    another = load(quantization_config=BitsAndBytesConfig(**KINDS["nf4" if kind == "int8" else "fp4"])).state_dict()
+    for holder, state, sentence in (
+        (model, floats.state_dict(), rf"{path}.weight is float32\[192, 64\], expected u?int8\["),
+        (model, {name: x for name, x in own.items() if name != path + ".weight"}, f"lacks {path}.weight; give all"),
+        (model, {name: x for name, x in own.items() if name != path + scales}, f"lacks {path}{scales}; give all"),
+        (model, own | {path + scales: own[path + scales][:5]}, rf"{path}{scales} is .*\[5\], expected "),
+        (model, another, OTHERS[kind].format(path)),
+        (floats, own, rf"{path}.weight is u?int8\[.*\], expected floats, as in the model; give what its state_dict"),
+    ):
+        with pytest.raises(CheckpointError, match=f"^state_dict: {sentence}"):
+            holder.save_pretrained(tmp_path / "own", state_dict=state)
+    assert torch.equal(logits(pt.GPT2LMHeadModel.from_pretrained(tmp_path / "own")), logits(model))
 
 
 def test_damaged_files_are_a_sentence(base, tmp_path):

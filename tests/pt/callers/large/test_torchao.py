@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -76,6 +77,34 @@ def test_a_model_is_cast_and_takes_over_a_state(name, base):
     half = model.bfloat16()(IDS).logits
     assert half.dtype == torch.bfloat16 == model.transformer.h[0].attn.c_attn.weight.dtype
     torch.testing.assert_close(half.float(), exact, atol=0.3, rtol=0.3)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_what_a_state_has_is_what_is_saved(name, base, tmp_path):
+    load = partial(pt.GPT2LMHeadModel.from_pretrained, base, quantization_config=HERE[name]())
+    model, floats = load(), pt.GPT2LMHeadModel.from_pretrained(base)
+    other = load(state_dict={name: 0.5 * x for name, x in floats.state_dict().items()})
+    own = model.state_dict()
+    for case, state, expected in (
+        ("own", own, model),
+        ("clones", {name: x.clone() for name, x in own.items()}, model),
+        ("gathered", accelerate.Accelerator(cpu=True).get_state_dict(model), model),
+        ("other", other.state_dict(), other),
+    ):
+        model.save_pretrained(tmp_path / case, state_dict=state)
+        found = pt.GPT2LMHeadModel.from_pretrained(tmp_path / case)
+        assert torch.equal(found(IDS).logits, expected(IDS).logits), case
+    path, kind = "transformer.h.0.attn.c_attn.weight", type(model.transformer.h[0].attn.c_attn.weight).__name__
+    another = load(quantization_config=HERE["Int8Tensor" if name == "rows" else "rows"]()).state_dict()
+    for holder, state, sentence in (
+        (model, floats.state_dict(), rf"{path} is float32\[192, 64\], expected {kind}\[192, 64\]"),
+        (model, {key: x for key, x in own.items() if key != path}, f"lacks {path}; give all"),
+        (model, another, rf"{path} is .*Int8Tensor.*, expected .*{kind}.*, as in the model"),
+        (floats, own, rf"{path} is {kind}\[192, 64\], expected floats, as in the model"),
+    ):
+        with pytest.raises(CheckpointError, match=f"^state_dict: {sentence}"):
+            holder.save_pretrained(tmp_path / "own", state_dict=state)
+    assert torch.equal(pt.GPT2LMHeadModel.from_pretrained(tmp_path / "own")(IDS).logits, model(IDS).logits)
 
 
 def test_damaged_files_are_a_sentence(base, tmp_path):
