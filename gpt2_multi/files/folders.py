@@ -35,7 +35,7 @@ def replaced(folder: PathLike, owned: Owned) -> Iterator[Path]:
         yield stage
         _sync(stage)
         if _is_free(place, owned):
-            _exchange(stage, place)
+            exchange(stage, place)
         else:
             _take_places(stage, place, owned)
     except OSError as error:
@@ -68,8 +68,11 @@ def _is_free(place: Path, owned: Owned) -> bool:
     return moves and all(map(owned, place.iterdir()))
 
 
-def _exchange(new: Path, old: Path) -> None:
-    """Let two folders change names in one step, where the system can; a name that is free is taken."""
+def exchange(new: Path, old: Path) -> None:
+    """Let two folders change names in one step, where the system can; a name that is free is taken.
+
+    Elsewhere the old one is moved away, and is gone when the new one has its name.
+    """
     if not old.exists():
         new.rename(old)
         return
@@ -77,6 +80,7 @@ def _exchange(new: Path, old: Path) -> None:
     if call is not None and call(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _EXCHANGE) == 0:
         return
     aside = new.with_name(f"{new.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)  # of one that was stopped
     old.rename(aside)
     try:
         new.rename(old)

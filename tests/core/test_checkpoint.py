@@ -280,6 +280,19 @@ def test_a_folder_of_nothing_else_is_exchanged_as_a_whole(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"m"}
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_folders_change_names_however_the_system_can(can, tmp_path, monkeypatch):
+    """And whatever one that was stopped has left."""
+    if not can:
+        monkeypatch.setattr(folders.ctypes, "CDLL", lambda *_, **__: None)
+    for name in ("new", "new.old", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    folders.exchange(tmp_path / "new", tmp_path / "old")
+    found = contents(tmp_path)
+    assert found.pop("old/x") == "new" and found in [{}, {"new/x": "old", "new.old/x": "new.old"}][: 1 + can]
+
+
 def test_a_new_folder_is_made_with_its_parents(tmp_path):
     with replaced(tmp_path / "a" / "b") as stage:
         (stage / "x").write_text("1")

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from gpt2_multi.errors import CheckpointError
+from gpt2_multi.files.folders import exchange
 from gpt2_multi.model import inputs
 from gpt2_multi.model.checkpoint.states import check_fit, chosen_step
 from gpt2_multi.pt.parameters.sharding import cuts
@@ -53,7 +54,8 @@ def save_state(
         with alone():
             save(_named(model, optimizer), checkpoint_id=unfinished)
         if _is_first():
-            _take_place(unfinished, place)
+            exchange(unfinished, place)
+            shutil.rmtree(unfinished, ignore_errors=True)  # what had its name
             for old in saved_steps(folder)[: -keep if keep else 0]:
                 shutil.rmtree(Path(folder) / f"step-{old:09}")
     except (OSError, CheckpointException) as error:
@@ -91,16 +93,6 @@ def saved_steps(folder: str | os.PathLike[str]) -> list[int]:
     if not Path(folder).is_dir():
         return []
     return sorted(int(name[1]) for path in Path(folder).iterdir() if (name := STEP.fullmatch(path.name)))
-
-
-def _take_place(unfinished: Path, place: Path) -> None:
-    """Give a folder that is whole its name, which another may have, of which nothing is lost until then."""
-    former = place.with_name(f".{place.name}.former")
-    shutil.rmtree(former, ignore_errors=True)
-    if place.exists():
-        place.rename(former)
-    unfinished.rename(place)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 @contextmanager

@@ -490,9 +490,10 @@ def test_a_state_that_does_not_fit_is_one_sentence(tmp_path):
     model, optimizer = begun()
     with pytest.raises(CheckpointError, match="expected a saved state, found none; save_state writes one"):
         restore_state(tmp_path, model, optimizer)
-    for step in (3, 3, 7):
+    for step in (7, 3, 3):
         save_state(tmp_path, model, optimizer, step)
     assert saved_steps(tmp_path) == [3, 7]
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000000003", "step-000000007"}
     with pytest.raises(CheckpointError, match="expected a saved state, found only those of the steps 3, 7"):
         restore_state(tmp_path, model, optimizer, 4)
     for settings, name in (
