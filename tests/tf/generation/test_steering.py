@@ -96,51 +96,51 @@ def silences(model):
 CHANGES = [None, likes, turns, replaces, adapts, silences]
 
 
-def logits_of(model, row):
-    """The logits after a row of ids, from a call without a cache."""
-    return model(np.array([row]), use_cache=False).logits[0, -1].numpy()
+def logits_of(model, rows):
+    """The logits after rows of ids of one length, from a call without a cache."""
+    return model(np.array(rows), use_cache=False).logits[:, -1].numpy()
 
 
-def greedy(model, row, count=NEW):
+def greedy(model, count=NEW):
     """A plain loop over `model(...)`, whose window slides where the text is longer than the context."""
-    row = list(row)
+    rows = IDS
     for _ in range(count):
-        row.append(int(logits_of(model, row[window_start(len(row), 24) :]).argmax()))
-    return row
+        logits = logits_of(model, rows[:, window_start(rows.shape[1], 24) :])
+        rows = np.concatenate([rows, logits.argmax(-1)[:, None]], 1)
+    return rows.tolist()
 
 
-def sampled(model, row, stream):
+def sampled(model):
     """The same with noise, of which each row has its own stream."""
-    row = list(row)
+    rows = IDS
     for step in range(NEW):
-        row.append(int((logits_of(model, row) + gumbel(stream, 0, step, np.arange(40))).argmax()))
-    return row
+        noise = [gumbel(4 + row, 0, step, np.arange(40)) for row in range(len(rows))]
+        rows = np.concatenate([rows, (logits_of(model, rows) + noise).argmax(-1)[:, None]], 1)
+    return rows.tolist()
 
 
-def beamed(model, row, beams=2):
+def beamed(model, beams=2):
     """Beam search without an end token: the likeliest paths go on."""
-    paths = [(0.0, list(row))]
+    searches = [[(0.0, row)] for row in IDS.tolist()]
     for _ in range(NEW):
-        logits = [(score, path, logits_of(model, path)) for score, path in paths]
-        steps = [(s + v - np.logaddexp.reduce(x), [*p, t]) for s, p, x in logits for t, v in enumerate(x)]
-        paths = sorted(steps, key=lambda step: -step[0])[:beams]
-    return paths[0][1]
+        logits = iter(logits_of(model, [path for paths in searches for _, path in paths]))
+        searches = [best([(s, p, next(logits)) for s, p in paths], beams) for paths in searches]
+    return [paths[0][1] for paths in searches]
 
 
-WAYS = {
+def best(paths, beams):
+    """The likeliest continuations of paths by one token: a sum of log probabilities and ids each."""
+    steps = [(s + v - np.logaddexp.reduce(x), [*p, t]) for s, p, x in paths for t, v in enumerate(x)]
+    return sorted(steps, key=lambda step: -step[0])[:beams]
+
+
+WAYS = {  # options, and the texts that `generate` should give
     "greedy": ({}, greedy),
-    "sampled": ({"do_sample": True, "top_k": 0, "seed": 4}, None),
+    "sampled": ({"do_sample": True, "top_k": 0, "seed": 4}, sampled),
     "beams": ({"num_beams": 2}, beamed),
     "lookup": ({"prompt_lookup_num_tokens": 3}, greedy),
-    "sliding": ({"sliding_window": True, "max_new_tokens": 24}, lambda model, row: greedy(model, row, 24)),
+    "sliding": ({"sliding_window": True, "max_new_tokens": 24}, lambda model: greedy(model, count=24)),
 }
-
-
-def expected(model, way):
-    """What `generate` should give, row by row."""
-    if way == "sampled":
-        return [sampled(model, row, 4 + i) for i, row in enumerate(IDS)]
-    return [WAYS[way][1](model, row) for row in IDS]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_what_steers_a_call_steers_generation(change, way, plain):
             assert np.array_equal(model.generate(IDS, **options), plain[way])
         change(model)
     found = model.generate(IDS, **options).numpy()
-    assert found.tolist() == expected(model, way) and not np.array_equal(found, plain[way])
+    assert found.tolist() == WAYS[way][1](model) and not np.array_equal(found, plain[way])
     if way != "beams":
         assert np.array_equal(tf.stack(list(model.stream_tokens(IDS, **options)), 1), found[:, 7:])
 
@@ -178,7 +178,7 @@ def test_a_call_that_is_changed_back_gives_the_old_text(jit):
     model, options = new(), GRAPH | {"jit_compile": jit}
     before = model.generate(IDS, **options).numpy()
     likes(model)
-    assert model.generate(IDS, **options).numpy().tolist() == expected(model, "greedy")
+    assert model.generate(IDS, **options).numpy().tolist() == greedy(model)
     del model.call
     assert np.array_equal(model.generate(IDS, **options), before)
 
@@ -194,7 +194,7 @@ def test_a_class_that_is_changed_is_seen(monkeypatch):
 
     monkeypatch.setattr(TFGPT2LMHeadModel, "call", liking)
     found = model.generate(IDS, **GRAPH).numpy()
-    assert found.tolist() == expected(model, "greedy") and not np.array_equal(found, before)
+    assert found.tolist() == greedy(model) and not np.array_equal(found, before)
 
 
 def test_settings_and_methods_that_are_changed_are_seen():
@@ -216,7 +216,7 @@ def test_settings_and_methods_that_are_changed_are_seen():
         kept, stale = Decoders.of(model, False), kept
         assert kept is not stale
     found = model.generate(IDS, **GRAPH).numpy()
-    assert found.tolist() == [greedy(model, row) for row in IDS] and not np.array_equal(found, before)
+    assert found.tolist() == greedy(model) and not np.array_equal(found, before)
 
 
 def test_caches_are_flat_where_none_but_our_code_sees_them(monkeypatch):
