@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder, config, "lm", dtype=np.float32)
     (folder / "vocab.json").write_text(json.dumps(byte_vocabulary()), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's folder with the first of its layers alone."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("shallow") / "demo"
+    shutil.copytree(hub.DEMO, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8")) | {"n_layer": 1}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if ".h." not in name or ".h.0." in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import importlib.util
 import io
-import json
 import re
 import shlex
 import shutil
@@ -25,7 +24,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"^ *print\(.*\)  # (.+)$", re.MULTILINE)
 # Whose time goes to compiling one layer after the other, and which prints what is true of any number of layers.
-SHALLOW = () if THOROUGH else ("docs/keras.md",)
+SHALLOW = () if THOROUGH else ("README.md", "docs/jax.md", "docs/keras.md")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -35,21 +34,6 @@ def blocks(page, language):
 
 def pages_with(language, text=""):
     return [page for page in PAGES if any(text in code for code in blocks(page, language))]
-
-
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory):
-    """The demo's folder with the first of its layers alone."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("shallow") / "demo"
-    shutil.copytree(hub.DEMO, folder)
-    config = json.loads((folder / "config.json").read_text("utf-8")) | {"n_layer": 1}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    weights = load_file(folder / "model.safetensors")
-    kept = {name: x for name, x in weights.items() if ".h." not in name or ".h.0." in name}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # in Keras' savers
