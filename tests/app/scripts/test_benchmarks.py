@@ -24,7 +24,7 @@ from benchmarks.training import memory, train
 from gpt2_multi.model.config import GPT2Config
 from tests.support.shared_data import shared
 
-TINY = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
+TINY = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
 
 
 @pytest.fixture
@@ -354,11 +354,12 @@ def test_load_measures_equal_logits(monkeypatch):
     assert list(dict.fromkeys(row.what for row in rows)) == what and all(row.value > 0 for row in rows)
 
 
-def test_flax_compile_measures_scanned_layers_beside_the_others():
+def test_flax_compile_measures_scanned_layers_beside_the_others(monkeypatch):
     pytest.importorskip("flax")
     from benchmarks.training import flax_compile
 
-    rows = flax_compile.run(TINY, length=8)
+    monkeypatch.setattr(flax_compile.jax, "clear_caches", lambda: None)  # other tests go on with what they compiled
+    rows = flax_compile.run(TINY.replace(n_layer=2), length=8)
     assert [(row.what, row.who) for row in rows] == [
         (f"JAX, compile {what}, 2 layers", who)
         for what in ("forward", "forward and backward")
