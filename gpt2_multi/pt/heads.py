@@ -366,14 +366,17 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: Any = None,
+        use_cache: bool | None = None,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
         """Logits (B, T) of the answer's first and last token; positions: (B,), of which those beyond T do not count.
 
-        `past_key_values` is what the text follows, such as an adapter's prefix; transformers has none here.
+        `past_key_values` is what the text follows, such as an adapter's prefix; transformers has none here. No cache is
+        given back, and `use_cache` says as elsewhere whether a token sees those before positions that begin again.
         """
+        use_cache = use_cache if position_ids is not None else False
         outputs = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
-            None, None, False, output_attentions, output_hidden_states, True,
+            None, None, use_cache, output_attentions, output_hidden_states, True,
         )  # fmt: skip
         logits = recast(self.qa_outputs, self.compute_dtype, outputs.last_hidden_state)
         start, end = logits.unbind(-1)  # (B, T) each

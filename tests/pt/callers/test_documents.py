@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpt2_multi import pt
 from gpt2_multi.errors import InputError
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.pt import GPT2LMHeadModel, GPT2Model, layers
@@ -256,6 +257,25 @@ def test_as_in_transformers() -> None:
                 found = ours(**given, **more).logits
             close(found, theirs(**given, **more).logits)
             assert (found - ours(**given, use_cache=False).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["ForQuestionAnswering", "ForTokenClassification"])
+def test_heads_see_what_they_see_in_transformers(kind: str) -> None:
+    """With its default, and with `use_cache=False`, of which the first gives no cache back either."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    own = {name: x for name, x in CONFIG.to_dict().items() if name.startswith(("n_", "vocab", "bos", "eos")) and x}
+    theirs = getattr(transformers, f"GPT2{kind}")(transformers.GPT2Config(**own)).double().eval()
+    ours = getattr(pt, f"GPT2{kind}").from_pretrained(
+        None, config=CONFIG.replace(num_labels=2), state_dict=theirs.state_dict(), dtype="float64"
+    )
+    given = row(texts())
+    with pytest.warns(UserWarning, match="position_ids: begin again within a row"):
+        mixed = ours(**given)
+    for found, more in ((mixed, {}), (ours(**given, use_cache=False), {"use_cache": False})):
+        for x, y in zip(found.to_tuple(), theirs(**given, **more).to_tuple(), strict=False):
+            close(x, y)
+    assert (mixed[0] - found[0]).abs().max() > 1e-3
 
 
 def test_the_first_step_on_cuda_says_that_documents_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
