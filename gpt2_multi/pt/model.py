@@ -360,7 +360,9 @@ class GPT2Model(GPT2PreTrainedModel):
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def _cache(self, past: Any, use_cache: bool | None) -> KVCache | Borrowed | None:
-        if self.checkpointing:
+        # in a checkpoint_wrapper of torch, too, a block is run twice
+        is_wrapped = torch.is_grad_enabled() and any(hasattr(block, "_checkpoint_wrapped_module") for block in self.h)
+        if self.checkpointing or is_wrapped:
             inputs.check_recomputed(past, use_cache)
             return None
         if past is not None:

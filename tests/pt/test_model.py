@@ -7,11 +7,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
 from gpt2_multi.errors import InputError
 from gpt2_multi.model import reference
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.weights import table
 from gpt2_multi.pt import GPT2LMHeadModel, GPT2Model, KVCache
+from gpt2_multi.pt.model import GPT2Block
 from gpt2_multi.pt.training import parameter_groups, train_step
 from tests.support import fixtures
 from tests.support.cases import CHANGES
@@ -227,6 +230,21 @@ def test_a_cache_asked_for_while_checkpointing_is_refused_with_a_warning(make):
         assert model(torch.as_tensor(IDS), use_cache=True).past_key_values is None
     model.gradient_checkpointing_disable()
     assert model(torch.as_tensor(IDS), use_cache=True).past_key_values is not None
+
+
+def test_blocks_in_a_checkpoint_wrapper_of_torch_give_the_gradients_of_all(make):
+    off = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    (model, _), (wrapped, _) = make(SMALL.replace(**off)), make(SMALL.replace(**off))
+    apply_activation_checkpointing(wrapped, check_fn=lambda part: isinstance(part, GPT2Block))
+    ids = torch.as_tensor(IDS)
+    for one in (model, wrapped):
+        one(ids, labels=ids).loss.backward()
+    pairs = zip(model.parameters(), wrapped.parameters(), strict=True)
+    assert all(torch.equal(left.grad, right.grad) for left, right in pairs)
+    with torch.no_grad():
+        assert wrapped(ids).past_key_values is not None
+    with pytest.raises(InputError, match="past_key_values: cannot be used while gradient checkpointing"):
+        wrapped(ids, past_key_values=model(ids).past_key_values)
 
 
 def test_accumulated_gradients_are_those_of_the_batch(make):
