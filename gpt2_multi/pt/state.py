@@ -259,11 +259,16 @@ def turn_kernels(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> 
 
 
 def as_cut(model: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-    """Fused projections have dimensions apart in a model that was cut, and one in a model that is whole."""
+    """Tensors that are whole become the parts of a model that is cut.
+
+    Fused projections have dimensions apart in one that was cut, and one in a model that is whole.
+    """
+    cut_again(model)
     for name, parameter in model.named_parameters():
-        x = state.get(prefix + name)
-        if isinstance(x, Tensor) and not is_split(x) and joined(name, x).shape == joined(name, parameter).shape:
-            state[prefix + name] = x if x.shape == parameter.shape else x.reshape(parameter.shape)
+        x, alike = state.get(prefix + name), torch.empty(parameter.shape, device="meta")
+        if isinstance(x, Tensor) and not is_split(x) and joined(name, x).shape == joined(name, alike).shape:
+            x = x if x.shape == parameter.shape else x.reshape(parameter.shape)
+            state[prefix + name] = cut_as(parameter, x) if is_split(parameter) else x
 
 
 def joined(name: str, x: Tensor) -> Tensor:

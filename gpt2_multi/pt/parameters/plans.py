@@ -78,9 +78,11 @@ class FusedLinear(nn.Linear):
         return made.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.weight, DTensor) and self.weight.placements[0].is_shard():
-            x = entering(x, self.weight.device_mesh)
-        return F.linear(x, local(self.weight).flatten(0, 1), local(self.bias).flatten())
+        weight, bias = self.weight, cast(Tensor, self.bias)
+        if isinstance(weight, DTensor):  # which a compiler sees, and not what `local` asks
+            x = entering(x, weight.device_mesh) if weight.placements[0].is_shard() else x
+            weight, bias = weight.to_local(), cast(DTensor, bias).to_local()
+        return F.linear(x, weight.flatten(0, 1), bias.flatten())
 
 
 def entering(x: Tensor, mesh: DeviceMesh) -> Tensor:

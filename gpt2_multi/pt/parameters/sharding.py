@@ -151,15 +151,21 @@ def shard(model: Any, mesh: DeviceMesh, rules: Rules) -> Any:
     if shape["tensor"] > 1:
         over_tensor = {axis: over for axis, over in rules.items() if over == "tensor"}
         plan = tensor_parallel_plan(model.config, over_tensor, model.head)
-        parallelize_module(model, mesh["tensor"], plan, src_data_rank=None)
+        axis = mesh["tensor"] if mesh.size() > shape["tensor"] else _apart(mesh)
+        parallelize_module(model, axis, plan, src_data_rank=None)
         model.tie_weights()
-        model.register_forward_pre_hook(partial(together, mesh["tensor"]), with_kwargs=True)
+        model.register_forward_pre_hook(partial(together, axis), with_kwargs=True)
     if shape["tensor"] == 1 or shape["data"] * shape["fsdp"] > 1:
         _fully_shard(model, mesh["data", "fsdp"] if shape["data"] > 1 else mesh["fsdp"], found)
     if mesh.size() > shape["tensor"]:
         model.register_forward_pre_hook(partial(only_cut, frozenset(name for name, _ in model.named_parameters())))
     model.device_mesh = mesh
     return model
+
+
+def _apart(mesh: DeviceMesh) -> DeviceMesh:
+    """The axis tensor of a mesh that has no other, as one of its own: torch's compiler loses a part of a mesh."""
+    return DeviceMesh.from_group(mesh.get_group("tensor"), mesh.device_type, mesh_dim_names=("tensor",))
 
 
 def _check_named(model: Any, found: Mapping[str, Cut]) -> None:
@@ -194,7 +200,20 @@ def _fully_shard(model: Any, mesh: DeviceMesh, found: Mapping[str, Cut]) -> None
     for block in model.body.h:
         fully_shard(block, **options)
     model.register_forward_hook(unviewed)
-    fully_shard(model, **options)
+    # at once: an optimizer that is made after a call would be given whole parameters, which nothing trains
+    fully_shard(model, **options, reshard_after_forward=True)
+    model.register_forward_pre_hook(in_one_dtype, prepend=True)
+
+
+def in_one_dtype(model: Any, _: Any) -> None:
+    """Before a call: FSDP2 goes on to gather parameters in the dtype that they had at the first."""
+    found = next(model.parameters()).dtype
+    first = vars(model).setdefault("first_dtype", found)
+    if found != first:
+        raise InputError(
+            f"dtype: expected parameters of {first}, in which FSDP2 gathers them since the first call, found {found}; "
+            "cast the model before it is called"
+        )
 
 
 def unviewed(_: Any, __: Any, output: Any) -> Any:

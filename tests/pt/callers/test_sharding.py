@@ -131,6 +131,24 @@ def learns_in_chunks(mesh, rules):
     return found
 
 
+def learns_after_a_call(mesh, rules):
+    """An optimizer that is made after a call, in a dtype that follows the cut, of weights that are loaded whole."""
+    models, others = one_and_many(mesh, rules), make(dtype="float64", seed=9).state_dict()
+    for model in models:
+        model.double()(IDS)
+        model.load_state_dict(others)
+        model(IDS)
+    return far(losses(models[1], mesh, 3), losses(models[0], None, 3))
+
+
+def learns_compiled(mesh, rules):
+    """By blocks that the compiler has made."""
+    one, many = one_and_many(mesh, rules, dtype="float64")
+    for block in many.transformer.h:
+        block.compile()
+    return far(losses(many, mesh, 3), losses(one, None, 3))
+
+
 def heads(mesh, rules):
     """Every head's gradient of a sum of all that it gives, in float64."""
     worst = 0.0
@@ -313,6 +331,7 @@ QUESTIONS = {
     "writes": writes,
     "learns": partial(learns, dtype="float64"),  # and `files` in float32
     "parts": learns_in_parts,
+    "called": learns_after_a_call,
     "heads": heads,
     "inside": inside,
     "sizes": sizes,
@@ -326,6 +345,12 @@ def twice(mesh):
 
 def own_rows(mesh):
     shard(make(), mesh, WORDS)(IDS + dist.get_rank())
+
+
+def cast(_):
+    model = shard(make(), make_mesh("data=2"), DATA)
+    model(IDS)
+    model.bfloat16()(IDS)
 
 
 def wrapped(mesh):
@@ -347,6 +372,7 @@ FAULTS = {
         added,
         "model: expected parameters that were there when it was cut, found transformer.h.1.adapter.weight, which each",
     ),
+    "cast": (cast, "dtype: expected parameters of torch.float32, in which FSDP2 gathers them since the first call"),
     "heads": (
         lambda mesh: shard(make(n_head=1), mesh, TENSOR),
         "h.0.attn.c_attn.weight: the axis 'head' has 1 entries, which 2 processes of the mesh axis 'tensor' cannot",
@@ -408,6 +434,7 @@ def answers(rank, folder, count, meshes):
         mesh = make_mesh(name)
         asked = QUESTIONS | (TENSORS if "tensor" in name else {}) | {"files": partial(files, folder=folder)}
         asked |= {"resumes": partial(resumes, folder=folder), "trains": partial(trains, folder=folder)}
+        asked |= {"compiled": learns_compiled} if THOROUGH and count == 2 else {}
         found[name] = {question: call(mesh, rules) for question, call in asked.items()}
     mesh = make_mesh("tensor=2") if count == 2 else None
     for name, (call, _) in FAULTS.items() if mesh else ():
@@ -438,7 +465,7 @@ def test_a_mesh_computes_and_learns_what_one_process_does(mesh, found):
     answer = found[mesh]
     print(mesh, answer)
     assert max(answer[name] for name in ("files", "resumes")) < 1e-5
-    exact = "learns", "parts", "chunks", "heads", "inside", "planned", "trains"
+    exact = "learns", "parts", "called", "compiled", "chunks", "heads", "inside", "planned", "trains"
     assert max(answer[name] for name in exact if name in answer) < 1e-9
     assert answer["sizes"] == [] and answer["writes"]
 
