@@ -167,13 +167,21 @@ DATA: dict[str, str] = {}  # every device holds every parameter
 FSDP = {"embed": "fsdp"}  # Rajbhandari et al. 2020: parameters, gradients and the optimizer's state are cut
 TENSOR = {"head": "tensor", "mlp": "tensor"}  # Shoeybi et al. 2019; "vocab" too where it divides: 50257 does not
 
+ENGINES = {  # which axes each mesh axis can cut in PyTorch
+    "fsdp": ("vocab", "position", "embed", "head", "mlp", "label", "summary", "span"),
+    "tensor": ("vocab", "position", "head", "mlp", "label", "span"),
+}
+
 
 def mesh_sizes(shape: str) -> dict[str, int]:
     """The size of each axis of the mesh that a text such as "data=2,fsdp=2" describes; one that it leaves out has 1.
 
-    Raises InputError for an unknown axis, and for a size that is no positive number.
+    Raises InputError for an unknown axis, for one that is there twice, and for a size that is no positive number.
     """
-    return dict.fromkeys(MESH_AXES, 1) | dict(_mesh_axis(part) for part in shape.split(",") if part.strip())
+    axes = [_mesh_axis(part) for part in shape.split(",") if part.strip()]
+    if len(dict(axes)) < len(axes):
+        raise InputError(f"mesh: expected each axis once, found '{shape}'; write one size for each")
+    return dict.fromkeys(MESH_AXES, 1) | dict(axes)
 
 
 def _mesh_axis(part: str) -> tuple[str, int]:
@@ -195,6 +203,32 @@ def check_named_axes(rules: object, known: Sequence[str], why: Mapping[str, str]
         if axis not in known:
             hint = (why or {}).get(axis) or nearest(axis, known)
             raise InputError(f"rules: expected named axes among {', '.join(known)}, found '{axis}'{hint}")
+
+
+def check_engines(rules: Rules) -> None:
+    """In PyTorch rules have to name mesh axes whose engines can cut the named axes."""
+    for axis, over in rules.items():
+        if over is not None and axis not in ENGINES.get(over, ()):
+            _refuse_axis(axis, over)
+
+
+def _refuse_axis(axis: str, over: str) -> None:
+    able = [name for name, axes in ENGINES.items() if axis in axes]
+    if able:
+        hint = f"expected {' or '.join(able)}{nearest(str(over), able)}"
+    else:
+        hint = f"expected none; {', '.join(ENGINES['fsdp'])} can be cut"
+    raise InputError(f"rules: '{axis}' is to be cut over the mesh axis '{over}', {hint}")
+
+
+def check_used(rules: Rules, shape: Mapping[str, int]) -> None:
+    """In PyTorch the devices of a mesh axis have to have something to share."""
+    for axis, rule in (("fsdp", "FSDP"), ("tensor", "TENSOR")):
+        if shape[axis] > 1 and axis not in rules.values():
+            raise InputError(
+                f"rules: nothing is cut over '{axis}', of which the mesh has {shape[axis]}; add sharding.{rule}, or "
+                "give the processes to another axis of the mesh"
+            )
 
 
 def check_cut_once(name: str, axes: Sequence[str], rules: Rules) -> None:

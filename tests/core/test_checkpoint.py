@@ -75,13 +75,22 @@ def test_shards_are_written_as_transformers_does_and_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "found"), [(123, 123), ("200MB", 2 * 10**8), ("5 GB", 5 * 10**9), ("7kb", 7000), ("9B", 9)]
+    ("size", "found"),
+    [
+        (123, 123),
+        ("200MB", 2 * 10**8),
+        ("5 GB", 5 * 10**9),
+        ("7kb", 7000),
+        ("9B", 9),
+        ("3GiB", 3 * 2**30),
+        ("2 kib", 2048),
+    ],
 )
 def test_sizes(size, found):
     assert parse_size(size) == found
 
 
-@pytest.mark.parametrize("size", ["five", "", "0", 0, -1, "1TBX", 1.5, None])
+@pytest.mark.parametrize("size", ["five", "", "0", 0, -1, "1TBX", "1iB", 1.5, None])
 def test_sizes_that_are_none(size):
     with pytest.raises(CheckpointError, match="max_shard_size: expected bytes or a size"):
         parse_size(size)

@@ -6,6 +6,7 @@ Shapes: B rows of a device, T length, E `n_embd`, H heads, D head width, M the M
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,8 +22,10 @@ from gpt2_multi.model.weights import (
     Rules,
     Weight,
     check_cut_once,
+    check_engines,
     check_named_axes,
     check_shared,
+    check_used,
     mesh_sizes,
     sizes,
     table,
@@ -31,7 +34,7 @@ from gpt2_multi.model.weights import (
 WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS = {"adamw": 2, "lion": 1, "sgd": 0}  # numbers that an optimizer keeps of each parameter
 CHUNK = 2**30  # bytes of the logits that are there at once where the loss is computed in chunks
-WAYS = ("with checkpointing", "without checkpointing")
+USES = TRAINING, RECOMPUTING, GENERATION = "training", "training with checkpointing", "generation"
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,18 @@ class Job:
     dtype: str = "float32"
     param_dtype: str = "float32"
     optimizer: str = "adamw"
-    checkpointing: bool = False
     backend: str = "pt"
     rules: Rules = field(default_factory=lambda: FSDP | TENSOR)
 
     def check(self) -> None:
         """Raises InputError for what cannot be planned."""
         inputs.check_positions(0, self.length - 1, self.config.n_positions)
-        if self.config.quantization is not None or self.config.add_cross_attention:
-            kind = "a quantized model" if self.config.quantization is not None else "cross-attention"
+        if self.config.quantizer is not None or self.config.add_cross_attention:
+            kind = "a quantized model" if self.config.quantizer is not None else "cross-attention"
             raise InputError(f"{kind} cannot be planned; plan a model of the same sizes without it")
         check_named_axes(self.rules, [*sizes(self.config)])
+        if self.backend == "pt":
+            check_engines(self.rules)
         known = MESH_AXES[1:]
         for over in self.rules.values():
             if over is not None and over not in known:
@@ -65,23 +69,31 @@ class Job:
 
 @dataclass(frozen=True)
 class Need:
-    """The most bytes of one device, by what they are of: of training, and of generation at the same length."""
+    """The most bytes of one device, by what they are for (`USES`) and then by what they are of."""
 
     mesh: dict[str, int]
-    training: dict[str, int]
-    activations: dict[str, int]  # with checkpointing and without it
-    generation: dict[str, int]
+    uses: dict[str, dict[str, int]]
 
     @property
     def devices(self) -> int:
         """How many devices the mesh has."""
         return math.prod(self.mesh.values())
 
+    @property
+    def totals(self) -> dict[str, int]:
+        """The bytes of each use."""
+        return {use: sum(parts.values()) for use, parts in self.uses.items()}
+
+    def fits(self, memory: int) -> dict[str, bool]:
+        """Whether a device with so many bytes has room for each use."""
+        return {use: total <= memory for use, total in self.totals.items()}
+
     def to_dict(self) -> dict[str, object]:
         """The same for JSON."""
-        training, generation = ({**part, "total": sum(part.values())} for part in (self.training, self.generation))
-        kept = {"activations " + way: size for way, size in self.activations.items()}
-        return {"mesh": self.mesh, "devices": self.devices, "training": training, **kept, "generation": generation}
+        uses = {use: {**parts, "total": self.totals[use]} for use, parts in self.uses.items()}
+        ways = {"with": self.uses[RECOMPUTING], "without": self.uses[TRAINING]}
+        kept = {f"activations {way} checkpointing": parts["activations"] for way, parts in ways.items()}
+        return {"mesh": self.mesh, "devices": self.devices, **uses, **kept}
 
 
 def needed(job: Job, mesh: str) -> Need:
@@ -93,37 +105,43 @@ def needed(job: Job, mesh: str) -> Need:
             f"mesh: TensorFlow has the whole model on each device, found '{mesh}'; give data alone, or plan "
             "for pt or flax"
         )
+    if job.backend == "pt":
+        check_used(job.rules, found)
     rows, parts = job.batch_size, math.prod(found[axis] for axis in ROW_AXES)
     if rows % parts:
         raise InputError(
             f"batch_size: expected a number of rows that {parts} devices share equally, found {rows}; change it or the "
             "mesh"
         )
-    return Need(found, *of_training(job, found, rows // parts), of_generation(job, found, rows // parts))
+    training = (of_training(job, found, rows // parts, checkpointing) for checkpointing in (False, True))
+    return Need(found, dict(zip(USES, (*training, of_generation(job, found)), strict=True)))
 
 
-def of_training(job: Job, mesh: Mapping[str, int], rows: int) -> tuple[dict[str, int], dict[str, int]]:
-    """The bytes of a step, whose greatest needs may not come together; and its activations either way."""
+def of_training(job: Job, mesh: Mapping[str, int], rows: int, checkpointing: bool) -> dict[str, int]:
+    """The bytes of a step, whose greatest needs may not come together."""
     held = sum(own_size(row, job, mesh) for row in table(job.config))
     stored, width = WIDTHS[job.param_dtype], WIDTHS[job.dtype]
-    kept = {way: activations(job, mesh, rows, way == WAYS[0]) for way in WAYS}
-    parts = {
+    return {
         "weights": held * stored,
         "gradients": held * stored,
         "optimizer": held * stored * MOMENTS[job.optimizer],
-        "gathered or cast": gathered(job, mesh) if job.backend == "pt" else 0,
-        "activations": kept[WAYS[not job.checkpointing]],
+        "gathered or cast": gathered(job, mesh) or cast(job, mesh, checkpointing),
+        "activations": activations(job, mesh, rows, checkpointing),
         "logits": logits(job, mesh, rows, width),
     }
-    return parts, kept
 
 
-def of_generation(job: Job, mesh: Mapping[str, int], rows: int) -> dict[str, int]:
-    """The bytes of a model that only computes, stored in the dtype in which it does, and its full cache."""
+def of_generation(job: Job, mesh: Mapping[str, int]) -> dict[str, int]:
+    """The bytes of a model that only computes, stored in the dtype in which it does, and its full cache.
+
+    In PyTorch the devices of the axis `fsdp` write the same rows.
+    """
     held, width = sum(own_size(row, job, mesh) for row in table(job.config)), WIDTHS[job.dtype]
+    rows = job.batch_size // (mesh["data"] if job.backend == "pt" else mesh["data"] * mesh["fsdp"])
     heads = sum(len(job.config.heads(layer)) for layer in range(job.config.n_layer)) // by(job, mesh, "head")
     head_dim = job.config.n_embd // job.config.n_head
-    return {"weights": held * width, "cache": 2 * heads * rows * job.length * head_dim * width}
+    cache = 2 * heads * rows * job.length * head_dim * width
+    return {"weights": held * width, "gathered": gathered(job, mesh), "cache": cache}
 
 
 def by(job: Job, mesh: Mapping[str, int], axis: str) -> int:
@@ -160,19 +178,31 @@ def first_axis(row: Weight) -> tuple[str, ...]:
 
 
 def gathered(job: Job, mesh: Mapping[str, int]) -> int:
-    """Of FSDP2: the embeddings, and two blocks, the second of which is fetched while the first computes.
+    """Of FSDP2, which has replicas too: the embeddings, and two blocks, one fetched while the other computes."""
+    if job.backend != "pt" or math.prod(mesh[axis] for axis in ROW_AXES) == 1:
+        return 0
+    ends, blocks = wholes(job, mesh)
+    return (ends + sum(sorted(blocks)[-2:])) * WIDTHS[job.dtype]
 
-    Without it, the copies of parameters that are stored in another dtype than they are computed in, which the backward
-    pass needs.
+
+def cast(job: Job, mesh: Mapping[str, int], checkpointing: bool) -> int:
+    """Copies in PyTorch of parameters stored in another dtype than they are computed in, for the backward pass.
+
+    With checkpointing, those of one block.
     """
-    whole = {row: own_size(row, job, mesh, ("tensor",)) for row in table(job.config)}
-    if mesh["fsdp"] == 1:
-        return sum(whole.values()) * WIDTHS[job.dtype] if job.dtype != job.param_dtype else 0
-    blocks = [
-        sum(size for row, size in whole.items() if row.path.startswith(f"h.{layer}."))
-        for layer in range(job.config.n_layer)
-    ]
-    return (sum(whole.values()) - sum(blocks) + sum(sorted(blocks)[-2:])) * WIDTHS[job.dtype]
+    if job.backend != "pt" or job.dtype == job.param_dtype:
+        return 0
+    ends, blocks = wholes(job, mesh)
+    return (ends + (max(blocks) if checkpointing else sum(blocks))) * WIDTHS[job.dtype]
+
+
+def wholes(job: Job, mesh: Mapping[str, int]) -> tuple[int, list[int]]:
+    """How many numbers the parameters outside of blocks have, and those of each block, cut over `tensor` alone."""
+    found: Counter[str] = Counter()
+    for row in table(job.config):
+        layer = row.path.split(".")[1] if row.path.startswith("h.") else ""
+        found[layer] += own_size(row, job, mesh, ("tensor",))
+    return found.pop(""), [*found.values()]
 
 
 def activations(job: Job, mesh: Mapping[str, int], rows: int, checkpointing: bool) -> int:

@@ -187,10 +187,13 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes in a size such as 200_000_000, "200MB" or "5GB" (powers of ten); CheckpointError for anything else."""
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    parts = re.fullmatch(r"(\d+)\s*([KMG]?B)?", str(size).upper())
+def parse_size(size: int | str, name: str = "max_shard_size") -> int:
+    """Bytes in a size such as 200_000_000, "200MB" or "5GB" (powers of ten), or "5GiB" (of two).
+
+    Raises CheckpointError, which calls it by its `name`, for anything else.
+    """
+    parts = re.fullmatch(r"(\d+)\s*(?:([KMG])(I?)B|B)?", str(size).upper())
     if not parts or not int(parts[1]):
-        raise CheckpointError(f'max_shard_size: expected bytes or a size such as "5GB", found {size!r}')
-    return int(parts[1]) * units[(parts[2] or "").removeprefix("B")]
+        raise CheckpointError(f'{name}: expected bytes or a size such as "5GB", found {size!r}')
+    unit: int = (1024 if parts[3] else 1000) ** " KMG".index(parts[2] or " ")
+    return int(parts[1]) * unit

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from gpt2_multi.errors import InputError, nearest
+from gpt2_multi.errors import InputError
 from gpt2_multi.model import inputs
 from gpt2_multi.model.config import GPT2Config
 from gpt2_multi.model.spelling import TORCH
@@ -37,19 +37,16 @@ from gpt2_multi.model.weights import (
     Rules,
     Weight,
     check_cut_once,
+    check_engines,
     check_named_axes,
     check_shared,
+    check_used,
     mesh_sizes,
     sizes,
     table,
 )
 from gpt2_multi.pt.parameters.plans import tensor_parallel_plan, together, unflattened
 from gpt2_multi.pt.state import check_present, is_split
-
-ENGINES = {  # which axes each mesh axis can cut
-    "fsdp": ("vocab", "position", "embed", "head", "mlp", "label", "summary", "span"),
-    "tensor": ("vocab", "position", "head", "mlp", "label", "span"),
-}
 
 __all__ = ["DATA", "FSDP", "MESH_AXES", "TENSOR", "Cut", "Rules", "cuts", "make_mesh", "shard", "shard_batch"]
 __all__ += ["tensor_parallel_plan"]
@@ -262,18 +259,7 @@ def _own_rows(name: str, x: Tensor, mesh: DeviceMesh) -> Tensor:
 def check_rules(config: GPT2Config, rules: Rules) -> None:
     """Rules have to name axes of the table, and mesh axes that can cut them."""
     check_named_axes(rules, [*sizes(config)])
-    for axis, over in rules.items():
-        if over is not None and axis not in ENGINES.get(over, ()):
-            _refuse_axis(axis, over)
-
-
-def _refuse_axis(axis: str, over: str) -> None:
-    able = [name for name, axes in ENGINES.items() if axis in axes]
-    if able:
-        hint = f"expected {' or '.join(able)}{nearest(str(over), able)}"
-    else:
-        hint = f"expected none; {', '.join(ENGINES['fsdp'])} can be cut"
-    raise InputError(f"rules: '{axis}' is to be cut over the mesh axis '{over}', {hint}")
+    check_engines(rules)
 
 
 def check_mesh(mesh: DeviceMesh, rules: Rules) -> dict[str, int]:
@@ -290,12 +276,7 @@ def check_mesh(mesh: DeviceMesh, rules: Rules) -> dict[str, int]:
             f"mesh: expected axes among {', '.join(MESH_AXES)}, fsdp among them, found {', '.join(names) or 'no names'}"
             "; sharding.make_mesh makes one"
         )
-    for axis, rule in (("fsdp", "FSDP"), ("tensor", "TENSOR")):
-        if shape[axis] > 1 and axis not in rules.values():
-            raise InputError(
-                f"rules: nothing is cut over '{axis}', of which the mesh has {shape[axis]}; add sharding.{rule}, or "
-                "give the processes to another axis of the mesh"
-            )
+    check_used(rules, shape)
     return shape
 
 
