@@ -328,6 +328,16 @@ def parts_of_torchao(model: Any, state: State = None) -> tuple[dict[str, Made], 
     return found, said
 
 
+def check_said(model: Any, said: Mapping[str, str]) -> None:
+    """Files keep what torchao has made where config.json says so, which its `quantize_` does not do by itself."""
+    for name, x in model.named_parameters():
+        if is_of_torchao(x) and name not in said:
+            raise CheckpointError(
+                f"save_pretrained: {name} is {kind_of(x)}, of which config.json says nothing; load the model with "
+                "quantization_config in the place of torchao's quantize_, or save it before"
+            )
+
+
 def flattened(name: str, weight: Tensor) -> tuple[dict[str, Tensor], str]:
     """The tensors that a weight of torchao is made of, by their names in a file, and what it says of them."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict

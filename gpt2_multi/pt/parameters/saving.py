@@ -68,9 +68,11 @@ def written(model: Any, state: State) -> Written:
     """
     if state is None:
         check_rows(model)
-    check_tie(model)
     packed = quantization.made_by_others(model, state)
     parts, said = quantization.parts_of_torchao(model, state)
+    if state is None:
+        quantization.check_said(model, said)
+    check_tie(model)
     saved = [(name, weight) for name, weight in rows(model).items() if name not in packed and name not in said]
     sources = [source(model, name, weight, state) for name, weight in saved]
     besides = made_of_own(model, state) if is_callers(type(model)) else {}

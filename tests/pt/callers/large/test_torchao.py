@@ -151,6 +151,20 @@ def test_what_it_cannot_do_is_a_sentence(base, tmp_path):
         load(base, quantization_config=wrong)
 
 
+def test_what_somebody_quantized_by_hand_computes_and_is_not_saved(base, tmp_path):
+    model = pt.GPT2LMHeadModel.from_pretrained(base)
+    exact = model(IDS).logits
+    ao.quantize_(model, ao.Int8WeightOnlyConfig())
+    assert 1e-4 < (model(IDS).logits - exact).abs().max() < 0.3 * exact.abs().max()
+    with pytest.raises(CheckpointError, match=r"save_pretrained: \S+ is Int8Tensor\[\d+, \d+\], of which config.json"):
+        model.save_pretrained(tmp_path / "by hand")
+    assert not (tmp_path / "by hand").exists()
+    part = pt.GPT2LMHeadModel.from_pretrained(base, quantization_config=ao.Int8WeightOnlyConfig())
+    ao.quantize_(part, ao.Int8WeightOnlyConfig(), lambda layer, name: name == "lm_head")
+    with pytest.raises(CheckpointError, match=r"save_pretrained: lm_head.weight is Int8Tensor"):
+        part.save_pretrained(tmp_path / "by hand")
+
+
 def test_adapters_train_on_top(base):
     torch.manual_seed(0)  # of the adapters' first values
     model = pt.GPT2LMHeadModel.from_pretrained(base, quantization_config=ao.Int8WeightOnlyConfig())
