@@ -310,11 +310,11 @@ class GPT2PreTrainedModel(nn.Module):
         """
         wanted = arguments.sort_saving("save_pretrained", options)
         cut_again(self)
-        split = any(map(is_split, self.parameters()))
-        if not is_main_process and not split:
+        tensors = [*(self.parameters() if state_dict is None else state_dict.values())]
+        if not is_main_process and not any(map(is_split, tensors)):
             return
         found = saving.written(self, state_dict)
-        writes = is_main_process and not (split and torch.distributed.get_rank())
+        writes = is_main_process and not (any(map(is_split, self.parameters())) and torch.distributed.get_rank())
         config = self.config.replace(architectures=[type(self).__name__.removeprefix("FSDP")], dtype=found.dtype)
         kind = "safetensors" if safe_serialization else "pytorch"
         head = "base" if self.base_model is self else "lm"  # with the root, whatever head a class of a caller's has
@@ -324,7 +324,7 @@ class GPT2PreTrainedModel(nn.Module):
             if writes:
                 checkpoint.save(save_directory, config, self.generation_config, made.sources, head, *how)
 
-        found.together(self.parameters() if state_dict is None else state_dict.values(), write)
+        found.together(tensors, write)
         if writes and push_to_hub:
             self.push_to_hub(
                 **{"repo_id": Path(save_directory).name, **wanted}, max_shard_size=max_shard_size,

@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -85,6 +86,16 @@ def fsdp2_saves(folder):
     return logits(model)
 
 
+def fsdp2_saves_what_the_first_has(folder):
+    """As programs of accelerate do, whose state of a cut model is whole in the main process, and empty in others."""
+    model, main = sharded(make(folder=folder)), dist.get_rank() == 0
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=whole)
+    model.save_pretrained(folder / "first", is_main_process=main, state_dict=state)
+    dist.barrier()
+    return logits(make(folder=folder / "first"))
+
+
 def fsdp2_keeps_its_state(folder):
     model, other = sharded(make(folder=folder)), sharded(make(pt.GPT2LMHeadModel, folder))
     with torch.no_grad():
@@ -125,6 +136,7 @@ CASES = {  # what two processes do with a loaded model -> a model of one process
     "fsdp2 texts": (lambda folder: text(sharded(make(folder=folder))), text),
     "fsdp2 trains": (lambda folder: trained(sharded(make(folder=folder))), trained),
     "fsdp2 saves": (fsdp2_saves, logits),
+    "fsdp2 saves what the first has": (fsdp2_saves_what_the_first_has, logits),
     "fsdp2 keeps its state": (fsdp2_keeps_its_state, logits),
     "fsdp1 trains": (lambda folder: trained(wrapped(make(folder=folder))), trained),
     "fsdp1 keeps its state": (fsdp1_keeps_its_state, trained),
