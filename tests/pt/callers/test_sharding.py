@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.utils import parametrize
 
 from gpt2_multi import CheckpointError, GPT2Config, GPT2Tokenizer, InputError, pt
+from gpt2_multi.app.doctor.memory import Job, needed
 from gpt2_multi.files.containers import read_safetensors
 from gpt2_multi.pt import training
 from gpt2_multi.pt.layers import to_torch
@@ -206,10 +207,18 @@ def planned(mesh, rules):
 
 
 def sizes(mesh, rules):
-    """Whether each process has of each parameter what `cuts` says."""
+    """Whether each process has of each parameter what `cuts` says, and the largest the bytes that `plan` does."""
     model = shard(make(), mesh, rules)
     shape = check_mesh(mesh, rules)
     own = {name: tuple(x.to_local().shape) for name, x in model.named_parameters()}
+    optimizer = torch.optim.AdamW(training.parameter_groups(model), lr=1e-2)
+    training.train_step(model, optimizer, [shard_batch({"input_ids": IDS, "labels": IDS}, mesh)])
+    held = {"weights": [*model.parameters()], "gradients": [x.grad for x in model.parameters()]}
+    held["optimizer"] = [x for state in optimizer.state.values() for name, x in state.items() if "exp_avg" in name]
+    most = torch.tensor([sum(x.to_local().nbytes for x in tensors) for tensors in held.values()])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    on_paper = needed(Job(CONFIG, rules=rules, length=10), ",".join(f"{axis}={n}" for axis, n in shape.items()))
+    assert most.tolist() == [on_paper.uses["training"][kind] for kind in held]
     if dist.get_rank():
         return None
     return [name for name, cut in cuts(CONFIG, rules).items() if own[name] != cut.part(shape)]
