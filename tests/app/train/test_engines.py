@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -169,3 +171,34 @@ def test_the_rate_is_that_of_the_library() -> None:
 
     expected = [1e-2 * cosine_schedule(step, 50, 5) for step in range(51)]
     assert [PLAN.rate(step) for step in range(51)] == pytest.approx(expected, rel=1e-12)
+
+
+if THOROUGH:
+    DEVICES = """
+import sys
+import numpy as np
+import tensorflow as tf
+from dataclasses import replace
+from pathlib import Path
+from gpt2_multi.app.train.engines import tf as engine
+from tests.app.train.test_engines import PLAN, batch
+
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+row = {name: x[:1, :1] for name, x in batch(0).items()}
+engine.is_compiled = lambda strategy: False  # XLA, which would compile the step of one device, draws otherwise
+for devices, process in ((["cpu:0"], 0), (["cpu:0"], 1), (["cpu:0", "cpu:1"], 0)):
+    engine.strategy_of = lambda *_: tf.distribute.MirroredStrategy(devices)
+    team = engine.TFTeam("cpu")
+    team.process = process
+    made = engine.TFEngine(replace(PLAN, backend="tf", dtype="float64"), Path(sys.argv[1]), team)
+    rows = {name: np.concatenate([x] * len(devices), 1) for name, x in row.items()}
+    print(float(made.train(rows, 3, 1e-3)[0]))
+"""
+
+    def test_each_device_of_tensorflow_drops_by_itself(model: Path) -> None:
+        """Two devices that are given one row have the mean of the losses that two processes have of it."""
+        pytest.importorskip("tensorflow")
+        done = subprocess.run([sys.executable, "-c", DEVICES, str(model)], check=True, capture_output=True, text=True)
+        first, second, both = map(float, done.stdout.split()[-3:])
+        assert abs(first - second) > 1e-3 and both == pytest.approx((first + second) / 2, abs=1e-12)

@@ -105,18 +105,24 @@ class TFEngine:
 
     def train(self, batch: Batch, step: int, rate: float) -> Update:
         """See `Engine.train`."""
-        (noise,) = np.random.SeedSequence([self._plan.seed, step, self._team.process]).generate_state(1)
-        for number, state in enumerate(self._noises):
-            state.assign(tf.constant([noise, number], state.dtype))
         self._rate.assign(tf.constant(rate, self._rate.dtype))
-        loss, norm = self._step(*(self._team.spread(batch[name]) for name in ("input_ids", "labels")))
+        rows = (self._team.spread(batch[name]) for name in ("input_ids", "labels"))
+        loss, norm = self._step(self._noise(step), *rows)
         return Update(*(self._strategy.experimental_local_results(x)[0] for x in (loss, norm)))
 
-    def _updated(self, ids: Any, labels: Any) -> Any:
-        return self._strategy.run(self._update, (ids, labels))
+    def _noise(self, step: int) -> Any:
+        """What dropout follows from in a step, of each device of this process its own, ()."""
+        first = self._team.process * self._team.replicas
+        keys = [[self._plan.seed, step, first + device] for device in range(self._team.replicas)]
+        return self._team.values([tf.constant(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys])
 
-    def _update(self, ids: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _updated(self, noise: Any, ids: Any, labels: Any) -> Any:
+        return self._strategy.run(self._update, (noise, ids, labels))
+
+    def _update(self, noise: tf.Tensor, ids: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """One update by the rows of one device, (A, B, T): the loss and the norm of all gradients, ()."""
+        for number, state in enumerate(self._noises):
+            state.assign(tf.stack([tf.cast(noise, state.dtype), tf.constant(number, state.dtype)]))
         variables = [variable.value for variable in self._model.trainable_variables]
         counts = tf.math.count_nonzero(labels[..., 1:] != IGNORED, (1, 2), dtype=self._rate.dtype)  # (A,)
         shares = counts / tf.maximum(over_replicas(tf.reduce_sum(counts)), 1)
