@@ -173,6 +173,21 @@ def test_the_rate_is_that_of_the_library() -> None:
     assert [PLAN.rate(step) for step in range(51)] == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_team_that_ends_lets_go_of_what_it_wrapped() -> None:
+    """Else the last to hold the group would be C++ that holds Python, for which threads of the group may wait."""
+    torch = pytest.importorskip("torch")
+    import torch.distributed as dist
+
+    from gpt2_multi.app.train.engines.pt import PTTeam
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    team = PTTeam("cpu")
+    wrapper = team.wrapped(torch.nn.Linear(2, 1))
+    wrapper(torch.ones(1, 2)).sum().backward()
+    team.close()
+    assert not dist.is_initialized() and not {"reducer", "logger"} & vars(wrapper).keys()
+
+
 if THOROUGH:
     DEVICES = """
 import sys

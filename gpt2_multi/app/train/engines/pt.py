@@ -46,6 +46,12 @@ class PTTeam:
             self.process, self.processes = dist.get_rank(), dist.get_world_size()
         self.place = place_of(device)
         self._meshes: dict[str, DeviceMesh] = {}
+        self._wrappers: list[DistributedDataParallel] = []
+
+    def wrapped(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients become the mean over all processes, each of which has it whole."""
+        self._wrappers.append(DistributedDataParallel(module))
+        return self._wrappers[-1]
 
     def mesh(self, shape: str) -> DeviceMesh | None:
         """The processes as a mesh of this shape, which is made once; None without a shape, and in one process."""
@@ -76,7 +82,10 @@ class PTTeam:
         return bool(said)
 
     def close(self) -> None:
-        """See `Team.close`."""
+        """See `Team.close`; what was wrapped can train no more."""
+        for wrapper in self._wrappers:  # whose reducer, if it went last, would hold Python while threads wait for it
+            del wrapper.reducer, wrapper.logger
+        self._wrappers.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -96,7 +105,7 @@ class PTEngine:
         self._trained: nn.Module = adapted(self._model, plan) if plan.lora else self._model
         self._trained.train()
         self._named = {name: p for name, p in self._trained.named_parameters() if p.requires_grad}
-        self._call = self._trained if mesh or team.processes == 1 else DistributedDataParallel(self._trained)
+        self._call = self._trained if mesh or team.processes == 1 else team.wrapped(self._trained)
         groups = parameter_groups(self._trained, plan.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=True)
 
