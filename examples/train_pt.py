@@ -248,7 +248,7 @@ def main(mesh: str, is_compiled: bool, goes_on: bool, **options: Any) -> None:
 
 def join() -> str:
     """Meet the other processes that torchrun started, and the mesh in which they share the rows; "" without any."""
-    if "WORLD_SIZE" not in os.environ:
+    if "RANK" not in os.environ:
         return ""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

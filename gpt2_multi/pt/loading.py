@@ -266,6 +266,8 @@ class GPT2PreTrainedModel(nn.Module):
         stored = as_dtype("param_dtype", stored) or torch.get_default_dtype()
         model = made[0] if made else initialising.unfilled(cls, found.config, {})
         model._compute_in(as_dtype("dtype", dtype), attn_implementation or "sdpa")
+        if isinstance(device_map, Mapping):
+            placement.check_map(model, device_map)
         check_meshed(mesh, rules, quantization_config=found.said)
         if mesh is not None:
             from gpt2_multi.pt.parameters.sharding import shard

@@ -167,26 +167,26 @@ def write_together(tensors: Iterable[object], makes: Sequence[Make], write: Call
     if not any(map(is_split, tensors)):
         return write(makes)
     if dist.get_rank():
-        while (number := _said(0)) >= 0:
+        while (number := heard(0)) >= 0:
             makes[number]()
         if number == FAILED:
             raise CheckpointError("save_pretrained: nothing was saved, since the first process failed; see its error")
         return
 
     def made(number: int) -> Any:
-        _said(number)
+        heard(number)
         return makes[number]()
 
     try:
         write([partial(made, number) for number in range(len(makes))])
     except BaseException:
-        _said(FAILED)
+        heard(FAILED)
         raise
-    _said(DONE)
+    heard(DONE)
 
 
-def _said(number: int) -> int:
-    """What the first process says to all."""
+def heard(number: int) -> int:
+    """What the first process says to all, which call this."""
     accelerator = torch.accelerator.current_accelerator() if "nccl" in dist.get_backend() else None
     said = torch.tensor(number, device=accelerator or "cpu")
     dist.broadcast(said, 0)

@@ -135,7 +135,6 @@ def dispatched(model: Any, device_map: Any, max_memory: Mapping[Any, Any] | None
             'one place, such as "cpu"'
         ) from None
     found = device_map if isinstance(device_map, Mapping) else fitting(model, device_map, max_memory)
-    check_map(model, found)
     found = settled(model, found)
     places = set(found.values())
     if len(places) == 1 and DISK not in places:

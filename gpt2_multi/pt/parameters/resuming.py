@@ -30,6 +30,7 @@ from gpt2_multi.files.folders import exchange
 from gpt2_multi.model import inputs
 from gpt2_multi.model.checkpoint.states import check_fit, chosen_step
 from gpt2_multi.pt.parameters.sharding import cuts
+from gpt2_multi.pt.state import heard
 
 STEP = re.compile(r"step-(\d{9,})")  # a state that is whole
 UNFINISHED = ".unfinished"  # what its folder is called until it is
@@ -47,6 +48,7 @@ def save_state(
     if keep is not None:
         inputs.check_size("keep", keep, 1)
     place, unfinished = Path(folder) / f"step-{step:09}", Path(folder) / UNFINISHED
+    failed: BaseException | None = None
     try:
         if _is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -55,12 +57,21 @@ def save_state(
             save(_named(model, optimizer), checkpoint_id=unfinished)
         if _is_first():
             exchange(unfinished, place)
-            shutil.rmtree(unfinished, ignore_errors=True)  # what had its name
-            for old in saved_steps(folder)[: -keep if keep else 0]:
-                shutil.rmtree(Path(folder) / f"step-{old:09}")
     except (OSError, CheckpointException) as error:
-        raise CheckpointError(f"{folder}: the state could not be saved ({_line(error)})") from error
+        failed = error
+    _check_saved(folder, failed)
+    if _is_first():
+        for old in (UNFINISHED, *(f"step-{old:09}" for old in saved_steps(folder)[: -keep if keep else 0])):
+            shutil.rmtree(Path(folder) / old, ignore_errors=True)  # the first is what had the name of this one
     _meet()
+
+
+def _check_saved(folder: str | os.PathLike[str], failed: BaseException | None) -> None:
+    """All processes raise where one, or the first by itself, could not save."""
+    elsewhere = dist.is_initialized() and heard(int(failed is not None))
+    if failed is not None or elsewhere:
+        why = "see the error of the first process" if failed is None else _line(failed)
+        raise CheckpointError(f"{folder}: the state could not be saved ({why})") from failed
 
 
 def restore_state(

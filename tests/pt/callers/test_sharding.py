@@ -7,7 +7,9 @@ larger meshes, where GPT2_MULTI_THOROUGH asks for it.
 import faulthandler
 import json
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from gpt2_multi.app.doctor.memory import Job, needed
 from gpt2_multi.files.containers import read_safetensors
 from gpt2_multi.pt import training
 from gpt2_multi.pt.layers import to_torch
+from gpt2_multi.pt.parameters import resuming
 from gpt2_multi.pt.parameters.resuming import restore_state, save_state, saved_steps
 from gpt2_multi.pt.parameters.sharding import (
     DATA,
@@ -352,6 +355,18 @@ def twice(mesh):
     shard(shard(make(), mesh, WORDS), mesh, WORDS)
 
 
+def first_cannot_save(mesh):
+    """All processes hear of it, and none waits for another."""
+    folder = Path(tempfile.gettempdir(), f"states-of-{os.getppid()}")
+    model = shard(make(), mesh, TENSOR)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with mock.patch.object(resuming, "exchange", side_effect=OSError("no room")):
+        try:
+            save_state(folder, model, optimizer, 1)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def own_rows(mesh):
     shard(make(), mesh, WORDS)(IDS + dist.get_rank())
 
@@ -376,6 +391,7 @@ def added(_):
 
 
 FAULTS = {
+    "first": (first_cannot_save, "the state could not be saved (no room)"),
     "wrapped": (wrapped, "model: expected the parameters of a GPT-2, found none under transformer.h.0.mlp.c_fc.weight"),
     "added": (
         added,

@@ -90,6 +90,8 @@ def test_the_folder_of_a_model_is_its_own_and_goes_with_it(tmp_path):
 
 
 FAULTS = {
+    "one": ({"device_map": {"transfromer": "cpu"}}, "device_map: GPT2LMHeadModel has no transfromer; its parts are"),
+    "some": ({"device_map": {"lm_head": "cpu", "transformer.h": "cpu"}}, "gives no place to transformer.wte.weight"),
     "part": ({"device_map": {"": "cpu", "head": "disk"}}, "device_map: GPT2LMHeadModel has no head; its parts are"),
     "place": ({"device_map": {"": "cpu", "lm_head": "cuda:99"}}, 'device_map: expected "auto" or one of'),
     "rest": ({"device_map": {"lm_head": "cpu", "transformer.h": "disk"}}, "gives no place to transformer.wte.weight"),
