@@ -24,7 +24,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"^ *print\(.*\)  # (.+)$", re.MULTILINE)
 # Whose time goes to compiling one layer after the other, and which prints what is true of any number of layers.
-SHALLOW = () if THOROUGH else ("README.md", "docs/jax.md", "docs/keras.md")
+SHALLOW = () if THOROUGH else ("README.md", "docs/keras.md")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
