@@ -345,8 +345,8 @@ class GPT2Model(GPT2PreTrainedModel):
             return
         self.has_looked = True
         if cache is not None or mask is not None:
-            looked_at = partial(map, lambda x: facts("", x)._replace(values=lambda: to_numpy(x)))
-            inputs.warn_of_documents(*looked_at((position_ids,) if mask is None else (position_ids, mask)))
+            given = [x for x in (position_ids, mask) if x is not None]
+            inputs.warn_of_documents(*(facts("", x)._replace(values=partial(to_numpy, x)) for x in given))
 
     def embed(self, source: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """The first block's input, (B, T, E): the sum of tokens (ids, or their embeddings), positions and types."""

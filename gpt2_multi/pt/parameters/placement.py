@@ -97,8 +97,8 @@ def divide(
 
     max_memory: {device: bytes, or a text such as "10GB"}. A folder of its own in `offload_folder` has what is on the
     disk, as long as the model is there. With `mmap`, what stays on the CPU may be of the file that it is mapped from.
-    Raises InputError for a map that lacks parts or names others, for too little room, and where an offloaded model is
-    to compute in another dtype than it is stored in.
+    Raises InputError for too little room, and where an offloaded model is to compute in another dtype than it is stored
+    in; whether a map names the model's parts is for `check_map` to say.
     """
     model = dispatched(model, device_map, max_memory, offload_folder)
     check_offloaded(model)
