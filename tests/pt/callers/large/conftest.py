@@ -26,3 +26,26 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized") / "base"
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def check_saved(tmp_path):
+    """A function that saves a model with each state that programs give it, and reads what these states have."""
+    import accelerate
+    import torch
+
+    from gpt2_multi import pt
+
+    def check(model, other, ids):
+        own = model.state_dict()
+        for name, state, expected in (
+            ("own", own, model),
+            ("clones", {key: x.clone() for key, x in own.items()}, model),
+            ("gathered", accelerate.Accelerator(cpu=True).get_state_dict(model), model),
+            ("other", other.state_dict(), other),
+        ):
+            model.save_pretrained(tmp_path / name, state_dict=state)
+            found = pt.GPT2LMHeadModel.from_pretrained(tmp_path / name)
+            assert torch.equal(found(ids).logits, expected(ids).logits), name
+
+    return check

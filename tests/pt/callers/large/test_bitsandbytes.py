@@ -3,7 +3,6 @@
 import copy
 from functools import partial
 
-import accelerate
 import peft
 import pytest
 import torch
@@ -145,19 +144,12 @@ def test_it_takes_over_a_state_that_is_quantized_alike(kind, base):
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_a_state_has_is_what_is_saved(kind, base, tmp_path):
+def test_what_a_state_has_is_what_is_saved(kind, base, tmp_path, check_saved):
     load = partial(pt.GPT2LMHeadModel.from_pretrained, base, quantization_config=BitsAndBytesConfig(**KINDS[kind]))
     model, floats = load(), pt.GPT2LMHeadModel.from_pretrained(base)
     other = load(state_dict={name: 0.5 * x for name, x in floats.state_dict().items()})
     own = model.state_dict()
-    for name, state, expected in (
-        ("own", own, model),
-        ("clones", {name: x.clone() for name, x in own.items()}, model),
-        ("gathered", accelerate.Accelerator(cpu=True).get_state_dict(model), model),
-        ("other", other.state_dict(), other),
-    ):
-        model.save_pretrained(tmp_path / name, state_dict=state)
-        assert torch.equal(logits(pt.GPT2LMHeadModel.from_pretrained(tmp_path / name)), logits(expected)), name
+    check_saved(model, other, IDS)
     path, scales = "transformer.h.0.attn.c_attn", ".SCB" if kind == "int8" else ".weight.absmax"
     another = load(quantization_config=BitsAndBytesConfig(**KINDS["nf4" if kind == "int8" else "fp4"])).state_dict()
     for holder, state, sentence in (

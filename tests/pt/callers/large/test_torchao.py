@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import accelerate
 import peft
 import pytest
 import torch
@@ -80,20 +79,12 @@ def test_a_model_is_cast_and_takes_over_a_state(name, base):
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_what_a_state_has_is_what_is_saved(name, base, tmp_path):
+def test_what_a_state_has_is_what_is_saved(name, base, tmp_path, check_saved):
     load = partial(pt.GPT2LMHeadModel.from_pretrained, base, quantization_config=HERE[name]())
     model, floats = load(), pt.GPT2LMHeadModel.from_pretrained(base)
     other = load(state_dict={name: 0.5 * x for name, x in floats.state_dict().items()})
     own = model.state_dict()
-    for case, state, expected in (
-        ("own", own, model),
-        ("clones", {name: x.clone() for name, x in own.items()}, model),
-        ("gathered", accelerate.Accelerator(cpu=True).get_state_dict(model), model),
-        ("other", other.state_dict(), other),
-    ):
-        model.save_pretrained(tmp_path / case, state_dict=state)
-        found = pt.GPT2LMHeadModel.from_pretrained(tmp_path / case)
-        assert torch.equal(found(IDS).logits, expected(IDS).logits), case
+    check_saved(model, other, IDS)
     path, kind = "transformer.h.0.attn.c_attn.weight", type(model.transformer.h[0].attn.c_attn.weight).__name__
     another = load(quantization_config=HERE["Int8Tensor" if name == "rows" else "rows"]()).state_dict()
     for holder, state, sentence in (
